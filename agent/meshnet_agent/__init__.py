@@ -1,0 +1,1 @@
+"""The meshnet agent: one daemon a host."""

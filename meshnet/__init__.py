@@ -1,0 +1,1 @@
+"""meshnet: a multi-host container overlay network for plain Linux hosts."""

@@ -1,0 +1,137 @@
+"""The modes of a network: one file a mode, what it wants from the kernel.
+
+A backend is a function: given a network and what is known of this host and its peers it adds its
+objects to a `KernelState` and returns a `NetworkPlan`.  It does no I/O and remembers nothing.
+
+Pure: imports no socket, file, clock or trio.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from meshnet.state import NEXTHOP_ID_FIRST, NEXTHOP_ID_LAST, KernelState, Nexthop
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from meshnet.firewall import FirewallNetwork
+    from meshnet.model import Endpoint, Host, IpAddress, IpNetwork, Network, NetworkName
+
+
+class Path(NamedTuple):
+    """How this host's kernel reaches an underlay address (``RTM_GETROUTE``).
+
+    Attributes:
+        on_link: without a gateway in between.
+        mtu_bytes: MTU of the route, or of `dev` where the route has none of its own.
+    """
+
+    dev: str
+    on_link: bool
+    mtu_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Underlay:
+    """What this host's kernel says of the underlay.
+
+    Attributes:
+        ip: the address tunnels start from; `dev` holds it.
+        paths: by peer address; a peer the kernel has no route to is missing.
+        forwarding_links: links that packets to and from outside the network cross.
+        ra_links: links whose default route may come from router advertisements, which a router
+            only listens to when told so (``accept_ra=2``).
+        ipv6: whether the kernel has IPv6 at all.
+    """
+
+    ip: IpAddress
+    dev: str
+    mtu_bytes: int
+    paths: Mapping[IpAddress, Path] = field(default_factory=dict)
+    forwarding_links: tuple[str, ...] = ()
+    ra_links: tuple[str, ...] = ()
+    ipv6: bool = True
+
+
+class Peer(NamedTuple):
+    """Another host, and the one of its subnets a route is to lead to."""
+
+    host: Host
+    subnet: IpNetwork
+
+
+@dataclass(slots=True)
+class NexthopIds:
+    """Which id each nexthop object has: kept while it lives, lowest free for a new one."""
+
+    _ids: dict[Nexthop, int] = field(default_factory=dict)
+    _used: set[int] = field(default_factory=set)
+    _next: int = NEXTHOP_ID_FIRST
+
+    def adopt(self, actual: Mapping[int, Nexthop], foreign: Collection[int]) -> None:
+        """Start over from what the kernel holds: ours by id, and ids of others to keep off."""
+        self._ids = {nexthop: i for i, nexthop in actual.items()}
+        self._used = {*actual, *foreign}
+        self._next = NEXTHOP_ID_FIRST
+
+    def id_of(self, nexthop: Nexthop) -> int:
+        """The id of a nexthop, a new one if it has none.
+
+        Raises:
+            OverflowError: all 2^24 ids are in use.
+        """
+        known = self._ids.get(nexthop)
+        if known is not None:
+            return known
+        while self._next in self._used:
+            self._next += 1
+        if self._next > NEXTHOP_ID_LAST:
+            raise OverflowError("no nexthop id is free")
+        self._used.add(self._next)
+        self._ids[nexthop] = self._next
+        return self._next
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkInput:
+    """All that a backend may look at.
+
+    Attributes:
+        subnets: this host's own subnets of the network.
+        peers: the other hosts' subnets, each with its owner.
+        endpoints: this host's endpoints on the network.
+    """
+
+    network: Network
+    subnets: Sequence[IpNetwork]
+    peers: Sequence[Peer]
+    endpoints: Sequence[Endpoint]
+    underlay: Underlay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkPlan:
+    """What a backend made of a network.
+
+    Attributes:
+        mtu_bytes: MTU of its endpoints on this host.
+        bridge: link that endpoints become ports of.
+        errors: peers or settings that cannot be had on this host, in words.
+    """
+
+    mtu_bytes: int
+    bridge: str
+    firewall: FirewallNetwork
+    errors: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """A mode."""
+
+    def __call__(
+        self, wanted: NetworkInput, state: KernelState, ids: NexthopIds
+    ) -> NetworkPlan:
+        """Add the network's objects to `state`; `ids` names its nexthop objects."""
+        ...

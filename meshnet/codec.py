@@ -1,0 +1,359 @@
+"""JSON of the store's values: versioned, validated on read, one document a key.
+
+Values in etcd are hostile input (design decision D14): whatever is there, `decode_…` either
+returns a value of `meshnet.model` that is safe to act on or raises `BadValueError` saying why.
+Fields that a newer version added are ignored; another ``v`` is refused.
+
+Pure: imports no socket, file, clock or trio.  Layout of the keys: `meshnet.store.registry`.
+"""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import msgspec
+
+from meshnet.errors import MeshnetError, UsageError
+from meshnet.ipam import check_host_prefix
+from meshnet.model import (
+    Claim,
+    Datapath,
+    Endpoint,
+    EndpointId,
+    Host,
+    HostId,
+    Mode,
+    Network,
+    NetworkName,
+    Reservation,
+    Vni,
+)
+from meshnet.wire.mtu import MINIMUM_MTU_BYTES
+
+if TYPE_CHECKING:
+    from meshnet.model import IpAddress, IpNetwork
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+NAME_PATTERN = re.compile(_NAME)
+IFNAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+MAX_VALUE_BYTES = 64 * 1024
+MAX_VNI = (1 << 24) - 1
+MAX_MTU_BYTES = 65_535
+
+
+class BadValueError(MeshnetError):
+    """A value of the store is malformed, of another version, or contradicts its key."""
+
+    exit_status = 2
+
+
+_Name = Annotated[str, msgspec.Meta(pattern=f"^{_NAME}$")]
+_VniField = Annotated[int, msgspec.Meta(ge=1, le=MAX_VNI)]
+_PortField = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+_MtuField = Annotated[int, msgspec.Meta(ge=MINIMUM_MTU_BYTES[4], le=MAX_MTU_BYTES)]
+
+
+class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
+    name: _Name
+    mode: Mode
+    subnets: list[str]
+    vni: _VniField
+    port: _PortField
+    host_prefix: int
+    host_prefix6: int
+    mtu: _MtuField | None = None
+    direct_routing: bool = False
+
+
+class _HostV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
+    id: _Name
+    underlay_ip: str
+    datapath: Datapath = Datapath.KERNEL
+
+
+class _ReservationV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
+    host: _Name
+
+
+class _ClaimV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
+    instance: str
+    underlay_ip: str
+
+
+class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{12}$")]
+    network: _Name
+    host: _Name
+    name: _Name
+    pid: Annotated[int, msgspec.Meta(ge=1)]
+    ifname: Annotated[str, msgspec.Meta(pattern=f"^{IFNAME_PATTERN.pattern}$")]
+    addresses: list[str]
+    gateways: list[str]
+    mac: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{2}:){5}[0-9a-f]{2}$")]
+    mtu: _MtuField
+    default_route: bool
+    netns_inode: int
+    pid_start_ticks: int
+
+
+_T = TypeVar("_T")
+
+
+class _Format:
+    """Decoders are made once: making one costs more than using it a hundred times."""
+
+    network = msgspec.json.Decoder(_NetworkV1)
+    host = msgspec.json.Decoder(_HostV1)
+    reservation = msgspec.json.Decoder(_ReservationV1)
+    claim = msgspec.json.Decoder(_ClaimV1)
+    endpoint = msgspec.json.Decoder(_EndpointV1)
+
+
+def _decode(decoder: msgspec.json.Decoder[_T], raw: bytes) -> _T:
+    if len(raw) > MAX_VALUE_BYTES:
+        raise BadValueError(f"{len(raw)} bytes, more than {MAX_VALUE_BYTES}")
+    try:
+        return decoder.decode(raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadValueError(str(error)) from error
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+def encode_network(network: Network) -> bytes:
+    """The value of a network's key."""
+    return msgspec.json.encode(
+        _NetworkV1(
+            name=network.name,
+            mode=network.mode,
+            subnets=[str(s) for s in network.subnets],
+            vni=network.vni,
+            port=network.port,
+            host_prefix=network.host_prefix,
+            host_prefix6=network.host_prefix6,
+            mtu=network.mtu_bytes,
+            direct_routing=network.direct_routing,
+        )
+    )
+
+
+def decode_network(raw: bytes) -> Network:
+    """Read a network.
+
+    Raises:
+        BadValueError: malformed JSON, a field out of range, or CIDRs that make no network.
+    """
+    value = _decode(_Format.network, raw)
+    network = Network(
+        name=NetworkName(value.name),
+        mode=value.mode,
+        subnets=tuple(_network(s) for s in value.subnets),
+        vni=Vni(value.vni),
+        port=value.port,
+        host_prefix=value.host_prefix,
+        host_prefix6=value.host_prefix6,
+        mtu_bytes=value.mtu,
+        direct_routing=value.direct_routing,
+    )
+    try:
+        check_network(network)
+    except UsageError as error:
+        raise BadValueError(str(error)) from error
+    return network
+
+
+def check_network(network: Network) -> None:
+    """Refuse a network that cannot work, whoever made it.
+
+    Raises:
+        UsageError: bad name, VNI, port or MTU, no or too many CIDRs, or CIDRs that host subnets
+            do not fit into.
+    """
+    check_name("network", network.name)
+    if not 1 <= network.vni <= MAX_VNI:
+        raise UsageError(f"VNI {network.vni} is out of range: choose 1 to {MAX_VNI}")
+    if not 1 <= network.port <= 65535:
+        raise UsageError(f"port {network.port} is out of range: choose 1 to 65535")
+    versions = [s.version for s in network.subnets]
+    if not versions or versions != sorted(set(versions)):
+        raise UsageError(
+            f"network {network.name} has {len(versions)} subnets of IP versions {versions}: "
+            "give one IPv4 CIDR, one IPv6 CIDR, or one of each"
+        )
+    for cidr in network.subnets:
+        if cidr.is_multicast or cidr.is_loopback or cidr.is_link_local or cidr.prefixlen == 0:
+            raise UsageError(f"{cidr} cannot be routed: choose a private CIDR, such as 10.42.0.0/16")
+        check_host_prefix(cidr, network.host_prefix_of(cidr.version))
+    if network.mtu_bytes is not None:
+        least = MINIMUM_MTU_BYTES[versions[-1]]
+        if not least <= network.mtu_bytes <= MAX_MTU_BYTES:
+            raise UsageError(
+                f"MTU {network.mtu_bytes} is out of range for IPv{versions[-1]}: "
+                f"choose {least} to {MAX_MTU_BYTES}"
+            )
+
+
+def check_name(kind: str, name: str) -> None:
+    """Refuse a name that could not be a key, a file name and a word on a command line.
+
+    Raises:
+        UsageError: the name has other characters than letters, digits, ``_``, ``.`` and ``-``,
+            does not start with a letter or digit, or is longer than 63.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise UsageError(
+            f"{kind} name {name!r} is not usable: take 1 to 63 letters, digits, '_', '.' or '-', "
+            "starting with a letter or digit"
+        )
+
+
+# --- hosts --------------------------------------------------------------------------------------
+
+
+def encode_host(host: Host) -> bytes:
+    """The value of a host's key."""
+    return msgspec.json.encode(_HostV1(host.id, str(host.underlay_ip), host.datapath))
+
+
+def decode_host(raw: bytes) -> Host:
+    """Read a host.
+
+    Raises:
+        BadValueError: malformed, or its underlay address cannot be a tunnel's end.
+    """
+    value = _decode(_Format.host, raw)
+    return Host(
+        id=HostId(value.id), underlay_ip=_unicast(value.underlay_ip), datapath=value.datapath
+    )
+
+
+def encode_claim(claim: Claim) -> bytes:
+    """The value of the key under a host's lease."""
+    return msgspec.json.encode(_ClaimV1(claim.instance, str(claim.underlay_ip)))
+
+
+def decode_claim(raw: bytes) -> Claim:
+    """Read a claim.
+
+    Raises:
+        BadValueError: malformed.
+    """
+    value = _decode(_Format.claim, raw)
+    return Claim(instance=value.instance, underlay_ip=_unicast(value.underlay_ip))
+
+
+# --- reservations -------------------------------------------------------------------------------
+
+
+def encode_reservation(reservation: Reservation) -> bytes:
+    """The value of a subnet's key; network and subnet are in the key."""
+    return msgspec.json.encode(_ReservationV1(reservation.host))
+
+
+def decode_reservation(network: NetworkName, subnet_key: str, raw: bytes) -> Reservation:
+    """Read a reservation; `subnet_key` is the last part of its key (see `subnet_to_key`).
+
+    Raises:
+        BadValueError: malformed value, or a key that is no subnet.
+    """
+    value = _decode(_Format.reservation, raw)
+    return Reservation(
+        network=network, subnet=subnet_from_key(subnet_key), host=HostId(value.host)
+    )
+
+
+def subnet_to_key(subnet: IpNetwork) -> str:
+    """``10.42.3.0-24``: a subnet as a part of a key."""
+    return f"{subnet.network_address}-{subnet.prefixlen}"
+
+
+def subnet_from_key(part: str) -> IpNetwork:
+    """The reverse of `subnet_to_key`.
+
+    Raises:
+        BadValueError: not the canonical form of a subnet.
+    """
+    subnet = _network(part.replace("-", "/", 1))
+    if subnet_to_key(subnet) != part:
+        raise BadValueError(f"{part} is not a subnet's canonical form ({subnet_to_key(subnet)})")
+    return subnet
+
+
+# --- endpoints ----------------------------------------------------------------------------------
+
+
+def encode_endpoint(endpoint: Endpoint) -> bytes:
+    """The value of an endpoint's key, and the content of its file on disk."""
+    return msgspec.json.encode(
+        _EndpointV1(
+            id=endpoint.id,
+            network=endpoint.network,
+            host=endpoint.host,
+            name=endpoint.name,
+            pid=endpoint.pid,
+            ifname=endpoint.ifname,
+            addresses=[str(a) for a in endpoint.addresses],
+            gateways=[str(g) for g in endpoint.gateways],
+            mac=endpoint.mac.hex(":"),
+            mtu=endpoint.mtu_bytes,
+            default_route=endpoint.default_route,
+            netns_inode=endpoint.netns_inode,
+            pid_start_ticks=endpoint.pid_start_ticks,
+        )
+    )
+
+
+def decode_endpoint(raw: bytes) -> Endpoint:
+    """Read an endpoint.
+
+    Raises:
+        BadValueError: malformed.
+    """
+    value = _decode(_Format.endpoint, raw)
+    try:
+        addresses = tuple(ip_interface(a) for a in value.addresses)
+        gateways = tuple(ip_address(g) for g in value.gateways)
+    except ValueError as error:
+        raise BadValueError(str(error)) from error
+    if not addresses or [a.version for a in addresses] != [g.version for g in gateways]:
+        raise BadValueError("an endpoint needs one gateway for each of its addresses")
+    return Endpoint(
+        id=EndpointId(value.id),
+        network=NetworkName(value.network),
+        host=HostId(value.host),
+        name=value.name,
+        pid=value.pid,
+        ifname=value.ifname,
+        addresses=addresses,
+        gateways=gateways,
+        mac=bytes.fromhex(value.mac.replace(":", "")),
+        mtu_bytes=value.mtu,
+        default_route=value.default_route,
+        netns_inode=value.netns_inode,
+        pid_start_ticks=value.pid_start_ticks,
+    )
+
+
+# --- addresses ----------------------------------------------------------------------------------
+
+
+def _network(text: str) -> IpNetwork:
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise BadValueError(str(error)) from error
+
+
+def _unicast(text: str) -> IpAddress:
+    try:
+        address = ip_address(text)
+    except ValueError as error:
+        raise BadValueError(str(error)) from error
+    if address.is_multicast or address.is_loopback or address.is_unspecified:
+        raise BadValueError(f"{text} cannot be the address of a host on the underlay")
+    return address
+
+

@@ -1,0 +1,261 @@
+"""Difference of two kernel states, as operations in an order that never leaves a half route.
+
+Create link → address → neighbour → FDB entry → nexthop → route; delete in the exact reverse, after
+everything is created.  Whole values are compared, never only keys.
+
+Pure: imports no socket, file, clock or trio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from meshnet.state import (
+    AddressKey,
+    FdbKey,
+    KernelState,
+    Link,
+    LinkKind,
+    NeighbourKey,
+    Nexthop,
+    Route,
+    format_ip,
+    format_mac,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+
+_Needs = Callable[[Any, Any], "tuple[tuple[Table, Any], ...]"]
+
+
+class Table(IntEnum):
+    """The kinds of kernel objects, in the order they are created."""
+
+    FIREWALL = 0
+    SYSCTL = 1
+    LINK = 2
+    ADDRESS = 3
+    NEIGHBOUR = 4
+    FDB = 5
+    NEXTHOP = 6
+    ROUTE = 7
+
+
+class Op(NamedTuple):
+    """One write to the kernel.
+
+    Attributes:
+        value: what to set the object to; None deletes it.
+        exists: whether the kernel holds an object of ours with this key: a creation that meets
+            somebody else's object must fail rather than replace it.
+        needs: objects this one is useless without: if writing one of those failed, this is not
+            tried.
+    """
+
+    table: Table
+    key: Any
+    value: Any
+    exists: bool
+    needs: tuple[tuple[Table, Any], ...] = ()
+
+    def __str__(self) -> str:
+        verb = "delete" if self.value is None else "change" if self.exists else "create"
+        return f"{verb} {describe(self.table, self.key)}"
+
+
+class Failure(NamedTuple):
+    """An operation the kernel refused (`errno` and its message) or that was not tried (0)."""
+
+    op: Op
+    errno: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.reason}"
+
+
+def diff(desired: KernelState, actual: KernelState) -> list[Op]:
+    """The operations that turn `actual` into `desired`; empty if it already is.
+
+    Nothing outside the tables of `actual` is ever deleted, so what a dump leaves out (objects that
+    are not ours) is safe.
+    """
+    rebuilt = {
+        name
+        for name, link in desired.links.items()
+        if name in actual.links and needs_rebuild(link, actual.links[name])
+    }
+    base = _without_links(actual, rebuilt) if rebuilt else actual
+    ops = [Op(Table.LINK, name, None, True) for name in sorted(rebuilt)]
+    if desired.firewall != actual.firewall and desired.firewall is not None:
+        ops.append(Op(Table.FIREWALL, "inet meshnet", desired.firewall, False))
+    for path, value in desired.sysctls.items():
+        if actual.sysctls.get(path) != value:
+            ops.append(Op(Table.SYSCTL, path, value, True))
+    ops += _set_links(desired.links, base.links)
+    ops += _set(Table.ADDRESS, desired.addresses, base.addresses, _needs_link)
+    ops += _set(Table.NEIGHBOUR, desired.neighbours, base.neighbours, _needs_link)
+    ops += _set(Table.FDB, desired.fdb, base.fdb, _needs_link)
+    ops += _set(Table.NEXTHOP, desired.nexthops, base.nexthops, _needs_peer(desired))
+    ops += _set(Table.ROUTE, desired.routes, base.routes, _needs_nexthop)
+    ops += _delete(Table.ROUTE, desired.routes, base.routes)
+    ops += _delete(Table.NEXTHOP, desired.nexthops, base.nexthops)
+    ops += _delete(Table.FDB, desired.fdb, base.fdb)
+    ops += _delete(Table.NEIGHBOUR, desired.neighbours, base.neighbours)
+    ops += _delete(Table.ADDRESS, desired.addresses, base.addresses)
+    ops += _delete(Table.LINK, desired.links, _without_veths(base.links))
+    if desired.firewall is None and actual.firewall is not None:
+        ops.append(Op(Table.FIREWALL, "inet meshnet", None, True))
+    return ops
+
+
+def missing_endpoint_links(desired: KernelState, actual: KernelState) -> set[str]:
+    """Names of endpoint links that should be there and are not.
+
+    A veth pair is neither made nor deleted by an operation here: the endpoint's owner does both,
+    and may be at it between a dump and the operations that follow from it.
+    """
+    return {
+        name
+        for name, link in desired.links.items()
+        if link.kind is LinkKind.VETH and name not in actual.links
+    }
+
+
+def _without_veths(links: Mapping[str, Link]) -> dict[str, Link]:
+    return {name: link for name, link in links.items() if link.kind is not LinkKind.VETH}
+
+
+def needs_rebuild(desired: Link, actual: Link) -> bool:
+    """Whether the kernel cannot turn one link into the other in place."""
+    return desired.kind != actual.kind or desired.vxlan != actual.vxlan
+
+
+def link_matches(desired: Link, actual: Link) -> bool:
+    """Whether a link is as desired.
+
+    A desired MAC of None matches any, and only the desired sysctls are looked at.
+    """
+    return (
+        desired._replace(mac=desired.mac or actual.mac, sysctls=()) == actual._replace(sysctls=())
+        and set(desired.sysctls) <= set(actual.sysctls)
+    )
+
+
+def _set_links(desired: Mapping[str, Link], actual: Mapping[str, Link]) -> Iterator[Op]:
+    # Bridges before their ports.
+    for name, link in sorted(desired.items(), key=lambda item: (bool(item[1].master), item[0])):
+        now = actual.get(name)
+        if now is None and link.kind is LinkKind.VETH:
+            continue  # half of it is in a namespace: `missing_endpoint_links`
+        if now is None or not link_matches(link, now):
+            needs = ((Table.LINK, link.master),) if link.master else ()
+            yield Op(Table.LINK, name, link, now is not None, needs)
+
+
+def _set(
+    table: Table, desired: Mapping[Any, Any], actual: Mapping[Any, Any], needs: _Needs
+) -> Iterator[Op]:
+    for key, value in desired.items():
+        if key not in actual:
+            yield Op(table, key, value, False, needs(key, value))
+        elif actual[key] != value:
+            yield Op(table, key, value, True, needs(key, value))
+
+
+def _delete(table: Table, desired: Mapping[Any, Any], actual: Mapping[Any, Any]) -> Iterator[Op]:
+    return (Op(table, key, None, True) for key in actual if key not in desired)
+
+
+def _needs_link(key: Any, _value: Any) -> tuple[tuple[Table, Any], ...]:  # noqa: ANN401
+    return ((Table.LINK, key.dev),)
+
+
+def _needs_peer(desired: KernelState) -> _Needs:
+    """A nexthop is useless without its link, its neighbour and that neighbour's FDB entry."""
+
+    def needs(_id: int, nexthop: Nexthop) -> tuple[tuple[Table, Any], ...]:
+        link = (Table.LINK, nexthop.dev)
+        neighbour = NeighbourKey(*nexthop)
+        mac = desired.neighbours.get(neighbour)
+        if mac is None:
+            return (link,)
+        return (link, (Table.NEIGHBOUR, neighbour), (Table.FDB, FdbKey(nexthop.dev, mac)))
+
+    return needs
+
+
+def _needs_nexthop(_key: Any, route: Route) -> tuple[tuple[Table, Any], ...]:  # noqa: ANN401
+    return ((Table.NEXTHOP, route.nexthop_id),) if route.nexthop_id else ()
+
+
+def _without_links(state: KernelState, names: set[str]) -> KernelState:
+    """What is left of a state once the kernel has removed some links, and with them the rest."""
+    gone = {i for i, nexthop in state.nexthops.items() if nexthop.dev in names}
+    return KernelState(
+        links={k: v for k, v in state.links.items() if k not in names},
+        addresses={k: v for k, v in state.addresses.items() if k.dev not in names},
+        neighbours={k: v for k, v in state.neighbours.items() if k.dev not in names},
+        fdb={k: v for k, v in state.fdb.items() if k.dev not in names},
+        nexthops={k: v for k, v in state.nexthops.items() if k not in gone},
+        routes={k: v for k, v in state.routes.items() if v.nexthop_id not in gone},
+        sysctls=state.sysctls,
+        firewall=state.firewall,
+    )
+
+
+def describe(table: Table, key: Any) -> str:  # noqa: ANN401
+    """An object in words, for messages: ``neighbour 10.42.3.0 on mnv4097``."""
+    name = table.name.lower()
+    match table, key:
+        case Table.ADDRESS, AddressKey(dev, address, length):
+            return f"{name} {format_ip(address)}/{length} on {dev}"
+        case Table.NEIGHBOUR, NeighbourKey(dev, address):
+            return f"{name} {format_ip(address)} on {dev}"
+        case Table.FDB, FdbKey(dev, mac):
+            return f"FDB entry {format_mac(mac)} on {dev}"
+        case Table.ROUTE, (prefix, length):
+            return f"{name} {format_ip(prefix)}/{length}"
+        case _:
+            return f"{name} {key}"
+
+
+def merge(state: KernelState, ops: Iterable[Op]) -> KernelState:
+    """The state after `ops`: what a kernel that refuses nothing would hold."""
+    after = KernelState(
+        links=dict(state.links),
+        addresses=dict(state.addresses),
+        neighbours=dict(state.neighbours),
+        fdb=dict(state.fdb),
+        nexthops=dict(state.nexthops),
+        routes=dict(state.routes),
+        sysctls=dict(state.sysctls),
+        firewall=state.firewall,
+    )
+    for op in ops:
+        if op.table is Table.FIREWALL:
+            after.firewall = op.value
+        elif op.table is Table.LINK and op.value is None:
+            after = _without_links(after, {op.key})
+        elif op.value is None:
+            _table(after, op.table).pop(op.key, None)
+        else:
+            _table(after, op.table)[op.key] = op.value
+    return after
+
+
+def _table(state: KernelState, table: Table) -> dict[Any, Any]:
+    return {
+        Table.SYSCTL: state.sysctls,
+        Table.LINK: state.links,
+        Table.ADDRESS: state.addresses,
+        Table.NEIGHBOUR: state.neighbours,
+        Table.FDB: state.fdb,
+        Table.NEXTHOP: state.nexthops,
+        Table.ROUTE: state.routes,
+    }[table]
+

@@ -1,0 +1,171 @@
+"""Address management: a host's subnet from a network, an endpoint's address from a subnet.
+
+Within a host's subnet the first address is the gateway.  IPv4: the subnet's own address and the
+broadcast address are never given out.  IPv6: the subnet-router anycast address (RFC 4291 §2.6.1)
+is never given out.
+
+Pure: the caller brings what is taken; nothing is remembered here but the order of release.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING
+
+from meshnet.errors import ConflictError, PoolExhaustedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Container, Iterator
+
+    from meshnet.model import IpAddress, IpNetwork, Network
+
+MAX_SUBNET_BITS = 32
+"""At most 2^32 host subnets a network: VTEP MACs hold 32 bits of the subnet."""
+
+COOLDOWN = 64
+"""A freed address is given out again only after this many others were freed, while any is left."""
+
+
+def gateway_of(subnet: IpNetwork) -> IpAddress:
+    """The gateway: first address after the subnet's own."""
+    return subnet.network_address + 1
+
+
+def check_host_prefix(cidr: IpNetwork, host_prefix: int) -> None:
+    """Refuse a host prefix that `cidr` cannot be cut into.
+
+    Raises:
+        UsageError: `host_prefix` is shorter than the CIDR's, leaves no room for an endpoint, or
+            cuts it into more than 2^32 subnets.
+    """
+    longest = cidr.max_prefixlen - 2
+    if not cidr.prefixlen <= host_prefix <= longest:
+        raise UsageError(
+            f"host prefix /{host_prefix} does not fit {cidr}: "
+            f"choose between /{cidr.prefixlen} and /{longest}"
+        )
+    if host_prefix - cidr.prefixlen > MAX_SUBNET_BITS:
+        raise UsageError(
+            f"{cidr} holds more than 2^{MAX_SUBNET_BITS} subnets of /{host_prefix}: "
+            f"choose a host prefix of /{cidr.prefixlen + MAX_SUBNET_BITS} or shorter"
+        )
+
+
+def choose_subnet(
+    network: Network,
+    version: int,
+    taken: Container[IpNetwork],
+    *,
+    skip: Callable[[int], int] = lambda free: 0,
+) -> IpNetwork:
+    """Choose a free host subnet of the network's CIDR of an IP version.
+
+    Args:
+        taken: the reserved subnets.
+        skip: given the number of subnets in all, how many free ones to pass over.  The default
+            takes the lowest; a caller that lost a race spreads out by passing a random number.
+
+    Raises:
+        PoolExhaustedError: every subnet is reserved.
+    """
+    cidr = next(s for s in network.subnets if s.version == version)
+    prefix = network.host_prefix_of(version)
+    count = 1 << (prefix - cidr.prefixlen)
+    step = 1 << (cidr.max_prefixlen - prefix)
+    base = int(cidr.network_address)
+    start = skip(count) % count
+    for index in _wrap(start, count):
+        subnet = type(cidr)((base + index * step, prefix))
+        if subnet not in taken:
+            return subnet
+    raise PoolExhaustedError(
+        f"network {network.name}: all {count} subnets of /{prefix} in {cidr} are reserved: "
+        "remove hosts that are gone (meshnet host rm ID) or create a larger network"
+    )
+
+
+def _wrap(start: int, count: int) -> Iterator[int]:
+    yield from range(start, count)
+    yield from range(start)
+
+
+class AddressPool:
+    """The addresses of one subnet, on the host that owns it.
+
+    The lowest free address is given out; one that was freed rests until `COOLDOWN` others were
+    freed after it or nothing else is left, so that a late packet for its last holder does not
+    reach the next.
+    """
+
+    def __init__(self, network: str, subnet: IpNetwork, in_use: Collection[IpAddress] = ()) -> None:
+        self.network = network
+        self.subnet = subnet
+        self._used: set[IpAddress] = set(in_use)
+        self._resting: OrderedDict[IpAddress, None] = OrderedDict()
+
+    def take(self, wanted: IpAddress | None = None) -> IpAddress:
+        """Take `wanted`, or the lowest address that is free and rested.
+
+        Raises:
+            UsageError: `wanted` is not an address endpoints of this subnet may have.
+            ConflictError: `wanted` is in use.
+            PoolExhaustedError: no address is left.
+        """
+        address = self._lowest() if wanted is None else self._check(wanted)
+        self._resting.pop(address, None)
+        self._used.add(address)
+        return address
+
+    def free(self, address: IpAddress) -> None:
+        """Give an address back; one that is not in use is ignored."""
+        if address in self._used:
+            self._used.remove(address)
+            self._resting[address] = None
+            if len(self._resting) > COOLDOWN:
+                self._resting.popitem(last=False)
+
+    def _check(self, wanted: IpAddress) -> IpAddress:
+        if wanted.version != self.subnet.version or wanted not in self.subnet:
+            raise UsageError(
+                f"address {wanted} is outside {self.subnet}, this host's subnet of network "
+                f"{self.network}: choose one within it, or leave --ip out"
+            )
+        first, last = self._bounds()
+        if not first <= int(wanted) <= last:
+            make = _address_type(self.subnet)
+            raise UsageError(
+                f"address {wanted} is the network, gateway or broadcast address of "
+                f"{self.subnet}: choose between {make(first)} and {make(last)}"
+            )
+        if wanted in self._used:
+            raise ConflictError(
+                f"address {wanted} is taken in network {self.network}: "
+                "choose another, or leave --ip out (meshnet endpoint ls shows who has it)"
+            )
+        return wanted
+
+    def _bounds(self) -> tuple[int, int]:
+        first = int(self.subnet.network_address) + 2
+        last = int(self.subnet.broadcast_address) - (1 if self.subnet.version == 4 else 0)
+        return first, last
+
+    def _lowest(self) -> IpAddress:
+        first, last = self._bounds()
+        # Not ip_address(): it takes any number below 2^32 for IPv4.
+        make = _address_type(self.subnet)
+        # Among len(used) + len(resting) + 1 candidates at least one is free, so this is short.
+        for number in range(first, last + 1):
+            address = make(number)
+            if address not in self._used and address not in self._resting:
+                return address
+        if self._resting:
+            return next(iter(self._resting))
+        raise PoolExhaustedError(
+            f"network {self.network}: all {last - first + 1} addresses of {self.subnet} are in "
+            "use: detach an endpoint or create the network with a shorter --host-prefix"
+        )
+
+
+def _address_type(subnet: IpNetwork) -> type[IPv4Address] | type[IPv6Address]:
+    return IPv4Address if subnet.version == 4 else IPv6Address

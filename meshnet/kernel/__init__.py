@@ -1,0 +1,107 @@
+"""The kernel: what meshnet asks of one host's network stack.
+
+The `Kernel` protocol is synchronous: the agent calls it from one thread of its own, because
+netlink sockets and network namespaces belong to threads.  `meshnet.kernel.netlink` is the real
+one; `meshnet.kernel.memory` is a verified fake that passes the same contract tests
+(``tests/contract/test_kernel.py``) and can be told to fail.
+
+Objects that are not ours are neither reported nor touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from meshnet.backends import Underlay
+    from meshnet.diff import Failure, Op
+    from meshnet.model import Endpoint, IpAddress, IpNetwork
+    from meshnet.state import KernelState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointWiring:
+    """How to connect a namespace: `endpoint` says with what, the rest says where to.
+
+    Attributes:
+        bridge: link of the host that the host-side end becomes a port of.
+        routes: destinations that are reached through the gateway of their IP version; used where
+            the namespace keeps or gets no default route through this endpoint.
+    """
+
+    endpoint: Endpoint
+    bridge: str
+    routes: Sequence[IpNetwork]
+
+
+class Kernel(Protocol):
+    """One host's network stack.  Not thread-safe."""
+
+    @property
+    def writes(self) -> int:
+        """Requests that changed, or tried to change, something since start."""
+        ...
+
+    def observe(
+        self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
+    ) -> Underlay:
+        """Look at the underlay: the link that holds `underlay_ip` and the way to each peer.
+
+        Args:
+            underlay_ip: the address tunnels start from; None: the first global one of
+                `underlay_dev`.
+
+        Raises:
+            NotFoundError: no link holds the address, or the link does not exist or has none.
+        """
+        ...
+
+    def dump(self) -> KernelState:
+        """All objects of ours, as of now."""
+        ...
+
+    def apply(self, ops: Sequence[Op]) -> list[Failure]:
+        """Carry operations out in order; a failed one stops only those that need it."""
+        ...
+
+    def close(self) -> None:
+        """Close sockets; the data path stays."""
+        ...
+
+
+class Wiring(Protocol):
+    """Connects namespaces to the host.  Not thread-safe; independent of `Kernel`'s thread."""
+
+    @property
+    def writes(self) -> int:
+        """Requests that changed, or tried to change, something since start."""
+        ...
+
+    def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
+        """Bring an endpoint up in a namespace, or leave everything as it was.
+
+        Returns:
+            Whether the namespace's default route leads through the endpoint: what
+            `endpoint.default_route` asked for, unless the namespace had one already.
+
+        Raises:
+            ConflictError: the namespace has a link of that name or holds the address.
+            NotFoundError: the bridge or the namespace is gone.
+            KernelRefusedError: anything else the kernel refused.
+        """
+        ...
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        """Remove an endpoint's links, and with them its addresses and routes.  Idempotent."""
+        ...
+
+    def list_endpoint_links(self) -> list[str]:
+        """Names of all endpoint links on this host, whoever made them."""
+        ...
+
+    def close(self) -> None:
+        """Close sockets; endpoints stay."""
+        ...

@@ -1,0 +1,183 @@
+"""Links and addresses: the few fields of a dump that meshnet looks at, and veth pairs.
+
+Dumps come before every pass of the reconciler and veth pairs are on the path of ``attach``, whose
+bound is 5 ms; both go through `meshnet.kernel.rtnl`.  The rare, rich requests (bridges, VXLAN
+devices) go through pyroute2 in `meshnet.kernel.netlink`.
+
+linux/if_link.h, linux/if_addr.h, linux/veth.h.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, NamedTuple
+
+from meshnet.kernel import rtnl
+from meshnet.state import LinkKind, Vxlan
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Interface, IPv6Interface
+
+    from meshnet.kernel.rtnl import Message
+
+IFF_UP = 1
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
+IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 18, 28, 26
+IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
+VETH_INFO_PEER = 1
+IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE = 8, 1
+IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 15, 17
+IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
+IFA_F_NODAD = 0x02
+RT_SCOPE_UNIVERSE = 0
+NLA_F_NESTED = 0x8000
+
+_KINDS = {b"vxlan": LinkKind.VXLAN, b"bridge": LinkKind.BRIDGE, b"veth": LinkKind.VETH}
+
+
+class LinkInfo(NamedTuple):
+    """A link as the kernel has it, whosever it is.
+
+    Attributes:
+        kind: None for kinds that are never ours.
+        master: ifindex of its bridge, or 0.
+    """
+
+    index: int
+    name: str
+    up: bool
+    mtu_bytes: int
+    mac: bytes
+    master: int
+    kind: LinkKind | None
+    vxlan: Vxlan | None
+
+
+class AddressInfo(NamedTuple):
+    """An address as the kernel has it; packed."""
+
+    index: int
+    address: bytes
+    prefix_length: int
+    scope: int
+
+
+def link_dump() -> bytes:
+    """Body of RTM_GETLINK for all links."""
+    return rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+
+
+def decode_link(message: Message) -> LinkInfo | None:
+    """One link, or None for a message that is not about one."""
+    if message.kind != rtnl.RTM_NEWLINK:
+        return None
+    _, _, index, flags, _ = rtnl.IFINFO.unpack_from(message.data, message.start)
+    attrs = rtnl.parse_attrs(message.data, message.start + 16, message.end)
+    info = _nested(attrs.get(IFLA_LINKINFO, b""))
+    kind = _KINDS.get(info.get(IFLA_INFO_KIND, b"").rstrip(b"\0"))
+    vxlan = None
+    if kind is LinkKind.VXLAN:
+        data = _nested(info.get(IFLA_INFO_DATA, b""))
+        vxlan = Vxlan(
+            _u32(data.get(IFLA_VXLAN_ID)),
+            int.from_bytes(data.get(IFLA_VXLAN_PORT, b""), "big"),
+            data.get(IFLA_VXLAN_LOCAL) or data.get(IFLA_VXLAN_LOCAL6, b""),
+        )
+    return LinkInfo(
+        index,
+        attrs.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
+        bool(flags & IFF_UP),
+        _u32(attrs.get(IFLA_MTU)),
+        attrs.get(IFLA_ADDRESS, b""),
+        _u32(attrs.get(IFLA_MASTER)),
+        kind,
+        vxlan,
+    )
+
+
+def address_dump() -> bytes:
+    """Body of RTM_GETADDR for all addresses."""
+    return rtnl.IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+
+
+def decode_address(message: Message) -> AddressInfo | None:
+    """One address, or None for a message that is not about one."""
+    if message.kind != rtnl.RTM_NEWADDR:
+        return None
+    _, length, _, scope, index = rtnl.IFADDR.unpack_from(message.data, message.start)
+    attrs = rtnl.parse_attrs(message.data, message.start + 8, message.end)
+    address = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS, b"")
+    return AddressInfo(index, address, length, scope)
+
+
+def encode_veth(
+    name: str, *, master: int, mtu_bytes: int, peer_name: str, peer_mac: bytes, peer_netns_fd: int
+) -> rtnl.Request:
+    """Create a veth pair: the host's end up and a port of a bridge, the other in a namespace.
+
+    The host's end gets no IPv6 link-local address: a bridge's port needs none.
+    """
+    peer = (
+        rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+        + _string(IFLA_IFNAME, peer_name)
+        + rtnl.attr(IFLA_MTU, rtnl.U32.pack(mtu_bytes))
+        + rtnl.attr(IFLA_ADDRESS, peer_mac)
+        + rtnl.attr(IFLA_NET_NS_FD, rtnl.U32.pack(peer_netns_fd))
+    )
+    data = rtnl.attr(VETH_INFO_PEER, peer)
+    info = _string(IFLA_INFO_KIND, "veth") + rtnl.attr(IFLA_INFO_DATA | NLA_F_NESTED, data)
+    body = (
+        rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, IFF_UP, IFF_UP)
+        + _string(IFLA_IFNAME, name)
+        + rtnl.attr(IFLA_MTU, rtnl.U32.pack(mtu_bytes))
+        + rtnl.attr(IFLA_MASTER, rtnl.U32.pack(master))
+        + rtnl.attr(IFLA_LINKINFO | NLA_F_NESTED, info)
+    )
+    return rtnl.Request(rtnl.RTM_NEWLINK, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
+
+
+def encode_no_link_local(index: int) -> rtnl.Request:
+    """Keep the kernel from giving a link an IPv6 link-local address."""
+    mode = rtnl.attr(IFLA_INET6_ADDR_GEN_MODE, bytes((ADDR_GEN_NONE,)))
+    spec = rtnl.attr(socket.AF_INET6 | NLA_F_NESTED, mode)
+    body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0)
+    return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.attr(IFLA_AF_SPEC | NLA_F_NESTED, spec))
+
+
+def encode_link_up(index: int) -> rtnl.Request:
+    """Set a link up."""
+    return rtnl.Request(
+        rtnl.RTM_SETLINK, 0, rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, IFF_UP, IFF_UP)
+    )
+
+
+def encode_link_delete(name: str) -> rtnl.Request:
+    """Delete a link by name; of a veth pair the other end goes too."""
+    body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _string(IFLA_IFNAME, name)
+    return rtnl.Request(rtnl.RTM_DELLINK, 0, body)
+
+
+def encode_address(interface: IPv4Interface | IPv6Interface, index: int) -> rtnl.Request:
+    """Add an address; IPv6 without duplicate address detection, so that it works at once."""
+    packed = interface.ip.packed
+    prefix_length = interface.network.prefixlen
+    family = socket.AF_INET if interface.version == 4 else socket.AF_INET6
+    body = rtnl.IFADDR.pack(family, prefix_length, 0, RT_SCOPE_UNIVERSE, index)
+    body += rtnl.attr(IFA_LOCAL, packed) + rtnl.attr(IFA_ADDRESS, packed)
+    if interface.version == 4:
+        body += rtnl.attr(IFA_BROADCAST, interface.network.broadcast_address.packed)
+    else:
+        body += rtnl.attr(IFA_FLAGS, rtnl.U32.pack(IFA_F_NODAD))
+    return rtnl.Request(rtnl.RTM_NEWADDR, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
+
+
+def _nested(data: bytes) -> dict[int, bytes]:
+    return rtnl.parse_attrs(data, 0, len(data))
+
+
+def _u32(raw: bytes | None) -> int:
+    return int(rtnl.U32.unpack(raw)[0]) if raw is not None and len(raw) == 4 else 0
+
+
+def _string(kind: int, text: str) -> bytes:
+    return rtnl.attr(kind, text.encode() + b"\0")

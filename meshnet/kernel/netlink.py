@@ -1,0 +1,378 @@
+"""The real kernel: one host's network stack through netlink, /proc/sys and nftables.
+
+Links are made and changed through pyroute2; all that comes in thousands goes through
+`meshnet.kernel.bulk`.  Everything acts on the network namespace of the thread that makes the
+object, and all calls must come from that thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from meshnet.backends import Path, Underlay
+from meshnet.diff import Failure, Op, Table, describe
+from meshnet.errors import KernelRefusedError, NotFoundError
+from meshnet.kernel import bulk, links, rtnl
+from meshnet.kernel.nft import NftTable
+from meshnet.state import AddressKey, KernelState, Link, LinkKind, format_ip, format_mac
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from meshnet.kernel.links import LinkInfo
+    from meshnet.model import IpAddress
+
+_OWN_LINK = re.compile(r"mn[bv][0-9]+|mne[0-9a-f]{12}")
+_PROC_SYS = FilePath("/proc/sys")
+_ALL_IPV6 = "net/ipv6/conf/all/forwarding"
+_OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
+"""Documentation addresses (RFC 5737, RFC 3849): their route is that of any address outside."""
+_LINK_SYSCTLS = (
+    ("ipv4", "forwarding"),
+    ("ipv4", "rp_filter"),
+    ("ipv6", "accept_dad"),
+    ("ipv6", "accept_ra"),
+    ("ipv6", "addr_gen_mode"),
+    ("ipv6", "disable_ipv6"),
+)
+_BULK_TABLES = frozenset((Table.NEIGHBOUR, Table.FDB, Table.NEXTHOP, Table.ROUTE))
+
+
+class NetlinkKernel:
+    """`meshnet.kernel.Kernel` on Linux.
+
+    Args:
+        firewall_memory: file that remembers the nftables table as loaded (`NftTable`).
+
+    Raises:
+        OSError: a netlink socket cannot be had.
+    """
+
+    def __init__(self, firewall_memory: FilePath) -> None:
+        self._rtnl = rtnl.RtnlSocket()
+        try:
+            self._iproute: Any = IPRoute()
+        except BaseException:
+            self._rtnl.close()
+            raise
+        self._nft = NftTable(firewall_memory)
+        self._indices: dict[str, int] = {}
+        self._forwarding_links: tuple[str, ...] = ()
+        self._actual: dict[str, Link] = {}
+        self.writes = 0
+
+    def close(self) -> None:
+        """See `meshnet.kernel.Kernel`."""
+        self._rtnl.close()
+        self._iproute.close()
+
+    @property
+    def port_id(self) -> int:
+        """Netlink address of the bulk socket: the sender in notifications of its own writes."""
+        return self._rtnl.port_id
+
+    # --- looking ------------------------------------------------------------------------------
+
+    def observe(
+        self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
+    ) -> Underlay:
+        """See `meshnet.kernel.Kernel`."""
+        by_index = {link.index: link for link in self._dump_links()}
+        ip, link = self._find_underlay(underlay_ip, underlay_dev, by_index)
+        targets = [*peers, *_OUTSIDE]
+        answers = self._rtnl.ask([bulk.encode_route_lookup(a.packed) for a in targets])
+        paths: dict[IpAddress, Path] = {}
+        for target, answer in zip(targets, answers, strict=True):
+            found = None
+            if not isinstance(answer, rtnl.KernelError):
+                found = bulk.decode_route_lookup(answer)
+            if found is not None and found[0] in by_index:
+                out = by_index[found[0]]
+                paths[target] = Path(out.name, found[1], found[2] or out.mtu_bytes)
+        outside = [paths.pop(a).dev for a in _OUTSIDE if a in paths]
+        self._forwarding_links = tuple(sorted({link.name, *outside} - {"lo"}))
+        listens = _read_sysctl(_ALL_IPV6) == "0"
+        return Underlay(
+            ip=ip,
+            dev=link.name,
+            mtu_bytes=link.mtu_bytes,
+            paths=paths,
+            forwarding_links=self._forwarding_links,
+            ra_links=tuple(
+                dev
+                for dev in self._forwarding_links
+                if listens and _read_sysctl(f"net/ipv6/conf/{dev}/accept_ra") == "1"
+            ),
+            ipv6=(_PROC_SYS / _ALL_IPV6).exists(),
+        )
+
+    def _find_underlay(
+        self, wanted: IpAddress | None, dev: str | None, by_index: dict[int, LinkInfo]
+    ) -> tuple[IpAddress, LinkInfo]:
+        held = []
+        for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
+            info = links.decode_address(message)
+            if info is not None and info.index in by_index and info.scope == 0:
+                held.append((ip_address(info.address), by_index[info.index]))
+        for ip, link in sorted(held, key=lambda item: item[0].version):
+            if ip == wanted or (wanted is None and link.name == dev):
+                return ip, link
+        if wanted is not None:
+            raise NotFoundError(
+                f"underlay address {wanted} is on no link of this host: "
+                "give --underlay-ip an address that `ip addr` shows"
+            )
+        raise NotFoundError(
+            f"link {dev} does not exist or has no global address: "
+            "give --underlay-dev a link that `ip addr` shows with one"
+        )
+
+    def _dump_links(self) -> list[LinkInfo]:
+        messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
+        found = [link for m in messages if (link := links.decode_link(m)) is not None]
+        self._indices = {link.name: link.index for link in found}
+        return found
+
+    def dump(self) -> KernelState:
+        """See `meshnet.kernel.Kernel`."""
+        state = KernelState()
+        everything = self._dump_links()
+        names = {link.index: link.name for link in everything}
+        for link in everything:
+            if link.kind is not None and _OWN_LINK.fullmatch(link.name):
+                state.links[link.name] = _to_link(link, names)
+        self._actual = state.links
+        self._dump_addresses(state, names)
+        for name, own in state.links.items():
+            if own.kind is LinkKind.VXLAN:
+                self._dump_tunnel(state, name)
+        self._dump_nexthops(state, names)
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for message in self._rtnl.dump(rtnl.RTM_GETROUTE, bulk.route_dump(family)):
+                found = bulk.decode_route(message)
+                if found is not None:
+                    state.routes[found[0]] = found[1]
+        for path in self._sysctl_paths():
+            state.sysctls[path] = _read_sysctl(path)
+        state.firewall = self._nft.read()
+        return state
+
+    def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:
+        for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
+            info = links.decode_address(message)
+            if info is None or info.scope != links.RT_SCOPE_UNIVERSE:
+                continue
+            dev = names.get(info.index, "")
+            if dev in state.links and state.links[dev].kind is not LinkKind.VETH:
+                state.addresses[AddressKey(dev, info.address, info.prefix_length)] = True
+
+    def _dump_tunnel(self, state: KernelState, dev: str) -> None:
+        index = self._indices[dev]
+        body = bulk.neighbour_dump(socket.AF_UNSPEC, index)
+        for message in self._rtnl.dump(rtnl.RTM_GETNEIGH, body):
+            neighbour = bulk.decode_neighbour(message, dev, index)
+            if neighbour is not None:
+                state.neighbours[neighbour[0]] = neighbour[1]
+        body = bulk.neighbour_dump(bulk.AF_BRIDGE, index)
+        for message in self._rtnl.dump(rtnl.RTM_GETNEIGH, body):
+            entry = bulk.decode_fdb(message, dev, index)
+            if entry is not None:
+                state.fdb[entry[0]] = entry[1]
+
+    def _dump_nexthops(self, state: KernelState, names: dict[int, str]) -> None:
+        foreign = set()
+        for message in self._rtnl.dump(rtnl.RTM_GETNEXTHOP, bulk.nexthop_dump()):
+            found = bulk.decode_nexthop(message, names)
+            if found is None:
+                continue
+            if found[1] is None:
+                foreign.add(found[0])
+            else:
+                state.nexthops[found[0]] = found[1]
+        state.foreign_nexthop_ids = frozenset(foreign)
+
+    def _sysctl_paths(self) -> Iterable[str]:
+        for dev in self._forwarding_links:
+            yield f"net/ipv4/conf/{dev}/forwarding"
+            yield f"net/ipv6/conf/{dev}/accept_ra"
+        yield _ALL_IPV6
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def apply(self, ops: Sequence[Op]) -> list[Failure]:
+        """See `meshnet.kernel.Kernel`."""
+        failures: list[Failure] = []
+        failed: set[tuple[Table, Any]] = set()
+        for table, run in _runs(ops):
+            ready: list[Op] = []
+            for op in run:
+                missing = next((n for n in op.needs if n in failed), None)
+                if missing is None:
+                    ready.append(op)
+                else:
+                    reason = f"not tried, since {describe(*missing)} could not be set"
+                    failures.append(Failure(op, 0, reason))
+                    failed.add((op.table, op.key))
+            refused = self._write_bulk(ready) if table in _BULK_TABLES else self._write_each(ready)
+            failures += refused
+            failed.update((f.op.table, f.op.key) for f in refused)
+        return failures
+
+    def _write_bulk(self, ops: Sequence[Op]) -> list[Failure]:
+        requests, sent, failures = [], [], []
+        for op in ops:
+            try:
+                requests.append(self._encode(op))
+                sent.append(op)
+            except KeyError as error:
+                failures.append(Failure(op, 0, f"link {error.args[0]} does not exist"))
+        self.writes += len(requests)
+        for i, error in sorted(self._rtnl.send_batch(requests).items()):
+            if sent[i].value is not None or error.errno not in _GONE:
+                failures.append(Failure(sent[i], error.errno, str(error)))
+        return failures
+
+    def _encode(self, op: Op) -> rtnl.Request:
+        match op.table:
+            case Table.NEIGHBOUR:
+                return bulk.encode_neighbour(op.key, op.value, self._indices[op.key.dev])
+            case Table.FDB:
+                return bulk.encode_fdb(op.key, op.value, self._indices[op.key.dev])
+            case Table.NEXTHOP:
+                index = self._indices[op.value.dev] if op.value is not None else 0
+                return bulk.encode_nexthop(op.key, op.value, index, exists=op.exists)
+            case _:
+                return bulk.encode_route(op.key, op.value, exists=op.exists)
+
+    def _write_each(self, ops: Sequence[Op]) -> list[Failure]:
+        failures = []
+        for op in ops:
+            self.writes += 1
+            try:
+                self._write_one(op)
+            except NetlinkError as error:
+                if op.value is not None or error.code not in _GONE:
+                    failures.append(Failure(op, error.code, str(error.args[-1])))
+            except OSError as error:
+                failures.append(Failure(op, error.errno or 0, str(error)))
+            except (KernelRefusedError, NotFoundError) as error:
+                failures.append(Failure(op, 0, str(error)))
+        return failures
+
+    def _write_one(self, op: Op) -> None:
+        match op.table:
+            case Table.LINK if op.value is None:
+                self._delete_link(op.key)
+            case Table.LINK:
+                self._set_link(op.key, op.value)
+            case Table.ADDRESS:
+                self._write_address(op.key, delete=op.value is None)
+            case Table.SYSCTL:
+                (_PROC_SYS / op.key).write_text(op.value)
+            case Table.FIREWALL if op.value is None:
+                self._nft.delete()
+            case _:
+                self._nft.load(op.value)
+
+    def _delete_link(self, name: str) -> None:
+        index = self._indices.pop(name, None)
+        if index is not None:
+            self._iproute.link("del", index=index)
+
+    def _set_link(self, name: str, link: Link) -> None:
+        current = self._actual.get(name) if name in self._indices else None
+        if current is None:
+            self._create_link(name, link)
+        index = self._indices[name]
+        changes: dict[str, Any] = {}
+        if current is not None and current.mtu_bytes != link.mtu_bytes:
+            changes["mtu"] = link.mtu_bytes
+        if current is not None and link.mac is not None and current.mac != link.mac:
+            changes["address"] = format_mac(link.mac)
+        if link.master and (current is None or current.master != link.master):
+            changes["master"] = self._indices[link.master]
+        if changes:
+            self._iproute.link("set", index=index, **changes)
+        for family, key, value in link.sysctls:
+            path = f"net/{family}/conf/{name}/{key}"
+            if _read_sysctl(path) != value:
+                (_PROC_SYS / path).write_text(value)
+        if link.up and (current is None or not current.up):
+            self._iproute.link("set", index=index, state="up")
+
+    def _create_link(self, name: str, link: Link) -> None:
+        """Make a link, down: it is configured before it goes up."""
+        options: dict[str, Any] = {"ifname": name, "mtu": link.mtu_bytes}
+        if link.mac is not None:
+            options["address"] = format_mac(link.mac)
+        if link.kind is LinkKind.VETH:
+            raise NotFoundError(f"endpoint link {name} is gone")
+        if link.kind is LinkKind.BRIDGE:
+            options |= {"kind": "bridge", "br_stp_state": 0, "br_mcast_snooping": 0}
+        elif link.vxlan is not None:
+            local = "vxlan_local" if len(link.vxlan.local) == 4 else "vxlan_local6"
+            options |= {
+                "kind": "vxlan",
+                "vxlan_id": link.vxlan.vni,
+                "vxlan_port": link.vxlan.port,
+                "vxlan_learning": False,
+                local: format_ip(link.vxlan.local),
+            }
+        self._iproute.link("add", **options)
+        found = self._iproute.link_lookup(ifname=name)
+        if not found:
+            raise KernelRefusedError(f"link {name} vanished while it was made")
+        self._indices[name] = int(found[0])
+
+    def _write_address(self, key: AddressKey, *, delete: bool) -> None:
+        options: dict[str, Any] = {
+            "index": self._indices[key.dev],
+            "address": format_ip(key.address),
+            "prefixlen": key.prefix_length,
+        }
+        if len(key.address) == 16 and not delete:
+            options["flags"] = links.IFA_F_NODAD
+        self._iproute.addr("del" if delete else "add", **options)
+
+
+_GONE = frozenset((2, 3, 19, 99))
+"""ENOENT, ESRCH, ENODEV, EADDRNOTAVAIL: what a deletion wanted is so already."""
+
+
+def _runs(ops: Sequence[Op]) -> Iterable[tuple[Table, list[Op]]]:
+    """Neighbouring operations on one table."""
+    run: list[Op] = []
+    for op in ops:
+        if run and run[-1].table is not op.table:
+            yield run[-1].table, run
+            run = []
+        run.append(op)
+    if run:
+        yield run[-1].table, run
+
+
+def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:
+    kind = info.kind or LinkKind.VETH
+    master = names.get(info.master, "") if info.master else ""
+    sysctls: tuple[tuple[str, str, str], ...] = ()
+    if kind is not LinkKind.VETH:
+        sysctls = tuple(
+            (family, key, value)
+            for family, key in _LINK_SYSCTLS
+            if (value := _read_sysctl(f"net/{family}/conf/{info.name}/{key}"))
+        )
+    return Link(kind, info.mtu_bytes, info.mac, info.up, master, info.vxlan, sysctls)
+
+
+def _read_sysctl(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return (_PROC_SYS / path).read_text().strip()
+    return ""

@@ -1,0 +1,97 @@
+"""Network namespaces: finding that of a process, and doing something inside one.
+
+`setns(2)` moves one thread; pyroute2's helper is not used because it creates a namespace that does
+not exist.  Only the thread that enters is moved, and it always comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+import os
+from typing import TYPE_CHECKING
+
+from meshnet.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CLONE_NEWNET = 0x4000_0000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def open_netns(pid: int) -> int:
+    """A descriptor of a process's network namespace; the caller closes it.
+
+    Raises:
+        NotFoundError: there is no such process.
+    """
+    try:
+        return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NotFoundError(
+            f"process {pid} does not exist: give the pid of a running process"
+        ) from error
+
+
+def netns_inode(fd: int) -> int:
+    """The number that tells a namespace from all others alive."""
+    return os.fstat(fd).st_ino
+
+
+def own_netns_inode() -> int:
+    """Inode of the calling thread's network namespace."""
+    return os.stat("/proc/thread-self/ns/net").st_ino
+
+
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot (proc(5), field 22 of stat).
+
+    Raises:
+        NotFoundError: there is no such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name in parentheses may hold anything, so fields count from its end.
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NotFoundError(
+            f"process {pid} does not exist: give the pid of a running process"
+        ) from error
+
+
+def find_process(inode: int) -> int | None:
+    """Any process whose network namespace has this inode."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{entry}/ns/net").st_ino == inode:
+                    return int(entry)
+    return None
+
+
+@contextlib.contextmanager
+def inside(fd: int) -> Iterator[None]:
+    """Run the block with the calling thread in another network namespace.
+
+    Raises:
+        OSError: the kernel refused to enter (EPERM), or the descriptor is no namespace.
+    """
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _setns(fd)
+        try:
+            yield
+        finally:
+            _setns(home)
+    finally:
+        os.close(home)
+
+
+def _setns(fd: int) -> None:
+    if _libc.setns(fd, CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"setns: {os.strerror(code)}")
+
+

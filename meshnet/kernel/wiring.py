@@ -1,0 +1,194 @@
+"""Endpoints: a veth pair from a namespace to a bridge of the host, all of it or nothing.
+
+The order inside the namespace matters: router advertisements and duplicate address detection are
+switched off before the link goes up, so that a packet can be sent with the first scheduling of the
+process and a neighbour on the bridge can not hand it a default route (CVE-2020-10749).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshnet.backends.vxlan import endpoint_link_name
+from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
+from meshnet.kernel import bulk, links, rtnl
+from meshnet.kernel.netns import inside
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from meshnet.kernel import EndpointWiring
+    from meshnet.model import Endpoint, IpAddress, IpNetwork
+
+_ENDPOINT_LINK = re.compile(r"mne[0-9a-f]{12}")
+RTPROT_STATIC = 4
+
+
+class NetlinkWiring:
+    """`meshnet.kernel.Wiring` on Linux; use it from the thread that made it.
+
+    Raises:
+        OSError: a netlink socket cannot be had.
+    """
+
+    def __init__(self) -> None:
+        self._rtnl = rtnl.RtnlSocket()
+        self.writes = 0
+
+    def close(self) -> None:
+        """See `meshnet.kernel.Wiring`."""
+        self._rtnl.close()
+
+    def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        endpoint = wiring.endpoint
+        name = endpoint_link_name(endpoint.id)
+        try:
+            bridge = socket.if_nametoindex(wiring.bridge)
+        except OSError as error:
+            raise NotFoundError(
+                f"bridge {wiring.bridge} of network {endpoint.network} is not up on this host: "
+                "see meshnet status"
+            ) from error
+        veth = links.encode_veth(
+            name,
+            master=bridge,
+            mtu_bytes=endpoint.mtu_bytes,
+            peer_name=endpoint.ifname,
+            peer_mac=endpoint.mac,
+            peer_netns_fd=netns_fd,
+        )
+        self._must(self._rtnl, [veth], endpoint)
+        try:
+            self._must(
+                self._rtnl, [links.encode_no_link_local(socket.if_nametoindex(name))], endpoint
+            )
+            with inside(netns_fd):
+                return self._configure(wiring)
+        except BaseException as error:
+            self._rtnl.send_batch([links.encode_link_delete(name)])
+            if isinstance(error, OSError):
+                raise KernelRefusedError(
+                    f"endpoint {endpoint.name} in process {endpoint.pid}: {error}"
+                ) from error
+            raise
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        """See `meshnet.kernel.Wiring`."""
+        self.writes += 1
+        name = endpoint_link_name(endpoint.id)
+        errors = self._rtnl.send_batch([links.encode_link_delete(name)])
+        if errors and errors[0].errno != errno.ENODEV:
+            raise KernelRefusedError(f"link {name} of endpoint {endpoint.name}: {errors[0]}")
+
+    def list_endpoint_links(self) -> list[str]:
+        """See `meshnet.kernel.Wiring`."""
+        messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
+        found = [links.decode_link(m) for m in messages]
+        return [f.name for f in found if f is not None and _ENDPOINT_LINK.fullmatch(f.name)]
+
+    def _configure(self, wiring: EndpointWiring) -> bool:
+        """The half inside the namespace: the calling thread is in it."""
+        endpoint = wiring.endpoint
+        index = socket.if_nametoindex(endpoint.ifname)
+        _set_ipv6(endpoint)
+        with contextlib.closing(rtnl.RtnlSocket()) as inner:
+            requests = [links.encode_address(a, index) for a in endpoint.addresses]
+            self._must(inner, [*requests, links.encode_link_up(index)], endpoint)
+            default = endpoint.default_route and not _has_default_route(inner)
+            routes = []
+            for gateway in endpoint.gateways:
+                targets = [r for r in wiring.routes if r.version == gateway.version]
+                routes += _encode_routes([None] if default else targets, gateway, index)
+            self._must(inner, routes, endpoint)
+        return default
+
+    def _must(
+        self, target: rtnl.RtnlSocket, requests: Sequence[rtnl.Request], endpoint: Endpoint
+    ) -> None:
+        self.writes += len(requests)
+        errors = target.send_batch(requests) if requests else {}
+        if errors:
+            raise _translate(requests[min(errors)], errors[min(errors)], endpoint)
+
+
+def _translate(
+    request: rtnl.Request, error: rtnl.KernelError, endpoint: Endpoint
+) -> MeshnetError:
+    """The kernel's errno in the words of whoever asked for the endpoint."""
+    exists = error.errno == errno.EEXIST
+    if exists and request.kind == rtnl.RTM_NEWLINK:
+        return ConflictError(
+            f"process {endpoint.pid} has a link {endpoint.ifname} already: "
+            "choose another name with --ifname"
+        )
+    if exists and request.kind == rtnl.RTM_NEWADDR:
+        addresses = ", ".join(map(str, endpoint.addresses))
+        return ConflictError(
+            f"process {endpoint.pid} holds one of the addresses {addresses} already: "
+            "choose another with --ip"
+        )
+    if exists:
+        return ConflictError(
+            f"process {endpoint.pid} has a route that endpoint {endpoint.name} needs for network "
+            f"{endpoint.network} already: remove it"
+        )
+    return KernelRefusedError(
+        f"endpoint {endpoint.name} of network {endpoint.network} in process {endpoint.pid}: {error}"
+    )
+
+
+def _set_ipv6(endpoint: Endpoint) -> None:
+    """Settings of the calling thread's namespace (/proc/sys/net is that of whoever opens it)."""
+    settings = Path("/proc/sys/net/ipv6/conf") / endpoint.ifname
+    if not settings.exists():
+        return
+    (settings / "accept_ra").write_text("0")
+    (settings / "accept_dad").write_text("0")
+    if any(a.version == 6 for a in endpoint.addresses):
+        # Docker and others start namespaces with IPv6 off.
+        (settings / "disable_ipv6").write_text("0")
+
+
+def _has_default_route(inner: rtnl.RtnlSocket) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        body = rtnl.RTMSG.pack(family, 0, 0, 0, bulk.RT_TABLE_MAIN, 0, 0, 0, 0)
+        for message in inner.dump(rtnl.RTM_GETROUTE, body):
+            header = rtnl.RTMSG.unpack_from(message.data, message.start)
+            length, table, kind = header[1], header[4], header[7]
+            if not length and table == bulk.RT_TABLE_MAIN and kind == bulk.RTN_UNICAST:
+                return True
+    return False
+
+
+def _encode_routes(
+    targets: Sequence[IpNetwork | None], gateway: IpAddress, index: int
+) -> list[rtnl.Request]:
+    """Routes through a gateway in a namespace; None stands for the default route."""
+    family = bulk.family_of(gateway.packed)
+    requests = []
+    for target in targets:
+        header = rtnl.RTMSG.pack(
+            family,
+            target.prefixlen if target else 0,
+            0,
+            0,
+            bulk.RT_TABLE_MAIN,
+            RTPROT_STATIC,
+            bulk.RT_SCOPE_UNIVERSE,
+            bulk.RTN_UNICAST,
+            0,
+        )
+        body = header + rtnl.attr(bulk.RTA_GATEWAY, gateway.packed)
+        body += rtnl.attr(bulk.RTA_OIF, rtnl.U32.pack(index))
+        if target is not None:
+            body += rtnl.attr(bulk.RTA_DST, target.network_address.packed)
+        flags = rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL
+        requests.append(rtnl.Request(rtnl.RTM_NEWROUTE, flags, body))
+    return requests
+

@@ -1,0 +1,84 @@
+"""Starting an agent for a lab host, and asking it whether it is ready.
+
+May import only the standard library.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_HTTP_TIMEOUT_S = 2.0
+_TAIL_LINES = 15
+_TAIL_BYTES = 16_384
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix stream socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_HTTP_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_HTTP_TIMEOUT_S)
+        self.sock.connect(str(self._path))
+
+
+def spawn_agent(
+    enter: Sequence[str], options: Sequence[str], log_path: Path
+) -> subprocess.Popen[bytes]:
+    """Start an agent, detached: it outlives us, our terminal and our Ctrl-C.
+
+    Args:
+        enter: argv to put before it, which enters the host's namespace.
+        options: the agent's own.
+        log_path: where its stdout and stderr are appended.
+    """
+    # None of our own settings, which are for the client, or for an agent on this machine itself.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MESHNET_")
+    }
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            [*enter, sys.executable, "-m", "meshnet_agent", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def is_ready(socket_path: Path) -> bool:
+    """Whether an agent answers GET /readyz with 200."""
+    connection = _UnixConnection(socket_path)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def log_tail(path: Path) -> str:
+    """The last lines of a log, indented, for an error message."""
+    try:
+        with path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - _TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+    except FileNotFoundError:
+        return f"  ({path} does not exist)"
+    return "\n".join(f"  {line}" for line in lines) or f"  ({path} is empty)"

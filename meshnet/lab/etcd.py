@@ -1,0 +1,239 @@
+"""One etcd server as a child process: what the lab and the tests run their hosts against.
+
+Job: start a single-member etcd, wait until it answers, and do to it what happens to etcd in real
+life (stop, kill, pause, resume, start again on the same data).  Place: control plane only; no
+packet passes here.  Synchronous on purpose: it is called from fixtures and from ``meshnet lab``,
+outside any trio run.  May import only the standard library and `meshnet.errors`.
+
+Needs the programs ``etcd`` and ``etcdctl`` (3.4 or newer).  With a `prefix` such as
+``("nsenter", "--net=/run/netns/x")`` both run inside that network namespace; the prefix must
+``exec`` the command (as ``nsenter --net`` and ``ip netns exec`` do), so that `EtcdServer.pid` is
+etcd's own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+from meshnet.errors import NotFoundError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+_STOP_DEADLINE_S = 5.0
+_CTL_TIMEOUT_S = 10.0
+_POLL_INTERVAL_S = 0.02
+
+
+class EtcdServer:
+    """A single-member etcd with its data under `data_dir`.
+
+    Args:
+        data_dir: etcd's data directory; created by etcd, kept when the server ends.
+        client_url: URL to listen on and advertise, ``http://`` or ``https://``.
+        peer_url: URL for other members.  The default is a port of the kernel's choice on
+            loopback: a single member needs none, and etcd insists on one.
+        prefix: argv to put before every command, such as ``nsenter --net=…``.
+        log_file: where etcd's stdout and stderr are appended.
+        extra_args: further etcd flags (TLS: ``--cert-file`` and so on).
+        ctl_args: further etcdctl flags (``--cacert``, ``--cert``, ``--key``, ``--user``).
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        client_url: str,
+        peer_url: str | None = None,
+        prefix: Sequence[str] = (),
+        log_file: Path,
+        extra_args: Sequence[str] = (),
+        ctl_args: Sequence[str] = (),
+    ) -> None:
+        self.data_dir = data_dir
+        self.client_url = client_url
+        self.peer_url = peer_url or "http://127.0.0.1:0"
+        self.log_file = log_file
+        self._prefix = tuple(prefix)
+        self._extra_args = tuple(extra_args)
+        self._ctl_args = tuple(ctl_args)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running etcd.
+
+        Raises:
+            NotFoundError: it was not started, or was stopped or killed.
+        """
+        if self._process is None:
+            raise NotFoundError(f"etcd at {self.client_url} is not running: call start() first")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there (it may be paused)."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start etcd, on the data of an earlier run if there is some; returns at once.
+
+        Raises:
+            NotFoundError: the ``etcd`` program is not installed.
+        """
+        if self.running:
+            return
+        argv = [
+            *self._prefix,
+            "etcd",
+            f"--data-dir={self.data_dir}",
+            f"--listen-client-urls={self.client_url}",
+            f"--advertise-client-urls={self.client_url}",
+            f"--listen-peer-urls={self.peer_url}",
+            f"--initial-advertise-peer-urls={self.peer_url}",
+            f"--initial-cluster=default={self.peer_url}",
+            "--logger=zap",
+            "--log-level=error",
+            *self._extra_args,
+        ]
+        try:
+            with self.log_file.open("ab") as log:
+                self._process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=_environment(),
+                    # A session of its own: Ctrl-C in the lab's terminal is for the lab, which
+                    # then stops etcd in its own order.
+                    start_new_session=True,
+                )
+        except FileNotFoundError as exc:
+            raise NotFoundError(f"{exc.filename} is not installed: install etcd-server") from exc
+
+    def stop(self) -> None:
+        """End etcd in an orderly way (SIGTERM, after 5 s SIGKILL) and reap it.  Idempotent."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        self.resume()  # a stopped process acts on SIGTERM only when it continues
+        try:
+            self._process.wait(_STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def kill(self) -> None:
+        """End etcd as a crash does (SIGKILL) and reap it.  Idempotent."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+
+    def restart(self, deadline_s: float = 20.0) -> None:
+        """Kill, start again on the same data and wait until it answers."""
+        self.kill()
+        self.start()
+        self.wait_healthy(deadline_s)
+
+    def pause(self) -> None:
+        """Freeze etcd (SIGSTOP): connections stay open and nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undo `pause`; harmless when not paused."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def wait_healthy(self, deadline_s: float = 20.0) -> None:
+        """Block until etcd answers a linearizable read.
+
+        Raises:
+            StoreUnavailableError: etcd exited, or did not answer within `deadline_s` seconds.
+        """
+        deadline = time.monotonic() + deadline_s
+        while True:
+            if self._process is None or self._process.poll() is not None:
+                raise StoreUnavailableError(
+                    f"etcd at {self.client_url} exited while starting: {self._last_log_line()}"
+                )
+            result = self._run_ctl("--command-timeout=1s", "endpoint", "health")
+            if result.returncode == 0:
+                return
+            if time.monotonic() > deadline:
+                raise StoreUnavailableError(
+                    f"etcd at {self.client_url} is not healthy after {deadline_s:g} s: "
+                    f"see {self.log_file}"
+                )
+            time.sleep(_POLL_INTERVAL_S)
+
+    def ctl(self, *args: str) -> str:
+        """Run ``etcdctl`` with `args` against this server and return its stdout.
+
+        Raises:
+            NotFoundError: the ``etcdctl`` program is not installed.
+            StoreUnavailableError: it failed; the message has its last line.
+        """
+        result = self._run_ctl(*args)
+        if result.returncode != 0:
+            reason = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
+            # Only the subcommand: further arguments may be passwords.
+            raise StoreUnavailableError(
+                f"etcdctl {' '.join(args[:2])} on {self.client_url} failed: {''.join(reason)}"
+            )
+        return result.stdout
+
+    def _run_ctl(self, *args: str) -> subprocess.CompletedProcess[str]:
+        argv = [
+            *self._prefix,
+            "etcdctl",
+            f"--endpoints={self.client_url}",
+            "--dial-timeout=1s",
+            *self._ctl_args,
+            *args,
+        ]
+        try:
+            return subprocess.run(
+                argv,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                env=_environment(),
+                timeout=_CTL_TIMEOUT_S,
+                check=False,
+            )
+        except FileNotFoundError as exc:
+            raise NotFoundError(f"{exc.filename} is not installed: install etcd-client") from exc
+        except subprocess.TimeoutExpired as exc:
+            raise StoreUnavailableError(
+                f"etcdctl on {self.client_url} did not end within {_CTL_TIMEOUT_S:g} s"
+            ) from exc
+
+    def _last_log_line(self) -> str:
+        lines = self.log_file.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"{self.log_file} is empty"
+
+
+def _environment() -> dict[str, str]:
+    """The environment less ETCD_… and ETCDCTL_…: etcd takes every flag from there, too."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("ETCD")}

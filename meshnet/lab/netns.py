@@ -1,0 +1,183 @@
+"""The lab's network namespaces: their names, making and removing them, running things in them.
+
+`nsenter` and not ``ip netns exec``: the latter mounts a new /sys over the old one, which costs
+time and hides the cgroup tree from what runs there.  May import only the standard library and
+`meshnet.errors`; ``meshnet lab exec`` imports it, so nothing slow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshnet.errors import KernelRefusedError, NotFoundError, PolicyRefusedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+NETNS_DIR = Path("/run/netns")
+"""Where ip-netns(8) keeps named namespaces."""
+
+DEFAULT_LAB = "lab"
+SWITCH = "sw"
+ETCD = "etcd"
+BRIDGE = "br0"
+"""The switch's bridge; its ports are named as the hosts, and ``etcd``."""
+
+_PREFIX = "mnlab-"
+_LAB_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+# No hyphen: what follows the last one in a namespace's name is the host, so that lab "a" can tell
+# its namespaces from those of lab "a-b".  15 characters: the host's switch port has its name.
+_HOST_NAME = re.compile(r"[a-z][a-z0-9]{0,14}")
+_RESERVED = frozenset({SWITCH, ETCD, BRIDGE, "lo", "all", "default"})
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
+_IP_TIMEOUT_S = 60.0
+
+
+def check_lab_name(name: str) -> None:
+    """Refuse a name that no lab can have.
+
+    Raises:
+        UsageError: it is not 1 to 40 lower-case letters, digits and hyphens.
+    """
+    if not _LAB_NAME.fullmatch(name):
+        raise UsageError(
+            f"lab name {name!r}: use 1 to 40 lower-case letters, digits and hyphens, such as 'lab'"
+        )
+
+
+def check_host_name(name: str) -> None:
+    """Refuse a name that no host of a lab can have.
+
+    Raises:
+        UsageError: it is reserved, or not a letter and up to 14 lower-case letters and digits.
+    """
+    if name in _RESERVED or not _HOST_NAME.fullmatch(name):
+        raise UsageError(
+            f"lab host {name!r}: use a letter and up to 14 lower-case letters and digits, "
+            f"and none of {', '.join(sorted(_RESERVED))}"
+        )
+
+
+def netns_name(lab: str, part: str) -> str:
+    """Name the namespace of one host (or of the switch, or etcd) of a lab."""
+    return f"{_PREFIX}{part}" if lab == DEFAULT_LAB else f"{_PREFIX}{lab}-{part}"
+
+
+def netns_path(netns: str) -> Path:
+    """Path of a named namespace, for setns(2) and nsenter(1)."""
+    return NETNS_DIR / netns
+
+
+def list_netns(lab: str) -> list[str]:
+    """Names of the namespaces of a lab that exist, half-made ones included."""
+    prefix = netns_name(lab, "")
+    try:
+        names = os.listdir(NETNS_DIR)
+    except FileNotFoundError:
+        return []
+    return sorted(
+        name for name in names if name.startswith(prefix) and "-" not in name[len(prefix) :]
+    )
+
+
+def add_netns(names: Iterable[str]) -> None:
+    """Make named namespaces.
+
+    Raises:
+        KernelRefusedError: one exists, or the kernel refused; those before it are made.
+    """
+    ip_batch([f"netns add {name}" for name in names])
+
+
+def delete_netns(names: Sequence[str]) -> None:
+    """Remove named namespaces, half-made ones too; those that do not exist are passed over.
+
+    Raises:
+        KernelRefusedError: one is still there.
+    """
+    present = [name for name in names if netns_path(name).exists()]
+    if not present:
+        return
+    # -force: go on after a failure, as when another program removes the same ones.
+    result = _run_ip(["-force"], [f"netns del {name}" for name in present], None)
+    left = [name for name in present if netns_path(name).exists()]
+    if left:
+        raise KernelRefusedError(
+            f"network namespace {', '.join(left)} cannot be removed: {_last_line(result.stderr)}"
+        )
+
+
+def enter_argv(path: Path) -> tuple[str, ...]:
+    """Argv to put before a command so that it runs in a namespace; the process id stays."""
+    return ("nsenter", f"--net={path}", "--")
+
+
+def ip_batch(lines: Sequence[str], *, netns: str | None = None) -> None:
+    """Run ip(8) once for many commands, in a named namespace or the caller's.
+
+    Raises:
+        NotFoundError: iproute2 or util-linux is not installed.
+        KernelRefusedError: a command failed; it is named, and none after it was run.
+    """
+    result = _run_ip([], lines, netns)
+    if result.returncode != 0:
+        # The last line of stderr is "Command failed -:N", with N from 1.
+        match = re.search(r"Command failed -:(\d+)", result.stderr)
+        failed = lines[int(match[1]) - 1] if match else "-batch"
+        reason = result.stderr.strip().splitlines()[:1]
+        where = netns or "the current namespace"
+        raise KernelRefusedError(f"ip {failed} in {where}: {''.join(reason)}")
+
+
+def set_netns(path: Path) -> None:
+    """Move the calling thread into the namespace at `path`, for good.
+
+    For a program that is about to exec; Python 3.11 has no os.setns.
+
+    Raises:
+        NotFoundError: there is no namespace at `path`.
+        PolicyRefusedError: the caller is not root.
+        KernelRefusedError: the kernel refused otherwise.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as exc:
+        raise NotFoundError(f"network namespace {path} does not exist") from exc
+    try:
+        if libc.setns(descriptor, _CLONE_NEWNET) == 0:
+            return
+        number = ctypes.get_errno()
+    finally:
+        os.close(descriptor)
+    if isinstance(OSError(number, ""), PermissionError):
+        raise PolicyRefusedError(f"entering network namespace {path} needs root: use sudo")
+    raise KernelRefusedError(f"cannot enter network namespace {path}: {os.strerror(number)}")
+
+
+def _run_ip(
+    options: Sequence[str], lines: Sequence[str], netns: str | None
+) -> subprocess.CompletedProcess[str]:
+    enter = () if netns is None else enter_argv(netns_path(netns))
+    try:
+        return subprocess.run(
+            [*enter, "ip", *options, "-batch", "-"],
+            input="".join(f"{line}\n" for line in lines),
+            capture_output=True,
+            text=True,
+            timeout=_IP_TIMEOUT_S,
+            check=False,
+        )
+    except FileNotFoundError as exc:
+        raise NotFoundError(
+            f"{exc.filename} is not installed: install iproute2 and util-linux"
+        ) from exc
+
+
+def _last_line(text: str) -> str:
+    return "".join(text.strip().splitlines()[-1:]) or "no reason given"

@@ -1,0 +1,226 @@
+"""Processes of the lab: named without doubt, found by namespace, ended by pidfd.
+
+A process id alone is reused by the kernel; with its start time (field 22 of ``/proc/PID/stat``,
+proc(5)) it names one process for ever, also from another program and hours later.  Signals go
+through a pidfd that was opened *before* the start time was compared, so that none can reach a
+stranger.  Zombies count as gone: whoever started them reaps them.
+
+May import only the standard library and `meshnet.errors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshnet.errors import KernelRefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+_PROC = Path("/proc")
+_DEAD_STATES = "ZX"
+_KILL_DEADLINE_S = 10.0
+
+NetnsId = tuple[int, int]
+"""Device and inode number of a network namespace: equal for two processes if they share it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRef:
+    """One process, for ever: its id and when it started.
+
+    Attributes:
+        pid: process id in our PID namespace.
+        start_time: clock ticks after boot.
+    """
+
+    pid: int
+    start_time: int
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs (a zombie does not)."""
+        stat = _read_stat(self.pid)
+        return stat is not None and stat.start_time == self.start_time
+
+
+@dataclass(frozen=True, slots=True)
+class _Stat:
+    """What we need of ``/proc/PID/stat``."""
+
+    parent_pid: int
+    start_time: int
+
+
+def identify(pid: int) -> ProcessRef:
+    """Name the running process, or our own unreaped child, that has `pid` now.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
+    # A child that has ended already is a zombie until we reap it, so its pid is still its own.
+    stat = _read_stat(pid, zombies=True)
+    if stat is None:
+        raise ProcessLookupError(f"process {pid} does not exist")
+    return ProcessRef(pid, stat.start_time)
+
+
+def netns_id(path: Path) -> NetnsId | None:
+    """Identify the network namespace behind `path` (``/run/netns/x``, ``/proc/1/ns/net``).
+
+    Returns:
+        None if there is nothing at `path` or its process is gone.  For a file that is not a
+        namespace (a half-made one) an id that no process has.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return (stat.st_dev, stat.st_ino)
+
+
+def process_netns_id(pid: int) -> NetnsId | None:
+    """Identify the network namespace of a process; None if it is gone (or a zombie)."""
+    return netns_id(_PROC / str(pid) / "ns" / "net")
+
+
+def own_netns_id() -> NetnsId:
+    """Identify the network namespace of the calling thread."""
+    stat = (_PROC / "thread-self" / "ns" / "net").stat()
+    return (stat.st_dev, stat.st_ino)
+
+
+def find_in_namespaces(namespaces: Collection[NetnsId]) -> set[ProcessRef]:
+    """Find every running process whose network namespace is one of `namespaces`, except us.
+
+    Our own namespace and that of process 1 are never looked into, whatever `namespaces` says:
+    what is found here is about to be killed.
+    """
+    wanted = set(namespaces) - {own_netns_id(), process_netns_id(1)}
+    found = set()
+    for pid in _pids():
+        if pid == os.getpid():
+            continue
+        # The start time first: if the pid passes to another process before the namespace is
+        # read, the pair names a process that is gone, and no signal will reach the new one.
+        stat = _read_stat(pid)
+        if stat is not None and process_netns_id(pid) in wanted:
+            found.add(ProcessRef(pid, stat.start_time))
+    return found
+
+
+def with_descendants(refs: Iterable[ProcessRef]) -> set[ProcessRef]:
+    """Return those of `refs` that run, with their children, and so on; never ourselves.
+
+    A container that a lab host's agent or shell started lives in a network namespace of its own;
+    it is the lab's by its parents.
+    """
+    stats = {pid: stat for pid in _pids() if (stat := _read_stat(pid)) is not None}
+    children: dict[int, list[int]] = {}
+    for pid, stat in stats.items():
+        children.setdefault(stat.parent_pid, []).append(pid)
+    pending = [
+        ref.pid
+        for ref in refs
+        if ref.pid in stats and stats[ref.pid].start_time == ref.start_time
+    ]
+    family: set[int] = set()
+    while pending:
+        pid = pending.pop()
+        if pid not in family and pid != os.getpid():
+            family.add(pid)
+            pending.extend(children.get(pid, []))
+    return {ProcessRef(pid, stats[pid].start_time) for pid in family}
+
+
+def end_processes(refs: Iterable[ProcessRef], *, deadline_s: float) -> None:
+    """End processes: SIGTERM to all, and SIGKILL to those that are left after `deadline_s`.
+
+    A stopped process is continued, so that it can act on SIGTERM.  Those that are gone already are
+    passed over.  On return none runs; children of ours are zombies until they are reaped.
+
+    Args:
+        refs: which ones; nothing else is ever signalled.
+        deadline_s: seconds that they get to end in order, all together; 0 kills at once.
+
+    Raises:
+        KernelRefusedError: some survived SIGKILL (they hang in the kernel).
+    """
+    with contextlib.ExitStack() as stack:
+        pidfds: dict[int, ProcessRef] = {}
+        for ref in refs:
+            pidfd = _open_pidfd(ref)
+            if pidfd is not None:
+                stack.callback(os.close, pidfd)
+                pidfds[pidfd] = ref
+        left = set(pidfds)
+        if deadline_s > 0:
+            _signal(left, signal.SIGTERM)
+            _signal(left, signal.SIGCONT)
+            left = _wait(left, deadline_s)
+        _signal(left, signal.SIGKILL)
+        left = _wait(left, _KILL_DEADLINE_S)
+        if left:
+            pids = ", ".join(sorted(str(pidfds[pidfd].pid) for pidfd in left))
+            raise KernelRefusedError(
+                f"process {pids} survived SIGKILL: see /proc/PID/wchan for where it hangs"
+            )
+
+
+def _open_pidfd(ref: ProcessRef) -> int | None:
+    try:
+        pidfd = os.pidfd_open(ref.pid)
+    except ProcessLookupError:
+        return None
+    if ref.alive:
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+def _signal(pidfds: Iterable[int], number: signal.Signals) -> None:
+    for pidfd in pidfds:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
+
+
+def _wait(pidfds: Iterable[int], deadline_s: float) -> set[int]:
+    """Wait until all have ended; return those that have not within `deadline_s`."""
+    left = set(pidfds)
+    poller = select.poll()
+    for pidfd in left:
+        poller.register(pidfd, select.POLLIN)
+    deadline = time.monotonic() + deadline_s
+    while left:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            break
+        for pidfd, _ in poller.poll(remaining_s * 1000):
+            poller.unregister(pidfd)
+            left.discard(pidfd)
+    return left
+
+
+def _pids() -> Iterator[int]:
+    for name in os.listdir(_PROC):
+        if name.isdigit():
+            yield int(name)
+
+
+def _read_stat(pid: int, *, zombies: bool = False) -> _Stat | None:
+    try:
+        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # Field 2, the command's name, may hold blanks and parentheses: count from the last one.
+    fields = text.rpartition(")")[2].split()
+    if fields[0] in _DEAD_STATES and not zombies:
+        return None
+    return _Stat(parent_pid=int(fields[1]), start_time=int(fields[19]))

@@ -1,0 +1,241 @@
+"""Taking a lab down, whoever made it and however far it or an earlier take-down got.
+
+Trusts only what it can see: processes by ``lab.json`` (pid and start time), by the network
+namespace they live in, and by their parents; namespaces by their names; mounts by
+``/proc/self/mountinfo``.  May import only the standard library, `meshnet.errors` and the lab's
+lower modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
+from meshnet.lab.netns import ETCD, delete_netns, list_netns, netns_name, netns_path
+from meshnet.lab.process import (
+    NetnsId,
+    ProcessRef,
+    end_processes,
+    find_in_namespaces,
+    netns_id,
+    own_netns_id,
+    with_descendants,
+)
+from meshnet.lab.state import (
+    LABS_DIR,
+    ContainerRecord,
+    LabDocument,
+    LabFile,
+    is_lab_dir,
+    removal_order,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_MNT_DETACH = 2  # linux/fs.h
+_ROUNDS = 10
+_DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What a take-down found and removed.
+
+    Attributes:
+        processes: how many it ended.
+        namespaces: names of the namespaces it removed.
+        directory: whether the lab's directory was there.
+    """
+
+    processes: int
+    namespaces: list[str]
+    directory: bool
+
+    @property
+    def anything(self) -> bool:
+        """Whether there was anything to remove."""
+        return bool(self.processes or self.namespaces or self.directory)
+
+
+def tear_down(
+    lab: str,
+    base_dir: Path,
+    *,
+    known: Iterable[ProcessRef] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Removed:
+    """Remove everything of a lab: agents and containers, then etcd, namespaces, directory.
+
+    Harmless on a lab that does not exist, and may be called again after it failed or was killed.
+
+    Args:
+        known: processes that the caller knows to be the lab's, on top of those in ``lab.json``.
+
+    Raises:
+        ConflictError: `base_dir` is not this lab's directory, or the caller itself is in one of
+            the lab's namespaces.
+        KernelRefusedError: something cannot be removed.
+    """
+    say = progress or (lambda _: None)
+    document = _read_document(lab, base_dir)
+    namespaces = list_netns(lab)
+    _refuse_from_inside(namespaces)
+    etcd_netns = netns_name(lab, ETCD)
+    etcd = None if document is None else document.etcd
+    others = {*known, *([] if document is None else document.processes())} - {etcd}
+    containers = [] if document is None else document.containers
+
+    say("ending agents and containers")
+    # etcd last, so that an agent that gives its lease back as it ends can do so.
+    count = end_everything(
+        [netns_path(name) for name in namespaces if name != etcd_netns],
+        others,
+        containers,
+        deadline_s=_DEADLINE_S,
+    )
+    say("ending etcd")
+    etcd_paths = [netns_path(name) for name in namespaces if name == etcd_netns]
+    etcd_refs = [] if etcd is None else [etcd]
+    count += end_everything(etcd_paths, etcd_refs, deadline_s=_DEADLINE_S)
+    say("removing namespaces and directories")
+    delete_netns(namespaces)
+    directory = base_dir.is_dir()
+    if directory:
+        _remove_base_dir(base_dir)
+    return Removed(processes=count, namespaces=namespaces, directory=directory)
+
+
+def end_everything(
+    namespaces: Iterable[Path],
+    refs: Iterable[ProcessRef],
+    containers: Iterable[ContainerRecord] = (),
+    *,
+    deadline_s: float,
+) -> int:
+    """End processes, whatever else is in their or the given namespaces, and all descendants.
+
+    Args:
+        namespaces: paths of namespaces that are the lab's.
+        refs: processes that are the lab's.
+        containers: those whose own namespaces are to be emptied.
+        deadline_s: seconds between SIGTERM and SIGKILL; 0 is SIGKILL at once.
+
+    Returns:
+        How many were ended.
+
+    Raises:
+        KernelRefusedError: some cannot be ended, or new ones keep appearing.
+    """
+    wanted = set(refs)
+    ended: set[ProcessRef] = set()
+    with contextlib.ExitStack() as stack:
+        # Held open until all is over: as long as we refer to a namespace its inode number names
+        # no other, so nobody else's process can be taken for one of the lab's.
+        ids = {found for path in namespaces if (found := _hold(path, stack)) is not None}
+        for container in containers:
+            wanted.add(container.ref)
+            found = _hold(Path(f"/proc/{container.ref.pid}/ns/net"), stack)
+            # Compared, because the process may not have reached its namespace yet, or have left.
+            if found is not None and found == container.netns and container.ref.alive:
+                ids.add(found)
+        for _ in range(_ROUNDS):
+            left = with_descendants(wanted | find_in_namespaces(ids))
+            if not left:
+                return len(ended)
+            end_processes(left, deadline_s=deadline_s)
+            ended |= left
+    pids = ", ".join(str(ref.pid) for ref in left)
+    raise KernelRefusedError(
+        f"processes keep appearing in the lab's namespaces, last {pids}: end what starts them"
+    )
+
+
+def _hold(path: Path, stack: contextlib.ExitStack) -> NetnsId | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    stack.callback(os.close, descriptor)
+    stat = os.fstat(descriptor)
+    return (stat.st_dev, stat.st_ino)
+
+
+def _read_document(lab: str, base_dir: Path) -> LabDocument | None:
+    if not base_dir.is_dir():
+        return None
+    if not is_lab_dir(base_dir):
+        raise ConflictError(
+            f"{base_dir} is not a lab's directory (it has no lab.json): it is left alone"
+        )
+    try:
+        document = LabFile(base_dir).read()
+    except (NotFoundError, ConflictError):
+        # Killed before it was written, or damaged: the namespaces still give the processes away.
+        return None
+    if document.name != lab:
+        raise ConflictError(
+            f"{base_dir} belongs to lab {document.name!r}, not {lab!r}: "
+            f"use 'meshnet lab down --name {document.name}'"
+        )
+    return document
+
+
+def _refuse_from_inside(namespaces: Iterable[str]) -> None:
+    for name in namespaces:
+        if netns_id(netns_path(name)) == own_netns_id():
+            raise ConflictError(
+                f"this runs in namespace {name} of the lab itself: leave it, then take it down"
+            )
+
+
+def _remove_base_dir(base_dir: Path) -> None:
+    _unmount_below(base_dir)
+    try:
+        # lab.json last: as long as anything is left, a second attempt recognises the directory.
+        for path in removal_order(base_dir):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        base_dir.rmdir()
+    except FileNotFoundError:
+        pass  # another 'lab down' is at it
+    except OSError as exc:
+        raise KernelRefusedError(f"{base_dir} cannot be removed: {exc}") from exc
+    if base_dir.parent == LABS_DIR:
+        with contextlib.suppress(OSError):  # other labs are there
+            LABS_DIR.rmdir()
+
+
+def _unmount_below(base_dir: Path) -> None:
+    """Unmount what is mounted below a directory.
+
+    Containers' root file systems are mounted below the agent's state directory, and volumes in
+    them; removing the directory through such a mount would remove the user's files.
+    """
+    root = f"{base_dir.resolve()}/"
+    libc = ctypes.CDLL(None, use_errno=True)
+    for mount_point in reversed(_mount_points()):
+        if not mount_point.startswith(root):
+            continue
+        if libc.umount2(os.fsencode(mount_point), _MNT_DETACH) != 0:
+            reason = os.strerror(ctypes.get_errno())
+            raise KernelRefusedError(f"{mount_point} cannot be unmounted: {reason}")
+
+
+def _mount_points() -> list[str]:
+    text = Path("/proc/self/mountinfo").read_bytes()
+    # proc(5): field 5 is the mount point, with blanks and the like as \040.
+    fields = [line.split(b" ")[4] for line in text.splitlines()]
+    return [
+        os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
+        for field in fields
+    ]

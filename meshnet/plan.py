@@ -1,0 +1,158 @@
+"""From what the mesh agreed on to what this host's kernel should hold.
+
+Pure: imports no socket, file, clock or trio.  The reconciler brings a snapshot of the store, what
+the agent knows of itself and what the kernel says of the underlay; nothing else decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
+from meshnet.backends.vxlan import plan_vxlan
+from meshnet.errors import UsageError
+from meshnet.firewall import render_firewall
+from meshnet.model import Mode
+from meshnet.state import KernelState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from meshnet.backends import Backend
+    from meshnet.model import Endpoint, HostId, IpNetwork, MeshSnapshot, Network, NetworkName
+
+BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: plan_vxlan}
+"""The modes this version carries packets for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalView:
+    """What this agent knows of its own host.
+
+    Attributes:
+        subnets: the subnets it holds reservations for.
+        expired: hosts dead for longer than the grace period.
+    """
+
+    host: HostId
+    subnets: Mapping[NetworkName, tuple[IpNetwork, ...]]
+    endpoints: Sequence[Endpoint] = ()
+    expired: frozenset[HostId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkOutcome:
+    """How one network came out; `plan` is None when this host has no part in it yet."""
+
+    plan: NetworkPlan | None
+    peers: int
+    errors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshPlan:
+    """The desired kernel state, and how each network came out."""
+
+    state: KernelState
+    networks: Mapping[NetworkName, NetworkOutcome] = field(default_factory=dict)
+
+
+def check_mode(mode: Mode) -> None:
+    """Refuse a mode this version has no backend for.
+
+    Raises:
+        UsageError: always names the modes there are.
+    """
+    if mode not in BACKENDS:
+        raise UsageError(
+            f"mode {mode} is not available in this version: choose {', '.join(BACKENDS)}"
+        )
+
+
+def plan_mesh(
+    snapshot: MeshSnapshot, local: LocalView, underlay: Underlay, ids: NexthopIds
+) -> MeshPlan:
+    """The kernel state this host should have.
+
+    Args:
+        ids: names nexthop objects; it has adopted the kernel's before.
+    """
+    state = KernelState()
+    outcomes: dict[NetworkName, NetworkOutcome] = {}
+    planned: list[NetworkPlan] = []
+    for network in snapshot.networks.values():
+        outcome = _plan_network(network, snapshot, local, underlay, ids, state)
+        outcomes[network.name] = outcome
+        if outcome.plan is not None:
+            planned.append(outcome.plan)
+    if planned:
+        state.firewall = render_firewall([p.firewall for p in planned])
+        _plan_sysctls(snapshot, underlay, state)
+    return MeshPlan(state=state, networks=outcomes)
+
+
+def _plan_network(
+    network: Network,
+    snapshot: MeshSnapshot,
+    local: LocalView,
+    underlay: Underlay,
+    ids: NexthopIds,
+    state: KernelState,
+) -> NetworkOutcome:
+    backend = BACKENDS.get(network.mode)
+    if backend is None:
+        return NetworkOutcome(
+            plan=None, peers=0, errors=(f"mode {network.mode} is not available on this host",)
+        )
+    subnets = local.subnets.get(network.name, ())
+    if not subnets:
+        return NetworkOutcome(plan=None, peers=0, errors=("this host has no subnet of it yet",))
+    peers, errors = _peers(network, snapshot, local)
+    wanted = NetworkInput(
+        network=network,
+        subnets=subnets,
+        peers=peers,
+        endpoints=[e for e in local.endpoints if e.network == network.name],
+        underlay=underlay,
+    )
+    plan = backend(wanted, state, ids)
+    return NetworkOutcome(
+        plan=plan,
+        peers=len({p.host.id for p in peers}),
+        errors=(*errors, *plan.errors),
+    )
+
+
+def _peers(
+    network: Network, snapshot: MeshSnapshot, local: LocalView
+) -> tuple[list[Peer], list[str]]:
+    peers: list[Peer] = []
+    errors: list[str] = []
+    cidrs = {cidr.version: cidr for cidr in network.subnets}
+    for subnet, owner in snapshot.reservations.get(network.name, {}).items():
+        if owner == local.host or owner in local.expired:
+            continue
+        host = snapshot.hosts.get(owner)
+        cidr = cidrs.get(subnet.version)
+        if host is None:
+            errors.append(f"subnet {subnet} belongs to host {owner}, which has no entry")
+        elif cidr is None or not subnet.subnet_of(cidr):  # type: ignore[arg-type]
+            errors.append(f"subnet {subnet} of host {owner} is outside the network")
+        else:
+            peers.append(Peer(host, subnet))
+    return peers, errors
+
+
+def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:
+    """Forwarding on the links that packets to and from outside the networks cross.
+
+    IPv6 has one switch for the whole host, and a host that forwards stops listening to router
+    advertisements unless ``accept_ra`` is 2: a default route learned so must not vanish.
+    """
+    for dev in underlay.forwarding_links:
+        state.sysctls[f"net/ipv4/conf/{dev}/forwarding"] = "1"
+    if any(s.version == 6 for n in snapshot.networks.values() for s in n.subnets) and underlay.ipv6:
+        for dev in underlay.ra_links:
+            state.sysctls[f"net/ipv6/conf/{dev}/accept_ra"] = "2"
+        state.sysctls["net/ipv6/conf/all/forwarding"] = "1"

@@ -1,0 +1,146 @@
+"""Kernel state as values: what a host should hold, and what a dump says it holds.
+
+Both sides have one shape, so `meshnet.diff` compares tables without knowing what they mean.
+Addresses and MACs of the big tables are packed bytes in network byte order: with 10,000 peers
+there are 40,000 of them, and an ``ipaddress`` object costs as much as the rest of decoding a
+message.  Interfaces go by name; the edge knows their indices.
+
+Pure: imports no socket, file, clock or trio.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from ipaddress import ip_address
+from typing import NamedTuple
+
+PackedIp = bytes
+"""An IPv4 (4 bytes) or IPv6 (16 bytes) address in network byte order."""
+
+LINK_PREFIX = "mn"
+"""Every link of ours has a name that starts so."""
+
+ROUTE_PROTOCOL = 109
+"""``rtm_protocol`` and ``nh_protocol`` of our objects (free in linux/rtnetlink.h)."""
+
+NEXTHOP_ID_FIRST = 0x6D00_0000
+NEXTHOP_ID_LAST = 0x6DFF_FFFF
+"""Our range of nexthop object ids."""
+
+
+class LinkKind(IntEnum):
+    """The kinds of links we make in a host's namespace."""
+
+    VXLAN = 1
+    BRIDGE = 2
+    VETH = 3
+
+
+class Vxlan(NamedTuple):
+    """Parameters of a VXLAN device; a change of any needs a new device."""
+
+    vni: int
+    port: int
+    local: PackedIp
+
+
+class Link(NamedTuple):
+    """A link of ours.
+
+    Attributes:
+        mtu_bytes: MTU without the Ethernet header.
+        mac: 6 bytes; None: any (a dump always fills it in, a desired veth leaves it open).
+        master: name of the bridge it is a port of, or "".
+        sysctls: per-interface settings, as ("ipv4", "forwarding", "1"); a dump has more of them
+            than are desired.
+    """
+
+    kind: LinkKind
+    mtu_bytes: int
+    mac: bytes | None
+    up: bool = True
+    master: str = ""
+    vxlan: Vxlan | None = None
+    sysctls: tuple[tuple[str, str, str], ...] = ()
+
+
+class AddressKey(NamedTuple):
+    """An address on a link of ours."""
+
+    dev: str
+    address: PackedIp
+    prefix_length: int
+
+
+class NeighbourKey(NamedTuple):
+    """A permanent neighbour; its value is the link-layer address (6 bytes)."""
+
+    dev: str
+    address: PackedIp
+
+
+class FdbKey(NamedTuple):
+    """A forwarding entry of a VXLAN device; its value is the remote VTEP's underlay address."""
+
+    dev: str
+    mac: bytes
+
+
+class Nexthop(NamedTuple):
+    """A nexthop object: `gateway` is taken to be on the link `dev` (``RTNH_F_ONLINK``)."""
+
+    dev: str
+    gateway: PackedIp
+
+
+class RouteKey(NamedTuple):
+    """Destination of a route of ours in the main table, metric 0 (IPv6: 1024)."""
+
+    prefix: PackedIp
+    prefix_length: int
+
+
+class Route(NamedTuple):
+    """Where a route leads.
+
+    Attributes:
+        nexthop_id: the nexthop object, or 0 for ``unreachable``.
+        source: preferred source address of the host's own packets, or b"".
+    """
+
+    nexthop_id: int
+    source: PackedIp = b""
+
+
+@dataclass(slots=True)
+class KernelState:
+    """All tables of one host, ours only.
+
+    Attributes:
+        addresses: present ones map to True.
+        nexthops: by nexthop id.
+        foreign_nexthop_ids: ids in our range that belong to someone else (dumps only).
+        sysctls: by path under /proc/sys, for interfaces that are not ours.
+        firewall: the text of our nftables table; None: there is none, or not as we left it.
+    """
+
+    links: dict[str, Link] = field(default_factory=dict)
+    addresses: dict[AddressKey, bool] = field(default_factory=dict)
+    neighbours: dict[NeighbourKey, bytes] = field(default_factory=dict)
+    fdb: dict[FdbKey, PackedIp] = field(default_factory=dict)
+    nexthops: dict[int, Nexthop] = field(default_factory=dict)
+    routes: dict[RouteKey, Route] = field(default_factory=dict)
+    sysctls: dict[str, str] = field(default_factory=dict)
+    firewall: str | None = None
+    foreign_nexthop_ids: frozenset[int] = frozenset()
+
+
+def format_ip(packed: PackedIp) -> str:
+    """The usual text form of a packed address."""
+    return str(ip_address(packed))
+
+
+def format_mac(mac: bytes) -> str:
+    """The usual text form of a MAC address, such as ``02:6d:0a:2a:01:00``."""
+    return mac.hex(":")

@@ -1,0 +1,158 @@
+"""A copy of the mesh's part of the store, kept current by a listing and the changes after it.
+
+Keys (docs/etcd-layout.md)::
+
+    /meshnet/v1/mesh/networks/NAME            a network
+    /meshnet/v1/mesh/hosts/ID                 what a host publishes; outlives its lease
+    /meshnet/v1/mesh/alive/ID                 who runs as that host; under the host's lease
+    /meshnet/v1/mesh/subnets/NAME/CIDR        whose subnet that is (a reservation)
+    /meshnet/v1/endpoints/NAME/ID/ENDPOINT    an endpoint; listed on demand, never watched
+    /meshnet/v1/serial/networks               written with every change of the set of networks
+
+A value that cannot be used is left out, remembered with its reason, and shown by ``status``; what
+was known under its key before stays in force, so that damage in the store does no more damage here.
+
+No I/O: the agent's watch task feeds it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meshnet import codec
+from meshnet.codec import BadValueError
+from meshnet.model import HostId, MeshSnapshot, NetworkName
+
+if TYPE_CHECKING:
+    from meshnet.model import Claim, Host, IpNetwork, Network
+    from meshnet.store import Listing, WatchBatch
+
+ROOT = "/meshnet/v1/"
+MESH = ROOT + "mesh/"
+NETWORKS = MESH + "networks/"
+HOSTS = MESH + "hosts/"
+ALIVE = MESH + "alive/"
+SUBNETS = MESH + "subnets/"
+ENDPOINTS = ROOT + "endpoints/"
+NETWORKS_SERIAL = ROOT + "serial/networks"
+
+
+class Mirror:
+    """The copy.  Not thread-safe; `snapshot` is a value that may go to any thread."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self._networks: dict[NetworkName, Network] = {}
+        self._hosts: dict[HostId, Host] = {}
+        self._alive: dict[HostId, Claim] = {}
+        self._reservations: dict[NetworkName, dict[IpNetwork, HostId]] = {}
+        self._bad: dict[str, str] = {}
+        self._keys: set[str] = set()
+
+    def load(self, listing: Listing) -> None:
+        """Start over from a complete listing of `MESH`."""
+        listed = {item.key for item in listing.items}
+        for key in self._keys - listed:
+            self._remove(key)
+        for item in listing.items:
+            self._put(item.key, item.value)
+        self.revision = listing.revision
+
+    def apply(self, batch: WatchBatch) -> None:
+        """Take changes in."""
+        for change in batch.changes:
+            if change.value is None:
+                self._remove(change.key)
+            else:
+                self._put(change.key, change.value)
+        self.revision = max(self.revision, batch.revision)
+
+    def snapshot(self) -> MeshSnapshot:
+        """All of it, as of now: later changes do not show in the value returned."""
+        return MeshSnapshot(
+            revision=self.revision,
+            networks=dict(self._networks),
+            hosts=dict(self._hosts),
+            alive=dict(self._alive),
+            reservations={n: dict(r) for n, r in self._reservations.items()},
+            bad_values=dict(self._bad),
+        )
+
+    def _put(self, key: str, value: bytes) -> None:
+        self._keys.add(key)
+        try:
+            self._decode(key, value)
+        except BadValueError as error:
+            self._bad[key] = str(error)
+        else:
+            self._bad.pop(key, None)
+
+    def _decode(self, key: str, value: bytes) -> None:
+        kind, _, rest = key.removeprefix(MESH).partition("/")
+        match kind:
+            case "networks":
+                network = codec.decode_network(value)
+                _check_name(network.name, rest)
+                self._networks[network.name] = network
+            case "hosts":
+                host = codec.decode_host(value)
+                _check_name(host.id, rest)
+                self._hosts[host.id] = host
+            case "alive":
+                self._alive[HostId(rest)] = codec.decode_claim(value)
+            case "subnets":
+                name, _, subnet_key = rest.partition("/")
+                found = codec.decode_reservation(NetworkName(name), subnet_key, value)
+                self._reservations.setdefault(found.network, {})[found.subnet] = found.host
+            case _:
+                raise BadValueError(f"unknown kind of key {kind!r}")
+
+    def _remove(self, key: str) -> None:
+        self._keys.discard(key)
+        self._bad.pop(key, None)
+        kind, _, rest = key.removeprefix(MESH).partition("/")
+        match kind:
+            case "networks":
+                self._networks.pop(NetworkName(rest), None)
+            case "hosts":
+                self._hosts.pop(HostId(rest), None)
+            case "alive":
+                self._alive.pop(HostId(rest), None)
+            case "subnets":
+                self._remove_reservation(rest)
+
+    def _remove_reservation(self, rest: str) -> None:
+        name, _, subnet_key = rest.partition("/")
+        try:
+            subnet = codec.subnet_from_key(subnet_key)
+        except BadValueError:
+            return  # it was never taken in
+        owned = self._reservations.get(NetworkName(name), {})
+        owned.pop(subnet, None)
+        if not owned:
+            self._reservations.pop(NetworkName(name), None)
+
+
+def _check_name(inside: str, in_key: str) -> None:
+    if inside != in_key:
+        raise BadValueError(f"the value names {inside!r}, the key {in_key!r}")
+
+
+def network_key(name: NetworkName) -> str:
+    """Key of a network."""
+    return NETWORKS + name
+
+
+def host_key(host: HostId) -> str:
+    """Key of what a host publishes."""
+    return HOSTS + host
+
+
+def alive_key(host: HostId) -> str:
+    """Key under a host's lease."""
+    return ALIVE + host
+
+
+def subnet_key(network: NetworkName, subnet: IpNetwork) -> str:
+    """Key of a reservation."""
+    return f"{SUBNETS}{network}/{codec.subnet_to_key(subnet)}"

@@ -1,0 +1,323 @@
+"""What agents do with the store: claims, reservations, networks, endpoints.
+
+Every write is a transaction on what it depends on, so that two agents at the same instant cannot
+both win: a host id is claimed by the absence of its lease key, a subnet by the absence of its
+reservation, the set of networks by its serial key.  Keys: `meshnet.store.mirror`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from meshnet import codec
+from meshnet.codec import BadValueError
+from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError
+from meshnet.ipam import choose_subnet
+from meshnet.model import Endpoint, Host, HostId, NetworkName, Reservation, Vni
+from meshnet.store import Absent, Delete, DeletePrefix, Holds, PrefixEmpty, Put, Unchanged
+from meshnet.store.mirror import (
+    ENDPOINTS,
+    MESH,
+    NETWORKS_SERIAL,
+    SUBNETS,
+    Mirror,
+    alive_key,
+    host_key,
+    network_key,
+    subnet_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from meshnet.model import Claim, IpNetwork, MeshSnapshot, Network
+    from meshnet.store import LeaseId, Store, Write
+
+FIRST_VNI = 4097
+"""Networks that name no VNI get the lowest free one from here on: small ones are for people."""
+
+_TRIES = 64
+
+
+class Registry:
+    """The operations; stateless but for the store it uses.
+
+    Every method raises `StoreUnavailableError` when the store does not answer.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    # --- hosts --------------------------------------------------------------------------------
+
+    async def claim_host(self, host: Host, claim: Claim, ttl_s: int) -> LeaseId:
+        """Become `host`: publish it and put its key under a lease of `ttl_s` seconds.
+
+        Raises:
+            ConflictError: another agent holds the id; the message says where it runs.
+        """
+        lease = await self.store.grant_lease(ttl_s)
+        key = alive_key(host.id)
+        writes = [
+            Put(key, codec.encode_claim(claim), lease),
+            Put(host_key(host.id), codec.encode_host(host)),
+        ]
+        for _ in range(_TRIES):
+            if (await self.store.commit([Absent(key)], writes)).succeeded:
+                return lease
+            listing = await self.store.list_prefix(key)
+            held = next((item for item in listing.items if item.key == key), None)
+            if held is None:
+                continue  # it ran out in between
+            if not _same_instance(held.value, claim):
+                await self.store.revoke_lease(lease)
+                raise ConflictError(_claim_conflict(host, held.value, ttl_s))
+            # This agent before its restart: take over, then end the lease nobody renews.
+            if (await self.store.commit([Holds(key, held.value)], writes)).succeeded:
+                if held.lease_id not in (0, lease):
+                    await self.store.revoke_lease(type(lease)(held.lease_id))
+                return lease
+        raise ConflictError(f"host id {host.id} changes hands all the time: choose another")
+
+    async def remove_host(self, host: HostId) -> None:
+        """Forget a host that is gone for good: its entry, reservations and endpoints.
+
+        Raises:
+            NotFoundError: nothing is known of the host.
+            ConflictError: it is alive.
+        """
+        snapshot = await self.snapshot()
+        owned = [
+            subnet_key(network, subnet)
+            for network, reservations in snapshot.reservations.items()
+            for subnet, owner in reservations.items()
+            if owner == host
+        ]
+        if host not in snapshot.hosts and not owned:
+            raise NotFoundError(f"host {host} does not exist: meshnet hosts lists them")
+        prefixes = [f"{ENDPOINTS}{network}/{host}/" for network in snapshot.networks]
+        writes: list[Write] = [Delete(host_key(host))]
+        writes += [Delete(key) for key in owned]
+        writes += [DeletePrefix(prefix) for prefix in prefixes]
+        if not (await self.store.commit([Absent(alive_key(host))], writes)).succeeded:
+            raise ConflictError(
+                f"host {host} is alive: stop its agent first, then remove it "
+                "(after a crash wait until its lease has run out)"
+            )
+
+    # --- subnets ------------------------------------------------------------------------------
+
+    async def reserve_subnet(
+        self,
+        network: Network,
+        version: int,
+        host: HostId,
+        *,
+        prefer: IpNetwork | None,
+        random_below: Callable[[int], int],
+    ) -> IpNetwork:
+        """Get a subnet of an IP version for a host: the one it has, `prefer`, or a free one.
+
+        Args:
+            random_below: a random number in [0, n): spreads agents that race for the lowest.
+
+        Raises:
+            PoolExhaustedError: all subnets are reserved.
+            NotFoundError: the network is gone.
+        """
+        for attempt in range(_TRIES):
+            taken = await self._reservations(network.name)
+            mine = [s for s, owner in taken.items() if owner == host and s.version == version]
+            if mine:
+                return min(mine, key=int_of)
+            if prefer is not None and prefer not in taken:
+                subnet = prefer
+            else:
+                skip = random_below if attempt else lambda count: 0
+                subnet = choose_subnet(network, version, taken, skip=skip)
+            reservation = Reservation(network=network.name, subnet=subnet, host=host)
+            key = subnet_key(network.name, subnet)
+            done = await self.store.commit(
+                [Absent(key), Holds(network_key(network.name), codec.encode_network(network))],
+                [Put(key, codec.encode_reservation(reservation))],
+            )
+            if done.succeeded:
+                return subnet
+            if not (await self.store.list_prefix(network_key(network.name))).items:
+                raise NotFoundError(f"network {network.name} does not exist (any more)")
+        raise PoolExhaustedError(
+            f"network {network.name}: lost the race for a subnet {_TRIES} times: try again"
+        )
+
+    async def _reservations(self, network: NetworkName) -> dict[IpNetwork, HostId]:
+        prefix = f"{SUBNETS}{network}/"
+        taken = {}
+        for item in (await self.store.list_prefix(prefix)).items:
+            part = item.key.removeprefix(prefix)
+            with contextlib.suppress(BadValueError):
+                subnet = codec.subnet_from_key(part)
+                # A value that cannot be read still holds its subnet: nobody overwrites it.
+                taken[subnet] = HostId("")
+                taken[subnet] = codec.decode_reservation(network, part, item.value).host
+        return taken
+
+    # --- networks -----------------------------------------------------------------------------
+
+    async def create_network(self, build: Callable[[Vni], Network], vni: int | None) -> Network:
+        """Create a network.
+
+        Args:
+            build: makes the network, given its VNI.
+            vni: the VNI asked for; None: the lowest free one from `FIRST_VNI`.
+
+        Raises:
+            UsageError: the network cannot work (`codec.check_network`).
+            ConflictError: its name, VNI or addresses are in use.
+        """
+        for _ in range(_TRIES):
+            serial = await self._serial()
+            snapshot = await self.snapshot()
+            used = {n.vni for n in snapshot.networks.values()}
+            chosen = vni if vni is not None else _free_vni(used)
+            network = build(Vni(chosen))
+            codec.check_network(network)
+            _check_conflicts(network, snapshot)
+            done = await self.store.commit(
+                [Unchanged(NETWORKS_SERIAL, serial), Absent(network_key(network.name))],
+                [
+                    Put(network_key(network.name), codec.encode_network(network)),
+                    Put(NETWORKS_SERIAL, network.name.encode()),
+                ],
+            )
+            if done.succeeded:
+                return network
+        raise ConflictError("other networks are being created all the time: try again")
+
+    async def remove_network(self, name: NetworkName) -> None:
+        """Remove a network and its reservations.
+
+        Raises:
+            NotFoundError: there is no such network.
+            ConflictError: it has endpoints; the message names some.
+        """
+        key = network_key(name)
+        if not any(i.key == key for i in (await self.store.list_prefix(key)).items):
+            raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
+        prefix = f"{ENDPOINTS}{name}/"
+        done = await self.store.commit(
+            [PrefixEmpty(prefix)],
+            [
+                Delete(key),
+                DeletePrefix(f"{SUBNETS}{name}/"),
+                Put(NETWORKS_SERIAL, name.encode()),
+            ],
+        )
+        if not done.succeeded:
+            endpoints = await self.list_endpoints(name)
+            some = ", ".join(f"{e.name} on {e.host}" for e in endpoints[:3])
+            raise ConflictError(
+                f"network {name} has {len(endpoints)} endpoints ({some}"
+                f"{', …' if len(endpoints) > 3 else ''}): detach them first"
+            )
+
+    async def network_exists(self, name: NetworkName) -> bool:
+        """Whether the store has a network of that name right now."""
+        key = network_key(name)
+        return any(i.key == key for i in (await self.store.list_prefix(key)).items)
+
+    async def _serial(self) -> int:
+        listing = await self.store.list_prefix(NETWORKS_SERIAL)
+        return next((i.mod_revision for i in listing.items if i.key == NETWORKS_SERIAL), 0)
+
+    async def snapshot(self) -> MeshSnapshot:
+        """Everything, read now (the agent follows changes instead)."""
+        mirror = Mirror()
+        mirror.load(await self.store.list_prefix(MESH))
+        return mirror.snapshot()
+
+    # --- endpoints ----------------------------------------------------------------------------
+
+    async def list_endpoints(self, network: NetworkName | None = None) -> Sequence[Endpoint]:
+        """Published endpoints of all hosts; unreadable ones are left out."""
+        prefix = ENDPOINTS + (f"{network}/" if network is not None else "")
+        found = []
+        for item in (await self.store.list_prefix(prefix)).items:
+            with contextlib.suppress(BadValueError):
+                found.append(codec.decode_endpoint(item.value))
+        return found
+
+    async def list_published(self, network: NetworkName, host: HostId) -> dict[str, bytes]:
+        """Keys and values a host has published endpoints of a network under."""
+        listing = await self.store.list_prefix(f"{ENDPOINTS}{network}/{host}/")
+        return {item.key: item.value for item in listing.items}
+
+    async def publish(self, puts: dict[str, bytes], deletes: Sequence[str]) -> None:
+        """Write endpoint keys (`endpoint_key`)."""
+        writes: list[Write] = [Put(key, value) for key, value in puts.items()]
+        writes += [Delete(key) for key in deletes]
+        for first in range(0, len(writes), 100):  # etcd allows 128 operations a transaction
+            await self.store.commit([], writes[first : first + 100])
+
+
+def endpoint_key(endpoint: Endpoint) -> str:
+    """Key an endpoint is published under."""
+    return f"{ENDPOINTS}{endpoint.network}/{endpoint.host}/{endpoint.id}"
+
+
+def int_of(subnet: IpNetwork) -> int:
+    """A subnet's address as a number, to order subnets of one IP version by."""
+    return int(subnet.network_address)
+
+
+def _same_instance(held: bytes, claim: Claim) -> bool:
+    try:
+        return codec.decode_claim(held).instance == claim.instance
+    except BadValueError:
+        return False
+
+
+def _claim_conflict(host: Host, held: bytes, ttl_s: int) -> str:
+    try:
+        where = f"an agent at underlay address {codec.decode_claim(held).underlay_ip}"
+    except BadValueError:
+        where = "an agent whose entry cannot be read"
+    return (
+        f"host id {host.id} is held by {where}: give this agent another --host-id, or stop that "
+        f"one (if it crashed, its lease runs out within {ttl_s} s)"
+    )
+
+
+def _free_vni(used: set[Vni]) -> int:
+    candidate = FIRST_VNI
+    while candidate in used:
+        candidate += 1
+    return candidate
+
+
+def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
+    if network.name in snapshot.networks:
+        raise ConflictError(
+            f"network {network.name} exists: choose another name, or meshnet network rm it first"
+        )
+    for other in snapshot.networks.values():
+        if other.vni == network.vni:
+            raise ConflictError(
+                f"VNI {network.vni} belongs to network {other.name}: leave --vni out to get a "
+                "free one"
+            )
+        for mine in network.subnets:
+            for theirs in other.subnets:
+                if mine.version == theirs.version and mine.overlaps(theirs):
+                    raise ConflictError(
+                        f"subnet {mine} overlaps {theirs} of network {other.name}: "
+                        "choose another CIDR"
+                    )
+    for host in snapshot.hosts.values():
+        for mine in network.subnets:
+            if host.underlay_ip.version == mine.version and host.underlay_ip in mine:
+                raise ConflictError(
+                    f"subnet {mine} contains {host.underlay_ip}, the underlay address of host "
+                    f"{host.id}: choose a CIDR apart from the underlay"
+                )
+

@@ -1,0 +1,44 @@
+"""MAC addresses that are computed, never stored and never random (design decision D4).
+
+::
+
+     0        8        16                              48
+    +--------+--------+--------------------------------+
+    |  0x02  |  role  |  low 32 bits of the address    |
+    +--------+--------+--------------------------------+
+
+0x02 is the "locally administered" bit of IEEE 802.  The role keeps a VTEP, a gateway and an
+endpoint apart.  For an IPv6 subnet the 32 bits are those just left of the host part, which differ
+between all subnets of one network (`meshnet.ipam` allows at most 2^32 of them).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meshnet.model import IpAddress, IpNetwork
+
+_VTEP, _GATEWAY, _ENDPOINT = ord("m"), ord("g"), ord("e")
+
+
+def vtep_mac(subnet: IpNetwork) -> bytes:
+    """MAC of the VXLAN device of the host that owns `subnet`: unique within the network."""
+    bits = int(subnet.network_address)
+    if subnet.version == 6:
+        bits >>= subnet.max_prefixlen - subnet.prefixlen
+    return _mac(_VTEP, bits)
+
+
+def gateway_mac(subnet: IpNetwork) -> bytes:
+    """MAC of the bridge that is the gateway of `subnet`."""
+    return bytes((0x02, _GATEWAY)) + vtep_mac(subnet)[2:]
+
+
+def endpoint_mac(address: IpAddress) -> bytes:
+    """MAC of the endpoint with `address`: an address that comes back brings its MAC along."""
+    return _mac(_ENDPOINT, int(address))
+
+
+def _mac(role: int, bits: int) -> bytes:
+    return bytes((0x02, role)) + (bits & 0xFFFF_FFFF).to_bytes(4, "big")

@@ -1,0 +1,51 @@
+"""MTU arithmetic of VXLAN.
+
+::
+
+    |<------------------------- underlay MTU -------------------------->|
+    | outer IP | UDP 8 | VXLAN 8 | inner Ethernet 14 | inner IP packet  |
+    | 20 or 40 |                                     |<--- overlay MTU >|
+
+RFC 7348 §5 (VXLAN), RFC 791 and RFC 8200 (outer header without options).
+"""
+
+from __future__ import annotations
+
+from meshnet.errors import UsageError
+
+UDP_HEADER_BYTES = 8
+VXLAN_HEADER_BYTES = 8
+ETHERNET_HEADER_BYTES = 14
+IP_HEADER_BYTES = {4: 20, 6: 40}
+MINIMUM_MTU_BYTES = {4: 576, 6: 1280}
+"""Smallest MTU an overlay of that IP version may have (RFC 791 §3.1; RFC 8200 §5)."""
+
+
+def encapsulation_bytes(underlay_version: int) -> int:
+    """Bytes VXLAN adds to an inner IP packet on an IPv4 (50) or IPv6 (70) underlay."""
+    return (
+        IP_HEADER_BYTES[underlay_version]
+        + UDP_HEADER_BYTES
+        + VXLAN_HEADER_BYTES
+        + ETHERNET_HEADER_BYTES
+    )
+
+
+def overlay_mtu_bytes(underlay_mtu_bytes: int, underlay_version: int, inner_version: int) -> int:
+    """Largest inner IP packet that fits the underlay's MTU.
+
+    Args:
+        underlay_mtu_bytes: MTU of the route to the peers.
+        underlay_version: IP version of the outer header.
+        inner_version: 6 if the overlay carries IPv6, else 4: decides the smallest allowed MTU.
+
+    Raises:
+        UsageError: the result is below the smallest MTU the inner IP version allows.
+    """
+    mtu = underlay_mtu_bytes - encapsulation_bytes(underlay_version)
+    if mtu < MINIMUM_MTU_BYTES[inner_version]:
+        raise UsageError(
+            f"underlay MTU {underlay_mtu_bytes} leaves {mtu} bytes to an IPv{inner_version} "
+            f"overlay, which needs {MINIMUM_MTU_BYTES[inner_version]}: raise the underlay's MTU"
+        )
+    return mtu
