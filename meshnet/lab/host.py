@@ -16,7 +16,15 @@ from meshnet.lab.agent import is_ready, log_tail, spawn_agent
 from meshnet.lab.commands import Children, Namespace
 from meshnet.lab.netns import enter_argv, netns_name, netns_path
 from meshnet.lab.poll import wait_until
-from meshnet.lab.process import ProcessRef, end_processes, identify, own_netns_id, process_netns_id
+from meshnet.lab.process import (
+    NetnsId,
+    ProcessRef,
+    end_processes,
+    identify,
+    netns_id,
+    own_netns_id,
+    process_netns_id,
+)
 from meshnet.lab.state import (
     ContainerRecord,
     LabFile,
@@ -307,9 +315,33 @@ class LabHost(Namespace):
         self._context.children.add(child)
         record = ContainerRecord(identify(child.pid), self.name)
         self._context.record(record)
+        try:
+            netns = self._wait_until_entered(child)
+            record = ContainerRecord(record.ref, self.name, netns)
+            self._context.record(record)
+            assert child.stdin is not None  # it is a pipe
+            child.stdin.write(b"\n")
+            child.stdin.close()
+        except BaseException:
+            end_processes([record.ref], deadline_s=0)
+            self._context.children.reap(child.pid)
+            raise
+        return LabContainer(record, self._context)
+
+    def _wait_until_entered(self, child: subprocess.Popen[bytes]) -> NetnsId:
         # On its way it is in our namespace, then in the host's, then in its own.
-        passed = {own_netns_id(), process_netns_id(child.pid), None}
-        with self.netns_path.open("rb") as namespace:
-            stat = _fstat(namespace.fileno())
-        passed.add(stat)
-        raise NotImplementedError
+        passed = {own_netns_id(), netns_id(self.netns_path)}
+
+        def entered() -> NetnsId | None:
+            if child.poll() is not None:
+                raise KernelRefusedError(
+                    f"a container of lab host {self.name} ended with status {child.returncode} "
+                    f"before it had its namespace; the end of {self._containers_log}:\n"
+                    f"{log_tail(self._containers_log)}"
+                )
+            found = process_netns_id(child.pid)
+            return None if found in passed else found
+
+        found = wait_until(entered, _SPAWN_DEADLINE_S, f"process {child.pid} has its own namespace")
+        assert found is not None  # wait_until returns only what is true
+        return found

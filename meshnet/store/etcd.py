@@ -154,7 +154,12 @@ class EtcdStore:
         return Commit(*messages.transaction_outcome(response))
 
     async def grant_lease(self, ttl_s: int) -> LeaseId:
-        """Make a lease.  Made twice by a retry, the other one runs out by itself."""
+        """Make a lease.  Made twice by a retry, the other one runs out by itself.
+
+        etcd raises a TTL below its election time-outs (by default: below 2 s).
+        """
+        if ttl_s <= 0:
+            raise UsageError(f"cannot grant a lease of {ttl_s} s: give at least one second")
         return LeaseId(
             messages.lease_id(await self._call(messages.grant_request(ttl_s), "grant a lease"))
         )

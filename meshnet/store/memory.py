@@ -316,7 +316,7 @@ def _check_operations(when: Sequence[Condition], then: Sequence[Write]) -> None:
     """Refuse what etcd refuses (checkTxnRequest in etcd's api/v3rpc/key.go)."""
     if max(len(when), len(then)) > _MAX_OPERATIONS:
         raise UsageError(f"cannot write: more than {_MAX_OPERATIONS} operations in a transaction")
-    if any(isinstance(write, Put | Delete) and not write.key for write in then):
+    if not all(getattr(operation, "key", "not one key") for operation in (*when, *then)):
         raise UsageError("cannot write: a key is empty")
     puts = [write.key for write in then if isinstance(write, Put)]
     if len(puts) != len(set(puts)):

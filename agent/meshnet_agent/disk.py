@@ -1,0 +1,137 @@
+"""What the agent keeps on disk: its instance name and its endpoints.
+
+Files are replaced whole: written beside, synced, renamed, the directory synced.  A file that cannot
+be read is set aside as ``NAME.bad`` and reported, never deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import TYPE_CHECKING
+
+import structlog
+
+from meshnet import codec
+from meshnet.codec import BadValueError
+from meshnet.errors import ConflictError, KernelRefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from meshnet.model import Endpoint, EndpointId
+
+_log = structlog.get_logger()
+
+
+class StateDir:
+    """The agent's state directory, held by one agent at a time.
+
+    Args:
+        random_name: makes the instance name of a new directory.
+
+    Raises:
+        ConflictError: another agent holds the directory.
+        KernelRefusedError: it cannot be made or written.
+    """
+
+    def __init__(self, path: Path, random_name: Callable[[], str]) -> None:
+        self.path = path
+        self._endpoints = path / "endpoints"
+        try:
+            self._endpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = _hold(path / "lock", f"state directory {path}")
+            self.instance = self._load_instance(random_name)
+        except OSError as error:
+            raise KernelRefusedError(
+                f"state directory {path}: {error.strerror}: give --state-dir a directory that "
+                "can be written"
+            ) from error
+
+    def close(self) -> None:
+        """Let another agent have the directory."""
+        os.close(self._lock)
+
+    def _load_instance(self, random_name: Callable[[], str]) -> str:
+        file = self.path / "instance"
+        if not file.exists() or not file.read_text().strip():
+            write_whole(file, random_name().encode())
+        return file.read_text().strip()
+
+    def load_endpoints(self) -> list[Endpoint]:
+        """All endpoints that were saved and not removed."""
+        found = []
+        for file in sorted(self._endpoints.glob("*.json")):
+            try:
+                found.append(codec.decode_endpoint(file.read_bytes()))
+            except (BadValueError, OSError) as error:
+                _log.error("endpoint file set aside", file=str(file), reason=str(error))
+                file.rename(file.with_suffix(".bad"))
+        return found
+
+    def save_endpoint(self, endpoint: Endpoint) -> None:
+        """Record an endpoint; on return it survives a power cut.
+
+        Raises:
+            KernelRefusedError: the disk refused.
+        """
+        try:
+            write_whole(self._file(endpoint.id), codec.encode_endpoint(endpoint))
+        except OSError as error:
+            raise KernelRefusedError(
+                f"endpoint {endpoint.name} cannot be recorded in {self._endpoints}: "
+                f"{error.strerror}"
+            ) from error
+
+    def remove_endpoint(self, endpoint_id: EndpointId) -> None:
+        """Forget an endpoint.  Idempotent."""
+        self._file(endpoint_id).unlink(missing_ok=True)
+
+    def _file(self, endpoint_id: EndpointId) -> Path:
+        return self._endpoints / f"{endpoint_id}.json"
+
+
+def hold_run_dir(path: Path) -> int:
+    """Make the run directory and take its lock; returns the lock's descriptor.
+
+    Raises:
+        ConflictError: another agent holds it.
+        KernelRefusedError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return _hold(path / "lock", f"run directory {path}")
+    except OSError as error:
+        raise KernelRefusedError(
+            f"run directory {path}: {error.strerror}: give --run-dir a directory that can be written"
+        ) from error
+
+
+def _hold(file: Path, what: str) -> int:
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise ConflictError(
+            f"{what} is in use by another meshnet-agent: stop that one, or choose another directory"
+        ) from error
+    return fd
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Replace a file atomically and durably."""
+    draft = file.with_name(file.name + ".new")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, content)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(draft, file)
+    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

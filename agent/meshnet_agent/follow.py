@@ -1,0 +1,111 @@
+"""Keeps the mirror of the store current: list once, then watch; list again after a compaction.
+
+While the store is silent the mirror stays as it is, and so does the data path.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.errors import StoreUnavailableError
+from meshnet.store import CompactedError
+from meshnet.store.mirror import MESH, Mirror
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from meshnet.model import HostId, MeshSnapshot
+    from meshnet.store import Store
+
+_log = structlog.get_logger()
+_FIRST_DELAY_S = 0.1
+_LAST_DELAY_S = 10.0
+
+
+class Follower:
+    """Owns the mirror.
+
+    Args:
+        on_change: called with the snapshot after every change of it.
+    """
+
+    def __init__(self, store: Store, on_change: Callable[[MeshSnapshot], None]) -> None:
+        self._store = store
+        self._mirror = Mirror()
+        self._on_change = on_change
+        self._heard_at = trio.current_time()
+        self._dead_since: dict[HostId, float] = {}
+        self.connected = False
+        self.snapshot = self._mirror.snapshot()
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds since the store was last heard of; small while connected."""
+        return trio.current_time() - self._heard_at
+
+    def dead_for_s(self) -> dict[HostId, float]:
+        """Hosts without a lease, and for how long this agent has seen them so."""
+        now = trio.current_time()
+        return {host: now - since for host, since in self._dead_since.items()}
+
+    async def list_all(self) -> None:
+        """Read everything.
+
+        Raises:
+            StoreUnavailableError: the store does not answer.
+        """
+        listing = await self._store.list_prefix(MESH)
+        self._mirror.load(listing)
+        self._changed()
+
+    async def watch(self) -> None:
+        """Follow changes; `list_all` came first.  Never returns."""
+        delay_s = _FIRST_DELAY_S
+        while True:
+            try:
+                await self._watch_once()
+            except CompactedError:
+                _log.warning("history compacted, listing again", revision=self._mirror.revision)
+                try:
+                    await self.list_all()
+                    continue
+                except StoreUnavailableError as error:
+                    reason = str(error)
+            except StoreUnavailableError as error:
+                reason = str(error)
+            if self.connected:
+                _log.warning("store lost", reason=reason)
+                delay_s = _FIRST_DELAY_S
+            self.connected = False
+            # Jitter, or all agents would come back in the same instant.
+            await trio.sleep(delay_s * random.uniform(0.5, 1.0))
+            delay_s = min(_LAST_DELAY_S, delay_s * 2)
+
+    async def _watch_once(self) -> None:
+        after = self._mirror.revision
+        async with self._store.watch_prefix(MESH, after_revision=after) as batches:
+            if not self.connected:
+                _log.info("store followed", revision=after)
+            self.connected = True
+            self._heard_at = trio.current_time()
+            async for batch in batches:
+                self._heard_at = trio.current_time()
+                self._mirror.apply(batch)
+                if batch.changes:
+                    self._changed()
+
+    def _changed(self) -> None:
+        self._heard_at = trio.current_time()
+        self.snapshot = self._mirror.snapshot()
+        for host in self.snapshot.hosts:
+            if host in self.snapshot.alive:
+                self._dead_since.pop(host, None)
+            else:
+                self._dead_since.setdefault(host, trio.current_time())
+        for gone in self._dead_since.keys() - self.snapshot.hosts.keys():
+            del self._dead_since[gone]
+        self._on_change(self.snapshot)

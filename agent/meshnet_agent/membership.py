@@ -1,0 +1,169 @@
+"""This host's part in the mesh: its lease, its entry, its subnets.
+
+Losing the lease, or etcd, changes nothing in the kernel: the host is shown dead to others until it
+has a lease again, and keeps its subnets as long as nobody else was given them.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.errors import MeshnetError, StoreUnavailableError
+from meshnet.store import LeaseExpiredError
+from meshnet_agent.flag import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from meshnet.model import Claim, Host, IpNetwork, MeshSnapshot, Network, NetworkName
+    from meshnet.store import LeaseId
+    from meshnet.store.registry import Registry
+
+_log = structlog.get_logger()
+
+
+class Membership:
+    """Claims the host, keeps its lease alive and reserves a subnet of every network.
+
+    Args:
+        on_change: called when `subnets` or `errors` changed.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        host: Host,
+        claim: Claim,
+        *,
+        ttl_s: int,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.host = host
+        self.subnets: dict[NetworkName, tuple[IpNetwork, ...]] = {}
+        self.errors: dict[NetworkName, str] = {}
+        self.lease_ok = False
+        self._registry = registry
+        self._claim = claim
+        self._ttl_s = ttl_s
+        self._on_change = on_change
+        self._lease: LeaseId | None = None
+        self._snapshot: MeshSnapshot | None = None
+        self._look = Flag()
+
+    async def join(self) -> None:
+        """Claim the host.
+
+        Raises:
+            ConflictError: another agent is this host.
+            StoreUnavailableError: the store does not answer.
+        """
+        self._lease = await self._registry.claim_host(self.host, self._claim, self._ttl_s)
+        self.lease_ok = True
+
+    async def keep_alive(self) -> None:
+        """Renew the lease three times per time to live, or get a new one.  Never returns.
+
+        Raises:
+            ConflictError: while the lease was lost another agent became this host.
+        """
+        while True:
+            await trio.sleep(self._ttl_s / 3 * random.uniform(0.9, 1.1))
+            try:
+                if self._lease is None:
+                    await self.join()
+                    _log.info("lease taken again")
+                    self._look.set()
+                else:
+                    await self._registry.store.keep_alive(self._lease)
+                    self.lease_ok = True
+            except LeaseExpiredError:
+                _log.warning("lease ran out")
+                self._lease = None
+                self.lease_ok = False
+            except StoreUnavailableError as error:
+                self.lease_ok = False
+                _log.warning("lease not renewed", reason=str(error))
+
+    async def leave(self) -> None:
+        """End the lease, so that others see at once that this agent has stopped."""
+        if self._lease is not None:
+            await self._registry.store.revoke_lease(self._lease)
+            self._lease = None
+
+    def follow(self, snapshot: MeshSnapshot) -> None:
+        """Take in what the store says now; reservations follow in `reserve`."""
+        self._snapshot = snapshot
+        changed = False
+        for name in list(self.subnets):
+            if name not in snapshot.networks:
+                del self.subnets[name]
+                changed = True
+        for name in [n for n in self.errors if n not in snapshot.networks]:
+            del self.errors[name]
+        for name, network in snapshot.networks.items():
+            held = snapshot.subnets_of(self.host.id, name)
+            kept = self.subnets.get(name, ())
+            if held and held != kept:
+                self.subnets[name] = held
+                changed = True
+            taken = snapshot.reservations.get(name, {})
+            lost = [s for s in kept if taken.get(s, self.host.id) != self.host.id]
+            if lost and not held:
+                _log.error("subnet was given to another host", network=name, subnets=str(lost))
+                del self.subnets[name]
+                changed = True
+            if len(held) < len(network.subnets):
+                self._look.set()
+        if snapshot.hosts.get(self.host.id) != self.host:
+            self._look.set()
+        if changed:
+            self._on_change()
+
+    async def reserve(self) -> None:
+        """Reserve what is missing whenever the snapshot shows it.  Never returns."""
+        delay_s = 0.0
+        while True:
+            await self._look.wait()
+            try:
+                await self._reserve_missing()
+                delay_s = 0.0
+            except StoreUnavailableError as error:
+                _log.warning("subnet not reserved", reason=str(error))
+                delay_s = min(10.0, delay_s * 2 or 0.2)
+                await trio.sleep(delay_s * random.uniform(0.5, 1.0))
+                self._look.set()
+
+    async def _reserve_missing(self) -> None:
+        snapshot = self._snapshot
+        if snapshot is None or self._lease is None:
+            return
+        if snapshot.hosts.get(self.host.id) != self.host:
+            # Removed by hand while alive (or the store lost it): publish it again.
+            self._lease = await self._registry.claim_host(self.host, self._claim, self._ttl_s)
+        for name, network in snapshot.networks.items():
+            held = snapshot.subnets_of(self.host.id, name)
+            for cidr in network.subnets:
+                if cidr.version not in {s.version for s in held}:
+                    await self._reserve(network, cidr.version)
+
+    async def _reserve(self, network: Network, version: int) -> None:
+        kept = self.subnets.get(network.name, ())
+        prefer = next((s for s in kept if s.version == version), None)
+        before = self.errors.pop(network.name, None)
+        try:
+            subnet = await self._registry.reserve_subnet(
+                network, version, self.host.id, prefer=prefer, random_below=random.randrange
+            )
+        except StoreUnavailableError:
+            raise
+        except MeshnetError as error:
+            self.errors[network.name] = str(error)
+            if before != str(error):
+                _log.error("no subnet", network=network.name, reason=str(error))
+                self._on_change()
+        else:
+            _log.info("subnet reserved", network=network.name, subnet=str(subnet))

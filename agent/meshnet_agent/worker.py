@@ -1,0 +1,85 @@
+"""A thread of its own for the kernel, called from trio.
+
+Netlink sockets and network namespaces belong to threads, so everything that touches them runs in
+one thread each.  Calls queue up in order.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import outcome
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class Worker(Generic[_T]):
+    """A thread that owns one object; see `open_worker`."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._owned: _T
+
+    async def run(self, call: Callable[[_T], _R]) -> _R:
+        """Call `call` with the owned object in the thread, and return or raise what it does.
+
+        Cancelling waits for a call that is under way: the kernel cannot be told to stop.
+        """
+        return await self._submit(lambda: call(self._owned))
+
+    async def _submit(self, call: Callable[[], _R]) -> _R:
+        done = trio.Event()
+        result: list[outcome.Outcome[_R]] = []
+
+        def in_thread() -> None:
+            result.append(outcome.capture(call))
+            self._token.run_sync_soon(done.set)
+
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._calls.put(in_thread)
+        with trio.CancelScope(shield=True):
+            await done.wait()
+        return result[0].unwrap()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+    async def _start(self, make: Callable[[], _T]) -> None:
+        self._thread.start()
+        self._owned = await self._submit(make)
+
+    async def _stop(self, close: Callable[[_T], None]) -> None:
+        with trio.CancelScope(shield=True):
+            if hasattr(self, "_owned"):
+                await self._submit(lambda: close(self._owned))
+            self._calls.put(None)
+            await trio.to_thread.run_sync(self._thread.join)
+
+
+@asynccontextmanager
+async def open_worker(
+    name: str, make: Callable[[], _T], close: Callable[[_T], None]
+) -> AsyncIterator[Worker[_T]]:
+    """A thread that owns what `make` returns until the block ends.
+
+    Args:
+        make: runs in the thread.
+        close: runs in the thread at the end, whatever happened.
+    """
+    worker: Worker[_T] = Worker(name)
+    try:
+        await worker._start(make)
+        yield worker
+    finally:
+        await worker._stop(close)

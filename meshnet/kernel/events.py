@@ -1,0 +1,152 @@
+"""What the kernel tells of its own accord, filtered to what concerns us.
+
+Our own writes come back as notifications with our sockets' address as the sender and are passed
+over by looking at the header alone: programming 10,000 hosts makes 40,000 of them.
+
+linux/rtnetlink.h (multicast groups), linux/netfilter/nfnetlink.h and nf_tables.h.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from typing import TYPE_CHECKING
+
+from meshnet.firewall import TABLE
+from meshnet.kernel import bulk, links, rtnl
+from meshnet.state import NEXTHOP_ID_FIRST, NEXTHOP_ID_LAST, ROUTE_PROTOCOL
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
+RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 5, 7
+RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE = 9, 11
+RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF, RTNLGRP_NEXTHOP = 24, 25, 32
+NFNLGRP_NFTABLES = 7
+NETLINK_NETFILTER, NETLINK_ADD_MEMBERSHIP = 12, 1
+NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN = 10, 15
+NFTA_TABLE_NAME = 1
+NETCONFA_IFINDEX = 1
+
+_OWN_LINK = re.compile(r"mn[bv][0-9]+|mne[0-9a-f]{12}")
+_GROUPS = (
+    RTNLGRP_LINK,
+    RTNLGRP_NEIGH,
+    RTNLGRP_IPV4_IFADDR,
+    RTNLGRP_IPV4_ROUTE,
+    RTNLGRP_IPV6_IFADDR,
+    RTNLGRP_IPV6_ROUTE,
+    RTNLGRP_IPV4_NETCONF,
+    RTNLGRP_IPV6_NETCONF,
+    RTNLGRP_NEXTHOP,
+)
+_RECEIVE_BUFFER_BYTES = 8 << 20
+
+
+def open_route_events() -> socket.socket:
+    """A socket that receives rtnetlink notifications of the calling thread's namespace."""
+    return _open(socket.NETLINK_ROUTE, _GROUPS)
+
+
+def open_nftables_events() -> socket.socket:
+    """A socket that receives nf_tables notifications of the calling thread's namespace."""
+    return _open(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,))
+
+
+def _open(protocol: int, groups: Collection[int]) -> socket.socket:
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
+    try:
+        events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
+        events.bind((0, 0))
+        for group in groups:
+            events.setsockopt(rtnl.SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+    except BaseException:
+        events.close()
+        raise
+    return events
+
+
+class EventFilter:
+    """Says whether a notification may mean that the kernel differs from what we want.
+
+    Args:
+        own_ports: netlink addresses of the sockets we write through.
+
+    `links_of_interest` (ifindices of our tunnels and bridges and of the underlay's links) is kept
+    current from link notifications and by `look_at`.
+    """
+
+    def __init__(self, own_ports: Collection[int]) -> None:
+        self._own_ports = frozenset(own_ports)
+        self._own_links: set[int] = set()
+        self._underlay_links: set[int] = set()
+
+    def look_at(self, own_links: Collection[int], underlay_links: Collection[int]) -> None:
+        """Name the links whose notifications matter, by ifindex."""
+        self._own_links = set(own_links)
+        self._underlay_links = set(underlay_links)
+
+    def concerns_us(self, data: bytes) -> bool:
+        """Whether any rtnetlink message of a datagram does."""
+        return any(self._one(message) for message in rtnl.split_messages(data))
+
+    def _one(self, message: rtnl.Message) -> bool:
+        if message.port_id in self._own_ports:
+            return False
+        match message.kind:
+            case rtnl.RTM_NEWLINK | rtnl.RTM_DELLINK:
+                return self._link(message)
+            case rtnl.RTM_NEWADDR | rtnl.RTM_DELADDR:
+                index = rtnl.IFADDR.unpack_from(message.data, message.start)[4]
+                return index in self._own_links or index in self._underlay_links
+            case rtnl.RTM_NEWNEIGH | rtnl.RTM_DELNEIGH:
+                return rtnl.NDMSG.unpack_from(message.data, message.start)[1] in self._own_links
+            case rtnl.RTM_NEWROUTE | rtnl.RTM_DELROUTE:
+                return self._route(message)
+            case rtnl.RTM_NEWNEXTHOP | rtnl.RTM_DELNEXTHOP:
+                return self._nexthop(message)
+            case 80:  # RTM_NEWNETCONF: a sysctl of a link changed
+                attrs = rtnl.parse_attrs(message.data, message.start + 4, message.end)
+                index = rtnl.U32.unpack(attrs.get(NETCONFA_IFINDEX, bytes(4)))[0]
+                return index in self._own_links or index in self._underlay_links
+            case _:
+                return False
+
+    def _link(self, message: rtnl.Message) -> bool:
+        index = rtnl.IFINFO.unpack_from(message.data, message.start)[2]
+        if index in self._own_links or index in self._underlay_links:
+            return True
+        attrs = rtnl.parse_attrs(message.data, message.start + 16, message.end)
+        name = attrs.get(links.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
+        return bool(_OWN_LINK.fullmatch(name))
+
+    def _route(self, message: rtnl.Message) -> bool:
+        header = rtnl.RTMSG.unpack_from(message.data, message.start)
+        if header[4] != bulk.RT_TABLE_MAIN:
+            return False
+        if header[5] == ROUTE_PROTOCOL:
+            return True
+        # Another route through a link of ours or of the underlay may hide one of ours, or be the
+        # new way to a peer.
+        attrs = rtnl.parse_attrs(message.data, message.start + 12, message.end)
+        index = rtnl.U32.unpack(attrs.get(bulk.RTA_OIF, bytes(4)))[0]
+        return index in self._own_links or index in self._underlay_links
+
+    def _nexthop(self, message: rtnl.Message) -> bool:
+        attrs = rtnl.parse_attrs(message.data, message.start + 8, message.end)
+        nexthop_id = rtnl.U32.unpack(attrs.get(bulk.NHA_ID, bytes(4)))[0]
+        return bool(NEXTHOP_ID_FIRST <= nexthop_id <= NEXTHOP_ID_LAST)
+
+
+def nftables_concerns_us(data: bytes) -> bool:
+    """Whether any nf_tables message of a datagram is about our table."""
+    for message in rtnl.split_messages(data):
+        subsystem, kind = message.kind >> 8, message.kind & 0xFF
+        if subsystem != NFNL_SUBSYS_NFTABLES or kind == NFT_MSG_NEWGEN:
+            continue
+        attrs = rtnl.parse_attrs(message.data, message.start + 4, message.end)
+        # Attribute 1 is the table's name in every message kind of nf_tables.
+        if attrs.get(NFTA_TABLE_NAME, b"").rstrip(b"\0") == TABLE.encode():
+            return True
+    return False

@@ -1,0 +1,421 @@
+"""A lab: hosts as network namespaces on one machine, with a switch, etcd and agents.
+
+Job: build it, hand out its parts, take it down and leave nothing.  Place: outside the mesh; it
+starts the same agents that run on real hosts, and they program real kernel devices.
+
+A lab outlives the program that made it (``meshnet lab up``): all that another program needs to
+use it or take it down is in ``lab.json`` (`meshnet.lab.state`).  Everything else is found by its
+name, which comes from the lab's:
+
+    namespaces   mnlab-LAB-h1, …-sw, …-etcd   (without LAB- for the lab named "lab")
+    directories  /run/meshnet-lab/LAB/h1/{run/agent.sock,state/,agent.log}
+
+Synchronous: it is called from fixtures and from the command line, outside any trio run.  May
+import only the standard library, `meshnet.errors` and the lab's own modules.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshnet.errors import (
+    ConflictError,
+    MeshnetError,
+    NotFoundError,
+    PolicyRefusedError,
+    UsageError,
+)
+from meshnet.lab.commands import Children, Namespace
+from meshnet.lab.etcd import EtcdServer
+from meshnet.lab.host import LabContext, LabHost
+from meshnet.lab.netns import (
+    DEFAULT_LAB,
+    ETCD,
+    SWITCH,
+    add_netns,
+    check_host_name,
+    check_lab_name,
+    delete_netns,
+    enter_argv,
+    ip_batch,
+    list_netns,
+    netns_name,
+    netns_path,
+)
+from meshnet.lab.process import ProcessRef, identify
+from meshnet.lab.state import (
+    HostRecord,
+    LabDocument,
+    LabFile,
+    agent_socket,
+    default_base_dir,
+    host_dir,
+)
+from meshnet.lab.teardown import Removed, end_everything, tear_down
+from meshnet.lab.underlay import Family, Underlay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+    from typing import Self
+
+_MAX_HOSTS = 200
+_ETCD_HEALTHY_DEADLINE_S = 30.0
+_SOCKET_PATH_BYTES = 107  # unix(7): sun_path, less its final zero
+
+
+class Lab:
+    """A lab on this machine.  Needs root; touches no namespace but its own.
+
+    As a context manager it is up inside, and down after.  Otherwise call `up`, and `down` from
+    this or any other program.
+
+    Args:
+        name: names its namespaces and its directory.
+        hosts: how many; they are ``h1``, ``h2`` and so on.
+        underlay_family: 4 or 6: what addresses hosts and etcd have.
+        mtu: MTU of the underlay, in bytes.
+        gateway: whether hosts have a default route, to the switch, so that what leaves the
+            overlay can be watched there, and `outside_ip` can be reached.
+        base_dir: its directory, which must not exist; the default is ``/run/meshnet-lab/NAME``.
+        agent_args: further options for every agent.
+        start_agents: whether `up` and `add_host` start agents.
+
+    Attributes:
+        name: see above.
+        base_dir: see above.
+        underlay: the addressing plan.
+        etcd: the lab's etcd, for stopping, pausing and asking it.  In a lab opened with `attach`
+            only its `ctl` works: the process is another program's child.
+        switch: the switch's namespace; its bridge is ``br0``, its ports ``h1``, ``etcd``, …
+
+    Raises:
+        UsageError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        name: str = DEFAULT_LAB,
+        *,
+        hosts: int = 3,
+        underlay_family: Family = 4,
+        mtu: int = 1500,
+        gateway: bool = True,
+        base_dir: Path | None = None,
+        agent_args: Sequence[str] = (),
+        start_agents: bool = True,
+    ) -> None:
+        check_lab_name(name)
+        if not 0 <= hosts <= _MAX_HOSTS:
+            raise UsageError(f"{hosts} hosts: a lab has 0 to {_MAX_HOSTS}")
+        self.name = name
+        self.base_dir = default_base_dir(name) if base_dir is None else base_dir.absolute()
+        self.underlay = Underlay(family=underlay_family, mtu_bytes=mtu, gateway=gateway)
+        self._host_count = hosts
+        self._start_agents = start_agents
+        self._children = Children()
+        self._file = LabFile(self.base_dir)
+        self._context = LabContext(
+            name=name,
+            base_dir=self.base_dir,
+            etcd_url=self.underlay.etcd_url,
+            agent_args=tuple(agent_args),
+            file=self._file,
+            children=self._children,
+        )
+        self.switch = Namespace(self._netns_path(SWITCH), self._children)
+        self.etcd = EtcdServer(
+            self.base_dir / ETCD / "data",
+            client_url=self.underlay.etcd_url,
+            prefix=enter_argv(self._netns_path(ETCD)),
+            log_file=self.base_dir / ETCD / "etcd.log",
+        )
+
+    @classmethod
+    def attach(cls, lab_name: str = DEFAULT_LAB, *, base_dir: Path | None = None) -> Lab:
+        """Open a lab that another program has brought up.
+
+        Raises:
+            NotFoundError: it is not up.
+        """
+        check_lab_name(lab_name)
+        directory = default_base_dir(lab_name) if base_dir is None else base_dir
+        document = LabFile(directory).read()
+        return cls(
+            document.name,
+            hosts=0,
+            underlay_family=6 if document.family == 6 else 4,
+            mtu=document.mtu_bytes,
+            gateway=document.gateway,
+            base_dir=directory,
+            agent_args=document.agent_args,
+        )
+
+    def __enter__(self) -> Self:
+        self.up()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.down()
+
+    @property
+    def hosts(self) -> list[LabHost]:
+        """All hosts, in the order they were added.
+
+        Raises:
+            NotFoundError: the lab is not up.
+        """
+        return [
+            LabHost(name, ip_address(record.underlay_ip), self._context)
+            for name, record in self._file.read().hosts.items()
+        ]
+
+    @property
+    def etcd_url(self) -> str:
+        """URL of the lab's etcd."""
+        return self.underlay.etcd_url
+
+    @property
+    def outside_ip(self) -> str:
+        """An address that only the switch has and answers for: the Internet, to the hosts."""
+        return str(self.underlay.outside_ip)
+
+    def host(self, name: str) -> LabHost:
+        """Look a host up.
+
+        Raises:
+            NotFoundError: the lab is not up, or has no such host.
+        """
+        return LabHost.from_state(name, self._context)
+
+    def up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Build the lab; on return etcd answers and every agent is ready.
+
+        Whatever goes wrong, Ctrl-C included, what was made is removed again.
+
+        Args:
+            progress: called with a line before every step.
+
+        Raises:
+            PolicyRefusedError: the caller is not root.
+            ConflictError: the lab, or something of that name, exists.
+            NotFoundError: a program that it needs is not installed.
+            StoreUnavailableError: etcd does not start.
+            AgentUnreachableError: an agent does not; the message has the end of its log.
+            KernelRefusedError: the kernel refused a namespace or link.
+        """
+        say = progress or (lambda _: None)
+        self._check_machine()
+        names = [f"h{number}" for number in range(1, self._host_count + 1)]
+        self._check_socket_paths(names)
+        self._claim()
+        try:
+            self._file.create(self._first_document(names))
+            say(f"making {len(names)} hosts, a switch and an underlay")
+            self._build_underlay()
+            say(f"starting etcd at {self.etcd_url}")
+            self._start_etcd()
+            if self._start_agents:
+                say(f"starting {len(names)} agents")
+                self._start_all_agents(say)
+        except BaseException as exc:
+            say("failed: removing what was made")
+            try:
+                self.down()
+            except MeshnetError as undo_error:
+                exc.add_note(f"and removing what was made failed: {undo_error}")
+            raise
+
+    def down(self, progress: Callable[[str], None] | None = None) -> Removed:
+        """Take the lab down, containers and all; harmless when it is not up.
+
+        Raises:
+            ConflictError: the lab's directory is something else's, or the caller is in one of the
+                lab's namespaces.
+            KernelRefusedError: something cannot be removed.
+        """
+        known: list[ProcessRef] = []
+        if self.etcd.running:
+            # Continued, in case a test left it paused; agents that end want it to answer.
+            self.etcd.resume()
+        removed = tear_down(self.name, self.base_dir, known=known, progress=progress)
+        # Ended by tear_down; here only reaped.  Not stop(), which expects a running one.
+        self.etcd.kill()
+        self._children.reap_all()
+        return removed
+
+    def add_host(self, name: str) -> LabHost:
+        """Add a host to a running lab; its agent is started if those of `up` were.
+
+        A host ``hN`` gets the underlay address that ``hN`` always has, also when it was removed
+        and comes back; with the state directory that `remove_host` kept, if it did.
+
+        Raises:
+            UsageError: no host can have that name.
+            ConflictError: the lab has that host.
+            NotFoundError: the lab is not up.
+        """
+        check_host_name(name)
+        self._check_socket_paths([name])
+        with self._file.edit() as document:
+            if name in document.hosts:
+                raise ConflictError(
+                    f"lab {self.name!r} has host {name!r} already: remove it first, or use another"
+                )
+            index = _free_index(name, document)
+            document.hosts[name] = HostRecord(index, str(self.underlay.host_ip(index)))
+        host = self.host(name)
+        try:
+            host.make_dirs()
+            add_netns([host.netns])
+            ip_batch(self.underlay.port_commands(name, host.netns), netns=self._netns(SWITCH))
+            ip_batch(self.underlay.host_commands(host.underlay_ip), netns=host.netns)
+            if self._start_agents:
+                host.start_agent()
+        except BaseException:
+            self.remove_host(name)
+            raise
+        return host
+
+    def remove_host(self, name: str, *, keep_state: bool = False) -> None:
+        """Remove a host as a power cut does: every process on it is killed, then it is gone.
+
+        For an orderly departure stop its agent first.
+
+        Args:
+            keep_state: keep its directories, for `add_host` to find.
+
+        Raises:
+            NotFoundError: the lab is not up, or has no such host.
+        """
+        record = self._file.read().host(name)
+        host = self.host(name)
+        containers = [item for item in self._file.read().containers if item.host == name]
+        agents = [] if record.agent is None else [record.agent]
+        end_everything([host.netns_path], agents, containers, deadline_s=0)
+        delete_netns([host.netns])
+        if not keep_state:
+            shutil.rmtree(host_dir(self.base_dir, name), ignore_errors=True)
+        for ref in (*agents, *(item.ref for item in containers)):
+            self._children.reap(ref.pid)
+        with self._file.edit() as document:
+            document.hosts.pop(name, None)
+            document.containers = [item for item in document.containers if item.host != name]
+
+    def cut(self, port: str) -> None:
+        """Cut a host, or ``etcd``, off: the switch drops all its packets; its link stays up."""
+        self.switch.run(["bridge", "link", "set", "dev", port, "state", "disabled"])
+
+    def mend(self, port: str) -> None:
+        """Undo `cut`."""
+        self.switch.run(["bridge", "link", "set", "dev", port, "state", "forwarding"])
+
+    def _netns(self, part: str) -> str:
+        return netns_name(self.name, part)
+
+    def _netns_path(self, part: str) -> Path:
+        return netns_path(self._netns(part))
+
+    def _check_machine(self) -> None:
+        if os.geteuid() != 0:
+            raise PolicyRefusedError("a lab makes network namespaces, which needs root: use sudo")
+        missing = [
+            f"{program} ({package})"
+            for program, package in (
+                ("ip", "iproute2"),
+                ("nsenter", "util-linux"),
+                ("etcd", "etcd-server"),
+                ("etcdctl", "etcd-client"),
+            )
+            if shutil.which(program) is None
+        ]
+        if missing:
+            raise NotFoundError(f"a lab needs programs that are missing: {', '.join(missing)}")
+
+    def _check_socket_paths(self, names: Sequence[str]) -> None:
+        for name in names:
+            path = agent_socket(self.base_dir, name)
+            if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+                raise UsageError(
+                    f"socket path {path} is too long for the kernel: "
+                    f"use a directory or lab name that makes it {_SOCKET_PATH_BYTES} bytes or less"
+                )
+
+    def _claim(self) -> None:
+        """Take the lab's name for us, or find that it is taken."""
+        option = "" if self.name == DEFAULT_LAB else f" --name {self.name}"
+        remedy = f"use it, or remove it with 'meshnet lab down{option}'"
+        left = list_netns(self.name)
+        if left:
+            raise ConflictError(
+                f"lab {self.name!r} exists already (namespace {', '.join(left)}): {remedy}"
+            )
+        try:
+            self.base_dir.parent.mkdir(parents=True, exist_ok=True)
+            self.base_dir.mkdir()
+        except FileExistsError as exc:
+            raise ConflictError(
+                f"lab {self.name!r} exists already ({self.base_dir}): {remedy}"
+            ) from exc
+
+    def _first_document(self, names: Sequence[str]) -> LabDocument:
+        return LabDocument(
+            name=self.name,
+            family=self.underlay.family,
+            mtu_bytes=self.underlay.mtu_bytes,
+            gateway=self.underlay.gateway,
+            agent_args=list(self._context.agent_args),
+            etcd_url=self.etcd_url,
+            hosts={
+                name: HostRecord(index, str(self.underlay.host_ip(index)))
+                for index, name in enumerate(names, start=1)
+            },
+        )
+
+    def _build_underlay(self) -> None:
+        hosts = self.hosts
+        for host in hosts:
+            host.make_dirs()
+        self.etcd.log_file.parent.mkdir()
+        ends = {ETCD: self._netns(ETCD), **{host.name: host.netns for host in hosts}}
+        add_netns([self._netns(SWITCH), *ends.values()])
+        commands = self.underlay.switch_commands()
+        for port, netns in ends.items():
+            commands += self.underlay.port_commands(port, netns)
+        ip_batch(commands, netns=self._netns(SWITCH))
+        ip_batch(self.underlay.host_commands(self.underlay.etcd_ip), netns=self._netns(ETCD))
+        for host in hosts:
+            ip_batch(self.underlay.host_commands(host.underlay_ip), netns=host.netns)
+
+    def _start_etcd(self) -> None:
+        self.etcd.start()
+        ref = identify(self.etcd.pid)
+        with self._file.edit() as document:
+            document.etcd = ref
+        self.etcd.wait_healthy(_ETCD_HEALTHY_DEADLINE_S)
+
+    def _start_all_agents(self, say: Callable[[str], None]) -> None:
+        hosts = self.hosts
+        for host in hosts:
+            host.start_agent(wait=False)
+        for host in hosts:
+            host.wait_agent_ready()
+            say(f"{host.name} is ready at {host.underlay_ip}")
+
+
+def _free_index(name: str, document: LabDocument) -> int:
+    used = {record.index for record in document.hosts.values()}
+    own = int(name[1:]) if name[0] == "h" and name[1:].isdigit() else 0
+    if own > 0 and own not in used:
+        return own
+    # Past every hN, present or not, so that none finds its address taken when it comes back.
+    return max(_MAX_HOSTS, *used, 0) + 1
