@@ -185,7 +185,9 @@ def check_network(network: Network) -> None:
         )
     for cidr in network.subnets:
         if cidr.is_multicast or cidr.is_loopback or cidr.is_link_local or cidr.prefixlen == 0:
-            raise UsageError(f"{cidr} cannot be routed: choose a private CIDR, such as 10.42.0.0/16")
+            raise UsageError(
+                f"{cidr} cannot be routed: choose a private CIDR, such as 10.42.0.0/16"
+            )
         check_host_prefix(cidr, network.host_prefix_of(cidr.version))
     if network.mtu_bytes is not None:
         least = MINIMUM_MTU_BYTES[versions[-1]]
@@ -260,9 +262,7 @@ def decode_reservation(network: NetworkName, subnet_key: str, raw: bytes) -> Res
         BadValueError: malformed value, or a key that is no subnet.
     """
     value = _decode(_Format.reservation, raw)
-    return Reservation(
-        network=network, subnet=subnet_from_key(subnet_key), host=HostId(value.host)
-    )
+    return Reservation(network=network, subnet=subnet_from_key(subnet_key), host=HostId(value.host))
 
 
 def subnet_to_key(subnet: IpNetwork) -> str:
@@ -355,5 +355,3 @@ def _unicast(text: str) -> IpAddress:
     if address.is_multicast or address.is_loopback or address.is_unspecified:
         raise BadValueError(f"{text} cannot be the address of a host on the underlay")
     return address
-
-

@@ -230,4 +230,3 @@ def _ip(text: str | None, source: str) -> IpAddress | None:
         return ip_address(text)
     except ValueError as error:
         raise UsageError(f"underlay-ip is {text!r} ({source}): give an IP address") from error
-

@@ -140,10 +140,9 @@ def link_matches(desired: Link, actual: Link) -> bool:
 
     A desired MAC of None matches any, and only the desired sysctls are looked at.
     """
-    return (
-        desired._replace(mac=desired.mac or actual.mac, sysctls=()) == actual._replace(sysctls=())
-        and set(desired.sysctls) <= set(actual.sysctls)
-    )
+    return desired._replace(mac=desired.mac or actual.mac, sysctls=()) == actual._replace(
+        sysctls=()
+    ) and set(desired.sysctls) <= set(actual.sysctls)
 
 
 def _set_links(desired: Mapping[str, Link], actual: Mapping[str, Link]) -> Iterator[Op]:
@@ -258,4 +257,3 @@ def _table(state: KernelState, table: Table) -> dict[Any, Any]:
         Table.NEXTHOP: state.nexthops,
         Table.ROUTE: state.routes,
     }[table]
-

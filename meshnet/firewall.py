@@ -97,7 +97,9 @@ def _masquerade(network: FirewallNetwork) -> str:
         f"\t\t{ip} saddr {s} {ip} daddr != @networks{s.version} {ip} daddr != {multicast} "
         "masquerade fully-random\n"
         for s in network.subnets
-        for ip, multicast in ((_FAMILY[s.version], "224.0.0.0/4" if s.version == 4 else "ff00::/8"),)
+        for ip, multicast in (
+            (_FAMILY[s.version], "224.0.0.0/4" if s.version == 4 else "ff00::/8"),
+        )
     )
 
 

@@ -44,7 +44,7 @@ class Membership:
     ) -> None:
         self.host = host
         self.subnets: dict[NetworkName, tuple[IpNetwork, ...]] = {}
-        self.errors: dict[NetworkName, str] = {}
+        self.errors: dict[NetworkName, MeshnetError] = {}
         self.lease_ok = False
         self._registry = registry
         self._claim = claim
@@ -161,8 +161,8 @@ class Membership:
         except StoreUnavailableError:
             raise
         except MeshnetError as error:
-            self.errors[network.name] = str(error)
-            if before != str(error):
+            self.errors[network.name] = error
+            if str(before) != str(error):
                 _log.error("no subnet", network=network.name, reason=str(error))
                 self._on_change()
         else:

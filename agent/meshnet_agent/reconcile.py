@@ -109,6 +109,7 @@ class Reconciler:
     ) -> None:
         self.result = PassResult()
         self.passes = 0
+        self.writes = 0
         self.running = False
         self._worker = worker
         self._gather = gather
@@ -171,6 +172,7 @@ class Reconciler:
         finally:
             self.running = False
         self.passes += 1
+        self.writes += self.result.writes
         for failure in self.result.failures:
             if str(failure) not in before:
                 _log.error("kernel refused", operation=str(failure.op), reason=failure.reason)

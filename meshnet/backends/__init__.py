@@ -130,8 +130,6 @@ class NetworkPlan:
 class Backend(Protocol):
     """A mode."""
 
-    def __call__(
-        self, wanted: NetworkInput, state: KernelState, ids: NexthopIds
-    ) -> NetworkPlan:
+    def __call__(self, wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> NetworkPlan:
         """Add the network's objects to `state`; `ids` names its nexthop objects."""
         ...

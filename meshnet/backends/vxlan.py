@@ -195,4 +195,3 @@ def _mtu(wanted: NetworkInput, errors: list[str]) -> int:
 
 def _route_key(subnet: IpNetwork) -> RouteKey:
     return RouteKey(subnet.network_address.packed, subnet.prefixlen)
-

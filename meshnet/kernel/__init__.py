@@ -98,6 +98,10 @@ class Wiring(Protocol):
         """Remove an endpoint's links, and with them its addresses and routes.  Idempotent."""
         ...
 
+    def remove_link(self, name: str) -> None:
+        """Remove an endpoint link by name.  Idempotent."""
+        ...
+
     def list_endpoint_links(self) -> list[str]:
         """Names of all endpoint links on this host, whoever made them."""
         ...

@@ -29,7 +29,8 @@ NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN = 10, 15
 NFTA_TABLE_NAME = 1
 NETCONFA_IFINDEX = 1
 
-_OWN_LINK = re.compile(r"mn[bv][0-9]+|mne[0-9a-f]{12}")
+_OWN_LINK = re.compile(r"mn[bv][0-9]+")
+_ENDPOINT_LINK = re.compile(r"mne[0-9a-f]{12}")
 _GROUPS = (
     RTNLGRP_LINK,
     RTNLGRP_NEIGH,
@@ -73,8 +74,8 @@ class EventFilter:
     Args:
         own_ports: netlink addresses of the sockets we write through.
 
-    `links_of_interest` (ifindices of our tunnels and bridges and of the underlay's links) is kept
-    current from link notifications and by `look_at`.
+    Which links are ours and which are the underlay's is told by `look_at` after every pass; one of
+    ours that appears in between is known by its name.
     """
 
     def __init__(self, own_ports: Collection[int]) -> None:
@@ -119,7 +120,10 @@ class EventFilter:
             return True
         attrs = rtnl.parse_attrs(message.data, message.start + 16, message.end)
         name = attrs.get(links.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
-        return bool(_OWN_LINK.fullmatch(name))
+        # Endpoint links are made by the dozen; only their end, or their leaving the bridge (a
+        # RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.
+        deleted = message.kind == rtnl.RTM_DELLINK and _ENDPOINT_LINK.fullmatch(name)
+        return bool(deleted or _OWN_LINK.fullmatch(name))
 
     def _route(self, message: rtnl.Message) -> bool:
         header = rtnl.RTMSG.unpack_from(message.data, message.start)

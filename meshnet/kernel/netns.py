@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-
 import os
 from typing import TYPE_CHECKING
 
@@ -40,9 +39,16 @@ def netns_inode(fd: int) -> int:
     return os.fstat(fd).st_ino
 
 
-def own_netns_inode() -> int:
-    """Inode of the calling thread's network namespace."""
-    return os.stat("/proc/thread-self/ns/net").st_ino
+def host_netns_inodes() -> set[int]:
+    """Inodes of the calling thread's network namespace and of that of process 1.
+
+    They differ where the agent itself runs in a namespace, as in the lab; endpoints belong in
+    neither.
+    """
+    inodes = {os.stat("/proc/thread-self/ns/net").st_ino}
+    with contextlib.suppress(OSError):
+        inodes.add(os.stat("/proc/1/ns/net").st_ino)
+    return inodes
 
 
 def start_ticks(pid: int) -> int:
@@ -93,5 +99,3 @@ def _setns(fd: int) -> None:
     if _libc.setns(fd, CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"setns: {os.strerror(code)}")
-
-

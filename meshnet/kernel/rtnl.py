@@ -199,9 +199,7 @@ class RtnlSocket:
         for sequence, (kind, flags, body) in enumerate(requests, base):
             ack = NLM_F_ACK if sequence == last else 0
             length = 16 + len(body)
-            parts.append(
-                NLMSG_HEADER.pack(length, kind, NLM_F_REQUEST | flags | ack, sequence, 0)
-            )
+            parts.append(NLMSG_HEADER.pack(length, kind, NLM_F_REQUEST | flags | ack, sequence, 0))
             parts.append(body + bytes(-length & 3))
         self._socket.send(b"".join(parts))
         errors: dict[int, KernelError] = {}

@@ -44,6 +44,11 @@ class NetlinkWiring:
         """See `meshnet.kernel.Wiring`."""
         self._rtnl.close()
 
+    @property
+    def port_id(self) -> int:
+        """Netlink address of its socket: the sender in notifications of its own writes."""
+        return self._rtnl.port_id
+
     def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
         """See `meshnet.kernel.Wiring`."""
         endpoint = wiring.endpoint
@@ -80,11 +85,14 @@ class NetlinkWiring:
 
     def disconnect(self, endpoint: Endpoint) -> None:
         """See `meshnet.kernel.Wiring`."""
+        self.remove_link(endpoint_link_name(endpoint.id))
+
+    def remove_link(self, name: str) -> None:
+        """See `meshnet.kernel.Wiring`."""
         self.writes += 1
-        name = endpoint_link_name(endpoint.id)
         errors = self._rtnl.send_batch([links.encode_link_delete(name)])
         if errors and errors[0].errno != errno.ENODEV:
-            raise KernelRefusedError(f"link {name} of endpoint {endpoint.name}: {errors[0]}")
+            raise KernelRefusedError(f"endpoint link {name}: {errors[0]}")
 
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
@@ -117,9 +125,7 @@ class NetlinkWiring:
             raise _translate(requests[min(errors)], errors[min(errors)], endpoint)
 
 
-def _translate(
-    request: rtnl.Request, error: rtnl.KernelError, endpoint: Endpoint
-) -> MeshnetError:
+def _translate(request: rtnl.Request, error: rtnl.KernelError, endpoint: Endpoint) -> MeshnetError:
     """The kernel's errno in the words of whoever asked for the endpoint."""
     exists = error.errno == errno.EEXIST
     if exists and request.kind == rtnl.RTM_NEWLINK:
@@ -191,4 +197,3 @@ def _encode_routes(
         flags = rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL
         requests.append(rtnl.Request(rtnl.RTM_NEWROUTE, flags, body))
     return requests
-

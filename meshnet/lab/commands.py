@@ -10,6 +10,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any, TextIO
 
 from meshnet.lab.netns import enter_argv
+from meshnet.lab.process import ProcessRef, identify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,6 +40,11 @@ class Children:
     def add(self, child: subprocess.Popen[Any]) -> None:
         """Keep a child, until it is reaped."""
         self._by_pid[child.pid] = child
+
+    def running(self) -> list[ProcessRef]:
+        """Those that have not ended."""
+        # A child that poll() finds running is not reaped, so its pid is still its own.
+        return [identify(child.pid) for child in self._by_pid.values() if child.poll() is None]
 
     def reap(self, pid: int) -> int | None:
         """Reap a child that has ended, or is about to.

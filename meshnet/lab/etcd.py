@@ -14,6 +14,7 @@ etcd's own.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import time
@@ -111,6 +112,9 @@ class EtcdServer:
             f"--listen-peer-urls={self.peer_url}",
             f"--initial-advertise-peer-urls={self.peer_url}",
             f"--initial-cluster=default={self.peer_url}",
+            # etcd computes the cluster's id from these and a token.  Without one of its own, every
+            # new database would have the same id.  On existing data it is not looked at.
+            f"--initial-cluster-token={secrets.token_hex(8)}",
             "--logger=zap",
             "--log-level=error",
             *self._extra_args,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _PROC = Path("/proc")
 _DEAD_STATES = "ZX"
+_TCP_LISTEN = "0A"  # TCP_LISTEN of linux/tcp_states.h, as in /proc/net/tcp
 _KILL_DEADLINE_S = 10.0
 
 NetnsId = tuple[int, int]
@@ -97,6 +98,21 @@ def own_netns_id() -> NetnsId:
     return (stat.st_dev, stat.st_ino)
 
 
+def is_listening(pid: int, port: int) -> bool:
+    """Whether a TCP socket listens on `port` in the network namespace of a process."""
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (_PROC / str(pid) / "net" / table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        # proc(5): the local address ends with the port in hexadecimal; the fourth field is the
+        # state.
+        rows = [line.split() for line in lines]
+        if any(row[1].endswith(f":{port:04X}") and row[3] == _TCP_LISTEN for row in rows):
+            return True
+    return False
+
+
 def find_in_namespaces(namespaces: Collection[NetnsId]) -> set[ProcessRef]:
     """Find every running process whose network namespace is one of `namespaces`, except us.
 
@@ -127,9 +143,7 @@ def with_descendants(refs: Iterable[ProcessRef]) -> set[ProcessRef]:
     for pid, stat in stats.items():
         children.setdefault(stat.parent_pid, []).append(pid)
     pending = [
-        ref.pid
-        for ref in refs
-        if ref.pid in stats and stats[ref.pid].start_time == ref.start_time
+        ref.pid for ref in refs if ref.pid in stats and stats[ref.pid].start_time == ref.start_time
     ]
     family: set[int] = set()
     while pending:

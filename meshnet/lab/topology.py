@@ -16,19 +16,12 @@ import only the standard library, `meshnet.errors` and the lab's own modules.
 
 from __future__ import annotations
 
-import os
 import shutil
 from ipaddress import ip_address
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet.errors import (
-    ConflictError,
-    MeshnetError,
-    NotFoundError,
-    PolicyRefusedError,
-    UsageError,
-)
+from meshnet.errors import ConflictError, MeshnetError, UsageError
+from meshnet.lab.checks import check_machine, check_socket_path, claim
 from meshnet.lab.commands import Children, Namespace
 from meshnet.lab.etcd import EtcdServer
 from meshnet.lab.host import LabContext, LabHost
@@ -42,30 +35,32 @@ from meshnet.lab.netns import (
     delete_netns,
     enter_argv,
     ip_batch,
-    list_netns,
     netns_name,
     netns_path,
 )
-from meshnet.lab.process import ProcessRef, identify
+from meshnet.lab.poll import wait_until
+from meshnet.lab.process import identify, is_listening
 from meshnet.lab.state import (
     HostRecord,
     LabDocument,
     LabFile,
-    agent_socket,
     default_base_dir,
     host_dir,
 )
 from meshnet.lab.teardown import Removed, end_everything, tear_down
-from meshnet.lab.underlay import Family, Underlay
+from meshnet.lab.underlay import ETCD_PORT, Family, Underlay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
 _MAX_HOSTS = 200
 _ETCD_HEALTHY_DEADLINE_S = 30.0
-_SOCKET_PATH_BYTES = 107  # unix(7): sun_path, less its final zero
+# A member that is alone waits one election timeout, by default 1 s, before it elects itself.  The
+# shortest lease that etcd grants is 1.5 times that timeout, so tests can have short ones.
+_ETCD_ARGS = ("--heartbeat-interval=20", "--election-timeout=100")
 
 
 class Lab:
@@ -133,6 +128,7 @@ class Lab:
             client_url=self.underlay.etcd_url,
             prefix=enter_argv(self._netns_path(ETCD)),
             log_file=self.base_dir / ETCD / "etcd.log",
+            extra_args=_ETCD_ARGS,
         )
 
     @classmethod
@@ -214,10 +210,11 @@ class Lab:
             KernelRefusedError: the kernel refused a namespace or link.
         """
         say = progress or (lambda _: None)
-        self._check_machine()
+        check_machine()
         names = [f"h{number}" for number in range(1, self._host_count + 1)]
-        self._check_socket_paths(names)
-        self._claim()
+        for name in names:
+            check_socket_path(self.base_dir, name)
+        claim(self.name, self.base_dir)
         try:
             self._file.create(self._first_document(names))
             say(f"making {len(names)} hosts, a switch and an underlay")
@@ -243,10 +240,10 @@ class Lab:
                 lab's namespaces.
             KernelRefusedError: something cannot be removed.
         """
-        known: list[ProcessRef] = []
         if self.etcd.running:
             # Continued, in case a test left it paused; agents that end want it to answer.
             self.etcd.resume()
+        known = self._children.running()
         removed = tear_down(self.name, self.base_dir, known=known, progress=progress)
         # Ended by tear_down; here only reaped.  Not stop(), which expects a running one.
         self.etcd.kill()
@@ -265,7 +262,7 @@ class Lab:
             NotFoundError: the lab is not up.
         """
         check_host_name(name)
-        self._check_socket_paths([name])
+        check_socket_path(self.base_dir, name)
         with self._file.edit() as document:
             if name in document.hosts:
                 raise ConflictError(
@@ -325,48 +322,6 @@ class Lab:
     def _netns_path(self, part: str) -> Path:
         return netns_path(self._netns(part))
 
-    def _check_machine(self) -> None:
-        if os.geteuid() != 0:
-            raise PolicyRefusedError("a lab makes network namespaces, which needs root: use sudo")
-        missing = [
-            f"{program} ({package})"
-            for program, package in (
-                ("ip", "iproute2"),
-                ("nsenter", "util-linux"),
-                ("etcd", "etcd-server"),
-                ("etcdctl", "etcd-client"),
-            )
-            if shutil.which(program) is None
-        ]
-        if missing:
-            raise NotFoundError(f"a lab needs programs that are missing: {', '.join(missing)}")
-
-    def _check_socket_paths(self, names: Sequence[str]) -> None:
-        for name in names:
-            path = agent_socket(self.base_dir, name)
-            if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
-                raise UsageError(
-                    f"socket path {path} is too long for the kernel: "
-                    f"use a directory or lab name that makes it {_SOCKET_PATH_BYTES} bytes or less"
-                )
-
-    def _claim(self) -> None:
-        """Take the lab's name for us, or find that it is taken."""
-        option = "" if self.name == DEFAULT_LAB else f" --name {self.name}"
-        remedy = f"use it, or remove it with 'meshnet lab down{option}'"
-        left = list_netns(self.name)
-        if left:
-            raise ConflictError(
-                f"lab {self.name!r} exists already (namespace {', '.join(left)}): {remedy}"
-            )
-        try:
-            self.base_dir.parent.mkdir(parents=True, exist_ok=True)
-            self.base_dir.mkdir()
-        except FileExistsError as exc:
-            raise ConflictError(
-                f"lab {self.name!r} exists already ({self.base_dir}): {remedy}"
-            ) from exc
-
     def _first_document(self, names: Sequence[str]) -> LabDocument:
         return LabDocument(
             name=self.name,
@@ -401,6 +356,12 @@ class Lab:
         ref = identify(self.etcd.pid)
         with self._file.edit() as document:
             document.etcd = ref
+        # etcdctl, asked too early, retries only after a second.
+        wait_until(
+            lambda: is_listening(ref.pid, ETCD_PORT) or not self.etcd.running,
+            _ETCD_HEALTHY_DEADLINE_S,
+            f"etcd listens on {self.etcd_url}; see {self.etcd.log_file}",
+        )
         self.etcd.wait_healthy(_ETCD_HEALTHY_DEADLINE_S)
 
     def _start_all_agents(self, say: Callable[[str], None]) -> None:

@@ -26,7 +26,7 @@ Family = Literal[4, 6]
 # Fixed, so that adding a port does not change the gateway's MAC under the hosts' neighbour
 # entries: a bridge otherwise takes the lowest of its ports'.
 _GATEWAY_MAC = "02:00:0a:ff:00:01"
-_ETCD_PORT = 2379
+ETCD_PORT = 2379
 _FIRST_HOST = {4: 0x100, 6: 0x1_0000}
 _LAST_INDEX = 0xF000
 _MTU_BYTES = {4: range(576, 65536), 6: range(1280, 65536)}  # RFC 791 §3.1, RFC 8200 §5
@@ -84,7 +84,7 @@ class Underlay:
     def etcd_url(self) -> str:
         """URL of the lab's etcd."""
         host = f"[{self.etcd_ip}]" if self.family == 6 else str(self.etcd_ip)
-        return f"http://{host}:{_ETCD_PORT}"
+        return f"http://{host}:{ETCD_PORT}"
 
     def host_ip(self, index: int) -> IPv4Address | IPv6Address:
         """Address of host number `index`, from 1.

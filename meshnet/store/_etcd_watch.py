@@ -76,7 +76,8 @@ class Watch:
             self._on_broken()
             reason = reason_of(exc, self._silence_s)
             self._end = StoreUnavailableError(
-                f"the watch of {self._prefix} broke: {self._url}: {reason}; {remedy_for([reason])}"
+                f"the watch of {self._prefix} broke: {self._url}: {reason}; "
+                "check --etcd and that etcd is running"
             )
             raise self._end from exc
 
@@ -161,13 +162,17 @@ def reason_of(failure: RpcFailedError, timeout_s: float) -> str:
     """gRPC's or etcd's words, on one short line."""
     if failure.code == "DEADLINE_EXCEEDED":
         return f"no answer within {timeout_s:.3g} s"
-    details = failure.details.rpartition("last error: ")[2].removeprefix("UNKNOWN: ")
+    details = failure.details.rpartition("last error: ")[2]
+    details = details.removeprefix("UNKNOWN: ").removeprefix("UNAVAILABLE: ")
     return " ".join(details.split())[:300] or failure.code
 
 
 def remedy_for(reasons: Sequence[str]) -> str:
-    """What the operator should look at, from `reason_of` each endpoint that failed."""
-    text = " ".join(reasons)
-    if "handshake" in text.lower() or "SSL" in text:
+    """What the operator should look at, from URL and `reason_of` of each endpoint that failed."""
+    text = " ".join(reasons).lower()
+    # With TLS 1.3 a server that dislikes the client's certificate says so after the handshake:
+    # gRPC reports what it cannot decrypt, or just the end of the connection.
+    cut_off = "https:" in text and ("socket closed" in text or "reset" in text)
+    if cut_off or "handshake" in text or "ssl" in text or "tsi_" in text:
         return "check --etcd-ca, --etcd-cert and --etcd-key"
     return "check --etcd and that etcd is running"

@@ -320,4 +320,3 @@ def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
                     f"subnet {mine} contains {host.underlay_ip}, the underlay address of host "
                     f"{host.id}: choose a CIDR apart from the underlay"
                 )
-

@@ -1,6 +1,6 @@
 """Stores to test: a fresh one in memory, and clients of a real etcd that the session shares.
 
-Each store fixture ends with a check that the client left no thread and no socket behind.
+A test that uses one ends with a check that no thread and no socket is left behind.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from meshnet.store.memory import MemoryStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
     from meshnet.store import Store
+
+    Connect = Callable[[EtcdConfig], AbstractAsyncContextManager[EtcdStore]]
+    StartEtcd = Callable[..., AbstractContextManager[EtcdServer]]
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ def free_port() -> int:
 
 @contextmanager
 def running_etcd(
-    directory: Path, *, scheme: str = "http", args: Sequence[str] = (), ctl: Sequence[str] = ()
+    directory: Path, scheme: str = "http", args: Sequence[str] = (), ctl: Sequence[str] = ()
 ) -> Iterator[EtcdServer]:
     """A healthy etcd on a free port of loopback; ended at the end."""
+    directory.mkdir(parents=True, exist_ok=True)
     server = EtcdServer(
         directory / "data",
         client_url=f"{scheme}://127.0.0.1:{free_port()}",
@@ -63,17 +68,23 @@ def running_etcd(
 
 @asynccontextmanager
 async def connected(config: EtcdConfig) -> AsyncIterator[EtcdStore]:
-    """An `EtcdStore` that is closed at the end and must then leave nothing behind."""
-    before = _held()
+    """An `EtcdStore` that is closed at the end."""
     store = EtcdStore(config)
     try:
         yield store
     finally:
         with trio.CancelScope(shield=True):
             await store.aclose()
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """At the end of the test every thread and socket it opened is gone, soon."""
+    before = _held()
+    yield
     deadline = time.monotonic() + 5
     while (left := _held() - before) and time.monotonic() < deadline:
-        await trio.sleep(0.01)  # gRPC closes sockets and ends threads in the background
+        time.sleep(0.005)  # gRPC closes sockets and ends threads in the background
     assert not left
 
 
@@ -98,6 +109,23 @@ def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer
 
 
 @pytest.fixture
+def own_etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    """An etcd for the test alone, to be ill-treated."""
+    with running_etcd(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def start_etcd() -> StartEtcd:
+    return running_etcd
+
+
+@pytest.fixture
+def connect(nothing_left: None) -> Connect:
+    return connected
+
+
+@pytest.fixture
 def prefix() -> str:
     """A key prefix of the test's own."""
     return f"/test/{uuid.uuid4().hex}/"
@@ -105,7 +133,7 @@ def prefix() -> str:
 
 @pytest.fixture(params=["memory", "etcd"])
 async def under_test(
-    request: pytest.FixtureRequest, etcd_server: EtcdServer
+    request: pytest.FixtureRequest, etcd_server: EtcdServer, nothing_left: None
 ) -> AsyncIterator[StoreUnderTest]:
     if request.param == "memory":
         memory = MemoryStore()

@@ -24,7 +24,7 @@ from meshnet.store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from meshnet.store import Condition, LeaseId, Store, WatchBatch, Write
 
@@ -501,7 +501,7 @@ class TestCancellation:
                     shield.shield = False
                     await anext(watch)
 
-        calls = {
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
             "list": partial(store.list_prefix, prefix),
             "commit": partial(store.commit, [], [Put(f"{prefix}new", b"")]),
             "grant": partial(store.grant_lease, 60),

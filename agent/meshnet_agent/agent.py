@@ -1,0 +1,211 @@
+"""The agent: its parts, wired together, in nurseries.
+
+::
+
+    root: signals, API server
+      └─ store: keep-alive, watch, reservations, endpoint publication
+           └─ data plane: kernel monitor, reconciler, endpoints
+
+The innermost is stopped first.  Stopping, crashing or losing the store removes nothing from the
+kernel.  An unexpected exception ends the process; systemd starts it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.backends.vxlan import bridge_name, endpoint_link_name, vxlan_name
+from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.kernel.events import EventFilter, nftables_concerns_us
+from meshnet.model import Claim, Host, HostId, NetworkName
+from meshnet.plan import LocalView
+from meshnet.store.registry import Registry
+from meshnet_agent.endpoints import Endpoints, ReadyNetwork
+from meshnet_agent.follow import Follower
+from meshnet_agent.membership import Membership
+from meshnet_agent.monitor import listen
+from meshnet_agent.publish import Publisher
+from meshnet_agent.reconcile import PassInput, Reconciler
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from meshnet.config import AgentConfig
+    from meshnet.kernel import Kernel, Wiring
+    from meshnet.model import IpAddress, MeshSnapshot
+    from meshnet.store import Store
+    from meshnet_agent.disk import StateDir
+    from meshnet_agent.worker import Worker
+
+
+class Agent:
+    """One host's agent, on any store and any kernel."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        store: Store,
+        kernel: Worker[Kernel],
+        wiring: Worker[Wiring],
+        disk: StateDir,
+        underlay_ip: IpAddress,
+        event_filter: EventFilter,
+    ) -> None:
+        self.config = config
+        self.ready = False
+        self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip)
+        self.registry = Registry(store)
+        claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
+        self._event_filter = event_filter
+        self.reconciler = Reconciler(
+            kernel, self._gather, self._on_missing_links, resync_s=config.resync_s
+        )
+        self.follower = Follower(store, self._on_snapshot)
+        self.membership = Membership(
+            self.registry,
+            self.host,
+            claim,
+            ttl_s=config.lease_ttl_s,
+            on_change=self.reconciler.mark_dirty,
+        )
+        self.endpoints = Endpoints(wiring, disk, self.host.id, self._on_endpoints)
+        self.publisher = Publisher(
+            self.registry, self.endpoints, self.host.id, lambda: self.follower.snapshot.networks
+        )
+        self._nursery: trio.Nursery | None = None
+
+    # --- life ---------------------------------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Join the mesh and serve it until cancelled; started when the first pass is applied.
+
+        Raises:
+            ConflictError: another agent is this host.
+            StoreUnavailableError: the store did not answer at start.
+        """
+        await self.membership.join()
+        await self.follower.list_all()
+        try:
+            async with trio.open_nursery() as store_nursery:
+                store_nursery.start_soon(self.membership.keep_alive)
+                store_nursery.start_soon(self.membership.reserve)
+                store_nursery.start_soon(self.follower.watch)
+                store_nursery.start_soon(self.publisher.run)
+                async with trio.open_nursery() as data_plane:
+                    self._nursery = data_plane
+                    await data_plane.start(self.endpoints.run)
+                    await data_plane.start(
+                        listen,
+                        self._event_filter.concerns_us,
+                        nftables_concerns_us,
+                        self.reconciler.mark_dirty,
+                    )
+                    await self._wait_for_reservations()
+                    await data_plane.start(self.reconciler.run)
+                    data_plane.start_soon(self._keep_filter_current)
+                    data_plane.start_soon(self._expire_hosts)
+                    self.ready = True
+                    task_status.started()
+        finally:
+            with trio.move_on_after(2, shield=True), contextlib.suppress(MeshnetError):
+                await self.membership.leave()
+
+    async def _wait_for_reservations(self) -> None:
+        """Give the first reservations a moment, so that the first pass is a useful one."""
+        with trio.move_on_after(2):
+            while any(
+                name not in self.membership.subnets and name not in self.membership.errors
+                for name in self.follower.snapshot.networks
+            ):
+                await trio.sleep(0.01)
+
+    async def _keep_filter_current(self) -> None:
+        while True:
+            underlay = self.reconciler.result.underlay
+            if underlay is not None:
+                networks = self.follower.snapshot.networks.values()
+                own = [name(n) for n in networks for name in (bridge_name, vxlan_name)]
+                self._event_filter.look_at(indices_of(own), indices_of(underlay.forwarding_links))
+            await self.reconciler.wait_for_pass()
+
+    async def _expire_hosts(self) -> None:
+        """Look again when the next dead host's grace period ends."""
+        while True:
+            left = [
+                self.config.grace_s - dead_s
+                for dead_s in self.follower.dead_for_s().values()
+                if dead_s < self.config.grace_s
+            ]
+            await trio.sleep(min([60.0, *left]) + 0.05)
+            if any(seconds <= 60 for seconds in left):
+                self.reconciler.mark_dirty()
+
+    def _gather(self) -> PassInput:
+        dead = self.follower.dead_for_s()
+        return PassInput(
+            snapshot=self.follower.snapshot,
+            local=LocalView(
+                host=self.host.id,
+                subnets=dict(self.membership.subnets),
+                endpoints=self.endpoints.all,
+                expired=frozenset(h for h, s in dead.items() if s >= self.config.grace_s),
+            ),
+            underlay_ip=self.host.underlay_ip,
+        )
+
+    def _on_snapshot(self, snapshot: MeshSnapshot) -> None:
+        self.membership.follow(snapshot)
+        for network in {e.network for e in self.endpoints.all} - snapshot.networks.keys():
+            if self._nursery is not None:
+                self._nursery.start_soon(self.endpoints.remove_network, network)
+        self.reconciler.mark_dirty()
+
+    def _on_endpoints(self) -> None:
+        """A new endpoint link is as planned already; nothing to do before the next pass."""
+
+    def _on_missing_links(self, names: Collection[str]) -> None:
+        known = {endpoint_link_name(e.id) for e in self.endpoints.all}
+        if self._nursery is not None and known & set(names):
+            self._nursery.start_soon(self.endpoints.heal, names, self.ready_network)
+
+    def ready_network(self, name: str) -> ReadyNetwork:
+        """A network that is up on this host now.
+
+        Raises:
+            NotFoundError: there is no such network.
+            ConflictError, PoolExhaustedError: it is not up; the message says why.
+        """
+        network = self.follower.snapshot.networks.get(NetworkName(name))
+        outcome = self.reconciler.result.networks.get(NetworkName(name))
+        if network is None:
+            raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
+        if outcome is None or outcome.plan is None:
+            refused = self.membership.errors.get(network.name)
+            if refused is not None:
+                raise refused
+            reason = "; ".join(outcome.errors) if outcome is not None else ""
+            raise ConflictError(
+                f"network {name} is not up on this host: {reason or 'no pass has run yet'}"
+            )
+        subnets = self.membership.subnets.get(network.name, ())
+        if not subnets or not indices_of([outcome.plan.bridge]):
+            raise ConflictError(f"network {name} is not up on this host: see meshnet status")
+        return ReadyNetwork(
+            network=network,
+            subnets=subnets,
+            bridge=outcome.plan.bridge,
+            mtu_bytes=outcome.plan.mtu_bytes,
+        )
+
+
+def indices_of(names: Collection[str]) -> set[int]:
+    """Indices of those links that exist."""
+    found = set()
+    for name in names:
+        with contextlib.suppress(OSError):
+            found.add(socket.if_nametoindex(name))
+    return found

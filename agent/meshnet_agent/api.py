@@ -1,0 +1,249 @@
+"""The agent's API: HTTP and JSON on a Unix socket (docs/api.md).
+
+A thin layer: reads a request, calls `meshnet_agent.service`, writes its document.  Errors become
+``{"error": {"kind", "message", "exit_status"}}`` with a status code of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+from ipaddress import ip_address, ip_network
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import msgspec
+import structlog
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+
+from meshnet.codec import MAX_VALUE_BYTES
+from meshnet.errors import (
+    ConflictError,
+    KernelRefusedError,
+    MeshnetError,
+    NotFoundError,
+    PolicyRefusedError,
+    PoolExhaustedError,
+    StoreUnavailableError,
+    UsageError,
+)
+from meshnet.model import VXLAN_PORT, IpAddress, IpNetwork, Mode, Network, NetworkName, Vni
+from meshnet_agent.endpoints import AttachRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from starlette.requests import Request
+
+    from meshnet_agent.service import Service
+
+_log = structlog.get_logger()
+
+_STATUS_CODES: dict[type[MeshnetError], int] = {
+    UsageError: 400,
+    PolicyRefusedError: 403,
+    NotFoundError: 404,
+    ConflictError: 409,
+    PoolExhaustedError: 507,
+    KernelRefusedError: 500,
+    StoreUnavailableError: 503,
+}
+
+
+class NetworkRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/networks``."""
+
+    name: str
+    subnets: list[str]
+    mode: Mode = Mode.VXLAN
+    host_prefix: int = 24
+    host_prefix6: int = 64
+    vni: int | None = None
+    port: int = VXLAN_PORT
+    mtu: int | None = None
+    direct_routing: bool = False
+
+
+class EndpointRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/attach``."""
+
+    pid: Annotated[int, msgspec.Meta(ge=1)]
+    network: str
+    ifname: str = "eth0"
+    ip: str | None = None
+    name: str | None = None
+    default_route: bool = True
+
+
+class DetachRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/detach``."""
+
+    pid: Annotated[int, msgspec.Meta(ge=1)]
+    network: str
+
+
+_T = TypeVar("_T")
+
+
+def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        is_ready: whether the first pass has been applied; until then requests that need the mesh
+            get 503.
+    """
+
+    def route(path: str, method: str, handler: _Handler) -> Route:
+        return Route(path, _guard(handler, is_ready), methods=[method])
+
+    handlers = _Handlers(service)
+    return Starlette(
+        routes=[
+            Route("/healthz", lambda _: _json({"status": "ok"})),
+            Route("/readyz", lambda _: _ready(is_ready())),
+            route("/v1/networks", "GET", handlers.list_networks),
+            route("/v1/networks", "POST", handlers.create_network),
+            route("/v1/networks/{name}", "GET", handlers.inspect_network),
+            route("/v1/networks/{name}", "DELETE", handlers.remove_network),
+            route("/v1/attach", "POST", handlers.attach),
+            route("/v1/detach", "POST", handlers.detach),
+            route("/v1/endpoints", "GET", handlers.list_endpoints),
+            route("/v1/hosts", "GET", handlers.list_hosts),
+            route("/v1/hosts/{id}", "DELETE", handlers.remove_host),
+            route("/v1/status", "GET", handlers.status),
+        ]
+    )
+
+
+class _Handlers:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def list_networks(self, _request: Request) -> Any:  # noqa: ANN401
+        return self._service.network_documents()
+
+    async def create_network(self, request: Request) -> Any:  # noqa: ANN401
+        wanted = await _body(request, NetworkRequest)
+        subnets = sorted((_cidr(s) for s in wanted.subnets), key=lambda s: s.version)
+
+        def build(vni: Vni) -> Network:
+            return Network(
+                name=NetworkName(wanted.name),
+                mode=wanted.mode,
+                subnets=tuple(subnets),
+                vni=vni,
+                port=wanted.port,
+                host_prefix=wanted.host_prefix,
+                host_prefix6=wanted.host_prefix6,
+                mtu_bytes=wanted.mtu,
+                direct_routing=wanted.direct_routing,
+            )
+
+        return await self._service.create_network(build, wanted.vni)
+
+    async def inspect_network(self, request: Request) -> Any:  # noqa: ANN401
+        return self._service.inspect_network(request.path_params["name"])
+
+    async def remove_network(self, request: Request) -> Any:  # noqa: ANN401
+        await self._service.remove_network(request.path_params["name"])
+        return {"name": request.path_params["name"]}
+
+    async def attach(self, request: Request) -> Any:  # noqa: ANN401
+        wanted = await _body(request, EndpointRequest)
+        return await self._service.attach(
+            AttachRequest(
+                pid=wanted.pid,
+                network=wanted.network,
+                ifname=wanted.ifname,
+                ip=_address(wanted.ip) if wanted.ip is not None else None,
+                name=wanted.name,
+                default_route=wanted.default_route,
+            )
+        )
+
+    async def detach(self, request: Request) -> Any:  # noqa: ANN401
+        wanted = await _body(request, DetachRequest)
+        return await self._service.detach(wanted.pid, wanted.network)
+
+    async def list_endpoints(self, _request: Request) -> Any:  # noqa: ANN401
+        return await self._service.endpoint_documents()
+
+    async def list_hosts(self, _request: Request) -> Any:  # noqa: ANN401
+        return self._service.host_documents()
+
+    async def remove_host(self, request: Request) -> Any:  # noqa: ANN401
+        await self._service.remove_host(request.path_params["id"])
+        return {"id": request.path_params["id"]}
+
+    async def status(self, _request: Request) -> Any:  # noqa: ANN401
+        return self._service.status_document()
+
+
+_Handler = "Callable[[Request], Awaitable[Any]]"
+
+
+def _guard(
+    handler: Callable[[Request], Awaitable[Any]], is_ready: Callable[[], bool]
+) -> Callable[[Request], Awaitable[Response]]:
+    @functools.wraps(handler)
+    async def guarded(request: Request) -> Response:
+        try:
+            if not is_ready():
+                raise StoreUnavailableError("the agent is still starting: try again in a moment")
+            return _json(await handler(request))
+        except MeshnetError as error:
+            return _error(error)
+        except Exception:
+            # The agent must outlive a bug in one request; the next pass and the log tell of it.
+            _log.exception("request failed", path=request.url.path)
+            return _error(KernelRefusedError("internal error: see the agent's log"))
+
+    return guarded
+
+
+def _error(error: MeshnetError) -> Response:
+    kind = next((c for c in type(error).__mro__ if c in _STATUS_CODES), KernelRefusedError)
+    document = {
+        "kind": kind.__name__,
+        "message": str(error),
+        "exit_status": error.exit_status,
+    }
+    return _json({"error": document}, _STATUS_CODES.get(kind, 500))
+
+
+def _ready(ready: bool) -> Response:
+    return _json({"ready": ready}, 200 if ready else 503)
+
+
+def _json(document: Any, status: int = 200) -> Response:  # noqa: ANN401
+    return Response(msgspec.json.encode(document), status, media_type="application/json")
+
+
+async def _body(request: Request, kind: type[_T]) -> _T:
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > MAX_VALUE_BYTES:
+            raise UsageError(f"request body is larger than {MAX_VALUE_BYTES} bytes")
+    try:
+        return msgspec.json.decode(bytes(raw), type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UsageError(f"request body of {request.url.path}: {error}") from error
+
+
+def _cidr(text: str) -> IpNetwork:
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise UsageError(
+            f"subnet {text!r} is not usable ({error}): give a CIDR such as 10.42.0.0/16"
+        ) from error
+
+
+def _address(text: str) -> IpAddress:
+    try:
+        return ip_address(text)
+    except ValueError as error:
+        raise UsageError(
+            f"address {text!r} is not an IP address: give one such as 10.42.1.7"
+        ) from error

@@ -1,0 +1,76 @@
+"""The JSON documents of the API: a contract with scripts (docs/cli.md).
+
+Fields may be added, not renamed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from meshnet.model import Mode
+
+if TYPE_CHECKING:
+    from meshnet.model import Endpoint, Host, MeshSnapshot, Network
+
+Document = dict[str, Any]
+
+
+def network_document(network: Network, mtu_bytes: int | None) -> Document:
+    """A network; `mtu_bytes` is what its endpoints get on this host, None while unknown."""
+    has_ipv4 = network.subnets[0].version == 4
+    return {
+        "name": network.name,
+        "mode": network.mode,
+        "subnets": [str(s) for s in network.subnets],
+        "vni": network.vni,
+        "port": network.port,
+        "mtu": network.mtu_bytes if network.mtu_bytes is not None else mtu_bytes,
+        "host_prefix": network.host_prefix if has_ipv4 else network.host_prefix6,
+        "host_prefix6": network.host_prefix6,
+        "direct_routing": network.direct_routing,
+    }
+
+
+def endpoint_document(endpoint: Endpoint) -> Document:
+    """An endpoint; `address6` where it has both IP versions."""
+    document: Document = {
+        "id": endpoint.id,
+        "network": endpoint.network,
+        "host": endpoint.host,
+        "name": endpoint.name,
+        "pid": endpoint.pid,
+        "ifname": endpoint.ifname,
+        "address": str(endpoint.addresses[0]),
+        "gateway": str(endpoint.gateways[0]),
+        "mac": endpoint.mac.hex(":"),
+        "mtu": endpoint.mtu_bytes,
+        "default_route": endpoint.default_route,
+    }
+    if len(endpoint.addresses) > 1:
+        document["address6"] = str(endpoint.addresses[1])
+        document["gateway6"] = str(endpoint.gateways[1])
+    return document
+
+
+def host_document(host: Host, snapshot: MeshSnapshot) -> Document:
+    """A host.  A dual-stack network's IPv6 subnet is in `subnets6`."""
+    subnets: dict[str, str] = {}
+    subnets6: dict[str, str] = {}
+    for name in snapshot.networks:
+        owned = snapshot.subnets_of(host.id, name)
+        if owned:
+            subnets[name] = str(owned[0])
+        if len(owned) > 1:
+            subnets6[name] = str(owned[1])
+    return {
+        "id": host.id,
+        "underlay_ip": str(host.underlay_ip),
+        "alive": host.id in snapshot.alive,
+        "subnets": subnets,
+        "subnets6": subnets6,
+        "datapath": {
+            name: host.datapath
+            for name in subnets
+            if snapshot.networks[name].mode in (Mode.VXLAN, Mode.UDP)
+        },
+    }

@@ -1,0 +1,408 @@
+"""This host's endpoints: attached, watched by pidfd, recorded on disk, freed.
+
+An endpoint lives as long as its namespace has a process.  When the process it was attached to ends,
+another process of the same namespace takes its place; when there is none, the address is freed.
+
+Attaching and detaching run one at a time in the wiring's own thread, so that neither waits for the
+reconciler.  They need neither the store nor a pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from dataclasses import dataclass, replace
+from ipaddress import ip_interface
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.backends.vxlan import endpoint_link_name
+from meshnet.codec import IFNAME_PATTERN, check_name
+from meshnet.errors import (
+    ConflictError,
+    MeshnetError,
+    NotFoundError,
+    PolicyRefusedError,
+    UsageError,
+)
+from meshnet.ipam import AddressPool, gateway_of
+from meshnet.kernel import EndpointWiring
+from meshnet.kernel.netns import (
+    find_process,
+    host_netns_inodes,
+    netns_inode,
+    open_netns,
+    start_ticks,
+)
+from meshnet.model import Endpoint, EndpointId
+from meshnet.wire.mac import endpoint_mac
+from meshnet_agent.flag import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from meshnet.kernel import Wiring
+    from meshnet.model import HostId, IpAddress, IpInterface, IpNetwork, Network, NetworkName
+    from meshnet_agent.disk import StateDir
+    from meshnet_agent.worker import Worker
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachRequest:
+    """What `meshnet attach` asks for."""
+
+    pid: int
+    network: str
+    ifname: str = "eth0"
+    ip: IpAddress | None = None
+    name: str | None = None
+    default_route: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyNetwork:
+    """A network that is up on this host."""
+
+    network: Network
+    subnets: Sequence[IpNetwork]
+    bridge: str
+    mtu_bytes: int
+
+
+class Endpoints:
+    """All endpoints of this host.
+
+    Args:
+        on_change: called when the set of endpoints changed.
+    """
+
+    def __init__(
+        self, worker: Worker[Wiring], disk: StateDir, host: HostId, on_change: Callable[[], None]
+    ) -> None:
+        self.changed = Flag()
+        self._worker = worker
+        self._disk = disk
+        self._host = host
+        self._on_change = on_change
+        self._endpoints: dict[EndpointId, Endpoint] = {}
+        self._pools: dict[IpNetwork, AddressPool] = {}
+        self._watchers: dict[EndpointId, trio.CancelScope] = {}
+        self._lock = trio.Lock()
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def all(self) -> list[Endpoint]:
+        """The endpoints, oldest first."""
+        return list(self._endpoints.values())
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take over what is on disk, then watch processes for ever."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self._recover()
+            task_status.started()
+            await trio.sleep_forever()
+
+    # --- attach and detach --------------------------------------------------------------------
+
+    async def attach(self, request: AttachRequest, ready: ReadyNetwork) -> Endpoint:
+        """Connect a process's namespace; on return the endpoint works and is on disk.
+
+        Raises:
+            MeshnetError: nothing was changed; the class says why.
+        """
+        _check_names(request)
+        with _open_process(request.pid) as (pid_fd, netns_fd):
+            inode = netns_inode(netns_fd)
+            if inode in host_netns_inodes():
+                raise PolicyRefusedError(
+                    f"process {request.pid} is in this host's own network namespace: start it in "
+                    "one of its own, for example with `unshare --net`"
+                )
+            async with self._lock:
+                self._check_free(request, inode)
+                endpoint = self._draft(request, ready, inode)
+                try:
+                    endpoint = await self._worker.run(
+                        lambda wiring: self._connect(wiring, netns_fd, endpoint, ready)
+                    )
+                except BaseException:
+                    self._free_addresses(endpoint)
+                    raise
+                self._endpoints[endpoint.id] = endpoint
+                self._watch(endpoint, os.dup(pid_fd))
+        self._announce()
+        return endpoint
+
+    async def detach(self, pid: int, network: str) -> Endpoint:
+        """Undo an attach.
+
+        Raises:
+            NotFoundError: the process has no endpoint on that network.
+        """
+        async with self._lock:
+            endpoint = self._find(pid, network)
+            await self._remove(endpoint)
+        self._announce()
+        return endpoint
+
+    async def remove_network(self, network: NetworkName) -> None:
+        """Free what is left on a network that is gone from the store."""
+        async with self._lock:
+            gone = [e for e in self._endpoints.values() if e.network == network]
+            for endpoint in gone:
+                _log.warning("endpoint freed, its network was removed", endpoint=endpoint.name)
+                await self._remove(endpoint)
+        if gone:
+            self._announce()
+
+    async def heal(self, link_names: Collection[str], ready: Callable[[str], ReadyNetwork]) -> None:
+        """Connect endpoints again whose host-side link somebody deleted."""
+        async with self._lock:
+            for endpoint in [
+                e for e in self._endpoints.values() if endpoint_link_name(e.id) in link_names
+            ]:
+                try:
+                    with _open_process(endpoint.pid) as (_, netns_fd):
+                        network = ready(endpoint.network)
+                        await self._worker.run(
+                            lambda w, fd=netns_fd, e=endpoint, n=network: self._connect(w, fd, e, n)  # type: ignore[misc]
+                        )
+                    _log.warning("endpoint link was gone, made again", endpoint=endpoint.name)
+                except MeshnetError as error:
+                    _log.error(
+                        "endpoint cannot be healed", endpoint=endpoint.name, reason=str(error)
+                    )
+
+    def _connect(
+        self, wiring: Wiring, netns_fd: int, endpoint: Endpoint, ready: ReadyNetwork
+    ) -> Endpoint:
+        """In the wiring's thread: kernel first, then disk; neither without the other."""
+        default = wiring.connect(
+            netns_fd,
+            EndpointWiring(endpoint=endpoint, bridge=ready.bridge, routes=_inner_routes(ready)),
+        )
+        endpoint = replace(endpoint, default_route=default)
+        try:
+            self._disk.save_endpoint(endpoint)
+        except BaseException:
+            wiring.disconnect(endpoint)
+            raise
+        return endpoint
+
+    def _draft(self, request: AttachRequest, ready: ReadyNetwork, inode: int) -> Endpoint:
+        addresses = self._take_addresses(request, ready)
+        identity = EndpointId(secrets.token_hex(6))
+        return Endpoint(
+            id=identity,
+            network=ready.network.name,
+            host=self._host,
+            name=request.name or f"pid{request.pid}-{identity[:4]}",
+            pid=request.pid,
+            ifname=request.ifname,
+            addresses=addresses,
+            gateways=tuple(gateway_of(a.network) for a in addresses),
+            mac=endpoint_mac(addresses[0].ip),
+            mtu_bytes=ready.mtu_bytes,
+            default_route=request.default_route,
+            netns_inode=inode,
+            pid_start_ticks=start_ticks(request.pid),
+        )
+
+    def _take_addresses(
+        self, request: AttachRequest, ready: ReadyNetwork
+    ) -> tuple[IpInterface, ...]:
+        if request.ip is not None and request.ip.version not in {s.version for s in ready.subnets}:
+            raise UsageError(
+                f"address {request.ip} is IPv{request.ip.version}, network {ready.network.name} "
+                f"has {', '.join(map(str, ready.subnets))} here: choose one within it"
+            )
+        taken: list[tuple[AddressPool, IpAddress]] = []
+        try:
+            for subnet in ready.subnets:
+                pool = self._pool(ready.network.name, subnet)
+                matches = request.ip is not None and request.ip.version == subnet.version
+                taken.append((pool, pool.take(request.ip if matches else None)))
+        except MeshnetError:
+            for pool, address in taken:
+                pool.free(address)
+            raise
+        return tuple(ip_interface((a, pool.subnet.prefixlen)) for pool, a in taken)
+
+    def _pool(self, network: NetworkName, subnet: IpNetwork) -> AddressPool:
+        if subnet not in self._pools:
+            in_use = [
+                a.ip for e in self._endpoints.values() for a in e.addresses if a.network == subnet
+            ]
+            self._pools[subnet] = AddressPool(network, subnet, in_use)
+        return self._pools[subnet]
+
+    def _free_addresses(self, endpoint: Endpoint) -> None:
+        for address in endpoint.addresses:
+            if address.network in self._pools:
+                self._pools[address.network].free(address.ip)
+
+    def _check_free(self, request: AttachRequest, inode: int) -> None:
+        for endpoint in self._endpoints.values():
+            if endpoint.netns_inode == inode and endpoint.network == request.network:
+                raise ConflictError(
+                    f"process {request.pid} is attached to network {request.network} already, as "
+                    f"{endpoint.name} with {endpoint.addresses[0]}: detach it first"
+                )
+            if request.name is not None and endpoint.name == request.name:
+                raise ConflictError(
+                    f"endpoint name {request.name} is taken by process {endpoint.pid} on network "
+                    f"{endpoint.network}: choose another --name"
+                )
+
+    def _find(self, pid: int, network: str) -> Endpoint:
+        inode = -1
+        with contextlib.suppress(OSError):
+            inode = os.stat(f"/proc/{pid}/ns/net").st_ino
+        for endpoint in self._endpoints.values():
+            if endpoint.network == network and (
+                endpoint.netns_inode == inode or (inode == -1 and endpoint.pid == pid)
+            ):
+                return endpoint
+        raise NotFoundError(
+            f"process {pid} has no endpoint on network {network}: meshnet endpoint ls lists them"
+        )
+
+    async def _remove(self, endpoint: Endpoint) -> None:
+        await self._worker.run(lambda wiring: wiring.disconnect(endpoint))
+        self._disk.remove_endpoint(endpoint.id)
+        del self._endpoints[endpoint.id]
+        self._free_addresses(endpoint)
+        watcher = self._watchers.pop(endpoint.id, None)
+        if watcher is not None:
+            watcher.cancel()
+
+    def _announce(self) -> None:
+        self.changed.set()
+        self._on_change()
+
+    # --- the life of an endpoint --------------------------------------------------------------
+
+    def _watch(self, endpoint: Endpoint, pid_fd: int) -> None:
+        """Start watching; takes the descriptor over."""
+        scope = self._watchers[endpoint.id] = trio.CancelScope()
+        if self._nursery is None:
+            raise RuntimeError("endpoints are watched only while run() runs")
+        self._nursery.start_soon(self._wait_for_end, endpoint.id, pid_fd, scope)
+
+    async def _wait_for_end(
+        self, identity: EndpointId, pid_fd: int, scope: trio.CancelScope
+    ) -> None:
+        try:
+            with scope:
+                await trio.lowlevel.wait_readable(pid_fd)
+        finally:
+            os.close(pid_fd)
+        if scope.cancelled_caught:
+            return
+        async with self._lock:
+            endpoint = self._endpoints.get(identity)
+            if endpoint is None:
+                return
+            heir = await self._find_heir(endpoint)
+            if heir is None:
+                _log.info("endpoint freed, its process ended", endpoint=endpoint.name)
+                self._watchers.pop(identity, None)
+                await self._remove(endpoint)
+            else:
+                self._adopt(*heir)
+        self._announce()
+
+    async def _find_heir(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
+        """Another process of the namespace, as a changed endpoint and its pidfd."""
+        pid = await trio.to_thread.run_sync(find_process, endpoint.netns_inode)
+        if pid is None:
+            return None
+        try:
+            with _open_process(pid) as (pid_fd, netns_fd):
+                if netns_inode(netns_fd) != endpoint.netns_inode:
+                    return None
+                heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
+                return heir, os.dup(pid_fd)
+        except NotFoundError:
+            return None
+
+    def _adopt(self, endpoint: Endpoint, pid_fd: int) -> None:
+        if self._endpoints.get(endpoint.id) != endpoint:
+            self._disk.save_endpoint(endpoint)
+        self._endpoints[endpoint.id] = endpoint
+        self._watch(endpoint, pid_fd)
+
+    async def _recover(self) -> None:
+        """At start: keep what lives, free what does not, remove links nobody recorded."""
+        link_names = set(await self._worker.run(lambda wiring: wiring.list_endpoint_links()))
+        for endpoint in self._disk.load_endpoints():
+            found = _same_process(endpoint)
+            if found is None and endpoint_link_name(endpoint.id) in link_names:
+                # The link is there, so the namespace is, and its inode still means the same one.
+                found = await self._find_heir(endpoint)
+            if found is not None:
+                self._adopt(*found)
+                continue
+            _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
+            await self._worker.run(lambda wiring, e=endpoint: wiring.disconnect(e))  # type: ignore[misc]
+            self._disk.remove_endpoint(endpoint.id)
+        recorded = {endpoint_link_name(e.id) for e in self._endpoints.values()}
+        for name in link_names - recorded:
+            _log.warning("unrecorded endpoint link removed", link=name)
+            await self._worker.run(lambda wiring, n=name: wiring.remove_link(n))  # type: ignore[misc]
+        self._announce()
+
+
+def _inner_routes(ready: ReadyNetwork) -> list[IpNetwork]:
+    """The network's CIDRs, but for one that is this host's subnet: that is on-link."""
+    return [cidr for cidr in ready.network.subnets if cidr not in ready.subnets]
+
+
+def _check_names(request: AttachRequest) -> None:
+    if not IFNAME_PATTERN.fullmatch(request.ifname) or request.ifname in (".", "..", "lo"):
+        raise UsageError(
+            f"interface name {request.ifname!r} is not usable: take 1 to 15 letters, digits, '_', "
+            "'.' or '-', such as eth0"
+        )
+    if request.name is not None:
+        check_name("endpoint", request.name)
+
+
+@contextlib.contextmanager
+def _open_process(pid: int) -> Iterator[tuple[int, int]]:
+    """Descriptors of a process and of its network namespace.
+
+    Raises:
+        NotFoundError: there is no such process, or it has ended (a zombie has no namespace).
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            pid_fd = os.pidfd_open(pid)
+        except (ProcessLookupError, OSError) as error:
+            raise NotFoundError(
+                f"process {pid} does not exist: give the pid of a running process"
+            ) from error
+        stack.callback(os.close, pid_fd)
+        netns_fd = open_netns(pid)
+        stack.callback(os.close, netns_fd)
+        yield pid_fd, netns_fd
+
+
+def _same_process(endpoint: Endpoint) -> tuple[Endpoint, int] | None:
+    """The endpoint with a pidfd, if the very process it was attached to still runs."""
+    try:
+        with _open_process(endpoint.pid) as (pid_fd, netns_fd):
+            if (
+                start_ticks(endpoint.pid) == endpoint.pid_start_ticks
+                and netns_inode(netns_fd) == endpoint.netns_inode
+            ):
+                return endpoint, os.dup(pid_fd)
+    except NotFoundError:
+        pass
+    return None

@@ -1,0 +1,229 @@
+"""``meshnet-agent``: reads its settings, opens the real parts and runs the agent.
+
+The only ``trio.run`` of the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import grp
+import os
+import secrets
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.trio import serve
+
+from meshnet.config import SETTINGS, AgentConfig, load_config
+from meshnet.errors import MeshnetError, UsageError
+from meshnet_agent.agent import Agent
+from meshnet_agent.api import make_app
+from meshnet_agent.disk import StateDir, hold_run_dir
+from meshnet_agent.logs import configure_logs
+from meshnet_agent.notify import notify
+from meshnet_agent.service import Service
+from meshnet_agent.worker import open_worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from meshnet.model import IpAddress
+    from meshnet.store import Store
+
+_log = structlog.get_logger()
+SOCKET_NAME = "agent.sock"
+_GROUP = "meshnet"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the agent; returns its exit status."""
+    try:
+        config = _read_config(arguments)
+        configure_logs(config.log_level, config.log_format)
+        trio.run(_run, config)
+    except MeshnetError as error:
+        return _fail(error)
+    except BaseExceptionGroup as group:
+        ours, rest = group.split(MeshnetError)
+        if ours is None or rest is not None:
+            raise
+        return _fail(_first(ours))
+    return 0
+
+
+def _fail(error: MeshnetError) -> int:
+    print(f"meshnet-agent: {error}", file=sys.stderr)
+    return error.exit_status
+
+
+def _first(error: MeshnetError | BaseExceptionGroup[MeshnetError]) -> MeshnetError:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
+    parser = argparse.ArgumentParser(
+        prog="meshnet-agent",
+        description="The meshnet agent: one on every host, as root.",
+        epilog="Every option is also an environment variable (--lease-ttl: MESHNET_LEASE_TTL) and "
+        "a key of the TOML file (lease-ttl). Example: meshnet-agent --etcd http://10.0.0.1:2379 "
+        "--underlay-dev eth0",
+        allow_abbrev=False,
+    )
+    for setting in SETTINGS:
+        if not setting.secret:
+            default = f" (default: {setting.default})" if setting.default else ""
+            parser.add_argument(
+                f"--{setting.name}",
+                metavar=setting.metavar,
+                help=setting.help + default,
+                choices=setting.choices or None,
+            )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    parsed = vars(parser.parse_args(arguments))
+    path = parsed.pop("config") or os.environ.get("MESHNET_CONFIG")
+    text = None
+    if path is not None:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"config file {path} cannot be read: {error}") from error
+    return load_config(
+        {s.name: parsed.get(s.field) for s in SETTINGS},
+        os.environ,
+        text,
+        hostname=socket.gethostname(),
+        toml_name=path or "",
+    )
+
+
+async def _run(config: AgentConfig) -> None:
+    # Imported here: it takes 0.2 s, and --help needs none of it.
+    from meshnet.kernel.events import EventFilter
+    from meshnet.kernel.netlink import NetlinkKernel
+    from meshnet.kernel.wiring import NetlinkWiring
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
+        disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
+        stack.callback(disk.close)
+        async with (
+            open_worker(
+                "kernel",
+                lambda: NetlinkKernel(disk.path / "firewall.json"),
+                NetlinkKernel.close,
+            ) as kernel,
+            open_worker("wiring", NetlinkWiring, NetlinkWiring.close) as wiring,
+            _open_store(config) as store,
+        ):
+            underlay_ip = await kernel.run(lambda k: _find_underlay(k, config))
+            ports = [
+                await kernel.run(lambda k: k.port_id),
+                await wiring.run(lambda w: w.port_id),
+            ]
+            agent = Agent(config, store, kernel, wiring, disk, underlay_ip, EventFilter(ports))
+            await _serve(agent, Path(config.run_dir) / SOCKET_NAME)
+
+
+def _find_underlay(kernel: NetlinkKernel, config: AgentConfig) -> IpAddress:
+    return kernel.observe(config.underlay_ip, config.underlay_dev, ()).ip
+
+
+@contextlib.asynccontextmanager
+async def _open_store(config: AgentConfig) -> AsyncIterator[Store]:
+    from meshnet.store.etcd import EtcdConfig, EtcdStore
+
+    password = config.etcd_password
+    if config.etcd_password_file is not None:
+        try:
+            password = Path(config.etcd_password_file).read_text().splitlines()[0]
+        except (OSError, IndexError) as error:
+            raise UsageError(
+                f"etcd-password-file {config.etcd_password_file} cannot be read: {error}"
+            ) from error
+    store = EtcdStore(
+        EtcdConfig(
+            endpoints=config.etcd,
+            ca_file=_path(config.etcd_ca),
+            cert_file=_path(config.etcd_cert),
+            key_file=_path(config.etcd_key),
+            user=config.etcd_user,
+            password=password,
+        )
+    )
+    try:
+        yield store
+    finally:
+        with trio.move_on_after(2, shield=True):
+            await store.aclose()
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text is not None else None
+
+
+async def _serve(agent: Agent, socket_path: Path) -> None:
+    """Run agent and API until a signal; the agent, the inner one, stops first."""
+    listener = _listen(socket_path)
+    hypercorn = HypercornConfig()
+    hypercorn.bind = [f"fd://{listener.fileno()}"]
+    hypercorn.graceful_timeout = 1.0
+    hypercorn.loglevel = "ERROR"
+    stopping = trio.Event()
+    app = make_app(Service(agent), lambda: agent.ready and not stopping.is_set())
+    try:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as root:
+
+                async def serve_api(task_status: trio.TaskStatus[None]) -> None:
+                    await serve(
+                        app, hypercorn, shutdown_trigger=stopping.wait, task_status=task_status
+                    )
+
+                await root.start(serve_api)
+                async with trio.open_nursery() as inner:
+                    await inner.start(agent.run)
+                    notify("READY=1")
+                    _log.info("ready", host=agent.host.id, socket=str(socket_path))
+                    async for number in signals:
+                        _log.info("stopping", signal=signal.Signals(number).name)
+                        break
+                    notify("STOPPING=1")
+                    stopping.set()
+                    inner.cancel_scope.cancel()
+                root.cancel_scope.cancel()
+    finally:
+        socket_path.unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> socket.socket:
+    """The API's socket: mode 0660, group meshnet where there is one."""
+    path.unlink(missing_ok=True)  # ours alone: the run directory is locked
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"socket {path} cannot be made ({error}): give a shorter --run-dir"
+        ) from error
+    finally:
+        os.umask(before)
+    with contextlib.suppress(KeyError, PermissionError):
+        os.chown(path, -1, grp.getgrnam(_GROUP).gr_gid)
+    listener.setblocking(False)
+    listener.listen(128)
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Publishes this host's endpoints in the store, so that every agent can list them.
+
+Off the path of ``attach``: an endpoint works before others can list it.  At start, and after an
+outage of the store, what is published is compared with what there is.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet import codec
+from meshnet.errors import StoreUnavailableError
+from meshnet.store.registry import endpoint_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from meshnet.model import HostId, NetworkName
+    from meshnet.store.registry import Registry
+    from meshnet_agent.endpoints import Endpoints
+
+_log = structlog.get_logger()
+_DELAYS_S = (0.2, 10.0)
+
+
+class Publisher:
+    """Keeps the keys of this host's endpoints current."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        endpoints: Endpoints,
+        host: HostId,
+        networks: Callable[[], Iterable[NetworkName]],
+    ) -> None:
+        self._registry = registry
+        self._endpoints = endpoints
+        self._host = host
+        self._networks = networks
+        self._published: dict[str, bytes] | None = None
+
+    async def run(self) -> None:
+        """Publish after every change, for ever."""
+        delay_s = _DELAYS_S[0]
+        while True:
+            await self._endpoints.changed.wait()
+            try:
+                await self._sync()
+                delay_s = _DELAYS_S[0]
+            except StoreUnavailableError as error:
+                _log.warning("endpoints not published", reason=str(error))
+                self._published = None
+                await trio.sleep(delay_s * random.uniform(0.5, 1.0))
+                delay_s = min(_DELAYS_S[1], delay_s * 2)
+                self._endpoints.changed.set()
+
+    async def _sync(self) -> None:
+        if self._published is None:
+            published: dict[str, bytes] = {}
+            for network in self._networks():
+                published |= await self._registry.list_published(network, self._host)
+            self._published = published
+        wanted = {endpoint_key(e): codec.encode_endpoint(e) for e in self._endpoints.all}
+        puts = {k: v for k, v in wanted.items() if self._published.get(k) != v}
+        deletes = [key for key in self._published if key not in wanted]
+        if puts or deletes:
+            await self._registry.publish(puts, deletes)
+        self._published = wanted

@@ -1,0 +1,244 @@
+"""What the API's requests do: the agent's parts put to the use of one caller.
+
+Returns JSON documents (`meshnet_agent.documents`); raises `MeshnetError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.backends.vxlan import bridge_name, vxlan_name
+from meshnet.diff import Failure, Table
+from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
+from meshnet.model import HostId, Network, NetworkName, Vni
+from meshnet.plan import NetworkOutcome, check_mode
+from meshnet.state import RouteKey
+from meshnet_agent.documents import (
+    Document,
+    endpoint_document,
+    host_document,
+    network_document,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from meshnet.model import MeshSnapshot
+    from meshnet_agent.agent import Agent
+    from meshnet_agent.endpoints import AttachRequest, ReadyNetwork
+
+_log = structlog.get_logger()
+_READY_DEADLINE_S = 10.0
+"""How long a request waits for a network to come up on this host."""
+
+
+class Service:
+    """The operations of the API on one agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def wait_for_network(self, name: str) -> ReadyNetwork:
+        """A network, once it is up on this host.
+
+        Raises:
+            NotFoundError: there is no such network, not even in the store.
+            PoolExhaustedError: it has no subnet left for this host.
+            ConflictError: it did not come up in time; the message says why.
+        """
+        key = NetworkName(name)
+        if key not in self._agent.follower.snapshot.networks and not await self._just_created(key):
+            raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
+        with trio.move_on_after(_READY_DEADLINE_S):
+            while key not in self._agent.membership.errors:
+                with contextlib.suppress(NotFoundError, ConflictError):
+                    return self._agent.ready_network(name)
+                with trio.move_on_after(0.1):
+                    await self._agent.reconciler.wait_for_pass()
+        return self._agent.ready_network(name)
+
+    async def _just_created(self, name: NetworkName) -> bool:
+        try:
+            return await self._agent.registry.network_exists(name)
+        except StoreUnavailableError:
+            return False
+
+    async def create_network(self, build: Callable[[Vni], Network], vni: int | None) -> Document:
+        """Create a network and wait, for a while, until it is up here."""
+        check_mode(build(Vni(vni or 1)).mode)
+        network = await self._agent.registry.create_network(build, vni)
+        mtu = None
+        with contextlib.suppress(MeshnetError):
+            mtu = (await self.wait_for_network(network.name)).mtu_bytes
+        return network_document(network, mtu)
+
+    async def remove_network(self, name: str) -> None:
+        """Remove a network (`Registry.remove_network`).
+
+        Raises:
+            NotFoundError: there is no such network.
+            ConflictError: it has endpoints.
+        """
+        # This host's own endpoints may not be published yet.
+        mine = [e for e in self._agent.endpoints.all if e.network == name]
+        if mine:
+            some = ", ".join(e.name for e in mine[:3])
+            raise ConflictError(
+                f"network {name} has {len(mine)} endpoints on this host ({some}): detach them first"
+            )
+        await self._agent.registry.remove_network(NetworkName(name))
+
+    async def remove_host(self, host: str) -> None:
+        """Forget a host (`Registry.remove_host`)."""
+        await self._agent.registry.remove_host(HostId(host))
+
+    async def detach(self, pid: int, network: str) -> Document:
+        """Detach a process (`Endpoints.detach`)."""
+        return endpoint_document(await self._agent.endpoints.detach(pid, network))
+
+    async def attach(self, request: AttachRequest) -> Document:
+        """Attach a process (`Endpoints.attach`)."""
+        started = time.perf_counter()
+        ready = await self.wait_for_network(request.network)
+        endpoint = await self._agent.endpoints.attach(request, ready)
+        elapsed_ms = (time.perf_counter() - started) * 1000
+        _log.info(
+            "attached",
+            endpoint=endpoint.name,
+            network=endpoint.network,
+            address=str(endpoint.addresses[0]),
+            ms=round(elapsed_ms, 2),
+        )
+        return endpoint_document(endpoint) | {"agent_ms": round(elapsed_ms, 3)}
+
+    def network_documents(self) -> list[Document]:
+        """All networks."""
+        return [self._network_document(n) for n in self._agent.follower.snapshot.networks.values()]
+
+    def inspect_network(self, name: str) -> Document:
+        """One network, with its hosts and this host's endpoints.
+
+        Raises:
+            NotFoundError: there is no such network.
+        """
+        snapshot = self._agent.follower.snapshot
+        network = snapshot.networks.get(NetworkName(name))
+        if network is None:
+            raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
+        hosts: dict[str, list[str]] = {}
+        for host in snapshot.hosts:
+            owned = snapshot.subnets_of(host, network.name)
+            if owned:
+                hosts[host] = [str(s) for s in owned]
+        return self._network_document(network) | {
+            "hosts": hosts,
+            "endpoints": [
+                endpoint_document(e) for e in self._agent.endpoints.all if e.network == network.name
+            ],
+        }
+
+    def _network_document(self, network: Network) -> Document:
+        outcome = self._agent.reconciler.result.networks.get(network.name)
+        plan = outcome.plan if outcome is not None else None
+        return network_document(network, plan.mtu_bytes if plan is not None else None)
+
+    async def endpoint_documents(self) -> Document:
+        """Endpoints of all hosts; of this host alone while the store does not answer."""
+        local = {e.id: e for e in self._agent.endpoints.all}
+        warning = None
+        others = []
+        try:
+            others = [
+                e
+                for e in await self._agent.registry.list_endpoints()
+                if e.host != self._agent.host.id
+            ]
+        except StoreUnavailableError as error:
+            warning = f"only this host's endpoints are shown: {error}"
+        found = sorted([*local.values(), *others], key=lambda e: (e.network, e.host, e.name))
+        return {"endpoints": [endpoint_document(e) for e in found], "warning": warning}
+
+    def host_documents(self) -> list[Document]:
+        """All hosts."""
+        snapshot = self._agent.follower.snapshot
+        return [host_document(h, snapshot) for _, h in sorted(snapshot.hosts.items())]
+
+    def status_document(self) -> Document:
+        """How this host is doing."""
+        snapshot = self._agent.follower.snapshot
+        result = self._agent.reconciler.result
+        per_network, other = _sort_failures(result.failures, snapshot)
+        networks = []
+        for network in snapshot.networks.values():
+            outcome = result.networks.get(network.name) or NetworkOutcome(
+                plan=None, peers=0, errors=()
+            )
+            errors = [*outcome.errors, *(str(f) for f in per_network[network.name])]
+            if network.name in self._agent.membership.errors:
+                errors = [str(self._agent.membership.errors[network.name]), *errors]
+            mine = [e for e in self._agent.endpoints.all if e.network == network.name]
+            networks.append(
+                {
+                    "name": network.name,
+                    "mode": network.mode,
+                    "peers": outcome.peers,
+                    "endpoints": len(mine),
+                    "in_sync": self._agent.reconciler.in_sync
+                    and outcome.plan is not None
+                    and not errors,
+                    "pending": self._agent.reconciler.pending,
+                    "errors": errors,
+                }
+            )
+        return {
+            "host": {"id": self._agent.host.id, "underlay_ip": str(self._agent.host.underlay_ip)},
+            "store": {
+                "connected": self._agent.follower.connected and self._agent.membership.lease_ok,
+                "revision": snapshot.revision,
+                "lag_s": round(self._agent.follower.lag_s, 3),
+            },
+            "networks": networks,
+            "bad_values": [
+                {"key": key, "reason": reason} for key, reason in snapshot.bad_values.items()
+            ],
+            "errors": [str(f) for f in other],
+            "kernel": {
+                "passes": self._agent.reconciler.passes,
+                "writes": self._agent.reconciler.writes,
+            },
+        }
+
+
+def _sort_failures(
+    failures: Collection[Failure], snapshot: MeshSnapshot
+) -> tuple[dict[NetworkName, list[Failure]], list[Failure]]:
+    """Failures by the network they belong to, and the rest."""
+    by_network: dict[NetworkName, list[Failure]] = {n: [] for n in snapshot.networks}
+    rest = []
+    for failure in failures:
+        owner = next((n.name for n in snapshot.networks.values() if _belongs(failure, n)), None)
+        (by_network[owner] if owner is not None else rest).append(failure)
+    return by_network, rest
+
+
+def _belongs(failure: Failure, network: Network) -> bool:
+    op = failure.op
+    links = (bridge_name(network), vxlan_name(network))
+    if op.table is Table.LINK:
+        return op.key in links
+    if op.table is Table.NEXTHOP and op.value is not None:
+        return op.value.dev in links
+    if isinstance(op.key, RouteKey):
+        return any(
+            s.version == (4 if len(op.key.prefix) == 4 else 6)
+            and int(s.network_address)
+            <= int.from_bytes(op.key.prefix, "big")
+            <= int(s.broadcast_address)
+            for s in network.subnets
+        )
+    return getattr(op.key, "dev", None) in links

@@ -1,0 +1,299 @@
+"""``meshnet lab``: a mesh of several hosts on this one machine, to try things out.
+
+The hosts are network namespaces (`meshnet.lab`).  Unlike the other command groups this one calls
+no agent: it makes them.  Imports what it needs in each command: the client has to start fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+# typing.TYPE_CHECKING without importing typing, which takes longer than this whole file.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meshnet.lab.state import LabDocument
+    from meshnet.lab.topology import Lab
+
+_LAB_HELP = "hosts as network namespaces on this machine, with etcd"
+_LAB_DESCRIPTION = """\
+Run a whole mesh on this machine: every "host" is a network namespace with its own agent, all of
+them hang on a switch (another namespace), and so does an etcd.  The agents, kernel devices and
+packets are real.  Nothing in the machine's own network namespace is touched."""
+_LAB_EPILOG = """\
+example, as root:
+  meshnet lab up --hosts 3
+  meshnet lab exec h1 -- meshnet hosts
+  meshnet lab down"""
+
+_UP_DESCRIPTION = """\
+Make the hosts h1, h2, ..., start etcd and an agent on every host, and wait until all are ready.
+If anything fails, what was made is removed again.  Several labs can be up under different names."""
+_UP_EPILOG = """\
+examples:
+  meshnet lab up
+  meshnet lab up --hosts 5 --name wide --underlay ipv6 --mtu 9000"""
+
+_EXEC_DESCRIPTION = """\
+Run a command in a host's network namespace, as a shell on that host would.  MESHNET_SOCKET names
+the host's agent, so that 'meshnet' there talks to it; MESHNET_ETCD is etcd's URL.  The exit status
+is the command's own.  Two more places can be named as HOST: 'sw', the switch (its bridge is br0,
+its ports are named as the hosts), and 'etcd'.  Options go before HOST."""
+_EXEC_EPILOG = """\
+examples:
+  meshnet lab exec h1 -- meshnet network create prod --subnet 10.42.0.0/16 --mode vxlan
+  meshnet lab exec h1 -- ip route
+  meshnet lab exec sw -- tcpdump -ni br0 udp port 4789"""
+
+_DOWN_DESCRIPTION = """\
+End every process of a lab, and remove its namespaces and directories.  Harmless when it is not
+up; also cleans up what an interrupted 'up' or 'down' has left."""
+_DOWN_EPILOG = """\
+example:
+  meshnet lab down --name wide"""
+
+_LS_DESCRIPTION = "List the labs that are up on this machine."
+_LS_EPILOG = """\
+example:
+  meshnet lab ls --json"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``lab`` and its commands to the program's commands."""
+    lab = _command(subparsers, "lab", _LAB_HELP, _LAB_DESCRIPTION, _LAB_EPILOG)
+    commands = lab.add_subparsers(metavar="COMMAND", required=True)
+
+    up = _command(commands, "up", "make the hosts and start them", _UP_DESCRIPTION, _UP_EPILOG)
+    up.add_argument(
+        "--hosts", type=int, default=3, metavar="N", help="how many (default: %(default)s)"
+    )
+    _add_name(up)
+    up.add_argument(
+        "--underlay",
+        choices=("ipv4", "ipv6"),
+        default="ipv4",
+        help="address family between the hosts (default: %(default)s)",
+    )
+    up.add_argument(
+        "--mtu",
+        type=int,
+        default=1500,
+        metavar="BYTES",
+        help="MTU between the hosts (default: %(default)s)",
+    )
+    _add_json(up)
+    up.set_defaults(run=run_up)
+
+    execute = _command(commands, "exec", "run a command on a host", _EXEC_DESCRIPTION, _EXEC_EPILOG)
+    execute.usage = "%(prog)s [--name NAME] HOST -- CMD..."
+    _add_name(execute)
+    execute.add_argument("host", metavar="HOST", help="h1, h2, ...; sw; or etcd")
+    execute.add_argument(
+        "command", metavar="CMD", nargs=argparse.REMAINDER, help="the command and its arguments"
+    )
+    execute.set_defaults(run=run_exec)
+
+    down = _command(commands, "down", "remove all of it", _DOWN_DESCRIPTION, _DOWN_EPILOG)
+    _add_name(down)
+    _add_json(down)
+    down.set_defaults(run=run_down)
+
+    ls = _command(commands, "ls", "list the labs", _LS_DESCRIPTION, _LS_EPILOG)
+    _add_json(ls)
+    ls.set_defaults(run=run_ls)
+
+
+def run_up(args: argparse.Namespace) -> int:
+    """Run ``meshnet lab up``."""
+    from meshnet.lab.topology import Lab
+
+    lab = Lab(
+        args.name,
+        hosts=args.hosts,
+        underlay_family=6 if args.underlay == "ipv6" else 4,
+        mtu=args.mtu,
+    )
+    lab.up(None if args.json else _say)
+    if args.json:
+        _print_json(_describe(lab))
+        return 0
+    rows = [
+        (host.name, str(host.underlay_ip), host.netns, str(host.socket_path)) for host in lab.hosts
+    ]
+    _print_table([("HOST", "UNDERLAY IP", "NAMESPACE", "SOCKET"), *rows])
+    if rows:
+        name = "" if args.name == "lab" else f"--name {args.name} "
+        _say(f"try: meshnet lab exec {name}{rows[0][0]} -- meshnet hosts")
+    return 0
+
+
+def run_exec(args: argparse.Namespace) -> int:
+    """Run ``meshnet lab exec``: becomes the command, and returns only by an error."""
+    import signal
+
+    from meshnet.errors import NotFoundError, UsageError
+    from meshnet.lab import netns, state
+
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise UsageError(f"no command for lab host {args.host}: add '-- CMD...'")
+    if command is args.command and command[0].startswith("-"):
+        raise UsageError(
+            f"option {command[0]} after HOST: put options before HOST, and '--' before the command"
+        )
+    netns.check_lab_name(args.name)
+    base_dir = state.default_base_dir(args.name)
+    document = _read_lab(args.name, base_dir)
+    if args.host in (netns.SWITCH, netns.ETCD):
+        environment = {"MESHNET_ETCD": document.etcd_url}
+    else:
+        document.host(args.host)
+        environment = state.host_environment(base_dir, args.host, document.etcd_url)
+    netns.set_netns(netns.netns_path(netns.netns_name(args.name, args.host)))
+    # Python ignores these two, and a program inherits that: 'yes | head' would never end.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    sys.stdout.flush()
+    try:
+        os.execvpe(command[0], command, {**os.environ, **environment})
+    except FileNotFoundError as exc:
+        raise NotFoundError(f"command {command[0]!r} is not installed on this machine") from exc
+    except OSError as exc:
+        raise UsageError(f"command {command[0]!r} cannot be run: {exc.strerror}") from exc
+
+
+def run_down(args: argparse.Namespace) -> int:
+    """Run ``meshnet lab down``."""
+    from meshnet.lab.netns import check_lab_name
+    from meshnet.lab.state import default_base_dir
+    from meshnet.lab.teardown import tear_down
+
+    _require_root()
+    check_lab_name(args.name)
+    removed = tear_down(
+        args.name, default_base_dir(args.name), progress=None if args.json else _say
+    )
+    if args.json:
+        _print_json(
+            {
+                "name": args.name,
+                "processes": removed.processes,
+                "namespaces": removed.namespaces,
+            }
+        )
+    elif removed.anything:
+        print(
+            f"lab {args.name}: {removed.processes} processes ended, "
+            f"{len(removed.namespaces)} namespaces removed"
+        )
+    else:
+        print(f"lab {args.name} is not up: nothing to do")
+    return 0
+
+
+def run_ls(args: argparse.Namespace) -> int:
+    """Run ``meshnet lab ls``."""
+    from meshnet.errors import MeshnetError
+    from meshnet.lab.state import LABS_DIR
+    from meshnet.lab.topology import Lab
+
+    names = sorted(path.name for path in LABS_DIR.iterdir()) if LABS_DIR.is_dir() else []
+    documents: list[dict[str, object]] = []
+    rows: list[tuple[str, ...]] = [("LAB", "ETCD", "HOSTS")]
+    for name in names:
+        try:
+            lab = Lab.attach(name)
+            documents.append(_describe(lab))
+            rows.append((name, lab.etcd_url, " ".join(host.name for host in lab.hosts)))
+        except MeshnetError as exc:
+            print(f"lab {name}: {exc}", file=sys.stderr)
+    if args.json:
+        _print_json(documents)
+    elif len(rows) > 1:
+        _print_table(rows)
+    else:
+        print("no lab is up: start one with 'meshnet lab up'")
+    return 0
+
+
+def _command(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    description: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--name", default="lab", help="which lab, if there are several (default: %(default)s)"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
+
+
+def _require_root() -> None:
+    from meshnet.errors import PolicyRefusedError
+
+    if os.geteuid() != 0:
+        raise PolicyRefusedError("a lab's processes and namespaces are root's: use sudo")
+
+
+def _read_lab(name: str, base_dir: Path) -> LabDocument:
+    from meshnet.errors import NotFoundError
+    from meshnet.lab.state import LabFile
+
+    try:
+        return LabFile(base_dir).read()
+    except NotFoundError as exc:
+        option = "" if name == "lab" else f" --name {name}"
+        raise NotFoundError(
+            f"lab {name!r} is not up: start it with 'meshnet lab up{option}'"
+        ) from exc
+
+
+def _describe(lab: Lab) -> dict[str, object]:
+    return {
+        "name": lab.name,
+        "etcd": lab.etcd_url,
+        "hosts": [
+            {
+                "id": host.name,
+                "underlay_ip": str(host.underlay_ip),
+                "netns": host.netns,
+                "socket": str(host.socket_path),
+                "pid": host.agent_pid if host.agent_running else None,
+            }
+            for host in lab.hosts
+        ],
+    }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(document: object) -> None:
+    import json
+
+    print(json.dumps(document, indent=2))
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())

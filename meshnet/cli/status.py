@@ -1,0 +1,62 @@
+"""``meshnet status``: how this host is doing."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from meshnet.cli.client import Client
+from meshnet.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from meshnet.cli.completion import Subparsers
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "status",
+        help="how this host is doing",
+        description="Show the store's connection and, for each network, whether the kernel is as "
+        "it should be and what is wrong.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=_status)
+
+
+def _status(args: argparse.Namespace) -> int:
+    document = Client(args.socket).get("status")
+    if args.json:
+        print_json(document)
+    else:
+        _print(document)
+    return 0
+
+
+def _print(document: dict[str, Any]) -> None:
+    host, store = document["host"], document["store"]
+    print(f"host    {host['id']} at {host['underlay_ip']}")
+    state = "connected" if store["connected"] else "LOST, the data path goes on"
+    print(f"store   {state}, revision {store['revision']}, last heard {store['lag_s']:.1f} s ago")
+    print()
+    print_table(
+        ("NETWORK", "MODE", "PEERS", "ENDPOINTS", "IN SYNC", "PENDING"),
+        (
+            (
+                n["name"],
+                n["mode"],
+                n["peers"],
+                n["endpoints"],
+                "yes" if n["in_sync"] else "NO",
+                n["pending"],
+            )
+            for n in document["networks"]
+        ),
+    )
+    problems = [f"{n['name']}: {e}" for n in document["networks"] for e in n["errors"]]
+    problems += document["errors"]
+    problems += [f"store key {b['key']}: {b['reason']}" for b in document["bad_values"]]
+    if problems:
+        print("\nproblems:")
+        for problem in problems:
+            print(f"  {problem}")
