@@ -248,7 +248,7 @@ def merge(state: KernelState, ops: Iterable[Op]) -> KernelState:
 
 
 def _table(state: KernelState, table: Table) -> dict[Any, Any]:
-    return {
+    tables: dict[Table, dict[Any, Any]] = {
         Table.SYSCTL: state.sysctls,
         Table.LINK: state.links,
         Table.ADDRESS: state.addresses,
@@ -256,4 +256,5 @@ def _table(state: KernelState, table: Table) -> dict[Any, Any]:
         Table.FDB: state.fdb,
         Table.NEXTHOP: state.nexthops,
         Table.ROUTE: state.routes,
-    }[table]
+    }
+    return tables[table]

@@ -93,7 +93,7 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
             get 503.
     """
 
-    def route(path: str, method: str, handler: _Handler) -> Route:
+    def route(path: str, method: str, handler: Callable[[Request], Awaitable[Any]]) -> Route:
         return Route(path, _guard(handler, is_ready), methods=[method])
 
     handlers = _Handlers(service)
@@ -177,9 +177,6 @@ class _Handlers:
 
     async def status(self, _request: Request) -> Any:  # noqa: ANN401
         return self._service.status_document()
-
-
-_Handler = "Callable[[Request], Awaitable[Any]]"
 
 
 def _guard(

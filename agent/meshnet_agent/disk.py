@@ -104,7 +104,8 @@ def hold_run_dir(path: Path) -> int:
         return _hold(path / "lock", f"run directory {path}")
     except OSError as error:
         raise KernelRefusedError(
-            f"run directory {path}: {error.strerror}: give --run-dir a directory that can be written"
+            f"run directory {path}: {error.strerror}: give --run-dir a directory that can be "
+            "written"
         ) from error
 
 

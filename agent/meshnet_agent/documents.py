@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from meshnet.model import Mode
 
 if TYPE_CHECKING:
-    from meshnet.model import Endpoint, Host, MeshSnapshot, Network
+    from meshnet.model import Endpoint, Host, MeshSnapshot, Network, NetworkName
 
 Document = dict[str, Any]
 
@@ -54,8 +54,8 @@ def endpoint_document(endpoint: Endpoint) -> Document:
 
 def host_document(host: Host, snapshot: MeshSnapshot) -> Document:
     """A host.  A dual-stack network's IPv6 subnet is in `subnets6`."""
-    subnets: dict[str, str] = {}
-    subnets6: dict[str, str] = {}
+    subnets: dict[NetworkName, str] = {}
+    subnets6: dict[NetworkName, str] = {}
     for name in snapshot.networks:
         owned = snapshot.subnets_of(host.id, name)
         if owned:

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import structlog
 import trio
@@ -23,6 +23,7 @@ from hypercorn.trio import serve
 
 from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
+from meshnet.kernel.events import EventFilter
 from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
 from meshnet_agent.disk import StateDir, hold_run_dir
@@ -34,7 +35,8 @@ from meshnet_agent.worker import open_worker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from meshnet.model import IpAddress
+    from hypercorn.typing import ASGIFramework
+
     from meshnet.store import Store
 
 _log = structlog.get_logger()
@@ -106,49 +108,40 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
 
 
 async def _run(config: AgentConfig) -> None:
-    # Imported here: it takes 0.2 s, and --help needs none of it.
-    from meshnet.kernel.events import EventFilter
+    # Imported here: pyroute2 takes 0.2 s, and --help needs none of it.
     from meshnet.kernel.netlink import NetlinkKernel
     from meshnet.kernel.wiring import NetlinkWiring
+
+    def make_kernel() -> NetlinkKernel:
+        return NetlinkKernel(disk.path / "firewall.json")
 
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
         async with (
-            open_worker(
-                "kernel",
-                lambda: NetlinkKernel(disk.path / "firewall.json"),
-                NetlinkKernel.close,
-            ) as kernel,
+            open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
             open_worker("wiring", NetlinkWiring, NetlinkWiring.close) as wiring,
             _open_store(config) as store,
         ):
-            underlay_ip = await kernel.run(lambda k: _find_underlay(k, config))
+            underlay = await kernel.run(
+                lambda k: k.observe(config.underlay_ip, config.underlay_dev, ())
+            )
             ports = [
                 await kernel.run(lambda k: k.port_id),
                 await wiring.run(lambda w: w.port_id),
             ]
-            agent = Agent(config, store, kernel, wiring, disk, underlay_ip, EventFilter(ports))
-            await _serve(agent, Path(config.run_dir) / SOCKET_NAME)
-
-
-def _find_underlay(kernel: NetlinkKernel, config: AgentConfig) -> IpAddress:
-    return kernel.observe(config.underlay_ip, config.underlay_dev, ()).ip
+            agent = Agent(config, store, kernel, wiring, disk, underlay.ip, EventFilter(ports))
+            socket_path = Path(config.run_dir) / SOCKET_NAME
+            # Ours alone: the run directory is locked.
+            stack.callback(socket_path.unlink, missing_ok=True)
+            await _serve(agent, socket_path)
 
 
 @contextlib.asynccontextmanager
 async def _open_store(config: AgentConfig) -> AsyncIterator[Store]:
     from meshnet.store.etcd import EtcdConfig, EtcdStore
 
-    password = config.etcd_password
-    if config.etcd_password_file is not None:
-        try:
-            password = Path(config.etcd_password_file).read_text().splitlines()[0]
-        except (OSError, IndexError) as error:
-            raise UsageError(
-                f"etcd-password-file {config.etcd_password_file} cannot be read: {error}"
-            ) from error
     store = EtcdStore(
         EtcdConfig(
             endpoints=config.etcd,
@@ -156,7 +149,7 @@ async def _open_store(config: AgentConfig) -> AsyncIterator[Store]:
             cert_file=_path(config.etcd_cert),
             key_file=_path(config.etcd_key),
             user=config.etcd_user,
-            password=password,
+            password=_read_password(config),
         )
     )
     try:
@@ -164,6 +157,17 @@ async def _open_store(config: AgentConfig) -> AsyncIterator[Store]:
     finally:
         with trio.move_on_after(2, shield=True):
             await store.aclose()
+
+
+def _read_password(config: AgentConfig) -> str | None:
+    if config.etcd_password_file is None:
+        return config.etcd_password
+    try:
+        return Path(config.etcd_password_file).read_text().splitlines()[0]
+    except (OSError, IndexError) as error:
+        raise UsageError(
+            f"etcd-password-file {config.etcd_password_file} cannot be read: {error}"
+        ) from error
 
 
 def _path(text: str | None) -> Path | None:
@@ -179,29 +183,29 @@ async def _serve(agent: Agent, socket_path: Path) -> None:
     hypercorn.loglevel = "ERROR"
     stopping = trio.Event()
     app = make_app(Service(agent), lambda: agent.ready and not stopping.is_set())
-    try:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async with trio.open_nursery() as root:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as root:
 
-                async def serve_api(task_status: trio.TaskStatus[None]) -> None:
-                    await serve(
-                        app, hypercorn, shutdown_trigger=stopping.wait, task_status=task_status
-                    )
+            async def serve_api(task_status: trio.TaskStatus[list[str]]) -> None:
+                await serve(
+                    cast("ASGIFramework", app),
+                    hypercorn,
+                    shutdown_trigger=stopping.wait,
+                    task_status=task_status,
+                )
 
-                await root.start(serve_api)
-                async with trio.open_nursery() as inner:
-                    await inner.start(agent.run)
-                    notify("READY=1")
-                    _log.info("ready", host=agent.host.id, socket=str(socket_path))
-                    async for number in signals:
-                        _log.info("stopping", signal=signal.Signals(number).name)
-                        break
-                    notify("STOPPING=1")
-                    stopping.set()
-                    inner.cancel_scope.cancel()
-                root.cancel_scope.cancel()
-    finally:
-        socket_path.unlink(missing_ok=True)
+            await root.start(serve_api)
+            async with trio.open_nursery() as inner:
+                await inner.start(agent.run)
+                notify("READY=1")
+                _log.info("ready", host=agent.host.id, socket=str(socket_path))
+                async for number in signals:
+                    _log.info("stopping", signal=signal.Signals(number).name)
+                    break
+                notify("STOPPING=1")
+                stopping.set()
+                inner.cancel_scope.cancel()
+            root.cancel_scope.cancel()
 
 
 def _listen(path: Path) -> socket.socket:

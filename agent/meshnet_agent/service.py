@@ -219,7 +219,7 @@ def _sort_failures(
 ) -> tuple[dict[NetworkName, list[Failure]], list[Failure]]:
     """Failures by the network they belong to, and the rest."""
     by_network: dict[NetworkName, list[Failure]] = {n: [] for n in snapshot.networks}
-    rest = []
+    rest: list[Failure] = []
     for failure in failures:
         owner = next((n.name for n in snapshot.networks.values() if _belongs(failure, n)), None)
         (by_network[owner] if owner is not None else rest).append(failure)

@@ -17,7 +17,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", covariant=True)
 _R = TypeVar("_R")
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from meshnet.firewall import FirewallNetwork
-    from meshnet.model import Endpoint, Host, IpAddress, IpNetwork, Network, NetworkName
+    from meshnet.model import Endpoint, Host, IpAddress, IpNetwork, Network
 
 
 class Path(NamedTuple):

@@ -156,10 +156,8 @@ def _sysctls(
 
 
 def _plan_tunnel(dev: str, peer: Peer, mac: bytes, state: KernelState) -> Nexthop:
-    if peer.subnet.version == 4:
-        gateway = peer.subnet.network_address.packed
-    else:
-        gateway = link_local_of(mac)
+    subnet = peer.subnet
+    gateway = subnet.network_address.packed if subnet.version == 4 else link_local_of(mac)
     state.neighbours[NeighbourKey(dev, gateway)] = mac
     state.fdb[FdbKey(dev, mac)] = peer.host.underlay_ip.packed
     return Nexthop(dev, gateway)

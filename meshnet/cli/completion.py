@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
     """What ``add_subparsers`` returns."""
 
@@ -27,7 +28,7 @@ def add_parser(commands: Subparsers) -> None:
 def _completion(args: argparse.Namespace) -> int:
     import argcomplete
 
-    sys.stdout.write(argcomplete.shellcode(["meshnet"], shell=args.shell))
+    sys.stdout.write(argcomplete.shellcode(["meshnet"], shell=args.shell))  # type: ignore[attr-defined]
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,8 @@ from meshnet.cli.completion import complete_networks
 from meshnet.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    import argparse
+
     from meshnet.cli.completion import Subparsers
 
 
@@ -37,7 +38,7 @@ def add_parser(commands: Subparsers) -> None:
     detach = commands.add_parser(
         "detach",
         help="take a process off a network",
-        description="Undo what attach did: interface, addresses and routes go, the address is free.",
+        description="Undo what attach did: interface, addresses and routes go.",
     )
     _add_target(detach)
     detach.set_defaults(run=_detach)
@@ -49,7 +50,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pid", metavar="PID", type=int, help="a process with a namespace of its own")
+    parser.add_argument("pid", metavar="PID", type=int, help="a process with its own namespace")
     network = parser.add_argument("--net", metavar="NAME", required=True, help="the network")
     network.completer = complete_networks  # type: ignore[attr-defined]
     parser.add_argument("--json", action="store_true", help="print one JSON document")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
 from meshnet.cli.client import Client
 from meshnet.cli.output import joined, print_json, print_table
 
 if TYPE_CHECKING:
+    import argparse
+
     from meshnet.cli.completion import Subparsers
 
 

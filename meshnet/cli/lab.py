@@ -108,6 +108,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run_up(args: argparse.Namespace) -> int:
     """Run ``meshnet lab up``."""
+    from meshnet.cli.output import print_json, print_table
     from meshnet.lab.topology import Lab
 
     lab = Lab(
@@ -118,12 +119,10 @@ def run_up(args: argparse.Namespace) -> int:
     )
     lab.up(None if args.json else _say)
     if args.json:
-        _print_json(_describe(lab))
+        print_json(_describe(lab))
         return 0
-    rows = [
-        (host.name, str(host.underlay_ip), host.netns, str(host.socket_path)) for host in lab.hosts
-    ]
-    _print_table([("HOST", "UNDERLAY IP", "NAMESPACE", "SOCKET"), *rows])
+    rows = [(host.name, host.underlay_ip, host.netns, host.socket_path) for host in lab.hosts]
+    print_table(("HOST", "UNDERLAY", "NAMESPACE", "SOCKET"), rows)
     if rows:
         name = "" if args.name == "lab" else f"--name {args.name} "
         _say(f"try: meshnet lab exec {name}{rows[0][0]} -- meshnet hosts")
@@ -167,6 +166,7 @@ def run_exec(args: argparse.Namespace) -> int:
 
 def run_down(args: argparse.Namespace) -> int:
     """Run ``meshnet lab down``."""
+    from meshnet.cli.output import print_json
     from meshnet.lab.netns import check_lab_name
     from meshnet.lab.state import default_base_dir
     from meshnet.lab.teardown import tear_down
@@ -177,7 +177,7 @@ def run_down(args: argparse.Namespace) -> int:
         args.name, default_base_dir(args.name), progress=None if args.json else _say
     )
     if args.json:
-        _print_json(
+        print_json(
             {
                 "name": args.name,
                 "processes": removed.processes,
@@ -196,13 +196,14 @@ def run_down(args: argparse.Namespace) -> int:
 
 def run_ls(args: argparse.Namespace) -> int:
     """Run ``meshnet lab ls``."""
+    from meshnet.cli.output import print_json, print_table
     from meshnet.errors import MeshnetError
     from meshnet.lab.state import LABS_DIR
     from meshnet.lab.topology import Lab
 
     names = sorted(path.name for path in LABS_DIR.iterdir()) if LABS_DIR.is_dir() else []
     documents: list[dict[str, object]] = []
-    rows: list[tuple[str, ...]] = [("LAB", "ETCD", "HOSTS")]
+    rows: list[tuple[str, ...]] = []
     for name in names:
         try:
             lab = Lab.attach(name)
@@ -211,9 +212,9 @@ def run_ls(args: argparse.Namespace) -> int:
         except MeshnetError as exc:
             print(f"lab {name}: {exc}", file=sys.stderr)
     if args.json:
-        _print_json(documents)
-    elif len(rows) > 1:
-        _print_table(rows)
+        print_json(documents)
+    elif rows:
+        print_table(("LAB", "ETCD", "HOSTS"), rows)
     else:
         print("no lab is up: start one with 'meshnet lab up'")
     return 0
@@ -275,7 +276,7 @@ def _describe(lab: Lab) -> dict[str, object]:
                 "underlay_ip": str(host.underlay_ip),
                 "netns": host.netns,
                 "socket": str(host.socket_path),
-                "pid": host.agent_pid if host.agent_running else None,
+                "pid": host.agent_pid if host.is_agent_running() else None,
             }
             for host in lab.hosts
         ],
@@ -284,16 +285,3 @@ def _describe(lab: Lab) -> dict[str, object]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _print_json(document: object) -> None:
-    import json
-
-    print(json.dumps(document, indent=2))
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())

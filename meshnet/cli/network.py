@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
 from meshnet.cli.client import Client
@@ -10,6 +9,8 @@ from meshnet.cli.completion import complete_networks
 from meshnet.cli.output import joined, print_json, print_table
 
 if TYPE_CHECKING:
+    import argparse
+
     from meshnet.cli.completion import Subparsers
 
 MODES = ("vxlan", "udp", "macvlan", "underlay-bridge", "bridge")

@@ -43,7 +43,7 @@ class LinkInfo(NamedTuple):
         master: ifindex of its bridge, or 0.
     """
 
-    index: int
+    ifindex: int
     name: str
     up: bool
     mtu_bytes: int
@@ -56,7 +56,7 @@ class LinkInfo(NamedTuple):
 class AddressInfo(NamedTuple):
     """An address as the kernel has it; packed."""
 
-    index: int
+    ifindex: int
     address: bytes
     prefix_length: int
     scope: int

@@ -18,10 +18,11 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from meshnet.backends import Path, Underlay
-from meshnet.diff import Failure, Op, Table, describe
+from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.nft import NftTable
+from meshnet.kernel.ordering import carry_out
 from meshnet.state import AddressKey, KernelState, Link, LinkKind, format_ip, format_mac
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class NetlinkKernel:
         self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
     ) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
-        by_index = {link.index: link for link in self._dump_links()}
+        by_index = {link.ifindex: link for link in self._dump_links()}
         ip, link = self._find_underlay(underlay_ip, underlay_dev, by_index)
         targets = [*peers, *_OUTSIDE]
         answers = self._rtnl.ask([bulk.encode_route_lookup(a.packed) for a in targets])
@@ -120,8 +121,8 @@ class NetlinkKernel:
         held = []
         for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
             info = links.decode_address(message)
-            if info is not None and info.index in by_index and info.scope == 0:
-                held.append((ip_address(info.address), by_index[info.index]))
+            if info is not None and info.ifindex in by_index and info.scope == 0:
+                held.append((ip_address(info.address), by_index[info.ifindex]))
         for ip, link in sorted(held, key=lambda item: item[0].version):
             if ip == wanted or (wanted is None and link.name == dev):
                 return ip, link
@@ -138,14 +139,14 @@ class NetlinkKernel:
     def _dump_links(self) -> list[LinkInfo]:
         messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
         found = [link for m in messages if (link := links.decode_link(m)) is not None]
-        self._indices = {link.name: link.index for link in found}
+        self._indices = {link.name: link.ifindex for link in found}
         return found
 
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
         state = KernelState()
         everything = self._dump_links()
-        names = {link.index: link.name for link in everything}
+        names = {link.ifindex: link.name for link in everything}
         for link in everything:
             if link.kind is not None and _OWN_LINK.fullmatch(link.name):
                 state.links[link.name] = _to_link(link, names)
@@ -170,7 +171,7 @@ class NetlinkKernel:
             info = links.decode_address(message)
             if info is None or info.scope != links.RT_SCOPE_UNIVERSE:
                 continue
-            dev = names.get(info.index, "")
+            dev = names.get(info.ifindex, "")
             if dev in state.links and state.links[dev].kind is not LinkKind.VETH:
                 state.addresses[AddressKey(dev, info.address, info.prefix_length)] = True
 
@@ -209,22 +210,10 @@ class NetlinkKernel:
 
     def apply(self, ops: Sequence[Op]) -> list[Failure]:
         """See `meshnet.kernel.Kernel`."""
-        failures: list[Failure] = []
-        failed: set[tuple[Table, Any]] = set()
-        for table, run in _runs(ops):
-            ready: list[Op] = []
-            for op in run:
-                missing = next((n for n in op.needs if n in failed), None)
-                if missing is None:
-                    ready.append(op)
-                else:
-                    reason = f"not tried, since {describe(*missing)} could not be set"
-                    failures.append(Failure(op, 0, reason))
-                    failed.add((op.table, op.key))
-            refused = self._write_bulk(ready) if table in _BULK_TABLES else self._write_each(ready)
-            failures += refused
-            failed.update((f.op.table, f.op.key) for f in refused)
-        return failures
+        return carry_out(ops, self._write_run)
+
+    def _write_run(self, table: Table, ops: Sequence[Op]) -> list[Failure]:
+        return self._write_bulk(ops) if table in _BULK_TABLES else self._write_each(ops)
 
     def _write_bulk(self, ops: Sequence[Op]) -> list[Failure]:
         requests, sent, failures = [], [], []
@@ -235,9 +224,8 @@ class NetlinkKernel:
             except KeyError as error:
                 failures.append(Failure(op, 0, f"link {error.args[0]} does not exist"))
         self.writes += len(requests)
-        for i, error in sorted(self._rtnl.send_batch(requests).items()):
-            if sent[i].value is not None or error.errno not in _GONE:
-                failures.append(Failure(sent[i], error.errno, str(error)))
+        for i, refusal in sorted(self._rtnl.send_batch(requests).items()):
+            failures.append(Failure(sent[i], refusal.errno, str(refusal)))
         return failures
 
     def _encode(self, op: Op) -> rtnl.Request:
@@ -259,12 +247,13 @@ class NetlinkKernel:
             try:
                 self._write_one(op)
             except NetlinkError as error:
-                if op.value is not None or error.code not in _GONE:
-                    failures.append(Failure(op, error.code, str(error.args[-1])))
+                failures.append(Failure(op, error.code, str(error.args[-1])))
             except OSError as error:
                 failures.append(Failure(op, error.errno or 0, str(error)))
             except (KernelRefusedError, NotFoundError) as error:
                 failures.append(Failure(op, 0, str(error)))
+            except KeyError as error:
+                failures.append(Failure(op, 0, f"link {error.args[0]} does not exist"))
         return failures
 
     def _write_one(self, op: Op) -> None:
@@ -341,22 +330,6 @@ class NetlinkKernel:
         if len(key.address) == 16 and not delete:
             options["flags"] = links.IFA_F_NODAD
         self._iproute.addr("del" if delete else "add", **options)
-
-
-_GONE = frozenset((2, 3, 19, 99))
-"""ENOENT, ESRCH, ENODEV, EADDRNOTAVAIL: what a deletion wanted is so already."""
-
-
-def _runs(ops: Sequence[Op]) -> Iterable[tuple[Table, list[Op]]]:
-    """Neighbouring operations on one table."""
-    run: list[Op] = []
-    for op in ops:
-        if run and run[-1].table is not op.table:
-            yield run[-1].table, run
-            run = []
-        run.append(op)
-    if run:
-        yield run[-1].table, run
 
 
 def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:

@@ -72,7 +72,7 @@ class LabContext:
                 *(
                     known
                     for known in document.containers
-                    if known.ref != record.ref and known.ref.alive
+                    if known.ref != record.ref and known.ref.is_alive()
                 ),
                 record,
             ]
@@ -101,10 +101,9 @@ class LabContainer(Namespace):
         self._record = record
         self._context = context
 
-    @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the process runs."""
-        return self._record.ref.alive
+        return self._record.ref.is_alive()
 
     def popen(
         self,
@@ -180,10 +179,9 @@ class LabHost(Namespace):
 
     def _agent(self) -> ProcessRef | None:
         ref = self._context.file.read().host(self.name).agent
-        return ref if ref is not None and ref.alive else None
+        return ref if ref is not None and ref.is_alive() else None
 
-    @property
-    def agent_running(self) -> bool:
+    def is_agent_running(self) -> bool:
         """Whether the agent's process is there; it need not be ready."""
         return self._agent() is not None
 
@@ -251,13 +249,13 @@ class LabHost(Namespace):
         """
 
         def ready_or_ended() -> bool:
-            return is_ready(self.socket_path) or not self.agent_running
+            return is_ready(self.socket_path) or not self.is_agent_running()
 
         try:
             wait_until(ready_or_ended, deadline_s, "ready")
         except TimeoutError as exc:
             raise self._agent_error(f"is not ready after {deadline_s:g} s") from exc
-        if not self.agent_running:
+        if not self.is_agent_running():
             raise self._agent_error("ended while starting")
 
     def _agent_error(self, what: str) -> AgentUnreachableError:

@@ -45,8 +45,7 @@ class ProcessRef:
     pid: int
     start_time: int
 
-    @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether it still runs (a zombie does not)."""
         stat = _read_stat(self.pid)
         return stat is not None and stat.start_time == self.start_time
@@ -193,7 +192,7 @@ def _open_pidfd(ref: ProcessRef) -> int | None:
         pidfd = os.pidfd_open(ref.pid)
     except ProcessLookupError:
         return None
-    if ref.alive:
+    if ref.is_alive():
         return pidfd
     os.close(pidfd)
     return None

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _MNT_DETACH = 2  # linux/fs.h
 _ROUNDS = 10
-_DEADLINE_S = 10.0
+END_DEADLINE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ def tear_down(
     *,
     known: Iterable[ProcessRef] = (),
     progress: Callable[[str], None] | None = None,
+    deadline_s: float = END_DEADLINE_S,
 ) -> Removed:
     """Remove everything of a lab: agents and containers, then etcd, namespaces, directory.
 
@@ -78,6 +79,8 @@ def tear_down(
 
     Args:
         known: processes that the caller knows to be the lab's, on top of those in ``lab.json``.
+        progress: called with a line before every step.
+        deadline_s: seconds that agents, containers and etcd get to end before they are killed.
 
     Raises:
         ConflictError: `base_dir` is not this lab's directory, or the caller itself is in one of
@@ -99,12 +102,12 @@ def tear_down(
         [netns_path(name) for name in namespaces if name != etcd_netns],
         others,
         containers,
-        deadline_s=_DEADLINE_S,
+        deadline_s=deadline_s,
     )
     say("ending etcd")
     etcd_paths = [netns_path(name) for name in namespaces if name == etcd_netns]
     etcd_refs = [] if etcd is None else [etcd]
-    count += end_everything(etcd_paths, etcd_refs, deadline_s=_DEADLINE_S)
+    count += end_everything(etcd_paths, etcd_refs, deadline_s=deadline_s)
     say("removing namespaces and directories")
     delete_netns(namespaces)
     directory = base_dir.is_dir()
@@ -144,7 +147,7 @@ def end_everything(
             wanted.add(container.ref)
             found = _hold(Path(f"/proc/{container.ref.pid}/ns/net"), stack)
             # Compared, because the process may not have reached its namespace yet, or have left.
-            if found is not None and found == container.netns and container.ref.alive:
+            if found is not None and found == container.netns and container.ref.is_alive():
                 ids.add(found)
         for _ in range(_ROUNDS):
             left = with_descendants(wanted | find_in_namespaces(ids))

@@ -47,7 +47,7 @@ from meshnet.lab.state import (
     default_base_dir,
     host_dir,
 )
-from meshnet.lab.teardown import Removed, end_everything, tear_down
+from meshnet.lab.teardown import END_DEADLINE_S, Removed, end_everything, tear_down
 from meshnet.lab.underlay import ETCD_PORT, Family, Underlay
 
 if TYPE_CHECKING:
@@ -229,11 +229,21 @@ class Lab:
             try:
                 self.down()
             except MeshnetError as undo_error:
+                say(f"removing it failed, too: {undo_error}")
                 exc.add_note(f"and removing what was made failed: {undo_error}")
             raise
 
-    def down(self, progress: Callable[[str], None] | None = None) -> Removed:
+    def down(
+        self,
+        progress: Callable[[str], None] | None = None,
+        *,
+        deadline_s: float = END_DEADLINE_S,
+    ) -> Removed:
         """Take the lab down, containers and all; harmless when it is not up.
+
+        Args:
+            progress: called with a line before every step.
+            deadline_s: seconds that agents, containers and etcd get to end before they are killed.
 
         Raises:
             ConflictError: the lab's directory is something else's, or the caller is in one of the
@@ -244,7 +254,9 @@ class Lab:
             # Continued, in case a test left it paused; agents that end want it to answer.
             self.etcd.resume()
         known = self._children.running()
-        removed = tear_down(self.name, self.base_dir, known=known, progress=progress)
+        removed = tear_down(
+            self.name, self.base_dir, known=known, progress=progress, deadline_s=deadline_s
+        )
         # Ended by tear_down; here only reaped.  Not stop(), which expects a running one.
         self.etcd.kill()
         self._children.reap_all()
@@ -299,6 +311,9 @@ class Lab:
         containers = [item for item in self._file.read().containers if item.host == name]
         agents = [] if record.agent is None else [record.agent]
         end_everything([host.netns_path], agents, containers, deadline_s=0)
+        # The kernel removes a namespace some time after its last user is gone; its link, whose
+        # other end is our port, must be gone before a host of this name comes back.
+        self.switch.run(["ip", "link", "del", name], check=False)
         delete_netns([host.netns])
         if not keep_state:
             shutil.rmtree(host_dir(self.base_dir, name), ignore_errors=True)
@@ -313,7 +328,7 @@ class Lab:
         self.switch.run(["bridge", "link", "set", "dev", port, "state", "disabled"])
 
     def mend(self, port: str) -> None:
-        """Undo `cut`."""
+        """Undo `cut`.  What looked for a peer meanwhile may take a second to look again."""
         self.switch.run(["bridge", "link", "set", "dev", port, "state", "forwarding"])
 
     def _netns(self, part: str) -> str:

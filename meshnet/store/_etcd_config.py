@@ -53,7 +53,7 @@ class EtcdConfig:
         if (self.cert_file is None) != (self.key_file is None):
             raise UsageError("--etcd-cert and --etcd-key go together: give both or none")
         if (self.user is None) != (self.password is None):
-            raise UsageError(f"etcd user {self.user!r} and its password go together: give both")
+            raise UsageError("--etcd-user and its password go together: give both or none")
 
 
 def target(url: str) -> str:

@@ -11,6 +11,7 @@ nothing to say; so when it is quiet it is asked for a sign of life.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import trio
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from meshnet.store._etcd_rpc import Connection, WatchStream
 
 PERMISSION_DENIED = "permission denied"
+
+_PREAMBLE = re.compile(r"^(?:[A-Z_]+: )?(?:ipv[46]:\S+: )?")
 
 
 class Watch:
@@ -162,8 +165,8 @@ def reason_of(failure: RpcFailedError, timeout_s: float) -> str:
     """gRPC's or etcd's words, on one short line."""
     if failure.code == "DEADLINE_EXCEEDED":
         return f"no answer within {timeout_s:.3g} s"
-    details = failure.details.rpartition("last error: ")[2]
-    details = details.removeprefix("UNKNOWN: ").removeprefix("UNAVAILABLE: ")
+    # gRPC: "failed to …; last error: UNKNOWN: ipv4:127.0.0.1:2379: Failed to …".
+    details = _PREAMBLE.sub("", failure.details.rpartition("last error: ")[2])
     return " ".join(details.split())[:300] or failure.code
 
 

@@ -225,7 +225,8 @@ class EtcdStore:
 
     def _refusal(self, failure: rpc.RpcFailedError, about: str) -> Exception | None:
         """The error for an answer that no other endpoint would give differently."""
-        details = failure.details.removeprefix("etcdserver: ")
+        # A watch's refusal has "rpc error: code = PermissionDenied desc = " before it.
+        details = failure.details.rpartition("etcdserver: ")[2]
         user = self._config.user
         if failure.code == "NOT_FOUND" and _LEASE_NOT_FOUND in details:
             return LeaseExpiredError(f"cannot {about}: {details}: grant a new lease")

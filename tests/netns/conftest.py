@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import pytest
 
@@ -17,9 +17,23 @@ from meshnet.lab.state import LabFile
 from meshnet.lab.topology import Lab
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Unpack
 
     from meshnet.lab.process import ProcessRef
+    from meshnet.lab.underlay import Family
+
+
+class LabOptions(TypedDict, total=False):
+    """What `Lab` takes, less what ``make_lab`` does itself."""
+
+    underlay_family: Family
+    mtu: int
+    gateway: bool
+    base_dir: Path | None
+    agent_args: Sequence[str]
+    start_agents: bool
+
 
 _counter = itertools.count()
 _PROGRAMS = ("ip", "bridge", "nft", "nsenter", "unshare", "ping", "etcd", "etcdctl")
@@ -72,7 +86,7 @@ def lab_name() -> str:
 
 @pytest.fixture
 def make_lab() -> Iterator[Callable[..., Lab]]:
-    """Bring labs up: ``make_lab(hosts=3, **options of Lab)``; with ``up=False`` only make the `Lab`.
+    """Make labs: ``make_lab(hosts=3, **options of Lab)`` is up, with ``up=False`` it is not yet.
 
     Every lab is taken down at the end of the test.  Then nothing of it may be left, and the
     namespace that the tests run in must look as before.
@@ -80,9 +94,10 @@ def make_lab() -> Iterator[Callable[..., Lab]]:
     before = _own_network()
     labs: list[Lab] = []
 
-    def make(hosts: int = 3, *, up: bool = True, **options: Any) -> Lab:
-        name = options.pop("name", None) or f"t{os.getpid()}x{next(_counter)}"
-        lab = Lab(name, hosts=hosts, **options)
+    def make(
+        hosts: int = 3, *, name: str | None = None, up: bool = True, **options: Unpack[LabOptions]
+    ) -> Lab:
+        lab = Lab(name or f"t{os.getpid()}x{next(_counter)}", hosts=hosts, **options)
         labs.append(lab)
         if up:
             lab.up()
@@ -99,12 +114,12 @@ def make_lab() -> Iterator[Callable[..., Lab]]:
             errors.append(f"down of lab {lab.name}: {exc}")
         left = {
             "namespaces": list_netns(lab.name),
-            "processes": [ref.pid for ref in started if ref.alive],
+            "processes": [ref.pid for ref in started if ref.is_alive()],
             "directory": [str(lab.base_dir)] if lab.base_dir.exists() else [],
             "mounts": [
                 line
                 for line in Path("/proc/self/mountinfo").read_text().splitlines()
-                if f"mnlab-{lab.name}-" in line or str(lab.base_dir) in line
+                if f" {lab.base_dir}" in line
             ],
         }
         errors += [f"lab {lab.name} left {what}: {items}" for what, items in left.items() if items]

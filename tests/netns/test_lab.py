@@ -21,7 +21,7 @@ from meshnet.errors import (
 from meshnet.lab.commands import CommandFailedError
 from meshnet.lab.netns import add_netns, list_netns, netns_name
 from meshnet.lab.poll import wait_until
-from meshnet.lab.process import ProcessRef, end_processes, identify, process_netns_id
+from meshnet.lab.process import ProcessRef, end_processes, identify, netns_id, process_netns_id
 from meshnet.lab.topology import Lab
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class TestUnderlay:
         assert not ping(host, peer.underlay_ip)
         assert "LOWER_UP" in peer.run(["ip", "link", "show", "eth0"]).stdout
         lab.mend("h2")
-        assert ping(host, peer.underlay_ip)
+        wait_until(lambda: ping(host, peer.underlay_ip), 10, "h2 answers again")
 
     def test_etcd_survives_the_hosts_and_can_be_cut_off(self, make_lab: MakeLab) -> None:
         lab = make_lab(2, start_agents=False)
@@ -127,7 +127,7 @@ class TestHosts:
         (lab.host("h1").state_dir / "file").write_text("kept")
         container = lab.host("h1").spawn_container()
         lab.remove_host("h1", keep_state=True)
-        assert not container.alive
+        assert not container.is_alive()
         assert [host.name for host in lab.hosts] == ["h2"]
         host = lab.add_host("h1")
         assert host.underlay_ip == address
@@ -149,7 +149,7 @@ class TestHosts:
 
     def test_no_agent_is_told_as_such(self, make_lab: MakeLab) -> None:
         host = make_lab(1, start_agents=False).host("h1")
-        assert not host.agent_running
+        assert not host.is_agent_running()
         with pytest.raises(NotFoundError, match="no agent runs on lab host h1"):
             _ = host.agent_pid
         assert host.stop_agent() is None
@@ -184,14 +184,14 @@ class TestContainers:
             lambda: process_netns_id(server.pid) == process_netns_id(container.pid), 5, "entered"
         )
         container.end()
-        assert not container.alive
+        assert not container.is_alive()
         assert server.wait(5) == -signal.SIGTERM
-        assert other.alive
+        assert other.is_alive()
 
     def test_a_container_that_cannot_start_says_why(self, make_lab: MakeLab) -> None:
         host = make_lab(1, start_agents=False).host("h1")
         container = host.spawn_container(["no-such-program"])
-        wait_until(lambda: not container.alive, 5, "container ended")
+        wait_until(lambda: not container.is_alive(), 5, "container ended")
         assert "no-such-program" in (host.log_path.parent / "containers.log").read_text()
 
 
@@ -210,18 +210,17 @@ class TestDown:
         ]
         # Started by somebody else, as by 'lab exec'.
         strange = subprocess.Popen(["nsenter", f"--net={host.netns_path}", "sleep", "1000"])
-        wait_until(
-            lambda: process_netns_id(strange.pid) == process_netns_id(own[0].pid), 5, "entered"
-        )
+        inside = netns_id(host.netns_path)
+        wait_until(lambda: process_netns_id(strange.pid) == inside, 5, "entered")
         child = wait_until(lambda: _children(own[2].pid), 5, "the shell has a child")
         grandchild = identify(child[0])
         bystander = subprocess.Popen(["sleep", "1000"])
         try:
-            lab.down()
+            lab.down(deadline_s=0.5)
             assert strange.wait(5) == -signal.SIGTERM
             assert [child.wait(5) for child in own][:2] == [-signal.SIGTERM] * 2
-            assert not grandchild.alive
-            assert not container.alive
+            assert not grandchild.is_alive()
+            assert not container.is_alive()
             assert bystander.poll() is None
         finally:
             bystander.kill()
@@ -337,9 +336,9 @@ class TestProcesses:
         try:
             ref = identify(child.pid)
             end_processes([ProcessRef(ref.pid, ref.start_time - 1)], deadline_s=0)
-            assert ref.alive
+            assert ref.is_alive()
             end_processes([ref], deadline_s=5)
-            assert not ref.alive
+            assert not ref.is_alive()
         finally:
             child.kill()
             child.wait()

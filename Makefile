@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh Debian 12 machine, as root: `make demo` and `make test`.
+# Both install what they need: the Debian packages named here and, into .venv, the Python packages
+# that constraints.txt pins with their hashes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := etcd-server etcd-client ethtool iperf3 iproute2 iputils-ping nftables openssl procps \
+	python3-venv tcpdump util-linux
+SETUP := $(VENV)/.ready
+
+.PHONY: demo test lint type bench setup constraints clean
+
+demo: $(SETUP)  ## three hosts, two networks, packets between them
+	$(BIN)/python examples/demo.py
+
+test: $(SETUP)  ## all tests
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(SETUP)
+	$(BIN)/mypy
+
+bench: $(SETUP)  ## ratios against the named peers
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml constraints.txt Makefile
+	@missing=; for package in $(PACKAGES); do \
+	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' \
+	    || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing \
+	    >$${TMPDIR:-/tmp}/meshnet-apt.log 2>&1 || { tail -5 $${TMPDIR:-/tmp}/meshnet-apt.log; exit 1; }; fi
+	@test -x $(BIN)/python || python3 -m venv $(VENV)
+	@echo "installing the Python packages of constraints.txt"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+constraints: $(SETUP)  ## resolve the versions anew
+	$(BIN)/pip-compile --quiet --extra dev --generate-hashes --allow-unsafe --strip-extras \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
+	  --no-header --output-file constraints.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,348 @@
+"""The kernel in memory: a verified fake of Linux, for tests and simulations.
+
+Job: behave as `meshnet.kernel.netlink.NetlinkKernel` does, with what Linux does of its own accord
+(a link that goes takes its addresses, neighbours, FDB entries, nexthops and routes along), without
+a network namespace, so that many agents in one trio run have a host each.  It passes the same
+contract tests (``tests/contract/test_kernel.py``), can be told to fail, and can be changed behind
+the agent's back.  Place: tests only; never in production.  Endpoints: `memory_wiring`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from meshnet.backends import Path, Underlay
+from meshnet.diff import Failure, Op, Table
+from meshnet.errors import NotFoundError
+from meshnet.kernel.ordering import carry_out
+from meshnet.state import KernelState, Link, LinkKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from meshnet.model import IpAddress
+    from meshnet.state import AddressKey, Nexthop, Route, RouteKey
+
+_ALL_IPV6 = "net/ipv6/conf/all/forwarding"
+_LINK_DEFAULTS = {
+    ("ipv4", "forwarding"): "0",
+    ("ipv4", "rp_filter"): "0",
+    ("ipv6", "accept_dad"): "1",
+    ("ipv6", "accept_ra"): "1",
+    ("ipv6", "addr_gen_mode"): "0",
+    ("ipv6", "disable_ipv6"): "0",
+}
+
+
+class _Refused(Exception):  # noqa: N818  (a fact about one request, not an error of ours)
+    """The kernel's errno for one request."""
+
+    def __init__(self, code: int, message: str = "") -> None:
+        super().__init__(f"{os.strerror(code)} ({message})" if message else os.strerror(code))
+        self.code = code
+
+
+class _Fault(NamedTuple):
+    """The operation to fail: the `left`-th from now on, of `table` or of any."""
+
+    table: Table | None
+    left: int
+    code: int
+
+
+@dataclass
+class Foreign:
+    """What belongs to others and stands where something of ours could.
+
+    Attributes:
+        links: names of links of kinds that are never ours.
+        nexthops: ids of nexthop objects in our range.
+        routes: destinations, in the main table and with our metric.
+    """
+
+    links: set[str] = field(default_factory=set)
+    nexthops: set[int] = field(default_factory=set)
+    routes: set[RouteKey] = field(default_factory=set)
+
+
+class MemoryKernel:
+    """`meshnet.kernel.Kernel` in memory.
+
+    Args:
+        underlay_ip: the one address of `dev`.
+
+    Attributes:
+        foreign: what others hold; change it with `by_hand` and the set's own methods.
+        routed: paths to peers that are not reached on-link by `dev`; None: no way to go.
+        on_change: called, if set, after every change `by_hand`, as the kernel would notify.
+    """
+
+    def __init__(self, underlay_ip: IpAddress, *, dev: str = "eth0", mtu_bytes: int = 1500) -> None:
+        self.foreign = Foreign()
+        self.routed: dict[IpAddress, Path | None] = {}
+        self.on_change: Callable[[], None] | None = None
+        self.writes = 0
+        self.underlay_ip: IpAddress | None = underlay_ip
+        self.underlay_dev = dev
+        self.underlay_mtu_bytes = mtu_bytes
+        self._faults: list[_Fault] = []
+        self._state = KernelState(
+            sysctls={
+                f"net/ipv4/conf/{dev}/forwarding": "0",
+                f"net/ipv6/conf/{dev}/accept_ra": "1",
+                _ALL_IPV6: "0",
+            }
+        )
+
+    def close(self) -> None:
+        """See `meshnet.kernel.Kernel`."""
+
+    # --- looking ------------------------------------------------------------------------------
+
+    def observe(
+        self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
+    ) -> Underlay:
+        """See `meshnet.kernel.Kernel`."""
+        held, dev = self.underlay_ip, self.underlay_dev
+        if held is None or (underlay_ip or held) != held or (underlay_dev or dev) != dev:
+            raise NotFoundError(f"underlay {underlay_ip or underlay_dev} is not on this host")
+        on_link = Path(dev, True, self.underlay_mtu_bytes)
+        paths = {p: self.routed.get(p, on_link) for p in peers if p.version == held.version}
+        sysctls = self._state.sysctls
+        listens = sysctls[_ALL_IPV6] == "0" and sysctls[f"net/ipv6/conf/{dev}/accept_ra"] == "1"
+        return Underlay(
+            ip=held,
+            dev=dev,
+            mtu_bytes=self.underlay_mtu_bytes,
+            paths={peer: path for peer, path in paths.items() if path is not None},
+            forwarding_links=(dev,),
+            ra_links=(dev,) if listens else (),
+        )
+
+    def dump(self) -> KernelState:
+        """See `meshnet.kernel.Kernel`."""
+        state = self._state
+        return KernelState(
+            links=dict(state.links),
+            addresses=dict(state.addresses),
+            neighbours=dict(state.neighbours),
+            fdb=dict(state.fdb),
+            nexthops=dict(state.nexthops),
+            routes=dict(state.routes),
+            sysctls=dict(state.sysctls),
+            firewall=state.firewall,
+            foreign_nexthop_ids=frozenset(self.foreign.nexthops),
+        )
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def apply(self, ops: Sequence[Op]) -> list[Failure]:
+        """See `meshnet.kernel.Kernel`."""
+        return carry_out(ops, self._write_run)
+
+    def fail_next(self, table: Table | None = None, *, nth: int = 1, code: int = 105) -> None:
+        """Fault injection: refuse one operation to come, with errno `code` (105: ENOBUFS).
+
+        Args:
+            table: count operations on this table; None: all.
+            nth: 1 refuses the next one.
+        """
+        self._faults.append(_Fault(table, nth, code))
+
+    @property
+    def faults_left(self) -> int:
+        """Operations that were to be refused and were not met yet."""
+        return len(self._faults)
+
+    def by_hand(self, table: Table, key: Any, value: Any) -> None:  # noqa: ANN401
+        """Set an object (or with None delete it) as another program would; then notify.
+
+        A firewall of "" is a table that is not as it was loaded.  A link that another link's
+        `Link` value is given for changes as it says; ``up=False`` sets it down.
+        """
+        self._write(Op(table, key, value, True))
+        if self.on_change is not None:
+            self.on_change()
+
+    def _write_run(self, _table: Table, ops: Sequence[Op]) -> list[Failure]:
+        failures = []
+        for op in ops:
+            self.writes += 1
+            try:
+                self._meet_faults(op.table)
+                self._write(op)
+            except _Refused as refused:
+                failures.append(Failure(op, refused.code, str(refused)))
+        return failures
+
+    def _meet_faults(self, table: Table) -> None:
+        left, met = [], None
+        for fault in self._faults:
+            if fault.table not in (None, table):
+                left.append(fault)
+            elif fault.left > 1:
+                left.append(fault._replace(left=fault.left - 1))
+            else:
+                met = fault
+        self._faults = left
+        if met is not None:
+            raise _Refused(met.code, "as the test wants")
+
+    def _write(self, op: Op) -> None:
+        state, key, value = self._state, op.key, op.value
+        match op.table:
+            case Table.FIREWALL:
+                state.firewall = value
+            case Table.SYSCTL:
+                state.sysctls[key] = value
+            case Table.LINK if value is None:
+                self._delete_link(key)
+            case Table.LINK:
+                self._set_link(key, value)
+            case Table.ADDRESS if value is None:
+                self._delete_address(key)
+            case Table.ADDRESS:
+                self._add_address(key)
+            case Table.NEIGHBOUR:
+                self._set_on_link(state.neighbours, key, value)
+            case Table.FDB:
+                self._set_on_link(state.fdb, key, value)
+            case Table.NEXTHOP if value is None:
+                self._delete_nexthops({key} & state.nexthops.keys())
+            case Table.NEXTHOP:
+                self._set_nexthop(key, value, exists=op.exists)
+            case Table.ROUTE if value is None:
+                _pop(state.routes, key, errno.ESRCH)
+            case _:
+                self._set_route(key, value, exists=op.exists)
+
+    # --- links and what hangs on them ---------------------------------------------------------
+
+    def _set_link(self, name: str, link: Link) -> None:
+        if name in self.foreign.links:
+            raise _Refused(errno.EEXIST)
+        links = self._state.links
+        if link.master and link.master not in links:
+            raise _Refused(errno.ENODEV, f"no link {link.master}")
+        now = links.get(name)
+        if now is None and link.kind is LinkKind.VETH:
+            raise _Refused(errno.ENODEV, "the other end is in a namespace")
+        known = _LINK_DEFAULTS if now is None else {(f, k): v for f, k, v in now.sysctls}
+        settings = known | {(f, k): v for f, k, v in link.sysctls}
+        links[name] = link._replace(
+            mac=link.mac or (now.mac if now is not None else None),
+            sysctls=()
+            if link.kind is LinkKind.VETH
+            else tuple((f, k, v) for (f, k), v in settings.items()),
+        )
+        if now is not None and (now.mac != links[name].mac or not link.up):
+            self._flush_neighbours(name)
+        if now is not None and not link.up:
+            self._delete_nexthops(self._nexthops_on(name))
+        if not link.up or settings.get(("ipv6", "disable_ipv6")) == "1":
+            for address in [a for a in self._state.addresses if a.dev == name]:
+                if len(address.address) == 16:
+                    self._delete_address(address)
+
+    def add_endpoint_link(self, name: str, link: Link) -> None:
+        """For `MemoryWiring`: the host's half of a veth pair comes up."""
+        self._state.links[name] = link
+
+    def remove_endpoint_link(self, name: str) -> None:
+        """For `MemoryWiring`: a veth pair goes.  Idempotent."""
+        self._state.links.pop(name, None)
+
+    def _delete_link(self, name: str) -> None:
+        state = self._state
+        _pop(state.links, name, errno.ENODEV)
+        for port, link in list(state.links.items()):
+            if link.master == name:
+                state.links[port] = link._replace(master="")
+        self._flush_neighbours(name)
+        for entry in [k for k in state.fdb if k.dev == name]:
+            del state.fdb[entry]
+        self._delete_nexthops(self._nexthops_on(name))
+        for address in [a for a in state.addresses if a.dev == name]:
+            self._delete_address(address)
+
+    def _flush_neighbours(self, name: str) -> None:
+        for neighbour in [k for k in self._state.neighbours if k.dev == name]:
+            del self._state.neighbours[neighbour]
+
+    def _nexthops_on(self, name: str) -> set[int]:
+        return {i for i, nexthop in self._state.nexthops.items() if nexthop.dev == name}
+
+    def _need_link(self, dev: str, *, up: bool = False) -> None:
+        link = self._state.links.get(dev)
+        if link is None and dev != self.underlay_dev:
+            raise _Refused(errno.ENODEV)
+        if up and link is not None and not link.up:
+            raise _Refused(errno.ENETDOWN, "Nexthop device is not up")
+
+    def _set_on_link(self, table: dict[Any, Any], key: Any, value: Any) -> None:  # noqa: ANN401
+        self._need_link(key.dev)
+        if value is None:
+            _pop(table, key, errno.ENOENT)
+        else:
+            table[key] = value
+
+    def _add_address(self, key: AddressKey) -> None:
+        self._need_link(key.dev)
+        if key in self._state.addresses:
+            raise _Refused(errno.EEXIST)
+        self._state.addresses[key] = True
+
+    def _delete_address(self, key: AddressKey) -> None:
+        """A route's preferred source goes: IPv4 routes go with it, IPv6 ones lose it."""
+        state = self._state
+        _pop(state.addresses, key, errno.EADDRNOTAVAIL)
+        if any(a.address == key.address for a in state.addresses):
+            return
+        for prefix, route in list(state.routes.items()):
+            if route.source == key.address and len(key.address) == 4:
+                del state.routes[prefix]
+            elif route.source == key.address:
+                state.routes[prefix] = route._replace(source=b"")
+
+    # --- nexthops and routes ------------------------------------------------------------------
+
+    def _set_nexthop(self, nexthop_id: int, nexthop: Nexthop, *, exists: bool) -> None:
+        if nexthop_id in self.foreign.nexthops or (
+            not exists and nexthop_id in self._state.nexthops
+        ):
+            raise _Refused(errno.EEXIST)
+        self._need_link(nexthop.dev, up=True)
+        self._state.nexthops[nexthop_id] = nexthop
+
+    def _delete_nexthops(self, ids: Collection[int]) -> None:
+        if not ids:
+            return
+        state = self._state
+        for nexthop_id in ids:
+            del state.nexthops[nexthop_id]
+        for key in [k for k, route in state.routes.items() if route.nexthop_id in ids]:
+            del state.routes[key]
+
+    def _set_route(self, key: RouteKey, route: Route, *, exists: bool) -> None:
+        state = self._state
+        if key in self.foreign.routes or (not exists and key in state.routes):
+            raise _Refused(errno.EEXIST)
+        if route.nexthop_id:
+            nexthop = state.nexthops.get(route.nexthop_id)
+            if nexthop is None:
+                raise _Refused(errno.EINVAL, "Nexthop id does not exist")
+            if len(nexthop.gateway) != len(key.prefix):
+                raise _Refused(errno.EINVAL, "Nexthop has another address family")
+        local = {a.address for a in state.addresses}
+        if route.source and route.source not in local:
+            raise _Refused(errno.EINVAL, "Invalid prefsrc address")
+        state.routes[key] = route
+
+
+def _pop(table: dict[Any, Any], key: Any, code: int) -> None:  # noqa: ANN401
+    if key not in table:
+        raise _Refused(code)
+    del table[key]

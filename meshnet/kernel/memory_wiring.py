@@ -1,0 +1,115 @@
+"""The wiring of endpoints in memory: a verified fake of `meshnet.kernel.wiring.NetlinkWiring`.
+
+A namespace is whatever file the caller has a descriptor of: two descriptors of one inode are one
+namespace, so a file of the test's own and a real namespace both will do.  It passes the same
+contract tests as the real one (``tests/contract/test_wiring.py``).  Place: tests only.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from typing import TYPE_CHECKING
+
+from meshnet.backends.vxlan import endpoint_link_name
+from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.kernel.netns import netns_inode
+from meshnet.state import Link, LinkKind
+
+if TYPE_CHECKING:
+    from meshnet.kernel import EndpointWiring
+    from meshnet.kernel.memory import MemoryKernel
+    from meshnet.model import Endpoint, IpAddress, IpInterface, IpNetwork
+
+_ENDPOINT_LINK = re.compile(r"mne[0-9a-f]{12}")
+_DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
+
+
+@dataclass
+class NamespaceLink:
+    """One link in a namespace.
+
+    Attributes:
+        peer: name of its other end on the host; "": it is no endpoint's.
+        routes: gateways by destination.
+    """
+
+    mac: bytes = b""
+    mtu_bytes: int = 1500
+    peer: str = ""
+    addresses: tuple[IpInterface, ...] = ()
+    routes: dict[IpNetwork, IpAddress] = field(default_factory=dict)
+
+
+class MemoryWiring:
+    """`meshnet.kernel.Wiring` in memory, on the links of a `MemoryKernel`."""
+
+    def __init__(self, kernel: MemoryKernel) -> None:
+        self.writes = 0
+        self._kernel = kernel
+        self._namespaces: dict[int, dict[str, NamespaceLink]] = {}
+        self._failure: MeshnetError | None = None
+
+    def close(self) -> None:
+        """See `meshnet.kernel.Wiring`."""
+
+    def fail_next(self, error: MeshnetError) -> None:
+        """Fault injection: the next `connect` raises `error`."""
+        self._failure = error
+
+    def namespace(self, netns_fd: int) -> dict[str, NamespaceLink]:
+        """The links of a namespace by name, for tests to look at and to add to.
+
+        An endpoint's link is there as long as its other end is.
+        """
+        links = self._namespaces.setdefault(netns_inode(netns_fd), {})
+        on_host = self._kernel.dump().links
+        for name in [n for n, link in links.items() if link.peer and link.peer not in on_host]:
+            del links[name]
+        return links
+
+    def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        self.writes += 1
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        endpoint = wiring.endpoint
+        if wiring.bridge not in self._kernel.dump().links:
+            raise NotFoundError(f"bridge {wiring.bridge} is not up on this host")
+        links = self.namespace(netns_fd)
+        if endpoint.ifname in links:
+            raise ConflictError(f"process {endpoint.pid} has a link {endpoint.ifname} already")
+        held = {a.ip for link in links.values() for a in link.addresses}
+        if held & {a.ip for a in endpoint.addresses}:
+            raise ConflictError(f"process {endpoint.pid} holds {endpoint.addresses[0]} already")
+        present = {target for link in links.values() for target in link.routes}
+        default = endpoint.default_route and not present & set(_DEFAULT.values())
+        routes: dict[IpNetwork, IpAddress] = {}
+        for gateway in endpoint.gateways:
+            targets = [t for t in wiring.routes if t.version == gateway.version]
+            routes |= dict.fromkeys([_DEFAULT[gateway.version]] if default else targets, gateway)
+        if present & routes.keys():
+            raise ConflictError(f"process {endpoint.pid} has a route that {endpoint.name} needs")
+        name = endpoint_link_name(endpoint.id)
+        self._kernel.add_endpoint_link(
+            name, Link(LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.bridge)
+        )
+        links[endpoint.ifname] = NamespaceLink(
+            endpoint.mac, endpoint.mtu_bytes, name, endpoint.addresses, routes
+        )
+        return default
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        """See `meshnet.kernel.Wiring`."""
+        self.remove_link(endpoint_link_name(endpoint.id))
+
+    def remove_link(self, name: str) -> None:
+        """See `meshnet.kernel.Wiring`."""
+        self.writes += 1
+        self._kernel.remove_endpoint_link(name)
+
+    def list_endpoint_links(self) -> list[str]:
+        """See `meshnet.kernel.Wiring`."""
+        return [name for name in self._kernel.dump().links if _ENDPOINT_LINK.fullmatch(name)]

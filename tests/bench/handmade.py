@@ -1,0 +1,89 @@
+"""The peer of the throughput benchmark: two hosts joined by a VXLAN set up by hand with ip(8).
+
+The same underlay as the lab's (its own commands make it), and on every host what an administrator
+would type: a VXLAN device without learning, a bridge, one permanent neighbour and FDB entry, one
+route; the container hangs on the bridge by a veth.  No nftables, so no conntrack.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meshnet.lab.underlay import Underlay
+
+if TYPE_CHECKING:
+    from meshnet.lab.commands import Namespace
+    from tests.bench.common import Scratch
+
+_MTU_BYTES = 1500
+_OVERHEAD_BYTES = 50  # RFC 7348 §5 over IPv4: Ethernet 14, IP 20, UDP 8, VXLAN 8
+_HOSTS = (1, 2)
+
+
+class Handmade:
+    """Two hosts, ``h1`` and ``h2``, with one container each, ``c1`` and ``c2``."""
+
+    def __init__(self, spaces: Scratch) -> None:
+        self._spaces = spaces
+        self._underlay = Underlay(family=4, mtu_bytes=_MTU_BYTES, gateway=True)
+        spaces.add("sw", *(f"{kind}{i}" for i in _HOSTS for kind in "hc"))
+        commands = self._underlay.switch_commands()
+        for i in _HOSTS:
+            commands += self._underlay.port_commands(f"h{i}", spaces.name_of(f"h{i}"))
+        spaces.ip("sw", commands)
+        for i in _HOSTS:
+            self._build_host(i, _HOSTS[2 - i])
+
+    def _build_host(self, i: int, peer: int) -> None:
+        own = self._underlay.host_ip(i)
+        mtu = _MTU_BYTES - _OVERHEAD_BYTES
+        self._spaces.ip(
+            f"h{i}",
+            [
+                *self._underlay.host_commands(own),
+                f"link add br0 address {_mac(i, 1)} mtu {mtu} type bridge "
+                "stp_state 0 mcast_snooping 0",
+                f"link add vx0 address {_mac(i, 0)} mtu {mtu} type vxlan id 42 local {own} "
+                "dstport 4789 nolearning",
+                f"address add 10.43.{i}.1/24 dev br0",
+                "link set br0 up",
+                "link set vx0 up",
+                f"link add c0 mtu {mtu} type veth peer name eth0 address {_mac(i, 2)} mtu {mtu} "
+                f"netns {self._spaces.name_of(f'c{i}')}",
+                "link set c0 master br0 up",
+                f"neighbour add 10.43.{peer}.0 lladdr {_mac(peer, 0)} dev vx0 nud permanent",
+                f"route add 10.43.{peer}.0/24 via 10.43.{peer}.0 dev vx0 onlink src 10.43.{i}.1",
+            ],
+        )
+        remote = str(self._underlay.host_ip(peer))
+        host = self.host(i)
+        host.run(["bridge", "fdb", "add", _mac(peer, 0), "dev", "vx0", "dst", remote, "self"])
+        host.run(["sysctl", "-q", "-w", "net.ipv4.ip_forward=1"])
+        self._spaces.ip(
+            f"c{i}",
+            [
+                f"address add 10.43.{i}.2/24 dev eth0",
+                "link set eth0 up",
+                f"route add 0.0.0.0/0 via 10.43.{i}.1",
+            ],
+        )
+
+    def host(self, i: int) -> Namespace:
+        """Host 1 or 2."""
+        return self._spaces.namespace(f"h{i}")
+
+    def host_ip(self, i: int) -> str:
+        """The underlay address of a host."""
+        return str(self._underlay.host_ip(i))
+
+    def container(self, i: int) -> Namespace:
+        """The container of host 1 or 2."""
+        return self._spaces.namespace(f"c{i}")
+
+    def container_ip(self, i: int) -> str:
+        """The overlay address of a container."""
+        return f"10.43.{i}.2"
+
+
+def _mac(host: int, kind: int) -> str:
+    return f"02:43:00:00:{host:02x}:{kind:02x}"
