@@ -10,7 +10,7 @@ Pure: imports no socket, file, clock or trio.  Layout of the keys: `meshnet.stor
 from __future__ import annotations
 
 import re
-from ipaddress import ip_address, ip_interface, ip_network
+from ipaddress import IPv6Address, ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
@@ -41,6 +41,8 @@ IFNAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 MAX_VALUE_BYTES = 64 * 1024
 MAX_VNI = (1 << 24) - 1
 MAX_MTU_BYTES = 65_535
+MAX_PID = 1 << 22
+"""PID_MAX_LIMIT of linux/threads.h."""
 
 
 class BadValueError(MeshnetError):
@@ -49,9 +51,12 @@ class BadValueError(MeshnetError):
     exit_status = 2
 
 
-_Name = Annotated[str, msgspec.Meta(pattern=f"^{_NAME}$")]
+_Name = Annotated[str, msgspec.Meta(pattern=rf"^{_NAME}\Z")]
 _VniField = Annotated[int, msgspec.Meta(ge=1, le=MAX_VNI)]
 _PortField = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+_PrefixField = Annotated[int, msgspec.Meta(ge=0, le=128)]
+_PidField = Annotated[int, msgspec.Meta(ge=1, le=MAX_PID)]
+_NumberField = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _MtuField = Annotated[int, msgspec.Meta(ge=MINIMUM_MTU_BYTES[4], le=MAX_MTU_BYTES)]
 
 
@@ -61,8 +66,8 @@ class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1
     subnets: list[str]
     vni: _VniField
     port: _PortField
-    host_prefix: int
-    host_prefix6: int
+    host_prefix: _PrefixField
+    host_prefix6: _PrefixField
     mtu: _MtuField | None = None
     direct_routing: bool = False
 
@@ -83,19 +88,19 @@ class _ClaimV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
 
 
 class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
-    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{12}$")]
+    id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{12}\Z")]
     network: _Name
     host: _Name
     name: _Name
-    pid: Annotated[int, msgspec.Meta(ge=1)]
-    ifname: Annotated[str, msgspec.Meta(pattern=f"^{IFNAME_PATTERN.pattern}$")]
+    pid: _PidField
+    ifname: Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")]
     addresses: list[str]
     gateways: list[str]
-    mac: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{2}:){5}[0-9a-f]{2}$")]
+    mac: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}\Z")]
     mtu: _MtuField
     default_route: bool
-    netns_inode: int
-    pid_start_ticks: int
+    netns_inode: _NumberField
+    pid_start_ticks: _NumberField
 
 
 _T = TypeVar("_T")
@@ -116,7 +121,7 @@ def _decode(decoder: msgspec.json.Decoder[_T], raw: bytes) -> _T:
         raise BadValueError(f"{len(raw)} bytes, more than {MAX_VALUE_BYTES}")
     try:
         return decoder.decode(raw)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # DecodeError, UnicodeDecodeError
         raise BadValueError(str(error)) from error
 
 
@@ -352,6 +357,7 @@ def _unicast(text: str) -> IpAddress:
         address = ip_address(text)
     except ValueError as error:
         raise BadValueError(str(error)) from error
-    if address.is_multicast or address.is_loopback or address.is_unspecified:
+    scoped = isinstance(address, IPv6Address) and address.scope_id is not None
+    if address.is_multicast or address.is_loopback or address.is_unspecified or scoped:
         raise BadValueError(f"{text} cannot be the address of a host on the underlay")
     return address

@@ -196,7 +196,11 @@ def _without_links(state: KernelState, names: set[str]) -> KernelState:
     """What is left of a state once the kernel has removed some links, and with them the rest."""
     gone = {i for i, nexthop in state.nexthops.items() if nexthop.dev in names}
     return KernelState(
-        links={k: v for k, v in state.links.items() if k not in names},
+        links={
+            k: v._replace(master="") if v.master in names else v
+            for k, v in state.links.items()
+            if k not in names
+        },
         addresses={k: v for k, v in state.addresses.items() if k.dev not in names},
         neighbours={k: v for k, v in state.neighbours.items() if k.dev not in names},
         fdb={k: v for k, v in state.fdb.items() if k.dev not in names},

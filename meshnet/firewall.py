@@ -14,6 +14,7 @@ Pure: the text is made from values that `meshnet.codec` has validated; it never 
 
 from __future__ import annotations
 
+from ipaddress import collapse_addresses
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -70,8 +71,15 @@ def render_firewall(networks: Sequence[FirewallNetwork]) -> str:
 
 def _render_set(version: int, networks: Sequence[FirewallNetwork]) -> str:
     kind = "ipv4_addr" if version == 4 else "ipv6_addr"
-    cidrs = sorted(c for n in networks for c in n.cidrs if c.version == version)
-    elements = f"\t\telements = {{ {', '.join(map(str, cidrs))} }}\n" if cidrs else ""
+    # Collapsed: the kernel refuses a set, and with it the table, in which two intervals overlap.
+    cidrs = collapse_addresses(
+        c  # type: ignore[type-var]
+        for n in networks
+        for c in n.cidrs
+        if c.version == version
+    )
+    members = ", ".join(map(str, cidrs))
+    elements = f"\t\telements = {{ {members} }}\n" if members else ""
     return f"\tset networks{version} {{\n\t\ttype {kind}\n\t\tflags interval\n{elements}\t}}\n"
 
 

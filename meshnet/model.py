@@ -82,6 +82,13 @@ class Network:
         """Prefix length of one host's subnet of the IP version (4 or 6)."""
         return self.host_prefix if version == 4 else self.host_prefix6
 
+    def is_host_subnet(self, subnet: IpNetwork) -> bool:
+        """Whether `subnet` is one of those that the network's CIDRs are cut into."""
+        return subnet.prefixlen == self.host_prefix_of(subnet.version) and any(
+            subnet.version == cidr.version and subnet.subnet_of(cidr)  # type: ignore[arg-type]
+            for cidr in self.subnets
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
@@ -166,6 +173,11 @@ class MeshSnapshot:
     bad_values: Mapping[str, str] = field(default_factory=dict)
 
     def subnets_of(self, host: HostId, network: NetworkName) -> tuple[IpNetwork, ...]:
-        """The subnets `host` owns in `network`, IPv4 first."""
-        owned = [s for s, owner in self.reservations.get(network, {}).items() if owner == host]
+        """The subnets `host` owns in `network`, IPv4 first; what cannot be one is left out."""
+        known = self.networks.get(network)
+        owned = [
+            subnet
+            for subnet, owner in self.reservations.get(network, {}).items()
+            if owner == host and known is not None and known.is_host_subnet(subnet)
+        ]
         return tuple(sorted(owned, key=lambda s: (s.version, int(s.network_address))))

@@ -129,16 +129,14 @@ def _peers(
 ) -> tuple[list[Peer], list[str]]:
     peers: list[Peer] = []
     errors: list[str] = []
-    cidrs = {cidr.version: cidr for cidr in network.subnets}
     for subnet, owner in snapshot.reservations.get(network.name, {}).items():
         if owner == local.host or owner in local.expired:
             continue
         host = snapshot.hosts.get(owner)
-        cidr = cidrs.get(subnet.version)
         if host is None:
             errors.append(f"subnet {subnet} belongs to host {owner}, which has no entry")
-        elif cidr is None or not subnet.subnet_of(cidr):  # type: ignore[arg-type]
-            errors.append(f"subnet {subnet} of host {owner} is outside the network")
+        elif not network.is_host_subnet(subnet):
+            errors.append(f"subnet {subnet} of host {owner} is none of network {network.name}")
         else:
             peers.append(Peer(host, subnet))
     return peers, errors

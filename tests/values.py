@@ -71,7 +71,9 @@ def make_snapshot(
         revision=1,
         networks={n.name: n for n in networks},
         hosts={h: Host(id=h, underlay_ip=ip) for h, ip in addresses.items()},
-        alive={h: Claim(instance=h, underlay_ip=ip) for h, ip in addresses.items() if h not in dead},
+        alive={
+            h: Claim(instance=h, underlay_ip=ip) for h, ip in addresses.items() if h not in dead
+        },
         reservations=reservations,
     )
 

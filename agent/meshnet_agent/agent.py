@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from meshnet_agent.disk import StateDir
     from meshnet_agent.worker import Worker
 
+_FIRST_RESERVATIONS_S = 2.0
+
 
 class Agent:
     """One host's agent, on any store and any kernel."""
@@ -62,7 +64,11 @@ class Agent:
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
         self._event_filter = event_filter
         self.reconciler = Reconciler(
-            kernel, self._gather, self._on_missing_links, resync_s=config.resync_s
+            kernel,
+            self._gather,
+            self._on_missing_links,
+            resync_s=config.resync_s,
+            next_change_s=self._next_expiry_s,
         )
         self.follower = Follower(store, self._on_snapshot)
         self.membership = Membership(
@@ -104,24 +110,16 @@ class Agent:
                         nftables_concerns_us,
                         self.reconciler.mark_dirty,
                     )
-                    await self._wait_for_reservations()
+                    # The first pass is a useful one if it has the first reservations.
+                    with trio.move_on_after(_FIRST_RESERVATIONS_S):
+                        await self.membership.settled()
                     await data_plane.start(self.reconciler.run)
                     data_plane.start_soon(self._keep_filter_current)
-                    data_plane.start_soon(self._expire_hosts)
                     self.ready = True
                     task_status.started()
         finally:
             with trio.move_on_after(2, shield=True), contextlib.suppress(MeshnetError):
                 await self.membership.leave()
-
-    async def _wait_for_reservations(self) -> None:
-        """Give the first reservations a moment, so that the first pass is a useful one."""
-        with trio.move_on_after(2):
-            while any(
-                name not in self.membership.subnets and name not in self.membership.errors
-                for name in self.follower.snapshot.networks
-            ):
-                await trio.sleep(0.01)
 
     async def _keep_filter_current(self) -> None:
         while True:
@@ -132,17 +130,10 @@ class Agent:
                 self._event_filter.look_at(indices_of(own), indices_of(underlay.forwarding_links))
             await self.reconciler.wait_for_pass()
 
-    async def _expire_hosts(self) -> None:
-        """Look again when the next dead host's grace period ends."""
-        while True:
-            left = [
-                self.config.grace_s - dead_s
-                for dead_s in self.follower.dead_for_s().values()
-                if dead_s < self.config.grace_s
-            ]
-            await trio.sleep(min([60.0, *left]) + 0.05)
-            if any(seconds <= 60 for seconds in left):
-                self.reconciler.mark_dirty()
+    def _next_expiry_s(self) -> float:
+        """Seconds until the next dead host's grace period ends."""
+        left = (self.config.grace_s - dead_s for dead_s in self.follower.dead_for_s().values())
+        return min((seconds for seconds in left if seconds > 0), default=float("inf"))
 
     def _gather(self) -> PassInput:
         dead = self.follower.dead_for_s()

@@ -13,7 +13,7 @@ import trio
 
 from meshnet.errors import StoreUnavailableError
 from meshnet.store import CompactedError
-from meshnet.store.mirror import MESH, Mirror
+from meshnet.store.mirror import MESH, NETWORKS_SERIAL, Mirror
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +87,12 @@ class Follower:
 
     async def _watch_once(self) -> None:
         after = self._mirror.revision
+        if (await self._store.list_prefix(NETWORKS_SERIAL)).revision < after:
+            # Revisions only grow, unless the store was restored from an older copy; a watch from
+            # the future would be silent.
+            _log.warning("store went back in time, listing again", revision=after)
+            await self.list_all()
+            after = self._mirror.revision
         async with self._store.watch_prefix(MESH, after_revision=after) as batches:
             if not self.connected:
                 _log.info("store followed", revision=after)

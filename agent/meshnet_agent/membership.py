@@ -53,6 +53,7 @@ class Membership:
         self._lease: LeaseId | None = None
         self._snapshot: MeshSnapshot | None = None
         self._look = Flag()
+        self._progress = trio.Event()
 
     async def join(self) -> None:
         """Claim the host.
@@ -94,6 +95,13 @@ class Membership:
             await self._registry.store.revoke_lease(self._lease)
             self._lease = None
 
+    async def settled(self) -> None:
+        """Wait until every network has a subnet of this host, or a reason why not."""
+        while self._snapshot is None or any(
+            name not in self.subnets and name not in self.errors for name in self._snapshot.networks
+        ):
+            await self._progress.wait()
+
     def follow(self, snapshot: MeshSnapshot) -> None:
         """Take in what the store says now; reservations follow in `reserve`."""
         self._snapshot = snapshot
@@ -121,7 +129,7 @@ class Membership:
         if snapshot.hosts.get(self.host.id) != self.host:
             self._look.set()
         if changed:
-            self._on_change()
+            self._announce()
 
     async def reserve(self) -> None:
         """Reserve what is missing whenever the snapshot shows it.  Never returns."""
@@ -164,6 +172,11 @@ class Membership:
             self.errors[network.name] = error
             if str(before) != str(error):
                 _log.error("no subnet", network=network.name, reason=str(error))
-                self._on_change()
+                self._announce()
         else:
             _log.info("subnet reserved", network=network.name, subnet=str(subnet))
+
+    def _announce(self) -> None:
+        self._progress.set()
+        self._progress = trio.Event()
+        self._on_change()

@@ -97,6 +97,8 @@ class Reconciler:
     Args:
         gather: takes the values for a pass.
         on_missing: called with endpoint links that are gone.
+        resync_s: longest time between two passes, give or take a tenth: agents spread out.
+        next_change_s: seconds until what `gather` returns changes by the clock alone.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Reconciler:
         on_missing: Callable[[Collection[str]], None],
         *,
         resync_s: float,
+        next_change_s: Callable[[], float],
     ) -> None:
         self.result = PassResult()
         self.passes = 0
@@ -115,6 +118,7 @@ class Reconciler:
         self._gather = gather
         self._on_missing = on_missing
         self._resync_s = resync_s
+        self._next_change_s = next_change_s
         self._ids = NexthopIds()
         self._dirty = Flag()
         self._passed = trio.Event()
@@ -149,7 +153,7 @@ class Reconciler:
         retry_s = _RETRY_S[0]
         self.mark_dirty()
         while True:
-            wait_s = self._resync_s * random.uniform(0.9, 1.1)
+            wait_s = min(self._resync_s * random.uniform(0.9, 1.1), self._next_change_s())
             if self.passes and self.result.failures:
                 wait_s = min(wait_s, retry_s * random.uniform(0.5, 1.0))
                 retry_s = min(_RETRY_S[1], retry_s * 2)

@@ -43,10 +43,10 @@ from meshnet.wire.mac import gateway_mac, vtep_mac
 from meshnet.wire.mtu import MINIMUM_MTU_BYTES, overlay_mtu_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from meshnet.backends import NetworkInput, NexthopIds, Peer, Underlay
-    from meshnet.model import IpNetwork, Network
+    from meshnet.model import HostId, IpNetwork, Network
     from meshnet.state import KernelState, PackedIp
 
 
@@ -72,13 +72,11 @@ def plan_vxlan(wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> Net
     mtu = _mtu(wanted, errors)
     _plan_links(wanted, mtu, state)
     sources = {s.version: gateway_of(s).packed for s in wanted.subnets}
-    primary = network.subnets[0].version
-    macs = {p.host.id: vtep_mac(p.subnet) for p in wanted.peers if p.subnet.version == primary}
+    macs = _vtep_macs(wanted)
     for peer in wanted.peers:
         version = peer.subnet.version
         if version not in sources:
             continue
-        mac = macs.get(peer.host.id) or vtep_mac(peer.subnet)
         nexthop = _direct(peer, underlay) if network.direct_routing else None
         if nexthop is None:
             if peer.host.underlay_ip.version != underlay.ip.version:
@@ -87,7 +85,7 @@ def plan_vxlan(wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> Net
                     f"{underlay.ip}: give both agents addresses of one IP version"
                 )
                 continue
-            nexthop = _plan_tunnel(vxlan_name(network), peer, mac, state)
+            nexthop = _plan_tunnel(vxlan_name(network), peer, macs[peer.host.id], state)
         nexthop_id = ids.id_of(nexthop)
         state.nexthops[nexthop_id] = nexthop
         state.routes[_route_key(peer.subnet)] = Route(nexthop_id, sources[version])
@@ -105,6 +103,19 @@ def plan_vxlan(wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> Net
     )
 
 
+def _primary(subnets: Iterable[IpNetwork]) -> IpNetwork:
+    """The one of a host's subnets that its MACs are computed from."""
+    return min(subnets, key=lambda s: (s.version, int(s.network_address)))
+
+
+def _vtep_macs(wanted: NetworkInput) -> dict[HostId, bytes]:
+    """Each peer's VTEP MAC, as the peer itself computes it."""
+    subnets: dict[HostId, list[IpNetwork]] = {}
+    for peer in wanted.peers:
+        subnets.setdefault(peer.host.id, []).append(peer.subnet)
+    return {host: vtep_mac(_primary(owned)) for host, owned in subnets.items()}
+
+
 def link_local_of(mac: bytes) -> PackedIp:
     """The IPv6 link-local address of a MAC: modified EUI-64 (RFC 4291, appendix A)."""
     return b"\xfe\x80" + bytes(6) + bytes((mac[0] ^ 2,)) + mac[1:3] + b"\xff\xfe" + mac[3:]
@@ -112,7 +123,7 @@ def link_local_of(mac: bytes) -> PackedIp:
 
 def _plan_links(wanted: NetworkInput, mtu: int, state: KernelState) -> None:
     network, underlay = wanted.network, wanted.underlay
-    primary = min(wanted.subnets, key=lambda s: s.version)
+    primary = _primary(wanted.subnets)
     bridge = bridge_name(network)
     state.links[bridge] = Link(
         LinkKind.BRIDGE,

@@ -72,20 +72,20 @@ class MemoryKernel:
     """`meshnet.kernel.Kernel` in memory.
 
     Args:
-        underlay_ip: the one address of `dev`.
+        underlay_ips: the addresses of `dev`.
 
     Attributes:
-        foreign: what others hold; change it with `by_hand` and the set's own methods.
+        foreign: what others hold; change it with its sets' own methods.
         routed: paths to peers that are not reached on-link by `dev`; None: no way to go.
         on_change: called, if set, after every change `by_hand`, as the kernel would notify.
     """
 
-    def __init__(self, underlay_ip: IpAddress, *, dev: str = "eth0", mtu_bytes: int = 1500) -> None:
+    def __init__(self, *underlay_ips: IpAddress, dev: str = "eth0", mtu_bytes: int = 1500) -> None:
         self.foreign = Foreign()
         self.routed: dict[IpAddress, Path | None] = {}
         self.on_change: Callable[[], None] | None = None
         self.writes = 0
-        self.underlay_ip: IpAddress | None = underlay_ip
+        self.underlay_ips = sorted(underlay_ips, key=lambda ip: ip.version)
         self.underlay_dev = dev
         self.underlay_mtu_bytes = mtu_bytes
         self._faults: list[_Fault] = []
@@ -106,15 +106,17 @@ class MemoryKernel:
         self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
     ) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
-        held, dev = self.underlay_ip, self.underlay_dev
-        if held is None or (underlay_ip or held) != held or (underlay_dev or dev) != dev:
+        dev = self.underlay_dev
+        held = [ip for ip in self.underlay_ips if underlay_ip in (None, ip)]
+        if not held or (underlay_ip is None and underlay_dev != dev):
             raise NotFoundError(f"underlay {underlay_ip or underlay_dev} is not on this host")
+        versions = {ip.version for ip in self.underlay_ips}
         on_link = Path(dev, True, self.underlay_mtu_bytes)
-        paths = {p: self.routed.get(p, on_link) for p in peers if p.version == held.version}
+        paths = {peer: self.routed.get(peer, on_link) for peer in peers if peer.version in versions}
         sysctls = self._state.sysctls
         listens = sysctls[_ALL_IPV6] == "0" and sysctls[f"net/ipv6/conf/{dev}/accept_ra"] == "1"
         return Underlay(
-            ip=held,
+            ip=held[0],
             dev=dev,
             mtu_bytes=self.underlay_mtu_bytes,
             paths={peer: path for peer, path in paths.items() if path is not None},
@@ -296,16 +298,12 @@ class MemoryKernel:
         self._state.addresses[key] = True
 
     def _delete_address(self, key: AddressKey) -> None:
-        """A route's preferred source goes: IPv4 routes go with it, IPv6 ones lose it."""
+        """IPv4 routes with it as their preferred source go along; IPv6 ones keep it."""
         state = self._state
         _pop(state.addresses, key, errno.EADDRNOTAVAIL)
-        if any(a.address == key.address for a in state.addresses):
-            return
-        for prefix, route in list(state.routes.items()):
-            if route.source == key.address and len(key.address) == 4:
+        if len(key.address) == 4 and not any(a.address == key.address for a in state.addresses):
+            for prefix in [k for k, r in state.routes.items() if r.source == key.address]:
                 del state.routes[prefix]
-            elif route.source == key.address:
-                state.routes[prefix] = route._replace(source=b"")
 
     # --- nexthops and routes ------------------------------------------------------------------
 
@@ -336,9 +334,8 @@ class MemoryKernel:
                 raise _Refused(errno.EINVAL, "Nexthop id does not exist")
             if len(nexthop.gateway) != len(key.prefix):
                 raise _Refused(errno.EINVAL, "Nexthop has another address family")
-        local = {a.address for a in state.addresses}
-        if route.source and route.source not in local:
-            raise _Refused(errno.EINVAL, "Invalid prefsrc address")
+            if route.source and not any(a.address == route.source for a in state.addresses):
+                raise _Refused(errno.EINVAL, "Invalid prefsrc address")
         state.routes[key] = route
 
 

@@ -82,8 +82,9 @@ class MemoryWiring:
         if endpoint.ifname in links:
             raise ConflictError(f"process {endpoint.pid} has a link {endpoint.ifname} already")
         held = {a.ip for link in links.values() for a in link.addresses}
-        if held & {a.ip for a in endpoint.addresses}:
-            raise ConflictError(f"process {endpoint.pid} holds {endpoint.addresses[0]} already")
+        for address in endpoint.addresses:
+            if address.ip in held:
+                raise ConflictError(f"process {endpoint.pid} holds the address {address.ip}")
         present = {target for link in links.values() for target in link.routes}
         default = endpoint.default_route and not present & set(_DEFAULT.values())
         routes: dict[IpNetwork, IpAddress] = {}

@@ -150,7 +150,7 @@ class NetlinkKernel:
         for link in everything:
             if link.kind is not None and _OWN_LINK.fullmatch(link.name):
                 state.links[link.name] = _to_link(link, names)
-        self._actual = state.links
+        self._actual = dict(state.links)
         self._dump_addresses(state, names)
         for name, own in state.links.items():
             if own.kind is LinkKind.VXLAN:
@@ -275,6 +275,9 @@ class NetlinkKernel:
         index = self._indices.pop(name, None)
         if index is not None:
             self._iproute.link("del", index=index)
+        for port, link in self._actual.items():
+            if link.master == name:
+                self._actual[port] = link._replace(master="")
 
     def _set_link(self, name: str, link: Link) -> None:
         current = self._actual.get(name) if name in self._indices else None
@@ -286,8 +289,8 @@ class NetlinkKernel:
             changes["mtu"] = link.mtu_bytes
         if current is not None and link.mac is not None and current.mac != link.mac:
             changes["address"] = format_mac(link.mac)
-        if link.master and (current is None or current.master != link.master):
-            changes["master"] = self._indices[link.master]
+        if link.master != (current.master if current is not None else ""):
+            changes["master"] = self._indices[link.master] if link.master else 0
         if changes:
             self._iproute.link("set", index=index, **changes)
         for family, key, value in link.sysctls:

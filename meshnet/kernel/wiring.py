@@ -106,6 +106,7 @@ class NetlinkWiring:
         index = socket.if_nametoindex(endpoint.ifname)
         _set_ipv6(endpoint)
         with contextlib.closing(rtnl.RtnlSocket()) as inner:
+            _check_addresses(inner, endpoint)
             requests = [links.encode_address(a, index) for a in endpoint.addresses]
             self._must(inner, [*requests, links.encode_link_up(index)], endpoint)
             default = endpoint.default_route and not _has_default_route(inner)
@@ -133,12 +134,6 @@ def _translate(request: rtnl.Request, error: rtnl.KernelError, endpoint: Endpoin
             f"process {endpoint.pid} has a link {endpoint.ifname} already: "
             "choose another name with --ifname"
         )
-    if exists and request.kind == rtnl.RTM_NEWADDR:
-        addresses = ", ".join(map(str, endpoint.addresses))
-        return ConflictError(
-            f"process {endpoint.pid} holds one of the addresses {addresses} already: "
-            "choose another with --ip"
-        )
     if exists:
         return ConflictError(
             f"process {endpoint.pid} has a route that endpoint {endpoint.name} needs for network "
@@ -159,6 +154,18 @@ def _set_ipv6(endpoint: Endpoint) -> None:
     if any(a.version == 6 for a in endpoint.addresses):
         # Docker and others start namespaces with IPv6 off.
         (settings / "disable_ipv6").write_text("0")
+
+
+def _check_addresses(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> None:
+    """The kernel itself lets two links of a namespace have one address."""
+    messages = inner.dump(rtnl.RTM_GETADDR, links.address_dump())
+    held = {info.address for m in messages if (info := links.decode_address(m)) is not None}
+    for address in endpoint.addresses:
+        if address.ip.packed in held:
+            raise ConflictError(
+                f"process {endpoint.pid} holds the address {address.ip} already: "
+                "choose another with --ip"
+            )
 
 
 def _has_default_route(inner: rtnl.RtnlSocket) -> bool:

@@ -38,6 +38,8 @@ FIRST_VNI = 4097
 """Networks that name no VNI get the lowest free one from here on: small ones are for people."""
 
 _TRIES = 64
+_BATCH = 100
+"""Writes a transaction: etcd allows 128."""
 
 
 class Registry:
@@ -94,17 +96,19 @@ class Registry:
             for subnet, owner in reservations.items()
             if owner == host
         ]
-        if host not in snapshot.hosts and not owned:
+        if host not in snapshot.hosts and host_key(host) not in snapshot.bad_values and not owned:
             raise NotFoundError(f"host {host} does not exist: meshnet hosts lists them")
-        prefixes = [f"{ENDPOINTS}{network}/{host}/" for network in snapshot.networks]
-        writes: list[Write] = [Delete(host_key(host))]
+        networks = snapshot.networks.keys() | snapshot.reservations.keys()
+        writes: list[Write] = [DeletePrefix(f"{ENDPOINTS}{n}/{host}/") for n in sorted(networks)]
         writes += [Delete(key) for key in owned]
-        writes += [DeletePrefix(prefix) for prefix in prefixes]
-        if not (await self.store.commit([Absent(alive_key(host))], writes)).succeeded:
-            raise ConflictError(
-                f"host {host} is alive: stop its agent first, then remove it "
-                "(after a crash wait until its lease has run out)"
-            )
+        writes.append(Delete(host_key(host)))  # last: what is cut short can be asked for again
+        for first in range(0, len(writes), _BATCH):
+            when = [Absent(alive_key(host))]
+            if not (await self.store.commit(when, writes[first : first + _BATCH])).succeeded:
+                raise ConflictError(
+                    f"host {host} is alive: stop its agent first, then remove it "
+                    "(after a crash wait until its lease has run out)"
+                )
 
     # --- subnets ------------------------------------------------------------------------------
 
@@ -127,8 +131,15 @@ class Registry:
             NotFoundError: the network is gone.
         """
         for attempt in range(_TRIES):
+            network_revision = await self._revision_of(network_key(network.name))
+            if not network_revision:
+                raise NotFoundError(f"network {network.name} does not exist (any more)")
             taken = await self._reservations(network.name)
-            mine = [s for s, owner in taken.items() if owner == host and s.version == version]
+            mine = [
+                subnet
+                for subnet, owner in taken.items()
+                if owner == host and subnet.version == version and network.is_host_subnet(subnet)
+            ]
             if mine:
                 return min(mine, key=int_of)
             if prefer is not None and prefer not in taken:
@@ -139,13 +150,11 @@ class Registry:
             reservation = Reservation(network=network.name, subnet=subnet, host=host)
             key = subnet_key(network.name, subnet)
             done = await self.store.commit(
-                [Absent(key), Holds(network_key(network.name), codec.encode_network(network))],
+                [Absent(key), Unchanged(network_key(network.name), network_revision)],
                 [Put(key, codec.encode_reservation(reservation))],
             )
             if done.succeeded:
                 return subnet
-            if not (await self.store.list_prefix(network_key(network.name))).items:
-                raise NotFoundError(f"network {network.name} does not exist (any more)")
         raise PoolExhaustedError(
             f"network {network.name}: lost the race for a subnet {_TRIES} times: try again"
         )
@@ -176,7 +185,7 @@ class Registry:
             ConflictError: its name, VNI or addresses are in use.
         """
         for _ in range(_TRIES):
-            serial = await self._serial()
+            serial = await self._revision_of(NETWORKS_SERIAL)
             snapshot = await self.snapshot()
             used = {n.vni for n in snapshot.networks.values()}
             chosen = vni if vni is not None else _free_vni(used)
@@ -202,7 +211,7 @@ class Registry:
             ConflictError: it has endpoints; the message names some.
         """
         key = network_key(name)
-        if not any(i.key == key for i in (await self.store.list_prefix(key)).items):
+        if not await self.network_exists(name):
             raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
         prefix = f"{ENDPOINTS}{name}/"
         done = await self.store.commit(
@@ -223,12 +232,12 @@ class Registry:
 
     async def network_exists(self, name: NetworkName) -> bool:
         """Whether the store has a network of that name right now."""
-        key = network_key(name)
-        return any(i.key == key for i in (await self.store.list_prefix(key)).items)
+        return await self._revision_of(network_key(name)) > 0
 
-    async def _serial(self) -> int:
-        listing = await self.store.list_prefix(NETWORKS_SERIAL)
-        return next((i.mod_revision for i in listing.items if i.key == NETWORKS_SERIAL), 0)
+    async def _revision_of(self, key: str) -> int:
+        """Revision of a key's last write; 0: there is no such key."""
+        listing = await self.store.list_prefix(key)
+        return next((i.mod_revision for i in listing.items if i.key == key), 0)
 
     async def snapshot(self) -> MeshSnapshot:
         """Everything, read now (the agent follows changes instead)."""
@@ -256,8 +265,8 @@ class Registry:
         """Write endpoint keys (`endpoint_key`)."""
         writes: list[Write] = [Put(key, value) for key, value in puts.items()]
         writes += [Delete(key) for key in deletes]
-        for first in range(0, len(writes), 100):  # etcd allows 128 operations a transaction
-            await self.store.commit([], writes[first : first + 100])
+        for first in range(0, len(writes), _BATCH):
+            await self.store.commit([], writes[first : first + _BATCH])
 
 
 def endpoint_key(endpoint: Endpoint) -> str:
@@ -296,6 +305,11 @@ def _free_vni(used: set[Vni]) -> int:
 
 
 def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
+    if network_key(network.name) in snapshot.bad_values:
+        raise ConflictError(
+            f"network {network.name} exists with a value that cannot be read: choose another "
+            "name, or meshnet network rm it first"
+        )
     if network.name in snapshot.networks:
         raise ConflictError(
             f"network {network.name} exists: choose another name, or meshnet network rm it first"

@@ -11,14 +11,12 @@ import itertools
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from meshnet.kernel.memory import MemoryKernel
-from meshnet.kernel.memory_wiring import MemoryWiring
 from meshnet.kernel.netlink import NetlinkKernel
 from meshnet.kernel.netns import inside
-from meshnet.kernel.wiring import NetlinkWiring
+from tests.values import underlay_ip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,14 +24,14 @@ if TYPE_CHECKING:
 
     from meshnet.backends import Underlay
     from meshnet.diff import Failure, Op
-    from meshnet.kernel import EndpointWiring, Kernel, Wiring
-    from meshnet.model import Endpoint, IpAddress
+    from meshnet.kernel import Kernel
+    from meshnet.model import IpAddress
     from meshnet.state import KernelState
 
 T = TypeVar("T")
 R = TypeVar("R")
 UNDERLAY_DEV = "und0"
-UNDERLAY_IP = IPv4Address("10.9.0.1")
+UNDERLAY_IPS = (underlay_ip(1, 4), underlay_ip(1, 6))
 _counter = itertools.count()
 
 
@@ -70,8 +68,8 @@ def host_namespace() -> Iterator[tuple[str, int]]:
         ip(
             "-n", name, "-batch", "-",
             script=f"link set lo up\n"
-            f"address add {UNDERLAY_IP}/24 dev {UNDERLAY_DEV}\n"
-            f"address add fd09::1/64 dev {UNDERLAY_DEV} nodad\n"
+            f"address add {UNDERLAY_IPS[0]}/24 dev {UNDERLAY_DEV}\n"
+            f"address add {UNDERLAY_IPS[1]}/64 dev {UNDERLAY_DEV} nodad\n"
             f"link set {UNDERLAY_DEV} up\n"
             f"route add 10.99.0.0/16 via 10.9.0.254 mtu 1400\n",
         )  # fmt: skip
@@ -162,7 +160,7 @@ class MemoryHost:
     """`MemoryKernel`, with the same underlay."""
 
     def __init__(self) -> None:
-        self.memory = MemoryKernel(UNDERLAY_IP, dev=UNDERLAY_DEV)
+        self.memory = MemoryKernel(*UNDERLAY_IPS, dev=UNDERLAY_DEV)
         self.kernel: Kernel = self.memory
 
     def by_hand(self, *commands: str, in_memory: Callable[[MemoryKernel], None]) -> None:

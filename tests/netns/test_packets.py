@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+from meshnet.lab.poll import wait_until
 from tests.netns.mesh import (
     Document,
     address_of,
@@ -153,12 +153,8 @@ def test_underlay_mtu_change_is_followed(make_lab: MakeLab) -> None:
     for host in lab.hosts:
         host.run(["ip", "link", "set", "eth0", "mtu", "1400"])
         wait_in_sync(host)
-    from meshnet.lab.poll import wait_until
-
     for host in lab.hosts:
-        wait_until(
-            lambda h=host: meshnet(h, "network", "ls")[0]["mtu"] == 1350, 5, "the new MTU"
-        )
+        wait_until(lambda: meshnet(host, "network", "ls")[0]["mtu"] == 1350, 5, "the new MTU")  # noqa: B023
 
 
 def test_networks_are_isolated(make_lab: MakeLab) -> None:
@@ -192,15 +188,17 @@ def test_direct_routing_shows_no_vxlan(make_lab: MakeLab, tmp_path: Path) -> Non
     assert {p[IP].src for p in packets if ICMP in p} == inner  # and nobody masqueraded
 
 
-def test_direct_routing_tunnels_to_peers_behind_a_router(
-    make_lab: MakeLab, tmp_path: Path
-) -> None:
+def test_direct_routing_tunnels_to_peers_behind_a_router(make_lab: MakeLab, tmp_path: Path) -> None:
     """Peers that are on-link are reached directly, the one behind a gateway by VXLAN."""
     from scapy.layers.inet import UDP
 
     lab = make_lab(3)
     h1, h3 = lab.host("h1"), lab.host("h3")
     router = str(lab.underlay.gateway_ip)
+    settings = "/proc/sys/net/ipv4/conf/all"
+    lab.switch.run(
+        ["sh", "-c", f"echo 1 >{settings}/forwarding; echo 0 >{settings}/send_redirects"]
+    )
     for here, there in ((h1, h3), (h3, h1)):
         here.run(["ip", "route", "add", f"{there.underlay_ip}/32", "via", router])
     mesh = _Mesh(lab, "--subnet", IPV4, "--direct-routing")
@@ -221,17 +219,18 @@ def test_tcp_with_offloads(make_lab: MakeLab) -> None:
     for version in (4, 6):
         target = address_of(mesh.endpoints[1], version)
         server = mesh.containers[1].popen(["iperf3", "-s", "-1", "-B", target])
-        line = server.stdout.readline() if server.stdout else ""
-        while "listening" not in line and server.stdout:
-            line = server.stdout.readline()
-        reader = threading.Thread(target=server.communicate)
-        reader.start()
+        _wait_for_server(mesh.containers[1])
         done = mesh.containers[0].run(
             ["iperf3", "-c", target, "-n", "50M", "--bidir", "-J"], check=False
         )
-        reader.join(timeout=10)
+        server.communicate(timeout=10)
         assert done.returncode == 0, done.stdout[-500:]
         assert '"error"' not in done.stdout
+
+
+def _wait_for_server(container: LabContainer) -> None:
+    listening = ["ss", "-Hltn", "sport", "=", ":5201"]
+    wait_until(lambda: container.run(listening).stdout, 10, "the iperf3 server")
 
 
 def test_traffic_out_of_the_network_is_masqueraded(make_lab: MakeLab, tmp_path: Path) -> None:

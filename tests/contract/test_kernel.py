@@ -1,0 +1,356 @@
+"""What every `Kernel` does: the fake in memory and Linux itself, by the same tests."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from meshnet.backends import NexthopIds, Path
+from meshnet.diff import Op, Table, diff
+from meshnet.errors import NotFoundError
+from meshnet.state import (
+    NEXTHOP_ID_FIRST,
+    AddressKey,
+    FdbKey,
+    KernelState,
+    LinkKind,
+    NeighbourKey,
+    Nexthop,
+    Route,
+    RouteKey,
+)
+from tests.contract.changes import (
+    BRIDGE,
+    CHANGES,
+    CIDR4,
+    ROUTE4,
+    ROUTE6,
+    TUNNEL,
+    ByHand,
+    change_link,
+)
+from tests.contract.hosts import UNDERLAY_DEV, MemoryHost, real_host
+from tests.values import (
+    IPV4,
+    IPV6,
+    make_network,
+    make_snapshot,
+    plan_for,
+    underlay_ip,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path as FilePath
+
+    from meshnet.diff import Failure
+    from meshnet.model import Network
+    from tests.contract.hosts import HostUnderTest
+
+
+@pytest.fixture(params=["memory", pytest.param("linux", marks=pytest.mark.root)])
+def host(request: pytest.FixtureRequest, tmp_path: FilePath) -> Iterator[HostUnderTest]:
+    if request.param == "memory":
+        yield MemoryHost()
+        return
+    request.getfixturevalue("root")
+    with real_host(tmp_path) as real:
+        yield real
+
+
+DUAL = make_network(subnets=(IPV4, IPV6))
+MESHES = {
+    "IPv4": ([make_network()], 4),
+    "dual-stack": ([DUAL], 4),
+    "IPv6-only": ([make_network(subnets=(IPV6,))], 4),
+    "IPv6 underlay": ([DUAL], 6),
+    "direct routing": ([make_network(direct_routing=True)], 4),
+    "two networks": ([make_network(), make_network("test", ("10.43.0.0/16",), 7, port=4790)], 4),
+}
+
+
+def desired_for(
+    host: HostUnderTest,
+    networks: list[Network],
+    *,
+    hosts: int = 4,
+    underlay_version: int = 4,
+) -> KernelState:
+    """What the host should hold as one of `hosts`."""
+    snapshot = make_snapshot(networks, hosts, underlay_version=underlay_version)
+    peers = [h.underlay_ip for h in snapshot.hosts.values() if h.id != "h1"]
+    underlay = host.kernel.observe(underlay_ip(1, underlay_version), None, peers)
+    actual = host.kernel.dump()
+    ids = NexthopIds()
+    ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
+    plan = plan_for(snapshot, underlay, ids)
+    assert all(not outcome.errors for outcome in plan.networks.values())
+    return plan.state
+
+
+def converge(host: HostUnderTest, desired: KernelState) -> tuple[int, list[Failure]]:
+    """Apply until there is nothing to do; returns the passes that took, and their failures."""
+    failures: list[Failure] = []
+    for passes in range(4):
+        ops = diff(desired, host.kernel.dump())
+        if not ops:
+            return passes, failures
+        failures += host.kernel.apply(ops)
+    pytest.fail(f"still to do: {[str(op) for op in ops]}, {[str(f) for f in failures]}")
+
+
+def test_an_empty_host(host: HostUnderTest) -> None:
+    host.kernel.observe(underlay_ip(1), None, ())
+    state = host.kernel.dump()
+    assert state == KernelState(
+        sysctls={
+            f"net/ipv4/conf/{UNDERLAY_DEV}/forwarding": "0",
+            f"net/ipv6/conf/{UNDERLAY_DEV}/accept_ra": "1",
+            "net/ipv6/conf/all/forwarding": "0",
+        }
+    )
+    assert host.kernel.writes == 0
+
+
+def test_the_underlay(host: HostUnderTest) -> None:
+    neighbour, beyond, other_family = underlay_ip(2), underlay_ip(2, 6), underlay_ip(3, 6)
+    on_link = Path(UNDERLAY_DEV, True, 1500)
+    seen = host.kernel.observe(underlay_ip(1), None, [neighbour, beyond, other_family])
+    assert seen.ip == underlay_ip(1)
+    assert (seen.dev, seen.mtu_bytes, seen.ipv6) == (UNDERLAY_DEV, 1500, True)
+    assert seen.forwarding_links == seen.ra_links == (UNDERLAY_DEV,)
+    assert seen.paths == dict.fromkeys([neighbour, beyond, other_family], on_link)
+    assert host.kernel.observe(None, UNDERLAY_DEV, ()).ip == underlay_ip(1)
+    assert host.kernel.observe(underlay_ip(1, 6), None, ()).ip == underlay_ip(1, 6)
+    with pytest.raises(NotFoundError):
+        host.kernel.observe(underlay_ip(77), None, ())
+    with pytest.raises(NotFoundError):
+        host.kernel.observe(None, "none0", ())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_planned_network_is_as_planned_after_one_pass(host: HostUnderTest, mesh: str) -> None:
+    networks, version = MESHES[mesh]
+    desired = desired_for(host, networks, underlay_version=version)
+    assert host.kernel.apply(diff(desired, host.kernel.dump())) == []
+    writes = host.kernel.writes
+    assert writes > 0
+    assert diff(desired, host.kernel.dump()) == []
+    again = desired_for(host, networks, underlay_version=version)  # nexthop ids are adopted
+    assert converge(host, again) == (0, [])
+    assert host.kernel.writes == writes
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_removal_leaves_nothing(host: HostUnderTest, mesh: str) -> None:
+    networks, version = MESHES[mesh]
+    desired = desired_for(host, networks, underlay_version=version)
+    converge(host, desired)
+    assert host.kernel.apply(diff(KernelState(), host.kernel.dump())) == []
+    left = host.kernel.dump()
+    assert left == KernelState(sysctls=left.sysctls)
+
+
+def test_hosts_that_come_and_go(host: HostUnderTest) -> None:
+    for hosts in (2, 6, 3):
+        desired = desired_for(host, [DUAL], hosts=hosts)
+        assert converge(host, desired) == (1, [])
+        state = host.kernel.dump()
+        assert len(state.nexthops) == len(state.neighbours) == 2 * (hosts - 1)
+        assert len(state.fdb) == hosts - 1
+        assert len(state.routes) == 2 * (hosts - 1) + 2
+
+
+def test_sysctls(host: HostUnderTest) -> None:
+    converge(host, desired_for(host, [DUAL]))
+    sysctls = host.kernel.dump().sysctls
+    assert sysctls[f"net/ipv4/conf/{UNDERLAY_DEV}/forwarding"] == "1"
+    assert sysctls[f"net/ipv6/conf/{UNDERLAY_DEV}/accept_ra"] == "2"  # stays on a router
+    assert sysctls["net/ipv6/conf/all/forwarding"] == "1"
+    # A second pass sees a router and no longer asks for accept_ra: it must not be taken back.
+    assert converge(host, desired_for(host, [DUAL])) == (0, [])
+
+
+@pytest.mark.parametrize("changed", [{"port": 4790}, {"vni": 4098}, {"mtu_bytes": 1400}], ids=str)
+def test_changed_parameters_of_a_tunnel(host: HostUnderTest, changed: dict[str, Any]) -> None:
+    converge(host, desired_for(host, [make_network()]))
+    desired = desired_for(host, [make_network(**changed)])
+    passes, failures = converge(host, desired)
+    assert passes <= 2
+    assert failures == []
+    links = host.kernel.dump().links
+    (tunnel,) = [link for link in links.values() if link.kind is LinkKind.VXLAN]
+    assert tunnel.vxlan is not None
+    assert (
+        changed.items()
+        <= {
+            "port": tunnel.vxlan.port,
+            "vni": tunnel.vxlan.vni,
+            "mtu_bytes": tunnel.mtu_bytes,
+        }.items()
+    )
+    assert len(links) == 2
+
+
+# --- changed by hand ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.label)
+def test_what_is_changed_by_hand_is_found_and_mended(host: HostUnderTest, change: ByHand) -> None:
+    desired = desired_for(host, [DUAL])
+    converge(host, desired)
+    host.by_hand(change.command, in_memory=change.in_memory)
+    found = diff(desired, host.kernel.dump())
+    assert {op.table for op in found} == change.seen_in
+    passes, failures = converge(host, desired)
+    assert failures == []
+    assert passes <= 2  # a link that changes takes along what hangs on it
+
+
+# --- others' objects ----------------------------------------------------------------------------
+
+
+def test_others_objects_are_neither_reported_nor_touched(host: HostUnderTest) -> None:
+    before = host.kernel.dump()
+    host.by_hand(
+        "ip tuntap add mnfoo mode tun",
+        f"ip route add 10.42.0.0/16 via 10.9.0.9 dev {UNDERLAY_DEV} proto 42 metric 5",
+        f"ip route add 10.42.1.0/24 via 10.9.0.9 dev {UNDERLAY_DEV} proto 42 table 99",
+        f"ip nexthop add id 42 via 10.9.0.9 dev {UNDERLAY_DEV} proto 42",
+        f"ip nexthop add id {NEXTHOP_ID_FIRST} via 10.9.0.9 dev {UNDERLAY_DEV} proto 42",
+        "nft add table inet guarded; nft add chain inet guarded mine",
+        in_memory=lambda kernel: kernel.foreign.nexthops.add(NEXTHOP_ID_FIRST),
+    )
+    state = host.kernel.dump()
+    assert state.foreign_nexthop_ids == {NEXTHOP_ID_FIRST}
+    state.foreign_nexthop_ids = frozenset()
+    assert state == before
+    others = host.others()
+    desired = desired_for(host, [DUAL])
+    assert NEXTHOP_ID_FIRST not in desired.nexthops
+    assert converge(host, desired) == (1, [])
+    assert host.others() == others
+    assert host.kernel.apply(diff(KernelState(), host.kernel.dump())) == []
+    assert host.others() == others
+
+
+def test_a_route_of_others_to_a_peer_is_reported_and_stays(host: HostUnderTest) -> None:
+    host.by_hand(
+        f"ip route add 10.42.1.0/24 via 10.9.0.9 dev {UNDERLAY_DEV} proto 42",
+        f"ip route add fd00:42:0:1::/64 via fd09::9 dev {UNDERLAY_DEV} proto 42",
+        in_memory=lambda kernel: kernel.foreign.routes.update((ROUTE4, ROUTE6)),
+    )
+    others = host.others()
+    desired = desired_for(host, [DUAL])
+    for _ in range(2):
+        ops = diff(desired, host.kernel.dump())
+        failures = host.kernel.apply(ops)
+        assert {f.op.key for f in failures} == {ROUTE4, ROUTE6}
+        assert {f.errno for f in failures} == {errno.EEXIST}
+        assert host.others() == others
+    assert {op.key for op in ops} == {ROUTE4, ROUTE6}
+    # Removal must not take it along either, even asked for.
+    gone = [Op(Table.ROUTE, key, None, True) for key in (ROUTE4, ROUTE6)]
+    assert host.kernel.apply(gone) == []
+    assert host.others() == others
+
+
+def test_a_nexthop_that_others_were_quicker_to_make(host: HostUnderTest) -> None:
+    desired = desired_for(host, [make_network()])
+    ops = diff(desired, host.kernel.dump())
+    host.by_hand(
+        f"ip nexthop add id {NEXTHOP_ID_FIRST} via 10.9.0.9 dev {UNDERLAY_DEV} proto 42",
+        in_memory=lambda kernel: kernel.foreign.nexthops.add(NEXTHOP_ID_FIRST),
+    )
+    others = host.others()
+    refused, not_tried = host.kernel.apply(ops)
+    assert (refused.op.table, refused.op.key, refused.errno) == (
+        Table.NEXTHOP,
+        NEXTHOP_ID_FIRST,
+        errno.EEXIST,
+    )
+    assert not_tried.op.table is Table.ROUTE
+    assert not_tried.op.value.nexthop_id == NEXTHOP_ID_FIRST
+    assert not_tried.errno == 0
+    assert host.others() == others
+    assert converge(host, desired_for(host, [make_network()])) == (1, [])
+
+
+@pytest.mark.parametrize("name", [BRIDGE, TUNNEL])
+def test_a_link_of_others_that_is_named_like_ours(host: HostUnderTest, name: str) -> None:
+    host.by_hand(
+        f"ip tuntap add {name} mode tun", in_memory=lambda kernel: kernel.foreign.links.add(name)
+    )
+    others = host.others()
+    desired = desired_for(host, [DUAL])
+    failures = host.kernel.apply(diff(desired, host.kernel.dump()))
+    refused = {f.op.key for f in failures if f.errno}
+    assert name in refused
+    assert {f.op.key.dev for f in failures if f.op.table is Table.ADDRESS} == (
+        {BRIDGE} if name == BRIDGE else set()
+    )
+    state = host.kernel.dump()
+    assert state.links.keys() == {BRIDGE, TUNNEL} - {name}
+    assert bool(state.nexthops) == (name == BRIDGE)
+    assert host.others() == others
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_one_refused_message_of_a_batch(host: HostUnderTest) -> None:
+    converge(host, desired_for(host, [make_network()]))
+    keys = [RouteKey(bytes((10, 77, i, 0)), 24) for i in range(1500)[:250]]
+    ops = [Op(Table.ROUTE, key, Route(NEXTHOP_ID_FIRST), False) for key in keys]
+    bad = Op(Table.ROUTE, RouteKey(bytes((10, 78, 0, 0)), 24), Route(NEXTHOP_ID_FIRST + 77), False)
+    (failure,) = host.kernel.apply([*ops[:100], bad, *ops[100:]])
+    assert failure.op is bad
+    assert failure.errno == errno.EINVAL
+    assert str(failure).startswith("create route 10.78.0.0/24: ")
+    assert host.kernel.dump().routes.keys() >= set(keys)
+    assert bad.key not in host.kernel.dump().routes
+
+
+def test_what_needs_a_refused_object_is_not_tried(host: HostUnderTest) -> None:
+    needs = ((Table.NEXTHOP, NEXTHOP_ID_FIRST),)
+    ops = [
+        Op(Table.NEXTHOP, NEXTHOP_ID_FIRST, Nexthop(TUNNEL, bytes((10, 42, 1, 0))), False),
+        Op(Table.ROUTE, ROUTE4, Route(NEXTHOP_ID_FIRST), False, needs),
+        Op(Table.ROUTE, CIDR4, Route(0), False),
+    ]
+    refused, not_tried = host.kernel.apply(ops)
+    assert refused.op is ops[0]
+    assert not_tried.op is ops[1]
+    assert "nexthop" in not_tried.reason
+    assert host.kernel.dump().routes == {CIDR4: Route(0)}
+
+
+def test_refusals_of_the_kernel(host: HostUnderTest) -> None:
+    converge(host, desired_for(host, [make_network()]))
+    unknown_source = Route(NEXTHOP_ID_FIRST, bytes((9, 9, 9, 9)))
+    cases = {
+        errno.EINVAL: Op(Table.ROUTE, RouteKey(bytes((10, 77, 0, 0)), 24), unknown_source, False),
+        errno.EEXIST: Op(Table.ROUTE, CIDR4, Route(0), False),
+    }
+    assert [f.errno for f in host.kernel.apply(list(cases.values()))] == list(cases)
+    host.by_hand(f"ip link set {TUNNEL} down", in_memory=change_link(TUNNEL, up=False))
+    on_it = Nexthop(TUNNEL, bytes((10, 42, 9, 0)))
+    (failure,) = host.kernel.apply([Op(Table.NEXTHOP, NEXTHOP_ID_FIRST + 77, on_it, False)])
+    assert failure.errno == errno.ENETDOWN
+
+
+def test_deleting_what_is_gone_is_no_failure(host: HostUnderTest) -> None:
+    converge(host, desired_for(host, [DUAL]))
+    keys = [
+        (Table.ROUTE, RouteKey(bytes((10, 77, 0, 0)), 24)),
+        (Table.NEXTHOP, NEXTHOP_ID_FIRST + 77),
+        (Table.FDB, FdbKey(TUNNEL, b"\2\0\0\0\0\x09")),
+        (Table.NEIGHBOUR, NeighbourKey(TUNNEL, bytes((10, 42, 77, 0)))),
+        (Table.ADDRESS, AddressKey(BRIDGE, bytes((10, 42, 0, 77)), 24)),
+        (Table.LINK, "mnb77"),
+        (Table.FIREWALL, "inet meshnet"),
+        (Table.FIREWALL, "inet meshnet"),
+    ]
+    assert host.kernel.apply([Op(table, key, None, True) for table, key in keys]) == []

@@ -1,0 +1,320 @@
+"""What every `Wiring` does: the fake in memory and Linux itself, by the same tests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import pytest
+
+from meshnet.diff import Table, diff
+from meshnet.errors import ConflictError, NotFoundError
+from meshnet.kernel import EndpointWiring
+from meshnet.kernel.memory_wiring import MemoryWiring, NamespaceLink
+from meshnet.kernel.wiring import NetlinkWiring
+from tests.contract.hosts import Inside, MemoryHost, RealHost, host_namespace, ip, namespace
+from tests.values import IPV4, IPV6, make_endpoint, make_network, make_snapshot, plan_for
+from tests.values import underlay_ip as host_ip
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from meshnet.kernel import Kernel, Wiring
+    from meshnet.model import Endpoint
+    from meshnet.state import KernelState
+
+BRIDGE = "mnb4097"
+NETWORK = make_network(subnets=(IPV4, IPV6))
+CIDRS = NETWORK.subnets
+DUAL = ("10.42.0.2/24", "fd00:42::2/64")
+
+
+class View(NamedTuple):
+    """A namespace as `ip` shows it: by link its MAC, MTU and addresses; gateways by destination."""
+
+    links: dict[str, tuple[str, int, frozenset[str]]]
+    routes: dict[str, str]
+
+
+class Wired(Protocol):
+    """A host with a bridge, a namespace to attach, and what a test needs to do to both."""
+
+    kernel: Kernel
+    wiring: Wiring
+    netns_fd: int
+
+    def view(self) -> View: ...
+
+    def add_link(self, name: str, address: str, gateway: str = "") -> None:
+        """A link of somebody else's in the namespace; with a gateway, the default route."""
+        ...
+
+
+class RealWired:
+    def __init__(self, host: RealHost, host_fd: int, name: str, netns_fd: int) -> None:
+        self.kernel = host.kernel
+        self.netns_fd = netns_fd
+        self.name = name
+        self.host = host
+        self._thread = Inside(host_fd, NetlinkWiring)
+        self.wiring: Wiring = self
+
+    @property
+    def writes(self) -> int:
+        return self._thread.call(lambda w: w.writes)
+
+    def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
+        return self._thread.call(lambda w: w.connect(netns_fd, wiring))
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        self._thread.call(lambda w: w.disconnect(endpoint))
+
+    def remove_link(self, name: str) -> None:
+        self._thread.call(lambda w: w.remove_link(name))
+
+    def list_endpoint_links(self) -> list[str]:
+        return self._thread.call(lambda w: w.list_endpoint_links())
+
+    def close(self) -> None:
+        self._thread.close(lambda w: w.close())
+
+    def view(self) -> View:
+        links = {
+            link["ifname"]: (
+                link["address"],
+                link["mtu"],
+                frozenset(
+                    f"{a['local']}/{a['prefixlen']}"
+                    for a in link["addr_info"]
+                    if a["scope"] == "global"
+                ),
+            )
+            for link in json.loads(ip("-n", self.name, "-j", "address"))
+            if link["ifname"] != "lo"
+        }
+        routes = {}
+        for family in ("-4", "-6"):
+            for route in json.loads(ip("-n", self.name, family, "-j", "route")):
+                if "gateway" in route:
+                    default = "0.0.0.0/0" if family == "-4" else "::/0"
+                    target = default if route["dst"] == "default" else route["dst"]
+                    routes[target] = route["gateway"]
+        return View(links, routes)
+
+    def add_link(self, name: str, address: str, gateway: str = "") -> None:
+        ip("-n", self.name, "link", "add", name, "type", "veth", "peer", f"{name}p")
+        for link in (name, f"{name}p"):
+            ip("-n", self.name, "link", "set", link, "up")
+        ip("-n", self.name, "address", "add", address, "dev", name, "nodad")
+        if gateway:
+            ip("-n", self.name, "route", "add", "default", "via", gateway)
+
+
+class MemoryWired:
+    def __init__(self, netns_fd: int) -> None:
+        host = MemoryHost()
+        self.kernel: Kernel = host.kernel
+        self.memory = MemoryWiring(host.memory)
+        self.wiring: Wiring = self.memory
+        self.netns_fd = netns_fd
+
+    def view(self) -> View:
+        links = self.memory.namespace(self.netns_fd)
+        return View(
+            {
+                name: (link.mac.hex(":"), link.mtu_bytes, frozenset(map(str, link.addresses)))
+                for name, link in links.items()
+            },
+            {str(t): str(g) for link in links.values() for t, g in link.routes.items()},
+        )
+
+    def add_link(self, name: str, address: str, gateway: str = "") -> None:
+        routes = {ip_network("0.0.0.0/0"): ip_address(gateway)} if gateway else {}
+        links = self.memory.namespace(self.netns_fd)
+        links[name] = NamespaceLink(addresses=(ip_interface(address),), routes=routes)
+
+
+@pytest.fixture(params=["memory", pytest.param("linux", marks=pytest.mark.root)])
+def wired(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Wired]:
+    if request.param == "memory":
+        netns_fd = os.open(tmp_path / "netns", os.O_CREAT | os.O_RDONLY)
+        try:
+            memory = MemoryWired(netns_fd)
+            _bring_up(memory.kernel, desired_for(memory.kernel))
+            yield memory
+        finally:
+            os.close(netns_fd)
+        return
+    request.getfixturevalue("root")
+    with _real(tmp_path) as real:
+        yield real
+
+
+@pytest.fixture
+def linux(root: None, tmp_path: Path) -> Iterator[RealWired]:
+    with _real(tmp_path) as real:
+        yield real
+
+
+@contextlib.contextmanager
+def _real(directory: Path) -> Iterator[RealWired]:
+    with host_namespace() as (host_name, host_fd), namespace() as (name, netns_fd):
+        host = RealHost(host_name, host_fd, directory)
+        try:
+            _bring_up(host.kernel, desired_for(host.kernel))
+            real = RealWired(host, host_fd, name, netns_fd)
+            try:
+                yield real
+            finally:
+                real.close()
+        finally:
+            host.close()
+
+
+def desired_for(kernel: Kernel, *endpoints: Endpoint) -> KernelState:
+    underlay = kernel.observe(host_ip(1), None, ())
+    return plan_for(make_snapshot([NETWORK], 1), underlay, endpoints=endpoints).state
+
+
+def _bring_up(kernel: Kernel, desired: KernelState) -> None:
+    assert kernel.apply(diff(desired, kernel.dump())) == []
+
+
+def wiring_of(endpoint: Endpoint, bridge: str = BRIDGE) -> EndpointWiring:
+    return EndpointWiring(endpoint=endpoint, bridge=bridge, routes=CIDRS)
+
+
+def assert_nothing_left(wired: Wired, before: View) -> None:
+    assert wired.view() == before
+    assert wired.wiring.list_endpoint_links() == []
+
+
+def test_connect_and_disconnect(wired: Wired) -> None:
+    before = wired.view()
+    endpoint = make_endpoint(DUAL)
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) is True
+    assert wired.view() == View(
+        {"eth0": (endpoint.mac.hex(":"), 1450, frozenset(DUAL))},
+        {"0.0.0.0/0": "10.42.0.1", "::/0": "fd00:42::1"},
+    )
+    assert wired.wiring.list_endpoint_links() == ["mne0123456789ab"]
+    assert diff(desired_for(wired.kernel, endpoint), wired.kernel.dump()) == []
+    assert wired.wiring.writes > 0
+    for _ in range(2):  # idempotent
+        wired.wiring.disconnect(endpoint)
+        assert_nothing_left(wired, before)
+
+
+def test_a_second_endpoint_does_not_steal_the_default_route(wired: Wired) -> None:
+    wired.add_link("up0", "10.1.0.2/24", "10.1.0.1")
+    endpoint = make_endpoint(DUAL, ifname="mesh0")
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) is False
+    routes = wired.view().routes
+    assert routes == {"0.0.0.0/0": "10.1.0.1", IPV4: "10.42.0.1", IPV6: "fd00:42::1"}
+
+
+def test_no_default_route_if_none_is_wanted(wired: Wired) -> None:
+    endpoint = make_endpoint(default_route=False)
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) is False
+    assert wired.view().routes == {IPV4: "10.42.0.1"}
+
+
+@pytest.mark.parametrize("addresses", [DUAL[:1], DUAL[1:]])
+def test_one_ip_version(wired: Wired, addresses: tuple[str, ...]) -> None:
+    endpoint = make_endpoint(addresses)
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
+    view = wired.view()
+    assert view.links["eth0"][2] == set(addresses)
+    assert list(view.routes.values()) == [str(endpoint.gateways[0])]
+
+
+def test_two_endpoints_of_one_namespace(wired: Wired) -> None:
+    first = make_endpoint()
+    second = make_endpoint(("10.43.0.2/24",), identity="ba9876543210", ifname="eth1")
+    other = dataclasses.replace(wiring_of(second), routes=[ip_network("10.43.0.0/16")])
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(first)) is True
+    assert wired.wiring.connect(wired.netns_fd, other) is False
+    assert sorted(wired.wiring.list_endpoint_links()) == ["mne0123456789ab", "mneba9876543210"]
+    wired.wiring.disconnect(first)
+    view = wired.view()
+    assert view.links.keys() == {"eth1"}
+    assert view.routes == {"10.43.0.0/16": "10.43.0.1"}
+    wired.wiring.remove_link("mneba9876543210")
+    assert wired.wiring.list_endpoint_links() == []
+
+
+def test_the_name_of_the_link_is_taken(wired: Wired) -> None:
+    wired.add_link("eth0", "10.1.0.2/24")
+    before = wired.view()
+    with pytest.raises(ConflictError, match="eth0"):
+        wired.wiring.connect(wired.netns_fd, wiring_of(make_endpoint()))
+    assert_nothing_left(wired, before)
+
+
+@pytest.mark.parametrize("address", DUAL)
+def test_the_namespace_holds_the_address(wired: Wired, address: str) -> None:
+    wired.add_link("other0", address)
+    before = wired.view()
+    with pytest.raises(ConflictError, match="address"):
+        wired.wiring.connect(wired.netns_fd, wiring_of(make_endpoint(DUAL)))
+    assert_nothing_left(wired, before)
+
+
+def test_the_bridge_is_gone(wired: Wired) -> None:
+    before = wired.view()
+    with pytest.raises(NotFoundError, match="mnb77"):
+        wired.wiring.connect(wired.netns_fd, wiring_of(make_endpoint(), "mnb77"))
+    assert_nothing_left(wired, before)
+
+
+def test_what_is_changed_of_an_endpoint_link_is_mended(linux: RealWired) -> None:
+    endpoint = make_endpoint(DUAL)
+    linux.wiring.connect(linux.netns_fd, wiring_of(endpoint))
+    link = "mne0123456789ab"
+    desired = desired_for(linux.kernel, endpoint)
+    for change in (
+        ("link", "set", link, "nomaster"),
+        ("link", "set", link, "down"),
+        ("link", "set", link, "mtu", "1300"),
+        ("link", "del", BRIDGE),
+    ):
+        ip("-n", linux.host.name, *change)
+        found = diff(desired, linux.kernel.dump())
+        assert {op.table for op in found} <= {Table.LINK, Table.ADDRESS}
+        assert found
+        assert linux.kernel.apply(found) == []
+        assert diff(desired, linux.kernel.dump()) == []
+
+
+def test_the_settings_of_an_endpoint(linux: RealWired) -> None:
+    linux.wiring.connect(linux.netns_fd, wiring_of(make_endpoint(DUAL)))
+    in_namespace = ("ip", "netns", "exec", linux.name)
+    for setting in ("accept_ra", "accept_dad"):
+        path = f"/proc/sys/net/ipv6/conf/eth0/{setting}"
+        assert subprocess.check_output([*in_namespace, "cat", path]) == b"0\n"
+    addresses = json.loads(ip("-n", linux.name, "-j", "-6", "address", "show", "dev", "eth0"))
+    (mine,) = [a for a in addresses[0]["addr_info"] if a["scope"] == "global"]
+    assert mine["nodad"] is True
+    assert "tentative" not in mine
+    # The host's end, a port of the bridge, gets no address of its own.
+    assert ip("-n", linux.host.name, "-6", "address", "show", "dev", "mne0123456789ab") == ""
+    for gateway in ("10.42.0.1", "fd00:42::1"):
+        ping = [*in_namespace, "ping", "-c", "1", "-W", "5", gateway]
+        subprocess.run(ping, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_namespace_that_is_not_one(linux: RealWired, tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDONLY)
+    try:
+        with pytest.raises(Exception, match=os.strerror(errno.EINVAL)):
+            linux.wiring.connect(fd, wiring_of(make_endpoint()))
+    finally:
+        os.close(fd)
+    assert linux.wiring.list_endpoint_links() == []
