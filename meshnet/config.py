@@ -187,7 +187,13 @@ def _check(
                 f"{setting.name} is {value!r} ({sources[setting.name]}): "
                 f"choose {', '.join(setting.choices)}"
             )
-    if not values["etcd"]:
+    if values["vxlan"] == "userspace":
+        raise UsageError(
+            f"vxlan is 'userspace' ({sources['vxlan']}), which this version does not have yet: "
+            "choose auto or kernel"
+        )
+    etcd = tuple(url.strip() for url in (values["etcd"] or "").split(",") if url.strip())
+    if not etcd:
         raise UsageError("etcd is not set: give --etcd URL, such as http://10.0.0.1:2379")
     if bool(values["underlay-ip"]) == bool(values["underlay-dev"]):
         raise UsageError("give one of --underlay-ip IP and --underlay-dev IF, not both")
@@ -197,7 +203,7 @@ def _check(
     check_name("host", host_id)
     text: dict[str, Any] = {s.field: values[s.name] or None for s in SETTINGS}
     text |= {
-        "etcd": tuple(url.strip() for url in (values["etcd"] or "").split(",")),
+        "etcd": etcd,
         "underlay_ip": _ip(values["underlay-ip"], sources["underlay-ip"]),
         "host_id": host_id,
         "lease_ttl_s": int(_number(values, sources, "lease-ttl", 2, 3600)),

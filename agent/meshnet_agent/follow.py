@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import StoreUnavailableError
+from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.store import CompactedError
 from meshnet.store.mirror import MESH, NETWORKS_SERIAL, Mirror
 
@@ -73,9 +73,9 @@ class Follower:
                 try:
                     await self.list_all()
                     continue
-                except StoreUnavailableError as error:
+                except (StoreUnavailableError, PolicyRefusedError) as error:
                     reason = str(error)
-            except StoreUnavailableError as error:
+            except (StoreUnavailableError, PolicyRefusedError) as error:
                 reason = str(error)
             if self.connected:
                 _log.warning("store lost", reason=reason)

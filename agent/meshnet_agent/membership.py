@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import MeshnetError, StoreUnavailableError
+from meshnet.errors import MeshnetError, PolicyRefusedError, StoreUnavailableError
 from meshnet.store import LeaseExpiredError
 from meshnet_agent.flag import Flag
 
@@ -85,7 +85,7 @@ class Membership:
                 _log.warning("lease ran out")
                 self._lease = None
                 self.lease_ok = False
-            except StoreUnavailableError as error:
+            except (StoreUnavailableError, PolicyRefusedError) as error:
                 self.lease_ok = False
                 _log.warning("lease not renewed", reason=str(error))
 
@@ -139,7 +139,7 @@ class Membership:
             try:
                 await self._reserve_missing()
                 delay_s = 0.0
-            except StoreUnavailableError as error:
+            except (StoreUnavailableError, PolicyRefusedError) as error:
                 _log.warning("subnet not reserved", reason=str(error))
                 delay_s = min(10.0, delay_s * 2 or 0.2)
                 await trio.sleep(delay_s * random.uniform(0.5, 1.0))
@@ -166,7 +166,7 @@ class Membership:
             subnet = await self._registry.reserve_subnet(
                 network, version, self.host.id, prefer=prefer, random_below=random.randrange
             )
-        except StoreUnavailableError:
+        except (StoreUnavailableError, PolicyRefusedError):
             raise
         except MeshnetError as error:
             self.errors[network.name] = error

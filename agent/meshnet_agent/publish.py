@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from meshnet import codec
-from meshnet.errors import StoreUnavailableError
+from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.store.registry import endpoint_key
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Publisher:
             try:
                 await self._sync()
                 delay_s = _DELAYS_S[0]
-            except StoreUnavailableError as error:
+            except (StoreUnavailableError, PolicyRefusedError) as error:
                 _log.warning("endpoints not published", reason=str(error))
                 self._published = None
                 await trio.sleep(delay_s * random.uniform(0.5, 1.0))

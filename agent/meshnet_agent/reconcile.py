@@ -18,6 +18,7 @@ import trio
 
 from meshnet.backends import NexthopIds
 from meshnet.diff import Failure, Table, diff, missing_endpoint_links
+from meshnet.errors import MeshnetError
 from meshnet.plan import LocalView, NetworkOutcome, plan_mesh
 from meshnet_agent.flag import Flag
 
@@ -94,6 +95,12 @@ def run_pass(kernel: Kernel, ids: NexthopIds, given: PassInput) -> PassResult:
 class Reconciler:
     """Runs passes.
 
+    Attributes:
+        result: of the last pass that could run.
+        blocked: why the last pass could not run at all, or None.
+        passes: that ran, since start.
+        writes: operations of all passes, since start.
+
     Args:
         gather: takes the values for a pass.
         on_missing: called with endpoint links that are gone.
@@ -114,6 +121,7 @@ class Reconciler:
         self.passes = 0
         self.writes = 0
         self.running = False
+        self.blocked: str | None = None
         self._worker = worker
         self._gather = gather
         self._on_missing = on_missing
@@ -131,7 +139,11 @@ class Reconciler:
     def in_sync(self) -> bool:
         """Whether the last pass left nothing to do and nothing has happened since."""
         return bool(
-            self.passes and not self.result.failures and not self.running and not self._dirty.is_set
+            self.passes
+            and self.blocked is None
+            and not self.result.failures
+            and not self.running
+            and not self._dirty.is_set
         )
 
     @property
@@ -154,7 +166,7 @@ class Reconciler:
         self.mark_dirty()
         while True:
             wait_s = min(self._resync_s * random.uniform(0.9, 1.1), self._next_change_s())
-            if self.passes and self.result.failures:
+            if self.blocked is not None or self.result.failures:
                 wait_s = min(wait_s, retry_s * random.uniform(0.5, 1.0))
                 retry_s = min(_RETRY_S[1], retry_s * 2)
             else:
@@ -162,7 +174,7 @@ class Reconciler:
             with trio.move_on_after(wait_s):
                 await self._dirty.wait()
             await self._pass()
-            if not started:
+            if not started and self.passes:
                 started = True
                 task_status.started()
             await trio.sleep(_PAUSE_S)
@@ -173,8 +185,16 @@ class Reconciler:
         before = {str(f) for f in self.result.failures}
         try:
             self.result = await self._worker.run(lambda k: run_pass(k, self._ids, given))
+        except (MeshnetError, OSError) as error:
+            # The underlay's address is gone, nft is missing, a dump was cut short: what is in the
+            # kernel stays, and the next pass may find it mended.
+            if str(error) != self.blocked:
+                _log.error("pass not possible", reason=str(error))
+            self.blocked = str(error)
+            return
         finally:
             self.running = False
+        self.blocked = None
         self.passes += 1
         self.writes += self.result.writes
         for failure in self.result.failures:

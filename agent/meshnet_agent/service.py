@@ -172,6 +172,7 @@ class Service:
         """How this host is doing."""
         snapshot = self._agent.follower.snapshot
         result = self._agent.reconciler.result
+        blocked = self._agent.reconciler.blocked
         per_network, other = _sort_failures(result.failures, snapshot)
         networks = []
         for network in snapshot.networks.values():
@@ -206,7 +207,7 @@ class Service:
             "bad_values": [
                 {"key": key, "reason": reason} for key, reason in snapshot.bad_values.items()
             ],
-            "errors": [str(f) for f in other],
+            "errors": [*([blocked] if blocked else []), *(str(f) for f in other)],
             "kernel": {
                 "passes": self._agent.reconciler.passes,
                 "writes": self._agent.reconciler.writes,

@@ -2,7 +2,8 @@
 
 Pairs of functions between the values of `meshnet.state` and messages of `meshnet.kernel.rtnl`.
 `encode_…` gives the request for one object; `decode_…` reads one message of a dump and returns
-None for an object that is not ours.
+None for an object that is not ours.  A message that is shorter than its header, which Linux never
+sends, raises `struct.error`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 from meshnet.firewall import TABLE
@@ -89,8 +90,11 @@ class EventFilter:
         self._underlay_links = set(underlay_links)
 
     def concerns_us(self, data: bytes) -> bool:
-        """Whether any rtnetlink message of a datagram does."""
-        return any(self._one(message) for message in rtnl.split_messages(data))
+        """Whether any rtnetlink message of a datagram does; one that cannot be read may."""
+        try:
+            return any(self._one(message) for message in rtnl.split_messages(data))
+        except struct.error:
+            return True
 
     def _one(self, message: rtnl.Message) -> bool:
         if message.port_id in self._own_ports:

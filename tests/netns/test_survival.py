@@ -10,6 +10,7 @@ import pytest
 
 from meshnet.lab.poll import wait_until
 from tests.netns.mesh import (
+    Document,
     PingStream,
     address_of,
     attach,
@@ -40,15 +41,16 @@ def alive(host: LabHost) -> dict[str, bool]:
 def kernel_state(host: LabHost) -> str:
     """All that a restart must not rewrite, as the kernel prints it."""
     commands = (
-        "ip -j nexthop",
-        "ip -j route",
-        "ip -6 -j route show proto 109",
-        "ip -j neigh show nud permanent",
-        "bridge -j fdb show dev mnv4097",
+        "ip nexthop",
+        "ip route",
+        "ip -6 route show proto 109",
+        "ip neigh show nud permanent",
+        "bridge fdb show dev mnv4097",
         "ip -br addr show dev mnb4097",
         "nft -s list table inet meshnet",
     )
-    return "\n".join(host.run(c.split()).stdout for c in commands)
+    # The order of tables that are hashes means nothing.
+    return "\n".join("\n".join(sorted(host.run(c.split()).stdout.splitlines())) for c in commands)
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -176,24 +178,29 @@ DAMAGE = {
 }
 
 
+def damage_words(host: LabHost, endpoint: Document) -> dict[str, str]:
+    """What `DAMAGE`'s commands name: objects for host h2, and an endpoint of this host."""
+    hosts = {d["id"]: d for d in meshnet(host, "hosts")}
+    subnet = hosts["h2"]["subnets"]["prod"]
+    octets = [int(o) for o in subnet.partition("/")[0].split(".")]
+    return {
+        "subnet": subnet,
+        "subnet6": hosts["h2"]["subnets6"]["prod"],
+        "vtep": subnet.partition("/")[0],
+        "mac": "02:6d:" + ":".join(f"{o:02x}" for o in octets),
+        "underlay": hosts["h2"]["underlay_ip"],
+        "gateway": f"{endpoint['gateway']}/24",
+        "link": f"mne{endpoint['id']}",
+    }
+
+
 def test_damage_by_hand_is_mended_by_event(make_lab: MakeLab) -> None:
     lab = make_lab(2)
     create_network(lab, "prod", *SUBNETS)
     h1, h2 = lab.hosts
     one, two = h1.spawn_container(), h2.spawn_container()
     mine, theirs = attach(one, h1, "prod"), attach(two, h2, "prod")
-    hosts = {d["id"]: d for d in meshnet(h1, "hosts")}
-    subnet = hosts["h2"]["subnets"]["prod"]
-    octets = [int(o) for o in subnet.partition("/")[0].split(".")]
-    words = {
-        "subnet": subnet,
-        "subnet6": hosts["h2"]["subnets6"]["prod"],
-        "vtep": subnet.partition("/")[0],
-        "mac": "02:6d:" + ":".join(f"{o:02x}" for o in octets),
-        "underlay": hosts["h2"]["underlay_ip"],
-        "gateway": f"{mine['gateway']}/24",
-        "link": f"mne{mine['id']}",
-    }
+    words = damage_words(h1, mine)
     wait_in_sync(h1, peers=1)
     before = kernel_state(h1)
     for what, command in DAMAGE.items():
@@ -201,18 +208,36 @@ def test_damage_by_hand_is_mended_by_event(make_lab: MakeLab) -> None:
         started = time.monotonic()
         # The whole state is as before (links' indices differ, of which the state has none), long
         # before the next resync.
-        wait_until(lambda: _repaired(h1, before), 5, f"{what} is mended")
+        wait_until(lambda: is_repaired(h1, before), 5, f"{what} is mended")
         print(f"{what}: mended in {(time.monotonic() - started) * 1000:.0f} ms")
         wait_until(lambda: ping(one, address_of(theirs, 4)), 5, f"a ping after {what}")
         assert ping(one, address_of(theirs, 6)), what
     wait_in_sync(h1, peers=1)
 
 
-def _repaired(host: LabHost, before: str) -> bool:
+def is_repaired(host: LabHost, before: str) -> bool:
+    """Whether a host's kernel state is as before."""
     try:
         return kernel_state(host) == before
     except subprocess.CalledProcessError:
         return False
+
+
+def test_underlay_address_gone_and_back(make_lab: MakeLab) -> None:
+    lab = make_lab(2)
+    create_network(lab, "prod", *SUBNETS)
+    h1, h2 = lab.hosts
+    one, two = h1.spawn_container(), h2.spawn_container()
+    attach(one, h1, "prod")
+    theirs = attach(two, h2, "prod")
+    before = kernel_state(h1)
+    h1.run(["ip", "addr", "del", f"{h1.underlay_ip}/16", "dev", "eth0"])
+    wait_until(lambda: "is on no link" in str(meshnet(h1, "status")["errors"]), 5, "it is said")
+    assert not meshnet(h1, "status")["networks"][0]["in_sync"]
+    h1.run(["ip", "addr", "add", f"{h1.underlay_ip}/16", "dev", "eth0"])
+    wait_in_sync(h1, peers=1)
+    assert kernel_state(h1) == before
+    assert ping(one, address_of(theirs))
 
 
 def test_second_agent_with_the_same_id_is_refused(make_lab: MakeLab) -> None:

@@ -1,0 +1,187 @@
+"""Values of the store: they come back as they were, and nothing else gets in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from ipaddress import ip_network
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshnet import codec
+from meshnet.codec import BadValueError
+from meshnet.errors import UsageError
+from meshnet.model import Claim, NetworkName, Reservation
+from tests.unit import strategies
+from tests.values import make_endpoint, make_network
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from meshnet.model import Endpoint, Host, IpNetwork, Network
+
+DECODERS: list[Callable[[bytes], object]] = [
+    codec.decode_network,
+    codec.decode_host,
+    codec.decode_claim,
+    codec.decode_endpoint,
+    lambda raw: codec.decode_reservation(NetworkName("prod"), "10.42.3.0-24", raw),
+]
+subnets = st.one_of(strategies.cidrs(4), strategies.cidrs(6))
+
+
+@given(strategies.networks())
+def test_networks(network: Network) -> None:
+    assert codec.decode_network(codec.encode_network(network)) == network
+
+
+@given(strategies.hosts())
+def test_hosts(host: Host) -> None:
+    assert codec.decode_host(codec.encode_host(host)) == host
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=40), strategies.underlay_ips())
+def test_claims(instance: str, underlay_ip: Any) -> None:  # noqa: ANN401
+    claim = Claim(instance=instance, underlay_ip=underlay_ip)
+    assert codec.decode_claim(codec.encode_claim(claim)) == claim
+
+
+@given(strategies.endpoints())
+def test_endpoints(endpoint: Endpoint) -> None:
+    assert codec.decode_endpoint(codec.encode_endpoint(endpoint)) == endpoint
+
+
+@given(subnets, strategies.hosts())
+def test_reservations(subnet: IpNetwork, host: Host) -> None:
+    reservation = Reservation(network=NetworkName("prod"), subnet=subnet, host=host.id)
+    raw, key = codec.encode_reservation(reservation), codec.subnet_to_key(subnet)
+    assert "/" not in key
+    assert codec.decode_reservation(NetworkName("prod"), key, raw) == reservation
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@given(raw=st.binary(max_size=200))
+def test_random_bytes(decode: Callable[[bytes], object], raw: bytes) -> None:
+    with pytest.raises(BadValueError):
+        decode(raw)
+
+
+SAMPLES: list[dict[str, Any]] = [
+    json.loads(raw)
+    for raw in (
+        codec.encode_network(make_network(subnets=("10.42.0.0/16", "fd00:42::/48"))),
+        b'{"v":1,"id":"h1","underlay_ip":"10.9.0.1","datapath":"kernel"}',
+        b'{"v":1,"instance":"i","underlay_ip":"10.9.0.1"}',
+        codec.encode_endpoint(make_endpoint()),
+        b'{"v":1,"host":"h1"}',
+    )
+]
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.sampled_from(["", "0", "10.0.0.0/8", "::", "fe80::1%eth0", "h1\n", "x" * 64, "HUGE"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(5))
+@given(data=st.data())
+def test_values_with_a_field_of_anything(index: int, data: st.DataObject) -> None:
+    sample = SAMPLES[index]
+    field = data.draw(st.sampled_from([*sample, "unknown"]))
+    document = json.dumps(sample | {field: data.draw(values)})
+    # A number too long for Python to make a text of.
+    raw = document.replace('"HUGE"', "1" + "0" * 5000).encode("utf-8", "surrogatepass")
+    try:
+        found = DECODERS[index](raw)
+    except BadValueError as error:
+        str(error)
+    else:
+        repr(found)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"null",
+        b"[" * 100_000,
+        b'{"v":1}' + b" " * codec.MAX_VALUE_BYTES,
+        b'{"v":2,"host":"h1"}',
+        b'{"v":1,"host":"h1\\n"}',
+        b'{"v":1,"host":"../../etc"}',
+        b'{"v":1,"host":"\xff"}',
+        b'{"v":1,"host":""}',
+    ],
+)
+def test_hostile_reservations(raw: bytes) -> None:
+    with pytest.raises(BadValueError):
+        codec.decode_reservation(NetworkName("prod"), "10.42.3.0-24", raw)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "10.42.3.0", "10.42.3.1-24", "10.42.3.0-255.255.255.0", "10.42.3.0-024", "-", "a-b",
+     "FD00::-64", "fd00:0::-64", "10.42.3.0-24-1", "10.42.3.0/24"],
+)  # fmt: skip
+def test_keys_that_are_no_subnet(key: str) -> None:
+    with pytest.raises(BadValueError):
+        codec.subnet_from_key(key)
+
+
+def test_fields_of_a_newer_version_are_ignored() -> None:
+    raw = codec.encode_network(make_network())
+    assert codec.decode_network(raw[:-1] + b',"colour":"green"}') == make_network()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a b"}, "name"),
+        ({"vni": 0}, "VNI"),
+        ({"vni": 1 << 24}, "VNI"),
+        ({"port": 65536}, "port"),
+        ({"mtu_bytes": 575}, "MTU"),
+        ({"subnets": ()}, "subnets"),
+        ({"subnets": ("10.0.0.0/16", "10.1.0.0/16")}, "subnets"),
+        ({"subnets": ("fd00::/48", "10.1.0.0/16")}, "subnets"),
+        ({"subnets": ("224.0.0.0/8",)}, "routed"),
+        ({"subnets": ("127.0.0.0/8",)}, "routed"),
+        ({"subnets": ("169.254.0.0/16",)}, "routed"),
+        ({"subnets": ("fe80::/32",)}, "routed"),
+        ({"subnets": ("0.0.0.0/0",)}, "routed"),
+        ({"subnets": ("fd00::/48",), "mtu_bytes": 1279}, "MTU"),
+        ({"host_prefix": 31}, "/31"),
+        ({"host_prefix": 15}, "/15"),
+        ({"subnets": ("fd00::/16",), "host_prefix6": 64}, "2\\^32"),
+    ],
+)
+def test_networks_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+    if "subnets" in changes:
+        changes = changes | {"subnets": tuple(ip_network(s) for s in changes["subnets"])}
+    network = replace(make_network(), **changes)
+    with pytest.raises(UsageError, match=message):
+        codec.check_network(network)
+    with pytest.raises(BadValueError):
+        codec.decode_network(codec.encode_network(network))
+
+
+@pytest.mark.parametrize(
+    "address", ["", "0.0.0.0", "::", "127.0.0.1", "::1", "224.0.0.1", "ff02::1", "fe80::1%eth0"]
+)
+def test_addresses_no_host_has_on_the_underlay(address: str) -> None:
+    raw = json.dumps({"v": 1, "id": "h1", "underlay_ip": address}).encode()
+    with pytest.raises(BadValueError):
+        codec.decode_host(raw)
+
+
+def test_an_endpoint_needs_a_gateway_for_each_address() -> None:
+    for broken in (
+        replace(make_endpoint(), gateways=()),
+        replace(make_endpoint(), addresses=(), gateways=()),
+    ):
+        with pytest.raises(BadValueError):
+            codec.decode_endpoint(codec.encode_endpoint(broken))

@@ -1,0 +1,131 @@
+"""Which notifications of the kernel wake the reconciler."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshnet.kernel import bulk, links, rtnl
+from meshnet.kernel.events import EventFilter, nftables_concerns_us
+from meshnet.state import NEXTHOP_ID_FIRST, ROUTE_PROTOCOL, NeighbourKey
+from tests.unit.messages import datagram, u32
+
+OWN, UNDERLAY, OTHER = 7, 2, 99
+OWN_PORT = 4711
+
+
+@pytest.fixture
+def events() -> EventFilter:
+    found = EventFilter([OWN_PORT])
+    found.look_at({OWN}, {UNDERLAY})
+    return found
+
+
+def link(index: int, name: str, kind: int = rtnl.RTM_NEWLINK) -> bytes:
+    body = rtnl.IFINFO.pack(0, 0, index, 0, 0)
+    return datagram(kind, body + rtnl.attr(links.IFLA_IFNAME, name.encode() + b"\0"))
+
+
+def address(index: int) -> bytes:
+    return datagram(rtnl.RTM_DELADDR, rtnl.IFADDR.pack(2, 24, 0, 0, index))
+
+
+def neighbour(index: int) -> bytes:
+    request = bulk.encode_neighbour(NeighbourKey("", bytes(4)), None, index)
+    return datagram(request.kind, request.body)
+
+
+def route(protocol: int, oif: int = 0, table: int = bulk.RT_TABLE_MAIN) -> bytes:
+    body = rtnl.RTMSG.pack(2, 24, 0, 0, table, protocol, 0, 1, 0)
+    return datagram(rtnl.RTM_DELROUTE, body + (u32(bulk.RTA_OIF, oif) if oif else b""))
+
+
+def nexthop(nexthop_id: int) -> bytes:
+    body = rtnl.NHMSG.pack(2, 0, 0, 0) + u32(bulk.NHA_ID, nexthop_id)
+    return datagram(rtnl.RTM_DELNEXTHOP, body)
+
+
+def netconf(index: int) -> bytes:
+    return datagram(80, bytes((2, 0, 0, 0)) + u32(1, index))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        link(OWN, "whatever"),
+        link(UNDERLAY, "eth0"),
+        link(OTHER, "mnv4097"),
+        link(OTHER, "mnb4097", rtnl.RTM_DELLINK),
+        link(OTHER, "mne0123456789ab", rtnl.RTM_DELLINK),
+        address(OWN),
+        address(UNDERLAY),
+        neighbour(OWN),
+        route(ROUTE_PROTOCOL),
+        route(4, OWN),
+        route(4, UNDERLAY),
+        nexthop(NEXTHOP_ID_FIRST),
+        netconf(OWN),
+        netconf(UNDERLAY),
+    ],
+)
+def test_what_concerns_us(events: EventFilter, data: bytes) -> None:
+    assert events.concerns_us(data)
+    # Behind others, too; but not if we did it ourselves.
+    assert events.concerns_us(address(OTHER) + data)
+    own = data[:12] + OWN_PORT.to_bytes(4, "little") + data[16:]
+    assert not events.concerns_us(own)
+    assert events.concerns_us(own + data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        link(OTHER, "eth7"),
+        link(OTHER, "mnfoo"),
+        link(OTHER, "mne0123456789ab"),  # made by the dozen, by ourselves
+        address(OTHER),
+        neighbour(OTHER),
+        neighbour(UNDERLAY),
+        route(4, OTHER),
+        route(ROUTE_PROTOCOL, table=99),
+        nexthop(NEXTHOP_ID_FIRST - 1),
+        netconf(OTHER),
+        datagram(999, bytes(16)),
+        b"",
+    ],
+)
+def test_what_does_not(events: EventFilter, data: bytes) -> None:
+    assert not events.concerns_us(data)
+
+
+def test_links_are_told_anew_after_every_pass(events: EventFilter) -> None:
+    events.look_at({OTHER}, ())
+    assert events.concerns_us(address(OTHER))
+    assert not events.concerns_us(address(OWN))
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes(data: bytes) -> None:
+    EventFilter([]).concerns_us(data)
+    nftables_concerns_us(data)
+
+
+@given(st.sampled_from([16, 20, 24, 28, 80, 104]), st.binary(max_size=40))
+def test_messages_that_cannot_be_read_may_concern_us(kind: int, body: bytes) -> None:
+    EventFilter([]).concerns_us(datagram(kind, body))
+    assert EventFilter([]).concerns_us(datagram(kind, b"")) == (kind != 80)
+
+
+def rules(kind: int, table: str, subsystem: int = 10) -> bytes:
+    body = bytes(4) + rtnl.attr(1, table.encode() + b"\0")
+    return datagram(subsystem << 8 | kind, body)
+
+
+def test_nftables() -> None:
+    assert nftables_concerns_us(rules(2, "meshnet"))
+    assert nftables_concerns_us(rules(6, "other") + rules(6, "meshnet"))
+    assert not nftables_concerns_us(rules(2, "other"))
+    assert not nftables_concerns_us(rules(15, "meshnet"))  # a new generation, of any table
+    assert not nftables_concerns_us(rules(2, "meshnet", subsystem=1))
+    assert not nftables_concerns_us(b"")

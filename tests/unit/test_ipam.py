@@ -1,0 +1,190 @@
+"""Host subnets and endpoint addresses: never two of one, never one that is not for use."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshnet.errors import ConflictError, PoolExhaustedError, UsageError
+from meshnet.ipam import (
+    COOLDOWN,
+    AddressPool,
+    check_host_prefix,
+    choose_subnet,
+    gateway_of,
+)
+from tests.unit import strategies
+from tests.values import IPV4, IPV6, make_network
+
+if TYPE_CHECKING:
+    from meshnet.model import IpAddress, IpNetwork, Network
+
+SMALL = ip_network("10.42.3.0/28")  # 13 addresses: .2 to .14
+
+
+def pool(subnet: str = "10.42.3.0/24", *in_use: str) -> AddressPool:
+    return AddressPool("prod", ip_network(subnet), [ip_address(a) for a in in_use])
+
+
+# --- host subnets -------------------------------------------------------------------------------
+
+
+@given(strategies.networks(), st.data())
+def test_chosen_subnets_fit_and_never_overlap(network: Network, data: st.DataObject) -> None:
+    for cidr in network.subnets:
+        taken: set[IpNetwork] = set()
+        count = 1 << (network.host_prefix_of(cidr.version) - cidr.prefixlen)
+        for _ in range(min(count, 6)):
+            skip = data.draw(st.integers(0, 1 << 40))
+            subnet = choose_subnet(network, cidr.version, taken, skip=lambda n, s=skip: s % n)  # type: ignore[misc]
+            assert network.is_host_subnet(subnet)
+            assert not any(subnet.overlaps(other) for other in taken)
+            taken.add(subnet)
+
+
+def test_the_lowest_free_subnet_is_chosen_and_others_can_be_skipped_to() -> None:
+    network = make_network()
+    taken: set[IpNetwork] = {ip_network("10.42.0.0/24"), ip_network("10.42.2.0/24")}
+    assert choose_subnet(network, 4, taken) == ip_network("10.42.1.0/24")
+    assert choose_subnet(network, 4, taken, skip=lambda n: 2) == ip_network("10.42.3.0/24")
+    assert choose_subnet(network, 4, taken, skip=lambda n: n - 1) == ip_network("10.42.255.0/24")
+    taken.add(ip_network("10.42.255.0/24"))
+    assert choose_subnet(network, 4, taken, skip=lambda n: n - 1) == ip_network("10.42.1.0/24")
+
+
+def test_no_subnet_is_left() -> None:
+    network = make_network(subnets=("10.42.0.0/22", IPV6))
+    taken: set[IpNetwork] = set(ip_network("10.42.0.0/22").subnets(new_prefix=24))
+    with pytest.raises(PoolExhaustedError, match="all 4 subnets"):
+        choose_subnet(network, 4, taken, skip=lambda n: 3)
+    assert choose_subnet(network, 6, taken) == ip_network("fd00:42::/64")
+
+
+def test_a_network_that_is_one_subnet() -> None:
+    network = make_network(subnets=("10.42.0.0/24",))
+    assert choose_subnet(network, 4, ()) == ip_network("10.42.0.0/24")
+
+
+def test_what_counts_as_a_host_subnet() -> None:
+    network = make_network(subnets=(IPV4, IPV6))
+    for good in ("10.42.255.0/24", "fd00:42:0:ffff::/64"):
+        assert network.is_host_subnet(ip_network(good))
+    for bad in ("10.43.0.0/24", "10.42.0.0/16", "10.42.0.0/25", "fd00:43::/64", "fd00:42::/48"):
+        assert not network.is_host_subnet(ip_network(bad))
+    assert not make_network(subnets=(IPV6,)).is_host_subnet(ip_network("10.42.0.0/24"))
+
+
+@pytest.mark.parametrize(
+    ("cidr", "prefix", "fits"),
+    [(IPV4, 16, True), (IPV4, 30, True), (IPV4, 31, False), (IPV4, 15, False),
+     (IPV6, 64, True), (IPV6, 80, True), (IPV6, 81, False), ("fd00:42::/120", 126, True),
+     ("fd00:42::/120", 127, False)],
+)  # fmt: skip
+def test_host_prefixes(cidr: str, prefix: int, fits: bool) -> None:
+    if fits:
+        check_host_prefix(ip_network(cidr), prefix)
+    else:
+        with pytest.raises(UsageError, match=str(prefix)):
+            check_host_prefix(ip_network(cidr), prefix)
+
+
+# --- addresses ----------------------------------------------------------------------------------
+
+
+@given(
+    subnet=st.sampled_from(["10.42.3.0/24", "10.42.3.16/28", "10.42.3.4/30", "fd00::/64"]),
+    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=60),
+)
+def test_no_address_is_given_out_twice(subnet: str, steps: list[tuple[bool, int]]) -> None:
+    network = ip_network(subnet)
+    addresses = AddressPool("prod", network)
+    held: list[IpAddress] = []
+    for take, index in steps:
+        if take or not held:
+            try:
+                address = addresses.take()
+            except PoolExhaustedError:
+                assert len(held) == network.num_addresses - 3
+                continue
+            assert address not in held
+            assert address in network
+            assert address != network.network_address
+            assert address != gateway_of(network)
+            assert network.version == 6 or address != network.broadcast_address
+            held.append(address)
+        else:
+            addresses.free(held.pop(index % len(held)))
+
+
+def test_the_lowest_free_address_comes_first() -> None:
+    addresses = pool("10.42.3.0/24", "10.42.3.2", "10.42.3.4")
+    assert [str(addresses.take()) for _ in range(3)] == ["10.42.3.3", "10.42.3.5", "10.42.3.6"]
+    assert str(pool("fd00::/64").take()) == "fd00::2"
+
+
+def test_low_ipv6_subnets_give_ipv6_addresses() -> None:
+    # Below 2^32 a number alone would pass for an IPv4 address.
+    assert pool("::/96").take() == ip_address("::2")
+
+
+def test_a_freed_address_rests() -> None:
+    addresses = pool()
+    first = addresses.take()
+    addresses.free(first)
+    assert addresses.take() != first
+    others = [addresses.take() for _ in range(COOLDOWN)]
+    for address in others[:-1]:
+        addresses.free(address)
+    assert addresses.take() not in {first, *others[:-1]}
+    addresses.free(others[-1])
+    assert addresses.take() == first
+
+
+def test_a_resting_address_is_given_out_when_nothing_else_is_left_longest_rested_first() -> None:
+    addresses = AddressPool("prod", SMALL)
+    held = [addresses.take() for _ in range(13)]
+    with pytest.raises(PoolExhaustedError, match="all 13 addresses"):
+        addresses.take()
+    for address in (held[7], held[2], held[9]):
+        addresses.free(address)
+        addresses.free(address)  # twice is once
+    assert [addresses.take() for _ in range(3)] == [held[7], held[2], held[9]]
+    with pytest.raises(PoolExhaustedError):
+        addresses.take()
+
+
+def test_a_wanted_address() -> None:
+    addresses = pool()
+    wanted = ip_address("10.42.3.77")
+    assert addresses.take(wanted) == wanted
+    with pytest.raises(ConflictError, match=r"10\.42\.3\.77"):
+        addresses.take(wanted)
+    addresses.free(wanted)
+    assert addresses.take(wanted) == wanted  # who asks for it by name gets it at once
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [("10.42.3.0", "network, gateway or broadcast"), ("10.42.3.1", "network, gateway or broad"),
+     ("10.42.3.255", "network, gateway or broadcast"), ("10.42.4.2", "outside"),
+     ("fd00::2", "outside")],
+)  # fmt: skip
+def test_wanted_addresses_that_cannot_be_had(wanted: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pool().take(ip_address(wanted))
+
+
+def test_the_last_ipv6_address_is_for_use() -> None:
+    last = ip_address("fd00::ffff:ffff:ffff:ffff")
+    assert pool("fd00::/64").take(last) == last
+
+
+def test_a_pool_of_one() -> None:
+    addresses = AddressPool("prod", replace(make_network(), host_prefix=30).subnets[0])
+    assert str(addresses.take()) == "10.42.0.2"
+    assert str(pool("10.42.3.0/30").take()) == "10.42.3.2"

@@ -1,0 +1,181 @@
+"""The copy of the store: what was good stays in force, and nothing gone stays."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshnet import codec
+from meshnet.model import Claim, HostId, NetworkName, Reservation
+from meshnet.store import Change, KeyValue, Listing, WatchBatch
+from meshnet.store.mirror import (
+    HOSTS,
+    MESH,
+    NETWORKS,
+    SUBNETS,
+    Mirror,
+    alive_key,
+    host_key,
+    network_key,
+    subnet_key,
+)
+from tests.values import make_network, make_snapshot
+
+if TYPE_CHECKING:
+    from meshnet.model import MeshSnapshot
+
+PROD = NetworkName("prod")
+SUBNET = ip_network("10.42.0.0/24")
+SNAPSHOT = make_snapshot([make_network(), make_network("test", ("10.43.0.0/16",), 7)], 3)
+
+
+def keys_of(snapshot: MeshSnapshot) -> dict[str, bytes]:
+    """What the store holds where the mesh is as in `snapshot`."""
+    found = {network_key(n): codec.encode_network(v) for n, v in snapshot.networks.items()}
+    found |= {host_key(h): codec.encode_host(v) for h, v in snapshot.hosts.items()}
+    found |= {alive_key(h): codec.encode_claim(c) for h, c in snapshot.alive.items()}
+    for network, owned in snapshot.reservations.items():
+        for subnet, host in owned.items():
+            reservation = Reservation(network=network, subnet=subnet, host=host)
+            found[subnet_key(network, subnet)] = codec.encode_reservation(reservation)
+    return found
+
+
+def listing(keys: dict[str, bytes], revision: int = 1) -> Listing:
+    return Listing(tuple(KeyValue(k, v, revision) for k, v in sorted(keys.items())), revision)
+
+
+def loaded(keys: dict[str, bytes]) -> Mirror:
+    mirror = Mirror()
+    mirror.load(listing(keys))
+    return mirror
+
+
+def put(mirror: Mirror, key: str, value: bytes | None, revision: int = 2) -> MeshSnapshot:
+    mirror.apply(WatchBatch((Change(key, value, revision),), revision))
+    return mirror.snapshot()
+
+
+def test_a_listing_and_the_same_by_changes() -> None:
+    keys = keys_of(SNAPSHOT)
+    assert loaded(keys).snapshot() == SNAPSHOT
+    followed = Mirror()
+    followed.apply(WatchBatch(tuple(Change(k, v, 1) for k, v in keys.items()), 1))
+    assert followed.snapshot() == SNAPSHOT
+
+
+def test_removal_of_every_key_leaves_nothing() -> None:
+    keys = keys_of(SNAPSHOT)
+    for mirror in (loaded(keys), loaded(keys)):
+        mirror.apply(WatchBatch(tuple(Change(k, None, 2) for k in keys), 2))
+        assert mirror.snapshot() == type(SNAPSHOT)(revision=2)
+    mirror = loaded(keys)
+    mirror.load(listing({}, 3))
+    assert mirror.snapshot() == type(SNAPSHOT)(revision=3)
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(keys_of(SNAPSHOT))), st.booleans()), max_size=30))
+def test_following_is_the_same_as_listing(steps: list[tuple[str, bool]]) -> None:
+    every = keys_of(SNAPSHOT)
+    keys: dict[str, bytes] = {}
+    mirror = Mirror()
+    for revision, (key, is_put) in enumerate(steps, 1):
+        put(mirror, key, every[key] if is_put else None, revision)
+        keys.pop(key, None)
+        if is_put:
+            keys[key] = every[key]
+    mirror.revision = len(steps)
+    fresh = Mirror()
+    fresh.load(listing(keys, len(steps)))
+    assert mirror.snapshot() == fresh.snapshot()
+
+
+def test_a_listing_replaces_what_went_unseen() -> None:
+    keys = keys_of(SNAPSHOT)
+    mirror = loaded(keys)
+    smaller = make_snapshot([make_network()], 2)
+    mirror.load(listing(keys_of(smaller)))
+    assert mirror.snapshot() == smaller
+
+
+@pytest.mark.parametrize("key", sorted(keys_of(make_snapshot([make_network()], 1))))
+def test_a_bad_value_keeps_the_last_good_one_and_is_named(key: str) -> None:
+    keys = keys_of(make_snapshot([make_network()], 1))
+    mirror = loaded(keys)
+    good = mirror.snapshot()
+    bad = put(mirror, key, b"\xff{")
+    assert bad.bad_values.keys() == {key}
+    assert (bad.networks, bad.hosts, bad.alive, bad.reservations) == (
+        good.networks,
+        good.hosts,
+        good.alive,
+        good.reservations,
+    )
+    assert put(mirror, key, keys[key]).bad_values == {}
+    put(mirror, key, b"")
+    gone = put(mirror, key, None)
+    assert gone.bad_values == {}
+    without = loaded({k: v for k, v in keys.items() if k != key}).snapshot()
+    assert (gone.networks, gone.hosts, gone.alive, gone.reservations) == (
+        without.networks,
+        without.hosts,
+        without.alive,
+        without.reservations,
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (NETWORKS + "other", codec.encode_network(make_network())),
+        (NETWORKS, codec.encode_network(make_network())),
+        (HOSTS + "h2", codec.encode_host(SNAPSHOT.hosts[HostId("h1")])),
+        (SUBNETS + "prod/10.42.0.1-24", b'{"v":1,"host":"h1"}'),
+        (SUBNETS + "prod", b'{"v":1,"host":"h1"}'),
+        (MESH + "colours/green", b"{}"),
+        (MESH, b"{}"),
+    ],
+)
+def test_values_that_contradict_their_key(key: str, value: bytes) -> None:
+    snapshot = loaded({key: value}).snapshot()
+    assert snapshot.bad_values.keys() == {key}
+    assert not snapshot.networks
+    assert not snapshot.hosts
+    assert not snapshot.reservations
+
+
+def test_a_reservation_changes_hands() -> None:
+    mirror = loaded(keys_of(make_snapshot([make_network()], 1)))
+    theirs = Reservation(network=PROD, subnet=SUBNET, host=HostId("h9"))
+    snapshot = put(mirror, subnet_key(PROD, SUBNET), codec.encode_reservation(theirs))
+    assert snapshot.reservations == {PROD: {SUBNET: HostId("h9")}}
+
+
+def test_a_snapshot_does_not_change_afterwards() -> None:
+    mirror = loaded(keys_of(SNAPSHOT))
+    before = mirror.snapshot()
+    mirror.load(listing({}, 2))
+    assert before == SNAPSHOT
+
+
+def test_an_empty_batch_moves_the_revision_and_an_old_one_does_not() -> None:
+    mirror = Mirror()
+    mirror.apply(WatchBatch((), 7))
+    assert mirror.snapshot().revision == 7
+    mirror.apply(WatchBatch((), 5))
+    assert mirror.snapshot().revision == 7
+
+
+@given(st.text(max_size=20), st.binary(max_size=40))
+def test_any_key_and_value(rest: str, value: bytes) -> None:
+    mirror = Mirror()
+    put(mirror, MESH + rest, value)
+    claim = codec.encode_claim(
+        Claim(instance="i", underlay_ip=SNAPSHOT.hosts[HostId("h1")].underlay_ip)
+    )
+    put(mirror, MESH + rest, claim)
+    assert put(mirror, MESH + rest, None) == type(SNAPSHOT)(revision=2)
