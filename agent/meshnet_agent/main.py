@@ -183,29 +183,33 @@ async def _serve(agent: Agent, socket_path: Path) -> None:
     hypercorn.loglevel = "ERROR"
     stopping = trio.Event()
     app = make_app(Service(agent), lambda: agent.ready and not stopping.is_set())
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as root:
 
-            async def serve_api(task_status: trio.TaskStatus[list[str]]) -> None:
-                await serve(
-                    cast("ASGIFramework", app),
-                    hypercorn,
-                    shutdown_trigger=stopping.wait,
-                    task_status=task_status,
-                )
+    async def serve_api(task_status: trio.TaskStatus[list[str]]) -> None:
+        await serve(
+            cast("ASGIFramework", app),
+            hypercorn,
+            shutdown_trigger=stopping.wait,
+            task_status=task_status,
+        )
 
-            await root.start(serve_api)
+    async with trio.open_nursery() as root:
+        await root.start(serve_api)
+        with trio.CancelScope() as running:
+            root.start_soon(_stop_on_signal, running)
             async with trio.open_nursery() as inner:
                 await inner.start(agent.run)
                 notify("READY=1")
                 _log.info("ready", host=agent.host.id, socket=str(socket_path))
-                async for number in signals:
-                    _log.info("stopping", signal=signal.Signals(number).name)
-                    break
-                notify("STOPPING=1")
-                stopping.set()
-                inner.cancel_scope.cancel()
-            root.cancel_scope.cancel()
+        stopping.set()
+        root.cancel_scope.cancel()
+
+
+async def _stop_on_signal(running: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            _log.info("stopping", signal=signal.Signals(number).name)
+            notify("STOPPING=1")
+            running.cancel()
 
 
 def _listen(path: Path) -> socket.socket:

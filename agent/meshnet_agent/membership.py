@@ -53,6 +53,7 @@ class Membership:
         self._lease: LeaseId | None = None
         self._snapshot: MeshSnapshot | None = None
         self._look = Flag()
+        self._claiming = trio.Lock()
         self._progress = trio.Event()
 
     async def join(self) -> None:
@@ -62,7 +63,8 @@ class Membership:
             ConflictError: another agent is this host.
             StoreUnavailableError: the store does not answer.
         """
-        self._lease = await self._registry.claim_host(self.host, self._claim, self._ttl_s)
+        async with self._claiming:
+            self._lease = await self._registry.claim_host(self.host, self._claim, self._ttl_s)
         self.lease_ok = True
 
     async def keep_alive(self) -> None:
@@ -126,7 +128,7 @@ class Membership:
                 changed = True
             if len(held) < len(network.subnets):
                 self._look.set()
-        if snapshot.hosts.get(self.host.id) != self.host:
+        if not self._is_published(snapshot):
             self._look.set()
         if changed:
             self._announce()
@@ -149,9 +151,8 @@ class Membership:
         snapshot = self._snapshot
         if snapshot is None or self._lease is None:
             return
-        if snapshot.hosts.get(self.host.id) != self.host:
-            # Removed by hand while alive (or the store lost it): publish it again.
-            self._lease = await self._registry.claim_host(self.host, self._claim, self._ttl_s)
+        if not self._is_published(snapshot):
+            await self.join()
         for name, network in snapshot.networks.items():
             held = snapshot.subnets_of(self.host.id, name)
             for cidr in network.subnets:
@@ -175,6 +176,10 @@ class Membership:
                 self._announce()
         else:
             _log.info("subnet reserved", network=network.name, subnet=str(subnet))
+
+    def _is_published(self, snapshot: MeshSnapshot) -> bool:
+        """Whether this host's keys are there: somebody may have removed them by hand."""
+        return snapshot.hosts.get(self.host.id) == self.host and self.host.id in snapshot.alive
 
     def _announce(self) -> None:
         self._progress.set()

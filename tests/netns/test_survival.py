@@ -42,7 +42,7 @@ def kernel_state(host: LabHost) -> str:
     """All that a restart must not rewrite, as the kernel prints it."""
     commands = (
         "ip nexthop",
-        "ip route",
+        "ip route show proto 109",
         "ip -6 route show proto 109",
         "ip neigh show nud permanent",
         "bridge fdb show dev mnv4097",

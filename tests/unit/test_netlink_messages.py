@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from ipaddress import ip_interface
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import pytest
@@ -203,12 +204,9 @@ def test_truncated_datagrams_give_the_messages_before_the_cut(
 ) -> None:
     parts = [datagram(kind, body) for kind, body in sent]
     data = b"".join(parts)[:cut]
-    whole = 0
-    for part, (_, body) in zip(parts, sent, strict=True):
-        if sum(map(len, parts[:whole])) + 16 + len(body) <= len(data):
-            whole += 1
-        else:
-            break
+    starts = accumulate(map(len, parts), initial=0)
+    ends = [start + 16 + len(body) for start, (_, body) in zip(starts, sent, strict=False)]
+    whole = sum(end <= len(data) for end in ends)
     found = list(rtnl.split_messages(data))
     assert [(m.kind, data[m.start : m.end]) for m in found] == sent[:whole]
 
