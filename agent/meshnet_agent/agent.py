@@ -32,7 +32,7 @@ from meshnet_agent.publish import Publisher
 from meshnet_agent.reconcile import PassInput, Reconciler
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Awaitable, Callable, Collection
 
     from meshnet.config import AgentConfig
     from meshnet.kernel import Kernel, Wiring
@@ -41,11 +41,17 @@ if TYPE_CHECKING:
     from meshnet_agent.disk import StateDir
     from meshnet_agent.worker import Worker
 
+    Listen = Callable[..., Awaitable[None]]
+
 _FIRST_RESERVATIONS_S = 2.0
 
 
 class Agent:
-    """One host's agent, on any store and any kernel."""
+    """One host's agent, on any store and any kernel.
+
+    Args:
+        listen: waits for the kernel's notifications (`meshnet_agent.monitor.listen`).
+    """
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class Agent:
         disk: StateDir,
         underlay_ip: IpAddress,
         event_filter: EventFilter,
+        listen: Listen = listen,
     ) -> None:
         self.config = config
         self.ready = False
@@ -63,6 +70,7 @@ class Agent:
         self.registry = Registry(store)
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
         self._event_filter = event_filter
+        self._listen = listen
         self.reconciler = Reconciler(
             kernel,
             self._gather,
@@ -105,7 +113,7 @@ class Agent:
                     self._nursery = data_plane
                     await data_plane.start(self.endpoints.run)
                     await data_plane.start(
-                        listen,
+                        self._listen,
                         self._event_filter.concerns_us,
                         nftables_concerns_us,
                         self.reconciler.mark_dirty,

@@ -117,6 +117,11 @@ class Membership:
         for name, network in snapshot.networks.items():
             held = snapshot.subnets_of(self.host.id, name)
             kept = self.subnets.get(name, ())
+            if not all(network.is_host_subnet(s) for s in kept):
+                # Removed and made anew with other addresses, faster than this agent looked.
+                del self.subnets[name]
+                kept = ()
+                changed = True
             if held and held != kept:
                 self.subnets[name] = held
                 changed = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import outcome
 import trio
@@ -21,7 +21,15 @@ _T = TypeVar("_T", covariant=True)
 _R = TypeVar("_R")
 
 
-class Worker(Generic[_T]):
+class Worker(Protocol[_T]):
+    """Owns one object and calls it for others, one call at a time."""
+
+    async def run(self, call: Callable[[_T], _R]) -> _R:
+        """Call `call` with the owned object, and return or raise what it does."""
+        ...
+
+
+class ThreadWorker(Generic[_T]):
     """A thread that owns one object; see `open_worker`."""
 
     def __init__(self, name: str) -> None:
@@ -70,14 +78,14 @@ class Worker(Generic[_T]):
 @asynccontextmanager
 async def open_worker(
     name: str, make: Callable[[], _T], close: Callable[[_T], None]
-) -> AsyncIterator[Worker[_T]]:
+) -> AsyncIterator[ThreadWorker[_T]]:
     """A thread that owns what `make` returns until the block ends.
 
     Args:
         make: runs in the thread.
         close: runs in the thread at the end, whatever happened.
     """
-    worker: Worker[_T] = Worker(name)
+    worker: ThreadWorker[_T] = ThreadWorker(name)
     try:
         await worker._start(make)
         yield worker

@@ -142,7 +142,7 @@ class Registry:
             ]
             if mine:
                 return min(mine, key=int_of)
-            if prefer is not None and prefer not in taken:
+            if prefer is not None and prefer not in taken and network.is_host_subnet(prefer):
                 subnet = prefer
             else:
                 skip = random_below if attempt else lambda count: 0

@@ -27,6 +27,7 @@ from tests.netns.test_survival import (
     alive,
     damage_words,
     is_repaired,
+    is_whole,
     kernel_state,
 )
 
@@ -102,17 +103,13 @@ def _store_outage(lab: Lab, containers: list[LabContainer], targets: list[str]) 
     lab.etcd.wait_healthy(20)
     started = time.monotonic()
     for host in lab.hosts:
-        wait_until(lambda: _whole(host), 60, "alive again")  # noqa: B023
+        wait_until(lambda: is_whole(host), 60, "alive again")  # noqa: B023
     took = time.monotonic() - started
     same = {d["id"]: d["subnets"] for d in meshnet(lab.host("h1"), "hosts")} == subnets
     _say(
         f"etcd stopped for {OUTAGE_S:.0f} s: {_losses(streams)}; all hosts alive and connected "
         f"{took:.1f} s after its return, subnets {'unchanged' if same else 'CHANGED'}"
     )
-
-
-def _whole(host: LabHost) -> bool:
-    return all(alive(host).values()) and bool(meshnet(host, "status")["store"]["connected"])
 
 
 def _join_and_leave(lab: Lab, containers: list[LabContainer]) -> None:

@@ -38,7 +38,7 @@ def meshnet(host: LabHost, *arguments: object, status: int = 0) -> Any:  # noqa:
         assert done.stderr.count("\n") == 1, f"not one line: {done.stderr!r}"
         assert done.stdout == ""
         return done.stderr.strip()
-    assert done.stderr == ""
+    assert done.stderr == "", done.stderr
     return json.loads(done.stdout)
 
 

@@ -1,0 +1,253 @@
+"""A mesh in one process: agents on one store in memory, each with a kernel in memory."""
+
+from __future__ import annotations
+
+import random
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import pytest
+import trio
+
+from meshnet.config import load_config
+from meshnet.errors import MeshnetError
+from meshnet.kernel.events import EventFilter
+from meshnet.kernel.memory import MemoryKernel
+from meshnet.kernel.memory_wiring import MemoryWiring
+from meshnet.state import FdbKey, NeighbourKey
+from meshnet.store.memory import MemoryStore
+from meshnet.store.registry import Registry
+from meshnet_agent.agent import Agent
+from meshnet_agent.disk import StateDir
+from tests.values import make_network, underlay_ip
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from meshnet.model import IpAddress, IpNetwork, MeshSnapshot, Network, Vni
+    from meshnet.state import KernelState
+
+T = TypeVar("T", covariant=True)
+R = TypeVar("R")
+TTL_S, GRACE_S, RESYNC_S = 15, 120, 60
+
+
+class InlineWorker(Generic[T]):
+    """`meshnet_agent.worker.Worker` without a thread: a clock that jumps knows none."""
+
+    def __init__(self, owned: T) -> None:
+        self._owned = owned
+
+    async def run(self, call: Callable[[T], R]) -> R:
+        await trio.lowlevel.checkpoint()
+        return call(self._owned)
+
+
+@dataclass
+class Node:
+    """One host; what it has outlives its agent, as it does in reality."""
+
+    id: str
+    ip: IpAddress
+    store: MemoryStore
+    kernel: MemoryKernel
+    directory: Path
+    agent: Agent | None = None
+    stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
+    stopped: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def running(self) -> Agent:
+        assert self.agent is not None
+        return self.agent
+
+    async def run(self, *, instance: str | None = None, task_status: trio.TaskStatus[None]) -> None:
+        """Run the agent until it is stopped or ends by itself."""
+        arguments = {
+            "etcd": "memory", "underlay-ip": str(self.ip), "host-id": self.id,
+            "lease-ttl": str(TTL_S), "grace": str(GRACE_S), "resync": str(RESYNC_S),
+        }  # fmt: skip
+        config = load_config(arguments, {}, None, hostname="")
+        disk = StateDir(self.directory, lambda: instance or self.id)
+        self.stopped = trio.Event()
+        self.stop_agent = trio.CancelScope()
+        self.agent = Agent(
+            config,
+            self.store,
+            InlineWorker(self.kernel),
+            InlineWorker(MemoryWiring(self.kernel)),
+            disk,
+            self.ip,
+            EventFilter(()),
+            self._listen,
+        )
+        try:
+            with self.stop_agent:
+                await self.agent.run(task_status)
+        finally:
+            disk.close()
+            self.stopped.set()
+
+    async def stop(self) -> None:
+        """Stop the agent as a signal would: it gives its lease back."""
+        self.stop_agent.cancel()
+        await self.stopped.wait()
+
+    async def crash(self) -> None:
+        """End the agent without a word to the store."""
+        self.store.set_available(False)
+        await self.stop()
+        self.store.set_available(True)
+
+    async def _listen(
+        self, *filters_and_on_change: Callable[[], None], task_status: trio.TaskStatus[None]
+    ) -> None:
+        self.kernel.on_change = filters_and_on_change[-1]
+        try:
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            self.kernel.on_change = None
+
+    def state(self) -> KernelState:
+        return self.kernel.dump()
+
+
+class Mesh:
+    """The hosts, and what happens to a packet between them."""
+
+    def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
+        self.store = MemoryStore()
+        self.registry = Registry(self.store)
+        self.nodes: list[Node] = []
+        self._directory = directory
+        self._nursery = nursery
+
+    async def create_network(self, name: str = "prod", *subnets: str) -> Network:
+        def build(vni: Vni) -> Network:
+            return make_network(name, subnets or ("10.42.0.0/16", "fd00:42::/48"), vni)
+
+        return await self.registry.create_network(build, None)
+
+    def add_node(self) -> Node:
+        number = len(self.nodes) + 1
+        ip = underlay_ip(number)
+        directory = self._directory / f"h{number}"
+        node = Node(f"h{number}", ip, self.store.connect(), MemoryKernel(ip), directory)
+        self.nodes.append(node)
+        return node
+
+    async def start(self, node: Node) -> None:
+        """Start a node's agent; on return its first pass is over."""
+        await self._nursery.start(node.run)
+
+    async def start_many(self, count: int) -> None:
+        """Add nodes and start their agents, all at once."""
+        async with trio.open_nursery() as nursery:
+            for node in [self.add_node() for _ in range(count)]:
+                nursery.start_soon(self.start, node)
+
+    async def snapshot(self) -> MeshSnapshot:
+        return await self.registry.snapshot()
+
+    # --- packets --------------------------------------------------------------------------------
+
+    def subnets_of(self, node: Node) -> list[IpNetwork]:
+        """The subnets whose gateway the node is."""
+        return [
+            ip_network((a.address, a.prefix_length), strict=False) for a in node.state().addresses
+        ]
+
+    def deliver(self, source: Node, target: IpAddress) -> Node | None:
+        """The host that a packet from one of `source`'s containers ends up on."""
+        state = source.state()
+        packed = target.packed
+        if any(target in subnet for subnet in self.subnets_of(source)):
+            return source
+        matching = [
+            key
+            for key in state.routes
+            if len(key.prefix) == len(packed)
+            and target in ip_network((key.prefix, key.prefix_length))
+        ]
+        if not matching:
+            return None
+        route = state.routes[max(matching, key=lambda key: key.prefix_length)]
+        if not route.nexthop_id:
+            return None
+        nexthop = state.nexthops[route.nexthop_id]
+        link = state.links.get(nexthop.dev)
+        if link is None or link.vxlan is None or not link.up:
+            return None
+        mac = state.neighbours[NeighbourKey(nexthop.dev, nexthop.gateway)]
+        remote = ip_address(state.fdb[FdbKey(nexthop.dev, mac)])
+        for node in self.nodes:
+            if node.ip == remote:
+                return self._receive(node, target, link.vxlan.vni, mac)
+        return None
+
+    def _receive(self, node: Node, target: IpAddress, vni: int, mac: bytes) -> Node | None:
+        """The far end: a VTEP with that VNI and MAC, and a subnet that holds the target."""
+        vteps = node.state().links.values()
+        if not any(link.vxlan and link.vxlan.vni == vni and link.mac == mac for link in vteps):
+            return None
+        return node if any(target in subnet for subnet in self.subnets_of(node)) else None
+
+    def is_full(self, subnets_each: int = 2) -> bool:
+        """Whether every running node reaches every other's every subnet."""
+        running = [n for n in self.nodes if n.agent is not None and not n.stopped.is_set()]
+        return all(
+            len(self.subnets_of(b)) == subnets_each
+            and all(self.deliver(a, s.network_address + 2) is b for s in self.subnets_of(b))
+            for a in running
+            for b in running
+        )
+
+    def reaches(self, source: Node, target: Node) -> bool:
+        subnets = self.subnets_of(target)
+        return bool(subnets) and all(
+            self.deliver(source, s.network_address + 2) is target for s in subnets
+        )
+
+
+async def until(predicate: Callable[[], bool], what: str, deadline_s: float = 30) -> None:
+    """Wait, by a clock that jumps, until something is true."""
+    with trio.move_on_after(deadline_s):
+        while not predicate():
+            await trio.sleep(0.05)
+        return
+    pytest.fail(f"not within {deadline_s} s: {what}")
+
+
+@asynccontextmanager
+async def open_mesh(directory: Path, seed: int = 1) -> AsyncIterator[Mesh]:
+    """A mesh whose agents are all stopped at the end; scheduling and jitter come from `seed`."""
+    random.seed(seed)
+    trio._core._run._r.seed(seed)  # type: ignore[attr-defined]
+    async with trio.open_nursery() as nursery:
+        mesh = Mesh(directory, nursery)
+        yield mesh
+        nursery.cancel_scope.cancel()
+
+
+def kinds(group: BaseException) -> set[type[BaseException]]:
+    """The classes of the exceptions in a group."""
+    if isinstance(group, BaseExceptionGroup):
+        return {kind for error in group.exceptions for kind in kinds(error)}
+    return {type(group)}
+
+
+__all__ = [
+    "GRACE_S",
+    "RESYNC_S",
+    "TTL_S",
+    "Mesh",
+    "MeshnetError",
+    "Node",
+    "kinds",
+    "open_mesh",
+    "until",
+]

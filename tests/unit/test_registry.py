@@ -1,0 +1,368 @@
+"""What agents do with the store: two at the same instant never both win."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from ipaddress import ip_network
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from meshnet import codec
+from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError, UsageError
+from meshnet.model import Claim, Endpoint, Host, HostId, NetworkName
+from meshnet.store import Put
+from meshnet.store.memory import MemoryStore
+from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS, host_key, subnet_key
+from meshnet.store.registry import FIRST_VNI, Registry, endpoint_key
+from tests.values import IPV4, IPV6, make_endpoint, make_network, underlay_ip
+
+if TYPE_CHECKING:
+    from trio.testing import MockClock
+
+    from meshnet.model import IpNetwork, Network, Vni
+
+H1, H2 = HostId("h1"), HostId("h2")
+PROD = NetworkName("prod")
+
+
+def make_host(name: str = "h1", number: int = 1) -> Host:
+    return Host(id=HostId(name), underlay_ip=underlay_ip(number))
+
+
+def make_claim(instance: str = "a", number: int = 1) -> Claim:
+    return Claim(instance=instance, underlay_ip=underlay_ip(number))
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def registry(store: MemoryStore) -> Registry:
+    return Registry(store)
+
+
+async def create(registry: Registry, *subnets: str, name: str = "prod", **more: Any) -> Network:  # noqa: ANN401
+    vni: int | None = more.pop("vni", None)
+
+    def build(chosen: Vni) -> Network:
+        return make_network(name, subnets or (IPV4,), chosen, **more)
+
+    return await registry.create_network(build, vni)
+
+
+async def reserve(
+    registry: Registry, network: Network, host: str = "h1", prefer: str | None = None
+) -> IpNetwork:
+    return await registry.reserve_subnet(
+        network,
+        network.subnets[0].version,
+        HostId(host),
+        prefer=ip_network(prefer) if prefer is not None else None,
+        random_below=random.Random(1).randrange,
+    )
+
+
+# --- hosts ---------------------------------------------------------------------------------------
+
+
+async def test_a_claim_publishes_the_host(registry: Registry) -> None:
+    await registry.claim_host(make_host(), make_claim(), 15)
+    snapshot = await registry.snapshot()
+    assert snapshot.hosts == {H1: make_host()}
+    assert snapshot.alive == {H1: make_claim()}
+
+
+async def test_a_second_agent_of_one_host_id_is_refused(registry: Registry) -> None:
+    await registry.claim_host(make_host(), make_claim(), 15)
+    with pytest.raises(ConflictError, match=r"held by an agent at underlay address 10\.9\.0\.1"):
+        await registry.claim_host(make_host(number=2), make_claim("b", 2), 15)
+    assert (await registry.snapshot()).hosts == {H1: make_host()}
+
+
+async def test_a_host_id_is_free_after_its_lease(
+    registry: Registry, autojump_clock: MockClock
+) -> None:
+    await registry.claim_host(make_host(), make_claim(), 15)
+    await trio.sleep(15.1)
+    assert (await registry.snapshot()).alive == {}
+    await registry.claim_host(make_host(number=2), make_claim("b", 2), 15)
+    assert (await registry.snapshot()).hosts[H1].underlay_ip == underlay_ip(2)
+
+
+async def test_a_restarted_agent_takes_over_at_once(
+    registry: Registry, store: MemoryStore, autojump_clock: MockClock
+) -> None:
+    old = await registry.claim_host(make_host(), make_claim(), 15)
+    new = await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
+    assert new != old
+    snapshot = await registry.snapshot()
+    assert snapshot.alive == {H1: make_claim(number=2)}  # its old lease took nothing along
+    await trio.sleep(10)
+    await store.keep_alive(new)
+    await trio.sleep(10)
+    assert (await registry.snapshot()).alive
+
+
+async def test_a_claim_that_cannot_be_read_is_somebodys(
+    registry: Registry, store: MemoryStore
+) -> None:
+    await store.commit([], [Put(ALIVE + "h1", b"?")])
+    with pytest.raises(ConflictError, match="cannot be read"):
+        await registry.claim_host(make_host(), make_claim(), 15)
+
+
+async def test_a_host_whose_name_begins_with_anothers(registry: Registry) -> None:
+    await registry.claim_host(make_host("h10", 10), make_claim("x", 10), 15)
+    await registry.claim_host(make_host("h1"), make_claim(), 15)
+    assert len((await registry.snapshot()).alive) == 2
+
+
+async def test_of_many_agents_with_one_id_one_wins(store: MemoryStore) -> None:
+    outcomes = []
+
+    async def claim(number: int) -> None:
+        try:
+            await Registry(store).claim_host(make_host(number=number), make_claim(str(number)), 15)
+            outcomes.append(True)
+        except ConflictError:
+            outcomes.append(False)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(1, 9):
+            nursery.start_soon(claim, number)
+    assert sorted(outcomes) == [False] * 7 + [True]
+
+
+async def test_removing_a_host(registry: Registry, store: MemoryStore) -> None:
+    networks = [await create(registry), await create(registry, "10.43.0.0/16", name="test")]
+    lease = await registry.claim_host(make_host(), make_claim(), 15)
+    await registry.claim_host(make_host("h2", 2), make_claim("b", 2), 15)
+    endpoint = make_endpoint()
+    other = replace(endpoint, host=H2)
+    for network in networks:
+        for host in ("h1", "h2"):
+            await reserve(registry, network, host)
+    await registry.publish(
+        {endpoint_key(e): codec.encode_endpoint(e) for e in (endpoint, other)}, []
+    )
+    with pytest.raises(ConflictError, match="alive"):
+        await registry.remove_host(H1)
+    assert (await registry.snapshot()).hosts.keys() == {H1, H2}
+    await store.revoke_lease(lease)
+    await registry.remove_host(H1)
+    snapshot = await registry.snapshot()
+    assert snapshot.hosts.keys() == {H2}
+    assert {host for owned in snapshot.reservations.values() for host in owned.values()} == {H2}
+    assert await registry.list_endpoints() == [other]
+    with pytest.raises(NotFoundError, match="h1"):
+        await registry.remove_host(H1)
+
+
+async def test_removing_a_host_that_is_on_very_many_networks(
+    registry: Registry, store: MemoryStore
+) -> None:
+    await store.commit([], [Put(host_key(H1), codec.encode_host(make_host()))])
+    for i in range(130):
+        network = make_network(f"n{i}", (f"10.{i}.0.0/16",), i + 1)
+        key = subnet_key(network.name, ip_network(f"10.{i}.0.0/24"))
+        await store.commit([], [Put(key, b'{"v":1,"host":"h1"}')])
+    await registry.remove_host(H1)
+    snapshot = await registry.snapshot()
+    assert (snapshot.hosts, snapshot.reservations) == ({}, {})
+
+
+async def test_removing_a_host_whose_entry_cannot_be_read(
+    registry: Registry, store: MemoryStore
+) -> None:
+    await store.commit([], [Put(HOSTS + "h1", b"?")])
+    await registry.remove_host(H1)
+    assert (await registry.snapshot()).bad_values == {}
+
+
+# --- subnets -------------------------------------------------------------------------------------
+
+
+async def test_hosts_get_the_lowest_free_subnet_and_keep_it(registry: Registry) -> None:
+    network = await create(registry)
+    assert await reserve(registry, network, "h1") == ip_network("10.42.0.0/24")
+    assert await reserve(registry, network, "h2") == ip_network("10.42.1.0/24")
+    assert await reserve(registry, network, "h1") == ip_network("10.42.0.0/24")
+
+
+async def test_the_preferred_subnet_if_it_is_free(registry: Registry) -> None:
+    network = await create(registry)
+    assert await reserve(registry, network, "h1", "10.42.9.0/24") == ip_network("10.42.9.0/24")
+    assert await reserve(registry, network, "h2", "10.42.9.0/24") == ip_network("10.42.0.0/24")
+
+
+async def test_a_race_of_many_hosts_gives_each_its_own(store: MemoryStore) -> None:
+    network = await create(Registry(store), "10.42.0.0/22", host_prefix=28)  # 64 subnets
+    found: dict[int, IpNetwork] = {}
+    generator = random.Random(7)
+
+    async def one(number: int) -> None:
+        found[number] = await Registry(store).reserve_subnet(
+            network, 4, HostId(f"h{number}"), prefer=None, random_below=generator.randrange
+        )
+
+    async with trio.open_nursery() as nursery:
+        for number in range(60):
+            nursery.start_soon(one, number)
+    assert len(set(found.values())) == 60
+    snapshot = await Registry(store).snapshot()
+    assert {s: f"h{n}" for n, s in found.items()} == snapshot.reservations[PROD]
+
+
+async def test_no_subnet_is_left(registry: Registry) -> None:
+    network = await create(registry, "10.42.0.0/23")
+    for host in ("h1", "h2"):
+        await reserve(registry, network, host)
+    with pytest.raises(PoolExhaustedError, match="all 2 subnets"):
+        await reserve(registry, network, "h3")
+
+
+async def test_a_reservation_that_cannot_be_read_is_not_overwritten(
+    registry: Registry, store: MemoryStore
+) -> None:
+    network = await create(registry)
+    await store.commit([], [Put(SUBNETS + "prod/10.42.0.0-24", b"?")])
+    assert await reserve(registry, network) == ip_network("10.42.1.0/24")
+
+
+async def test_a_reservation_that_is_no_host_subnet_does_not_count(
+    registry: Registry, store: MemoryStore
+) -> None:
+    network = await create(registry)
+    await store.commit([], [Put(SUBNETS + "prod/10.99.0.0-16", b'{"v":1,"host":"h1"}')])
+    assert await reserve(registry, network) == ip_network("10.42.0.0/24")
+
+
+async def test_reserving_of_a_network_that_is_gone(registry: Registry) -> None:
+    network = await create(registry)
+    await create(registry, "10.43.0.0/16", name="prod2")  # its key begins with the other's
+    await registry.remove_network(PROD)
+    with pytest.raises(NotFoundError, match="prod"):
+        await reserve(registry, network)
+
+
+async def test_reserving_of_a_network_written_by_a_newer_version(
+    registry: Registry, store: MemoryStore
+) -> None:
+    network = await create(registry)
+    newer = codec.encode_network(network)[:-1] + b',"colour":"green"}'
+    await store.commit([], [Put(NETWORKS + "prod", newer)])
+    assert await reserve(registry, network) == ip_network("10.42.0.0/24")
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+async def test_networks_get_the_lowest_free_vni(registry: Registry) -> None:
+    first = await create(registry)
+    second = await create(registry, "10.43.0.0/16", name="b", vni=FIRST_VNI + 1)
+    third = await create(registry, "10.44.0.0/16", name="c")
+    assert [n.vni for n in (first, second, third)] == [FIRST_VNI, FIRST_VNI + 1, FIRST_VNI + 2]
+    snapshot = await registry.snapshot()
+    assert list(snapshot.networks.values()) == [second, third, first]  # by name
+
+
+@pytest.mark.parametrize(
+    ("subnets", "more", "message"),
+    [
+        (("10.50.0.0/16",), {"name": "prod"}, "network prod exists"),
+        (("10.50.0.0/16",), {"vni": FIRST_VNI}, "VNI 4097 belongs to network prod"),
+        (("10.42.128.0/17",), {}, "overlaps"),
+        (("10.0.0.0/8",), {}, "overlaps"),
+        (("10.50.0.0/16", IPV6), {}, "overlaps"),
+        (("10.9.0.0/16",), {}, r"contains 10\.9\.0\.1"),
+        (("10.50.0.0/16",), {"name": "broken"}, "cannot be read"),
+    ],
+)
+async def test_networks_that_conflict(
+    registry: Registry,
+    store: MemoryStore,
+    subnets: tuple[str, ...],
+    more: dict[str, Any],
+    message: str,
+) -> None:
+    await create(registry, IPV4, IPV6)
+    await registry.claim_host(make_host(), make_claim(), 15)
+    await store.commit([], [Put(NETWORKS + "broken", b"?")])
+    with pytest.raises(ConflictError, match=message):
+        await create(registry, *subnets, **{"name": "new", **more})
+    assert (await registry.snapshot()).networks.keys() == {"prod"}
+
+
+async def test_a_network_that_cannot_work(registry: Registry) -> None:
+    with pytest.raises(UsageError):
+        await create(registry, host_prefix=31)
+    with pytest.raises(UsageError):
+        await create(registry, vni=1 << 24)
+
+
+async def test_a_race_of_networks_gives_each_its_own_vni(store: MemoryStore) -> None:
+    async def one(number: int) -> None:
+        await create(Registry(store), f"10.{number}.0.0/16", name=f"n{number}")
+
+    async with trio.open_nursery() as nursery:
+        for number in range(20, 32):
+            nursery.start_soon(one, number)
+    networks = (await Registry(store).snapshot()).networks.values()
+    assert sorted(n.vni for n in networks) == list(range(FIRST_VNI, FIRST_VNI + 12))
+
+
+async def test_of_networks_that_overlap_one_wins(store: MemoryStore) -> None:
+    outcomes = []
+
+    async def one(name: str) -> None:
+        try:
+            await create(Registry(store), name=name)
+            outcomes.append(True)
+        except ConflictError:
+            outcomes.append(False)
+
+    async with trio.open_nursery() as nursery:
+        for name in "abcd":
+            nursery.start_soon(one, name)
+    assert sorted(outcomes) == [False, False, False, True]
+
+
+async def test_removing_a_network(registry: Registry) -> None:
+    network = await create(registry)
+    other = await create(registry, "10.43.0.0/16", name="prod2")
+    for each in (network, other):
+        await reserve(registry, each)
+    endpoint = make_endpoint()
+    await registry.publish({endpoint_key(endpoint): codec.encode_endpoint(endpoint)}, [])
+    with pytest.raises(ConflictError, match=r"1 endpoints \(e-0123 on h1\)"):
+        await registry.remove_network(PROD)
+    await registry.publish({}, [endpoint_key(endpoint)])
+    await registry.remove_network(PROD)
+    snapshot = await registry.snapshot()
+    assert snapshot.networks.keys() == snapshot.reservations.keys() == {"prod2"}
+    assert not await registry.network_exists(PROD)
+    with pytest.raises(NotFoundError, match="prod"):
+        await registry.remove_network(PROD)
+
+
+# --- endpoints -----------------------------------------------------------------------------------
+
+
+async def test_endpoints_are_published_and_listed(registry: Registry, store: MemoryStore) -> None:
+    some: list[Endpoint] = [
+        make_endpoint((f"10.42.{i // 250}.{i % 250 + 2}/24",), identity=f"{i:012x}")
+        for i in range(150)
+    ]
+    await registry.publish({endpoint_key(e): codec.encode_endpoint(e) for e in some}, [])
+    assert await registry.list_endpoints() == some
+    assert await registry.list_endpoints(NetworkName("other")) == []
+    assert len(await registry.list_published(PROD, H1)) == 150
+    assert await registry.list_published(PROD, H2) == {}
+    await registry.publish({}, [endpoint_key(e) for e in some[1:]])
+    await store.commit([], [Put(endpoint_key(some[1]), b"?")])
+    assert await registry.list_endpoints(PROD) == some[:1]
