@@ -86,7 +86,7 @@ class Agent:
             ttl_s=config.lease_ttl_s,
             on_change=self.reconciler.mark_dirty,
         )
-        self.endpoints = Endpoints(wiring, disk, self.host.id, self._on_endpoints)
+        self.endpoints = Endpoints(wiring, disk, self.host.id)
         self.publisher = Publisher(
             self.registry, self.endpoints, self.host.id, lambda: self.follower.snapshot.networks
         )
@@ -162,9 +162,6 @@ class Agent:
             if self._nursery is not None:
                 self._nursery.start_soon(self.endpoints.remove_network, network)
         self.reconciler.mark_dirty()
-
-    def _on_endpoints(self) -> None:
-        """A new endpoint link is as planned already; nothing to do before the next pass."""
 
     def _on_missing_links(self, names: Collection[str]) -> None:
         known = {endpoint_link_name(e.id) for e in self.endpoints.all}

@@ -111,7 +111,8 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
             route("/v1/hosts", "GET", handlers.list_hosts),
             route("/v1/hosts/{id}", "DELETE", handlers.remove_host),
             route("/v1/status", "GET", handlers.status),
-        ]
+        ],
+        exception_handlers={404: _no_such_route, 405: _no_such_route},
     )
 
 
@@ -196,6 +197,14 @@ def _guard(
             return _error(KernelRefusedError("internal error: see the agent's log"))
 
     return guarded
+
+
+async def _no_such_route(request: Request, _error_of_starlette: Exception) -> Response:
+    return _error(
+        NotFoundError(
+            f"{request.method} {request.url.path} is no request of this API: see docs/api.md"
+        )
+    )
 
 
 def _error(error: MeshnetError) -> Response:

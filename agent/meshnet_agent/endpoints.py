@@ -77,18 +77,15 @@ class ReadyNetwork:
 class Endpoints:
     """All endpoints of this host.
 
-    Args:
-        on_change: called when the set of endpoints changed.
+    Attributes:
+        changed: raised when the set of endpoints changed, for whoever publishes it.
     """
 
-    def __init__(
-        self, worker: Worker[Wiring], disk: StateDir, host: HostId, on_change: Callable[[], None]
-    ) -> None:
+    def __init__(self, worker: Worker[Wiring], disk: StateDir, host: HostId) -> None:
         self.changed = Flag()
         self._worker = worker
         self._disk = disk
         self._host = host
-        self._on_change = on_change
         self._endpoints: dict[EndpointId, Endpoint] = {}
         self._pools: dict[IpNetwork, AddressPool] = {}
         self._watchers: dict[EndpointId, trio.CancelScope] = {}
@@ -136,7 +133,7 @@ class Endpoints:
                     raise
                 self._endpoints[endpoint.id] = endpoint
                 self._watch(endpoint, os.dup(pid_fd))
-        self._announce()
+        self.changed.set()
         return endpoint
 
     async def detach(self, pid: int, network: str) -> Endpoint:
@@ -148,7 +145,7 @@ class Endpoints:
         async with self._lock:
             endpoint = self._find(pid, network)
             await self._remove(endpoint)
-        self._announce()
+        self.changed.set()
         return endpoint
 
     async def remove_network(self, network: NetworkName) -> None:
@@ -159,7 +156,7 @@ class Endpoints:
                 _log.warning("endpoint freed, its network was removed", endpoint=endpoint.name)
                 await self._remove(endpoint)
         if gone:
-            self._announce()
+            self.changed.set()
 
     async def heal(self, link_names: Collection[str], ready: Callable[[str], ReadyNetwork]) -> None:
         """Connect endpoints again whose host-side link somebody deleted."""
@@ -282,10 +279,6 @@ class Endpoints:
         if watcher is not None:
             watcher.cancel()
 
-    def _announce(self) -> None:
-        self.changed.set()
-        self._on_change()
-
     # --- the life of an endpoint --------------------------------------------------------------
 
     def _watch(self, endpoint: Endpoint, pid_fd: int) -> None:
@@ -316,7 +309,7 @@ class Endpoints:
                 await self._remove(endpoint)
             else:
                 self._adopt(*heir)
-        self._announce()
+        self.changed.set()
 
     async def _find_heir(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
         """Another process of the namespace, as a changed endpoint and its pidfd."""
@@ -356,7 +349,7 @@ class Endpoints:
         for name in link_names - recorded:
             _log.warning("unrecorded endpoint link removed", link=name)
             await self._worker.run(lambda wiring, n=name: wiring.remove_link(n))  # type: ignore[misc]
-        self._announce()
+        self.changed.set()
 
 
 def _inner_routes(ready: ReadyNetwork) -> list[IpNetwork]:
