@@ -149,7 +149,9 @@ def _from_toml(text: str | None, name: str) -> dict[str, str]:
     values = {}
     for key, value in document.items():
         if key not in known:
-            raise UsageError(f"{name} has unknown key {key!r}: choose from {', '.join(known)}")
+            raise UsageError(
+                f"{name} has unknown key {key!r}: choose from {', '.join(sorted(known))}"
+            )
         if key == "etcd" and isinstance(value, list):
             values[key] = ",".join(map(str, value))
         elif isinstance(value, str | int | float) and not isinstance(value, bool):

@@ -17,7 +17,7 @@ from meshnet.model import Mode
 from meshnet.state import KernelState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from meshnet.backends import Backend
     from meshnet.model import Endpoint, HostId, IpNetwork, MeshSnapshot, Network, NetworkName
@@ -82,6 +82,10 @@ def plan_mesh(
     outcomes: dict[NetworkName, NetworkOutcome] = {}
     planned: list[NetworkPlan] = []
     for network in snapshot.networks.values():
+        conflict = _find_conflict(network, outcomes, snapshot)
+        if conflict is not None:
+            outcomes[network.name] = NetworkOutcome(plan=None, peers=0, errors=(conflict,))
+            continue
         outcome = _plan_network(network, snapshot, local, underlay, ids, state)
         outcomes[network.name] = outcome
         if outcome.plan is not None:
@@ -90,6 +94,24 @@ def plan_mesh(
         state.firewall = render_firewall([p.firewall for p in planned])
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)
+
+
+def _find_conflict(
+    network: Network, earlier: Iterable[NetworkName], snapshot: MeshSnapshot
+) -> str | None:
+    """Why a network cannot be had beside an older one.
+
+    `meshnet.store.registry` lets no such network come into being; somebody else may.
+    """
+    for name in earlier:
+        other = snapshot.networks[name]
+        if other.vni == network.vni:
+            return f"VNI {network.vni} belongs to network {name}: remove this network"
+        for mine in network.subnets:
+            for theirs in other.subnets:
+                if mine.version == theirs.version and mine.overlaps(theirs):
+                    return f"subnet {mine} overlaps {theirs} of network {name}: remove this network"
+    return None
 
 
 def _plan_network(
@@ -109,11 +131,13 @@ def _plan_network(
     if not subnets:
         return NetworkOutcome(plan=None, peers=0, errors=("this host has no subnet of it yet",))
     peers, errors = _peers(network, snapshot, local)
+    endpoints = [e for e in local.endpoints if e.network == network.name]
+    errors += _stranded(endpoints, subnets)
     wanted = NetworkInput(
         network=network,
         subnets=subnets,
         peers=peers,
-        endpoints=[e for e in local.endpoints if e.network == network.name],
+        endpoints=endpoints,
         underlay=underlay,
     )
     plan = backend(wanted, state, ids)
@@ -122,6 +146,17 @@ def _plan_network(
         peers=len({p.host.id for p in peers}),
         errors=(*errors, *plan.errors),
     )
+
+
+def _stranded(endpoints: Sequence[Endpoint], subnets: Sequence[IpNetwork]) -> list[str]:
+    """Endpoints whose subnet was given to another host while this one was away."""
+    return [
+        f"endpoint {e.name} has {a}, which is in none of this host's subnets any more: detach and "
+        "attach it again"
+        for e in endpoints
+        for a in e.addresses
+        if a.network not in subnets
+    ]
 
 
 def _peers(

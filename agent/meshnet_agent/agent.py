@@ -26,6 +26,7 @@ from meshnet.plan import LocalView
 from meshnet.store.registry import Registry
 from meshnet_agent.endpoints import Endpoints, ReadyNetwork
 from meshnet_agent.follow import Follower
+from meshnet_agent.identity import MeshIdentity
 from meshnet_agent.membership import Membership
 from meshnet_agent.monitor import listen
 from meshnet_agent.publish import Publisher
@@ -78,17 +79,23 @@ class Agent:
             resync_s=config.resync_s,
             next_change_s=self._next_expiry_s,
         )
-        self.follower = Follower(store, self._on_snapshot)
+        self.identity = MeshIdentity(store, disk.path / "mesh.json")
+        self.follower = Follower(store, self.identity, self._on_snapshot)
         self.membership = Membership(
             self.registry,
             self.host,
             claim,
             ttl_s=config.lease_ttl_s,
+            check_store=self.identity.check,
             on_change=self.reconciler.mark_dirty,
         )
         self.endpoints = Endpoints(wiring, disk, self.host.id)
         self.publisher = Publisher(
-            self.registry, self.endpoints, self.host.id, lambda: self.follower.snapshot.networks
+            self.registry,
+            self.endpoints,
+            self.host.id,
+            lambda: self.follower.snapshot.networks,
+            self.identity.check,
         )
         self._nursery: trio.Nursery | None = None
 
@@ -100,6 +107,7 @@ class Agent:
         Raises:
             ConflictError: another agent is this host.
             StoreUnavailableError: the store did not answer at start.
+            PolicyRefusedError: the store is not this host's mesh.
         """
         await self.membership.join()
         await self.follower.list_all()
@@ -126,6 +134,7 @@ class Agent:
                     self.ready = True
                     task_status.started()
         finally:
+            self.identity.save()
             with trio.move_on_after(2, shield=True), contextlib.suppress(MeshnetError):
                 await self.membership.leave()
 

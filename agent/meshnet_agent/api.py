@@ -50,6 +50,10 @@ _STATUS_CODES: dict[type[MeshnetError], int] = {
 }
 
 
+_Pid = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
+"""linux/threads.h: PID_MAX_LIMIT."""
+
+
 class NetworkRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of ``POST /v1/networks``."""
 
@@ -67,7 +71,7 @@ class NetworkRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class EndpointRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of ``POST /v1/attach``."""
 
-    pid: Annotated[int, msgspec.Meta(ge=1)]
+    pid: _Pid
     network: str
     ifname: str = "eth0"
     ip: str | None = None
@@ -78,7 +82,7 @@ class EndpointRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class DetachRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of ``POST /v1/detach``."""
 
-    pid: Annotated[int, msgspec.Meta(ge=1)]
+    pid: _Pid
     network: str
 
 

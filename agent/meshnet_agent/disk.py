@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import structlog
@@ -107,6 +108,25 @@ def hold_run_dir(path: Path) -> int:
             f"run directory {path}: {error.strerror}: give --run-dir a directory that can be "
             "written"
         ) from error
+
+
+def hold_namespace() -> socket.socket:
+    """Be the only agent of this network namespace: two would undo each other's work.
+
+    An abstract Unix socket belongs to the network namespace it was bound in (unix(7)).
+
+    Raises:
+        ConflictError: another agent is there.
+    """
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        lock.bind("\0meshnet-agent")
+    except OSError as error:
+        lock.close()
+        raise ConflictError(
+            "another meshnet-agent manages this network namespace: stop that one"
+        ) from error
+    return lock
 
 
 def _hold(file: Path, what: str) -> int:

@@ -322,7 +322,7 @@ class Endpoints:
                     return None
                 heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
                 return heir, os.dup(pid_fd)
-        except NotFoundError:
+        except MeshnetError:
             return None
 
     def _adopt(self, endpoint: Endpoint, pid_fd: int) -> None:
@@ -396,6 +396,6 @@ def _same_process(endpoint: Endpoint) -> tuple[Endpoint, int] | None:
                 and netns_inode(netns_fd) == endpoint.netns_inode
             ):
                 return endpoint, os.dup(pid_fd)
-    except NotFoundError:
+    except MeshnetError:
         pass
     return None

@@ -13,13 +13,14 @@ import trio
 
 from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.store import CompactedError
-from meshnet.store.mirror import MESH, NETWORKS_SERIAL, Mirror
+from meshnet.store.mirror import MESH, Mirror
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from meshnet.model import HostId, MeshSnapshot
     from meshnet.store import Store
+    from meshnet_agent.identity import MeshIdentity
 
 _log = structlog.get_logger()
 _FIRST_DELAY_S = 0.1
@@ -29,17 +30,25 @@ _LAST_DELAY_S = 10.0
 class Follower:
     """Owns the mirror.
 
+    Attributes:
+        connected: whether the watch runs.
+        error: why not.
+
     Args:
         on_change: called with the snapshot after every change of it.
     """
 
-    def __init__(self, store: Store, on_change: Callable[[MeshSnapshot], None]) -> None:
+    def __init__(
+        self, store: Store, identity: MeshIdentity, on_change: Callable[[MeshSnapshot], None]
+    ) -> None:
         self._store = store
+        self._identity = identity
         self._mirror = Mirror()
         self._on_change = on_change
         self._heard_at = trio.current_time()
         self._dead_since: dict[HostId, float] = {}
         self.connected = False
+        self.error: str | None = None
         self.snapshot = self._mirror.snapshot()
 
     @property
@@ -57,7 +66,9 @@ class Follower:
 
         Raises:
             StoreUnavailableError: the store does not answer.
+            PolicyRefusedError: it is not this host's mesh (`MeshIdentity.check`).
         """
+        await self._identity.check()
         listing = await self._store.list_prefix(MESH)
         self._mirror.load(listing)
         self._changed()
@@ -77,30 +88,30 @@ class Follower:
                     reason = str(error)
             except (StoreUnavailableError, PolicyRefusedError) as error:
                 reason = str(error)
-            if self.connected:
+            if reason != self.error:
                 _log.warning("store lost", reason=reason)
+            if self.connected:
                 delay_s = _FIRST_DELAY_S
             self.connected = False
+            self.error = reason
             # Jitter, or all agents would come back in the same instant.
             await trio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(_LAST_DELAY_S, delay_s * 2)
 
     async def _watch_once(self) -> None:
         after = self._mirror.revision
-        if (await self._store.list_prefix(NETWORKS_SERIAL)).revision < after:
-            # Revisions only grow, unless the store was restored from an older copy; a watch from
-            # the future would be silent.
-            _log.warning("store went back in time, listing again", revision=after)
-            await self.list_all()
-            after = self._mirror.revision
+        # A watch of an empty store, or of one that went back in time, would only be silent.
+        await self._identity.check()
         async with self._store.watch_prefix(MESH, after_revision=after) as batches:
             if not self.connected:
                 _log.info("store followed", revision=after)
             self.connected = True
+            self.error = None
             self._heard_at = trio.current_time()
             async for batch in batches:
                 self._heard_at = trio.current_time()
                 self._mirror.apply(batch)
+                self._identity.observe(batch.revision)
                 if batch.changes:
                     self._changed()
 

@@ -5,14 +5,15 @@ The only ``trio.run`` of the project.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import grp
 import os
+import resource
 import secrets
 import signal
 import socket
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -21,12 +22,13 @@ import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio import serve
 
+from meshnet.cli.parser import Parser
 from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.kernel.events import EventFilter
 from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
-from meshnet_agent.disk import StateDir, hold_run_dir
+from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.notify import notify
 from meshnet_agent.service import Service
@@ -72,7 +74,7 @@ def _first(error: MeshnetError | BaseExceptionGroup[MeshnetError]) -> MeshnetErr
 
 
 def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="meshnet-agent",
         description="The meshnet agent: one on every host, as root.",
         epilog="Every option is also an environment variable (--lease-ttl: MESHNET_LEASE_TTL) and "
@@ -90,6 +92,9 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
                 choices=setting.choices or None,
             )
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    parser.add_argument(
+        "--version", action="version", version=f"meshnet-agent {version('meshnet')}"
+    )
     parsed = vars(parser.parse_args(arguments))
     path = parsed.pop("config") or os.environ.get("MESHNET_CONFIG")
     text = None
@@ -108,6 +113,9 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
 
 
 async def _run(config: AgentConfig) -> None:
+    # One pidfd an endpoint: the usual soft limit of 1,024 is soon reached.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Imported here: pyroute2 takes 0.2 s, and --help needs none of it.
     from meshnet.kernel.netlink import NetlinkKernel
     from meshnet.kernel.wiring import NetlinkWiring
@@ -116,6 +124,7 @@ async def _run(config: AgentConfig) -> None:
         return NetlinkKernel(disk.path / "firewall.json")
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hold_namespace())
         stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)

@@ -17,19 +17,22 @@ from meshnet.store import LeaseExpiredError
 from meshnet_agent.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from meshnet.model import Claim, Host, IpNetwork, MeshSnapshot, Network, NetworkName
     from meshnet.store import LeaseId
     from meshnet.store.registry import Registry
 
 _log = structlog.get_logger()
+_REJOIN_S = (0.1, 1.0)
+"""Pause before keys that somebody else removed or wrote over are written again."""
 
 
 class Membership:
     """Claims the host, keeps its lease alive and reserves a subnet of every network.
 
     Args:
+        check_store: raises if the store is not this host's mesh (`MeshIdentity.check`).
         on_change: called when `subnets` or `errors` changed.
     """
 
@@ -40,6 +43,7 @@ class Membership:
         claim: Claim,
         *,
         ttl_s: int,
+        check_store: Callable[[], Awaitable[None]],
         on_change: Callable[[], None],
     ) -> None:
         self.host = host
@@ -49,6 +53,7 @@ class Membership:
         self._registry = registry
         self._claim = claim
         self._ttl_s = ttl_s
+        self._check_store = check_store
         self._on_change = on_change
         self._lease: LeaseId | None = None
         self._snapshot: MeshSnapshot | None = None
@@ -62,8 +67,10 @@ class Membership:
         Raises:
             ConflictError: another agent is this host.
             StoreUnavailableError: the store does not answer.
+            PolicyRefusedError: the store is not this host's mesh.
         """
         async with self._claiming:
+            await self._check_store()
             self._lease = await self._registry.claim_host(self.host, self._claim, self._ttl_s)
         self.lease_ok = True
 
@@ -157,6 +164,9 @@ class Membership:
         if snapshot is None or self._lease is None:
             return
         if not self._is_published(snapshot):
+            # Two agents with copies of one state directory take the host from each other; without
+            # a pause they would do it as fast as the store can write.
+            await trio.sleep(random.uniform(*_REJOIN_S))
             await self.join()
         for name, network in snapshot.networks.items():
             held = snapshot.subnets_of(self.host.id, name)

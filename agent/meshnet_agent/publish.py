@@ -17,7 +17,7 @@ from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.store.registry import endpoint_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from meshnet.model import HostId, NetworkName
     from meshnet.store.registry import Registry
@@ -28,7 +28,11 @@ _DELAYS_S = (0.2, 10.0)
 
 
 class Publisher:
-    """Keeps the keys of this host's endpoints current."""
+    """Keeps the keys of this host's endpoints current.
+
+    Args:
+        check_store: raises if the store is not this host's mesh (`MeshIdentity.check`).
+    """
 
     def __init__(
         self,
@@ -36,11 +40,13 @@ class Publisher:
         endpoints: Endpoints,
         host: HostId,
         networks: Callable[[], Iterable[NetworkName]],
+        check_store: Callable[[], Awaitable[None]],
     ) -> None:
         self._registry = registry
         self._endpoints = endpoints
         self._host = host
         self._networks = networks
+        self._check_store = check_store
         self._published: dict[str, bytes] | None = None
 
     async def run(self) -> None:
@@ -60,6 +66,7 @@ class Publisher:
 
     async def _sync(self) -> None:
         if self._published is None:
+            await self._check_store()
             published: dict[str, bytes] = {}
             for network in self._networks():
                 published |= await self._registry.list_published(network, self._host)

@@ -202,6 +202,7 @@ class Service:
                 "connected": self._agent.follower.connected and self._agent.membership.lease_ok,
                 "revision": snapshot.revision,
                 "lag_s": round(self._agent.follower.lag_s, 3),
+                "error": self._agent.follower.error,
             },
             "networks": networks,
             "bad_values": [

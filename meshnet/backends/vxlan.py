@@ -10,9 +10,9 @@ through it, one permanent neighbour; and one FDB entry a host.  Endpoints of oth
 nothing here: state grows with hosts, not with containers.  Nothing is learned from packets.
 
 The neighbour that stands for a remote VTEP is its subnet's own address for IPv4 (10.42.3.0, which
-no endpoint can have) and the link-local address made from its MAC for IPv6.  The kernel refuses an
-IPv6 gateway that a route of another kind covers, as our ``unreachable`` route for the whole network
-does; a link-local one is never looked up (``ip6_validate_gw`` in net/ipv6/route.c).
+no endpoint can have) and the link-local address made from its MAC for IPv6.  An on-link
+IPv6 gateway is refused where a route over another link covers it; a link-local one is never looked
+up (``ip6_validate_gw`` in net/ipv6/route.c, docs/design/ipv6-gateways.md).
 
 With ``direct_routing`` a peer whose underlay address is on-link gets a nexthop on the underlay link
 and no tunnel objects.

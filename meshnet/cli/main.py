@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from meshnet.cli import completion, endpoint, host, lab, network, status
 from meshnet.cli.client import DEFAULT_SOCKET
+from meshnet.cli.parser import Parser
 from meshnet.errors import MeshnetError, UsageError
 
 if TYPE_CHECKING:
@@ -30,17 +31,9 @@ a first network:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(UsageError.exit_status)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="meshnet",
         description="Put any process of any host on one network.",
         epilog=_EXIT_STATUSES,

@@ -132,8 +132,9 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print_json(document)
         return 0
-    for key in ("name", "mode", "vni", "port", "mtu", "direct_routing"):
+    for key in ("name", "mode", "vni", "port", "mtu"):
         print(f"{key + ':':16}{document[key]}")
+    print(f"{'direct routing:':16}{'yes' if document['direct_routing'] else 'no'}")
     print(f"{'subnets:':16}{joined(document['subnets'])}")
     print()
     print_table(("HOST", "SUBNETS"), ((h, joined(s)) for h, s in sorted(document["hosts"].items())))

@@ -11,7 +11,7 @@ import ctypes
 import os
 from typing import TYPE_CHECKING
 
-from meshnet.errors import NotFoundError
+from meshnet.errors import NotFoundError, PolicyRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,12 +25,18 @@ def open_netns(pid: int) -> int:
 
     Raises:
         NotFoundError: there is no such process.
+        PolicyRefusedError: this process may not look at it.
     """
     try:
         return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NotFoundError(
             f"process {pid} does not exist: give the pid of a running process"
+        ) from error
+    except PermissionError as error:
+        raise PolicyRefusedError(
+            f"the namespaces of process {pid} may not be looked at by this agent: give the pid of "
+            "another process of the same namespace"
         ) from error
 
 

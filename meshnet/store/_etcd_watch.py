@@ -175,7 +175,7 @@ def remedy_for(reasons: Sequence[str]) -> str:
     text = " ".join(reasons).lower()
     # With TLS 1.3 a server that dislikes the client's certificate says so after the handshake:
     # gRPC reports what it cannot decrypt, or just the end of the connection.
-    cut_off = "https:" in text and ("socket closed" in text or "reset" in text)
-    if cut_off or "handshake" in text or "ssl" in text or "tsi_" in text:
+    signs = ("socket closed", "reset", "handshake", "ssl", "tsi_")
+    if "https:" in text and any(sign in text for sign in signs):
         return "check --etcd-ca, --etcd-cert and --etcd-key"
     return "check --etcd and that etcd is running"

@@ -7,6 +7,7 @@ Keys (docs/etcd-layout.md)::
     /meshnet/v1/mesh/alive/ID                 who runs as that host; under the host's lease
     /meshnet/v1/mesh/subnets/NAME/CIDR        whose subnet that is (a reservation)
     /meshnet/v1/endpoints/NAME/ID/ENDPOINT    an endpoint; listed on demand, never watched
+    /meshnet/v1/mesh-id                       random name of the mesh (`meshnet_agent.identity`)
     /meshnet/v1/serial/networks               written with every change of the set of networks
 
 A value that cannot be used is left out, remembered with its reason, and shown by ``status``; what
@@ -34,6 +35,7 @@ HOSTS = MESH + "hosts/"
 ALIVE = MESH + "alive/"
 SUBNETS = MESH + "subnets/"
 ENDPOINTS = ROOT + "endpoints/"
+MESH_ID = ROOT + "mesh-id"
 NETWORKS_SERIAL = ROOT + "serial/networks"
 
 
@@ -42,7 +44,7 @@ class Mirror:
 
     def __init__(self) -> None:
         self.revision = 0
-        self._networks: dict[NetworkName, Network] = {}
+        self._networks: dict[NetworkName, tuple[int, Network]] = {}
         self._hosts: dict[HostId, Host] = {}
         self._alive: dict[HostId, Claim] = {}
         self._reservations: dict[NetworkName, dict[IpNetwork, HostId]] = {}
@@ -55,7 +57,7 @@ class Mirror:
         for key in self._keys - listed:
             self._remove(key)
         for item in listing.items:
-            self._put(item.key, item.value)
+            self._put(item.key, item.value, item.mod_revision)
         self.revision = listing.revision
 
     def apply(self, batch: WatchBatch) -> None:
@@ -64,36 +66,41 @@ class Mirror:
             if change.value is None:
                 self._remove(change.key)
             else:
-                self._put(change.key, change.value)
+                self._put(change.key, change.value, change.revision)
         self.revision = max(self.revision, batch.revision)
 
     def snapshot(self) -> MeshSnapshot:
-        """All of it, as of now: later changes do not show in the value returned."""
+        """All of it, as of now: later changes do not show in the value returned.
+
+        Networks come in the order they were created in, the same for every agent: of two that
+        contradict each other the older one counts (`meshnet.plan`).
+        """
+        networks = sorted(self._networks.values(), key=lambda item: (item[0], item[1].name))
         return MeshSnapshot(
             revision=self.revision,
-            networks=dict(self._networks),
+            networks={network.name: network for _, network in networks},
             hosts=dict(self._hosts),
             alive=dict(self._alive),
             reservations={n: dict(r) for n, r in self._reservations.items()},
             bad_values=dict(self._bad),
         )
 
-    def _put(self, key: str, value: bytes) -> None:
+    def _put(self, key: str, value: bytes, revision: int) -> None:
         self._keys.add(key)
         try:
-            self._decode(key, value)
+            self._decode(key, value, revision)
         except BadValueError as error:
             self._bad[key] = str(error)
         else:
             self._bad.pop(key, None)
 
-    def _decode(self, key: str, value: bytes) -> None:
+    def _decode(self, key: str, value: bytes, revision: int) -> None:
         kind, _, rest = key.removeprefix(MESH).partition("/")
         match kind:
             case "networks":
                 network = codec.decode_network(value)
                 _check_name(network.name, rest)
-                self._networks[network.name] = network
+                self._networks[network.name] = (revision, network)
             case "hosts":
                 host = codec.decode_host(value)
                 _check_name(host.id, rest)

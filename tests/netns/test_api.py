@@ -68,22 +68,6 @@ def test_socket_and_requests(make_lab: MakeLab) -> None:
     assert request(host, "GET", "/healthz")[0] == 200
 
 
-def test_second_agent_on_the_same_directories(make_lab: MakeLab, tmp_path: Path) -> None:
-    lab = make_lab(1)
-    (host,) = lab.hosts
-    base = ["python", "-m", "meshnet_agent", "--etcd", lab.etcd_url, "--host-id", "other"]
-    base += ["--underlay-ip", str(host.underlay_ip)]
-    for run_dir, state_dir, words in (
-        (host.run_dir, tmp_path / "state", "run directory"),
-        (tmp_path / "run", host.state_dir, "state directory"),
-    ):
-        options = ["--run-dir", str(run_dir), "--state-dir", str(state_dir)]
-        done = host.run([*base, *options], check=False)
-        assert done.returncode == 5
-        assert words in done.stderr
-    assert request(host, "GET", "/readyz")[0] == 200
-
-
 def test_signal_while_etcd_does_not_answer(make_lab: MakeLab) -> None:
     lab = make_lab(1, start_agents=False)
     (host,) = lab.hosts

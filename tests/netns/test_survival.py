@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from meshnet.errors import AgentUnreachableError
 from meshnet.lab.poll import wait_until
 from tests.netns.mesh import (
     Document,
@@ -23,6 +25,7 @@ from tests.netns.mesh import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from meshnet.lab.host import LabHost
     from meshnet.lab.topology import Lab
@@ -312,3 +315,84 @@ def test_pings_are_counted_by_the_test_itself(make_lab: MakeLab) -> None:
     sent, lost = stream.stop()
     assert lost > 50
     assert sent > lost
+
+
+def test_wiped_store_changes_nothing(make_lab: MakeLab) -> None:
+    """An etcd that has lost its data says that all networks are gone; nobody believes it."""
+    lab = make_lab(2, agent_args=["--lease-ttl", "2"])
+    create_network(lab, "prod", *SUBNETS)
+    h1, h2 = lab.hosts
+    one, two = h1.spawn_container(), h2.spawn_container()
+    attach(one, h1, "prod")
+    theirs = attach(two, h2, "prod")
+    before = [kernel_state(h) for h in lab.hosts]
+    with lossless(one, address_of(theirs)):
+        lab.etcd.kill()
+        shutil.rmtree(lab.base_dir / "etcd" / "data")
+        lab.etcd.start()
+        lab.etcd.wait_healthy(20)
+        for host in lab.hosts:
+            wait_until(
+                lambda: "etcd is empty" in str(meshnet(host, "status")["store"]["error"]),  # noqa: B023
+                30,
+                "the empty store is refused",
+            )
+            assert not meshnet(host, "status")["store"]["connected"]
+        # Nothing was written to it, and an agent that starts now does not believe it, either.
+        assert lab.etcd.ctl("get", "--prefix", "/meshnet/", "--keys-only") == ""
+        h1.kill_agent()
+        with pytest.raises(AgentUnreachableError, match="etcd is empty"):
+            h1.start_agent()
+        assert [kernel_state(h) for h in lab.hosts] == before
+    # A mesh that somebody else made there is not this host's, either.
+    lab.etcd.ctl("put", "/meshnet/v1/mesh-id", "other")
+    with pytest.raises(AgentUnreachableError, match="etcd holds mesh other"):
+        h1.start_agent()
+    # The operator's word: this host joins that one.
+    (h1.state_dir / "mesh.json").unlink()
+    h1.start_agent()
+    assert meshnet(h1, "network", "ls") == []
+
+
+def test_store_restored_from_an_older_copy_is_refused(make_lab: MakeLab) -> None:
+    lab = make_lab(1)
+    (host,) = lab.hosts
+    data = lab.base_dir / "etcd" / "data"
+    lab.etcd.stop()
+    shutil.copytree(data, lab.base_dir / "copy")
+    lab.etcd.start()
+    lab.etcd.wait_healthy(20)
+    wait_until(lambda: is_whole(host), 30, "the agent is back")
+    create_network(lab, "prod", *SUBNETS)
+    before = kernel_state(host)
+    lab.etcd.stop()
+    shutil.rmtree(data)
+    (lab.base_dir / "copy").rename(data)
+    lab.etcd.start()
+    lab.etcd.wait_healthy(20)
+    wait_until(
+        lambda: "restored from an older copy" in str(meshnet(host, "status")["store"]["error"]),
+        30,
+        "the older store is refused",
+    )
+    assert kernel_state(host) == before
+    assert meshnet(host, "network", "ls")[0]["name"] == "prod"
+
+
+def test_two_agents_in_one_place(make_lab: MakeLab, tmp_path: Path) -> None:
+    """One namespace, one run directory, one state directory: one agent."""
+    lab = make_lab(2)
+    h1, h2 = lab.hosts
+    assert h2.stop_agent() == 0
+    base = ["python", "-m", "meshnet_agent", "--etcd", lab.etcd_url, "--host-id", "other"]
+    for host, run_dir, state_dir, words in (
+        (h1, tmp_path / "run", tmp_path / "state", "manages this network namespace"),
+        (h2, h1.run_dir, tmp_path / "state", "run directory"),
+        (h2, tmp_path / "run", h1.state_dir, "state directory"),
+    ):
+        options = ["--underlay-ip", str(host.underlay_ip)]
+        options += ["--run-dir", str(run_dir), "--state-dir", str(state_dir)]
+        done = host.run([*base, *options], check=False)
+        assert done.returncode == 5
+        assert words in done.stderr
+    assert h1.is_agent_running()

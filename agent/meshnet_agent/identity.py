@@ -1,0 +1,103 @@
+"""Which mesh this host belongs to: the guard before anything is believed or written.
+
+An etcd that was wiped, restored from an older copy, or is simply another one answers like any
+other, and says that all networks are gone.  So the first agent of a mesh writes a random name into
+the store, every agent remembers it and the latest revision it saw, and a store that does not know
+the name, or has gone back in time, is not listened to: the data path stays as it is until an
+operator restores the store or removes the file that remembers.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import TYPE_CHECKING
+
+import structlog
+
+from meshnet.errors import PolicyRefusedError
+from meshnet.store import Absent, Put
+from meshnet.store.mirror import MESH_ID
+from meshnet_agent.disk import write_whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meshnet.store import Store
+
+_log = structlog.get_logger()
+
+
+class MeshIdentity:
+    """The name and the revision, remembered in a file.
+
+    Args:
+        file: ``mesh.json`` in the state directory.
+    """
+
+    def __init__(self, store: Store, file: Path) -> None:
+        self._store = store
+        self._file = file
+        self._id, self._revision = _read(file)
+
+    def observe(self, revision: int) -> None:
+        """Note a revision that was seen; it is on disk after the next `check` or `save`."""
+        self._revision = max(self._revision, revision)
+
+    async def check(self) -> None:
+        """Look whether the store is this host's mesh, no older than it was.
+
+        Raises:
+            PolicyRefusedError: it is not; the message says how and what to do.
+            StoreUnavailableError: it does not answer.
+        """
+        found, revision = await self._look()
+        if self._id is None:
+            if found is None:
+                await self._store.commit(
+                    [Absent(MESH_ID)], [Put(MESH_ID, secrets.token_hex(8).encode())]
+                )
+                found, revision = await self._look()
+            self._id = found
+            _log.info("belongs to mesh", mesh=found)
+        elif found is None:
+            raise PolicyRefusedError(
+                f"etcd is empty, and this host belongs to mesh {self._id}: restore etcd or correct "
+                f"--etcd; to start anew stop the agents and remove {self._file}"
+            )
+        elif found != self._id:
+            raise PolicyRefusedError(
+                f"etcd holds mesh {found}, and this host belongs to mesh {self._id}: correct "
+                f"--etcd; to join that mesh stop this agent and remove {self._file}"
+            )
+        elif revision < self._revision:
+            raise PolicyRefusedError(
+                f"etcd is at revision {revision} and was at {self._revision}: it was restored from "
+                "an older copy, which may lack networks that are in use; to accept that stop this "
+                f"agent and remove {self._file}"
+            )
+        self.observe(revision)
+        self.save()
+
+    def save(self) -> None:
+        """Write down what is known."""
+        if self._id is not None:
+            document = {"id": self._id, "revision": self._revision}
+            write_whole(self._file, json.dumps(document).encode())
+
+    async def _look(self) -> tuple[str | None, int]:
+        listing = await self._store.list_prefix(MESH_ID)
+        value = next((i.value for i in listing.items if i.key == MESH_ID), None)
+        return value.decode(errors="replace") if value is not None else None, listing.revision
+
+
+def _read(file: Path) -> tuple[str | None, int]:
+    """What the file remembers; nothing if there is none or it is damaged."""
+    try:
+        document = json.loads(file.read_bytes())
+        return str(document["id"]), int(document["revision"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.error("mesh file cannot be read", file=str(file), reason=str(error))
+    return None, 0
