@@ -2,7 +2,9 @@
 
 The same underlay as the lab's (its own commands make it), and on every host what an administrator
 would type: a VXLAN device without learning, a bridge, one permanent neighbour and FDB entry, one
-route; the container hangs on the bridge by a veth.  No nftables, so no conntrack.
+route; the container hangs on the bridge by a veth.  It has a second address, that the other host
+reaches by a plain route on the underlay instead.  No nftables, so no conntrack; with
+`masquerade` on, the least that lets containers reach the world outside, which brings both.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ class Handmade:
                 "link set c0 master br0 up",
                 f"neighbour add 10.43.{peer}.0 lladdr {_mac(peer, 0)} dev vx0 nud permanent",
                 f"route add 10.43.{peer}.0/24 via 10.43.{peer}.0 dev vx0 onlink src 10.43.{i}.1",
+                f"address add 10.45.{i}.1/24 dev br0",
+                f"route add 10.45.{peer}.0/24 via {self._underlay.host_ip(peer)} dev eth0",
             ],
         )
         remote = str(self._underlay.host_ip(peer))
@@ -63,10 +67,23 @@ class Handmade:
             f"c{i}",
             [
                 f"address add 10.43.{i}.2/24 dev eth0",
+                f"address add 10.45.{i}.2/24 dev eth0",
                 "link set eth0 up",
-                f"route add 0.0.0.0/0 via 10.43.{i}.1",
+                f"route add 10.43.0.0/16 via 10.43.{i}.1",
+                f"route add 10.45.0.0/16 via 10.45.{i}.1 src 10.45.{i}.2",
             ],
         )
+
+    def masquerade(self, on: bool) -> None:
+        """Give the hosts the one nftables rule that containers need for the outside, or none."""
+        for i in _HOSTS:
+            rule = (
+                "chain postrouting { type nat hook postrouting priority srcnat; "
+                f"ip saddr 10.43.{i}.0/24 ip daddr != 10.43.0.0/16 masquerade; }}\n"
+            )
+            script = "table ip handmade\ndelete table ip handmade\n"
+            script += f"table ip handmade {{\n{rule}}}\n" if on else ""
+            self.host(i).run(["nft", "-f", "-"], input_text=script)
 
     def host(self, i: int) -> Namespace:
         """Host 1 or 2."""
@@ -83,6 +100,10 @@ class Handmade:
     def container_ip(self, i: int) -> str:
         """The overlay address of a container."""
         return f"10.43.{i}.2"
+
+    def routed_ip(self, i: int) -> str:
+        """The address of a container that is reached without the overlay."""
+        return f"10.45.{i}.2"
 
 
 def _mac(host: int, kind: int) -> str:

@@ -51,7 +51,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(params=["memory", pytest.param("linux", marks=pytest.mark.root)])
-def host(request: pytest.FixtureRequest, tmp_path: FilePath) -> Iterator[HostUnderTest]:
+def host(
+    request: pytest.FixtureRequest, tmp_path: FilePath, nothing_left: None
+) -> Iterator[HostUnderTest]:
     if request.param == "memory":
         yield MemoryHost()
         return

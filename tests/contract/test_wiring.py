@@ -142,7 +142,7 @@ class MemoryWired:
 
 
 @pytest.fixture(params=["memory", pytest.param("linux", marks=pytest.mark.root)])
-def wired(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Wired]:
+def wired(request: pytest.FixtureRequest, tmp_path: Path, nothing_left: None) -> Iterator[Wired]:
     if request.param == "memory":
         netns_fd = os.open(tmp_path / "netns", os.O_CREAT | os.O_RDONLY)
         try:
@@ -158,7 +158,7 @@ def wired(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Wired]:
 
 
 @pytest.fixture
-def linux(root: None, tmp_path: Path) -> Iterator[RealWired]:
+def linux(root: None, tmp_path: Path, nothing_left: None) -> Iterator[RealWired]:
     with _real(tmp_path) as real:
         yield real
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import pytest
+import structlog
 import trio
 
 from meshnet.config import load_config
-from meshnet.errors import MeshnetError
 from meshnet.kernel.events import EventFilter
 from meshnet.kernel.memory import MemoryKernel
 from meshnet.kernel.memory_wiring import MemoryWiring
@@ -55,6 +55,7 @@ class Node:
     store: MemoryStore
     kernel: MemoryKernel
     directory: Path
+    instance: str
     agent: Agent | None = None
     stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: trio.Event = field(default_factory=trio.Event)
@@ -64,14 +65,14 @@ class Node:
         assert self.agent is not None
         return self.agent
 
-    async def run(self, *, instance: str | None = None, task_status: trio.TaskStatus[None]) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Run the agent until it is stopped or ends by itself."""
         arguments = {
             "etcd": "memory", "underlay-ip": str(self.ip), "host-id": self.id,
             "lease-ttl": str(TTL_S), "grace": str(GRACE_S), "resync": str(RESYNC_S),
         }  # fmt: skip
         config = load_config(arguments, {}, None, hostname="")
-        disk = StateDir(self.directory, lambda: instance or self.id)
+        disk = StateDir(self.directory, lambda: self.instance)
         self.stopped = trio.Event()
         self.stop_agent = trio.CancelScope()
         self.agent = Agent(
@@ -112,8 +113,22 @@ class Node:
         finally:
             self.kernel.on_change = None
 
+    def see_another_store(self, store: MemoryStore) -> None:
+        """What a wiped or restored etcd is: another database at the same address."""
+        self.store.set_available(False)
+        self.store._database = store._database
+        self.store.set_available(True)
+
     def state(self) -> KernelState:
         return self.kernel.dump()
+
+    def essence(self) -> KernelState:
+        """The state without the numbers of nexthops, which may change when they are made again."""
+        state = self.kernel.dump()
+        nexthops = sorted(state.nexthops.items(), key=lambda item: item[1])
+        number = {old: new for new, (old, _) in enumerate(nexthops, 1)} | {0: 0}
+        routes = {k: r._replace(nexthop_id=number[r.nexthop_id]) for k, r in state.routes.items()}
+        return replace(state, nexthops={number[i]: n for i, n in nexthops}, routes=routes)
 
 
 class Mesh:
@@ -136,7 +151,9 @@ class Mesh:
         number = len(self.nodes) + 1
         ip = underlay_ip(number)
         directory = self._directory / f"h{number}"
-        node = Node(f"h{number}", ip, self.store.connect(), MemoryKernel(ip), directory)
+        node = Node(
+            f"h{number}", ip, self.store.connect(), MemoryKernel(ip), directory, f"i{number}"
+        )
         self.nodes.append(node)
         return node
 
@@ -216,7 +233,7 @@ class Mesh:
 async def until(predicate: Callable[[], bool], what: str, deadline_s: float = 30) -> None:
     """Wait, by a clock that jumps, until something is true."""
     with trio.move_on_after(deadline_s):
-        while not predicate():
+        while not predicate():  # noqa: ASYNC110  (there is no event for it, nor any real wait)
             await trio.sleep(0.05)
         return
     pytest.fail(f"not within {deadline_s} s: {what}")
@@ -226,11 +243,20 @@ async def until(predicate: Callable[[], bool], what: str, deadline_s: float = 30
 async def open_mesh(directory: Path, seed: int = 1) -> AsyncIterator[Mesh]:
     """A mesh whose agents are all stopped at the end; scheduling and jitter come from `seed`."""
     random.seed(seed)
-    trio._core._run._r.seed(seed)  # type: ignore[attr-defined]
-    async with trio.open_nursery() as nursery:
-        mesh = Mesh(directory, nursery)
-        yield mesh
-        nursery.cancel_scope.cancel()
+    trio._core._run._r.seed(seed)
+    with pytest.MonkeyPatch.context() as patch, structlog.testing.capture_logs():
+        patch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)
+        async with trio.open_nursery() as nursery:
+            mesh = Mesh(directory, nursery)
+            yield mesh
+            nursery.cancel_scope.cancel()
+
+
+async def full_mesh(mesh: Mesh, count: int) -> None:
+    """A network and `count` hosts that all reach each other."""
+    await mesh.create_network()
+    await mesh.start_many(count)
+    await until(mesh.is_full, "every host reaches every other")
 
 
 def kinds(group: BaseException) -> set[type[BaseException]]:
@@ -238,16 +264,3 @@ def kinds(group: BaseException) -> set[type[BaseException]]:
     if isinstance(group, BaseExceptionGroup):
         return {kind for error in group.exceptions for kind in kinds(error)}
     return {type(group)}
-
-
-__all__ = [
-    "GRACE_S",
-    "RESYNC_S",
-    "TTL_S",
-    "Mesh",
-    "MeshnetError",
-    "Node",
-    "kinds",
-    "open_mesh",
-    "until",
-]

@@ -155,6 +155,24 @@ def test_a_reservation_changes_hands() -> None:
     assert snapshot.reservations == {PROD: {SUBNET: HostId("h9")}}
 
 
+def test_networks_come_oldest_first() -> None:
+    names = ["c", "a", "b"]
+    keys = {
+        network_key(NetworkName(name)): codec.encode_network(
+            make_network(name, (f"10.{i}.0.0/16",), i + 1)
+        )
+        for i, name in enumerate(names)
+    }
+    followed = Mirror()
+    for revision, (key, value) in enumerate(keys.items(), 1):
+        put(followed, key, value, revision)
+    listed = Mirror()
+    items = [KeyValue(key, value, i) for i, (key, value) in enumerate(keys.items(), 1)]
+    listed.load(Listing(tuple(sorted(items, key=lambda item: item.key)), 3))
+    for mirror in (followed, listed):
+        assert list(mirror.snapshot().networks) == names
+
+
 def test_a_snapshot_does_not_change_afterwards() -> None:
     mirror = loaded(keys_of(SNAPSHOT))
     before = mirror.snapshot()

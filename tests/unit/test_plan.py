@@ -154,6 +154,22 @@ def test_networks_this_host_has_no_part_in() -> None:
     assert "macvlan" in errors_of(plan)
 
 
+@pytest.mark.parametrize(
+    ("subnets", "vni", "message"),
+    [(("10.43.0.0/16",), 4097, "VNI 4097"), (("10.42.128.0/17",), 7, "overlaps"),
+     (("10.0.0.0/8",), 7, "overlaps"), ((IPV6, ), 7, "overlaps")],
+)  # fmt: skip
+def test_of_networks_that_contradict_each_other_the_older_one_counts(
+    subnets: tuple[str, ...], vni: int, message: str
+) -> None:
+    alone = plan_for(make_snapshot([DUAL], 3), make_underlay(peers=2))
+    younger = make_network("a", subnets, vni)
+    both = plan_for(make_snapshot([DUAL, younger], 3), make_underlay(peers=2))
+    assert both.state == alone.state
+    assert both.networks[PROD] == alone.networks[PROD]
+    assert message in both.networks[younger.name].errors[0]
+
+
 def test_modes() -> None:
     check_mode(Mode.VXLAN)
     with pytest.raises(UsageError, match="vxlan"):

@@ -268,7 +268,7 @@ async def test_networks_get_the_lowest_free_vni(registry: Registry) -> None:
     third = await create(registry, "10.44.0.0/16", name="c")
     assert [n.vni for n in (first, second, third)] == [FIRST_VNI, FIRST_VNI + 1, FIRST_VNI + 2]
     snapshot = await registry.snapshot()
-    assert list(snapshot.networks.values()) == [second, third, first]  # by name
+    assert list(snapshot.networks.values()) == [first, second, third]  # the oldest first
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,232 @@
+"""A mesh in one process, and what goes wrong: the store, its values, the kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from meshnet.diff import Table
+from meshnet.model import HostId, NetworkName
+from meshnet.state import FdbKey
+from meshnet.store import Put
+from meshnet.store.memory import MemoryStore
+from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
+from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, full_mesh, open_mesh, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trio.testing import MockClock
+
+
+N = 8
+PROD = NetworkName("prod")
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+async def test_an_outage_of_the_store_changes_nothing(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, N)
+        before = [node.state() for node in mesh.nodes]
+        writes = [node.kernel.writes for node in mesh.nodes]
+        for node in mesh.nodes:
+            node.store.set_available(False)
+        await trio.sleep(2 * GRACE_S)
+        assert [node.state() for node in mesh.nodes] == before
+        assert [node.kernel.writes for node in mesh.nodes] == writes
+        assert not any(node.running.follower.connected for node in mesh.nodes)
+        assert not (await mesh.snapshot()).alive
+        # What somebody breaks meanwhile is mended without it.
+        mesh.nodes[0].kernel.by_hand(Table.LINK, "mnv4097", None)
+        await until(mesh.is_full, "the tunnel is made again", 5)
+        for node in mesh.nodes:
+            node.store.set_available(True)
+        await until(
+            lambda: all(len(n.running.follower.snapshot.alive) == N for n in mesh.nodes),
+            "all have a lease again",
+        )
+        assert [node.state() for node in mesh.nodes[1:]] == before[1:]
+        assert mesh.is_full()
+
+
+async def test_one_that_was_cut_off_catches_up(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 3)
+        lost = mesh.nodes[0]
+        subnets = mesh.subnets_of(lost)
+        lost.store.set_available(False)
+        await trio.sleep(TTL_S + 1)
+        await mesh.start(mesh.add_node())
+        await mesh.create_network("late", "10.43.0.0/16")
+        await trio.sleep(1)
+        mesh.store.compact((await mesh.snapshot()).revision)  # its history is lost
+        assert mesh.subnets_of(lost) == subnets
+        lost.store.set_available(True)
+        await until(lambda: mesh.is_full(3), "it has caught up")
+        assert set(subnets) <= set(mesh.subnets_of(lost))
+
+
+async def test_a_start_without_the_store_fails(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        node = mesh.add_node()
+        node.store.set_available(False)
+        with pytest.raises(Exception, match="unavailable"):
+            await node.run(task_status=trio.TASK_STATUS_IGNORED)
+
+
+async def test_hostile_values_do_no_harm(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 3)
+        before = [node.state() for node in mesh.nodes]
+        hostile = {
+            NETWORKS + "prod": b"\xff\xfe",
+            NETWORKS + "evil": b'{"v":1,"name":"evil","mode":"vxlan","subnets":["10.42.0.0/17"],'
+            b'"vni":5000,"port":4789,"host_prefix":24,"host_prefix6":64}',
+            HOSTS + "h2": b'{"v":1,"id":"h2","underlay_ip":"127.0.0.1"}',
+            HOSTS + "h9": b'{"v":1,"id":"h9","underlay_ip":"10.9.0.99"}',
+            ALIVE + "h3": b"[" * 50_000,
+            SUBNETS + "prod/10.42.0.2-32": b'{"v":1,"host":"h9"}',
+            SUBNETS + "prod/10.42.0.0-16": b'{"v":1,"host":"h9"}',
+            SUBNETS + "prod/255.255.255.255-32": b'{"v":1,"host":"h1"}',
+            SUBNETS + "prod/10.42.2.0-24": b"null",
+            SUBNETS + "nowhere/10.42.2.0-24": b'{"v":1,"host":"h1"}',
+        }
+        await mesh.store.commit([], [Put(key, value) for key, value in hostile.items()])
+        await trio.sleep(2 * RESYNC_S)
+        for node, state in zip(mesh.nodes, before, strict=True):
+            after = node.state()
+            assert state.routes.items() <= after.routes.items()
+            assert state.fdb.items() <= after.fdb.items()
+            assert all(mesh.reaches(node, other) for other in mesh.nodes)
+            assert len(node.running.follower.snapshot.bad_values) == 4
+
+
+async def test_an_empty_or_another_store_is_not_believed(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 3)
+        before = [node.state() for node in mesh.nodes]
+        other = MemoryStore()
+        for node in mesh.nodes:
+            node.see_another_store(other)
+        await trio.sleep(2 * GRACE_S)
+        assert (await other.list_prefix("")).items == ()
+        assert [node.state() for node in mesh.nodes] == before
+        for node in mesh.nodes:
+            node.see_another_store(mesh.store)
+        await until(
+            lambda: all(node.running.membership.lease_ok for node in mesh.nodes),
+            "all are back in their mesh",
+        )
+        assert [node.state() for node in mesh.nodes] == before
+
+
+# --- the kernel ----------------------------------------------------------------------------------
+
+
+async def test_each_kernel_operation_fails_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 2)
+        count = mesh.nodes[0].kernel.writes
+        assert count > 12
+        for nth in range(1, count + 1):
+            node = mesh.add_node()
+            node.kernel.fail_next(nth=nth)
+            await mesh.start(node)
+            await until(mesh.is_full, f"all is well after operation {nth} failed", 5)
+            assert node.kernel.faults_left == 0
+            await until(lambda n=node: n.running.reconciler.in_sync, "it says so", 5)  # type: ignore[misc]
+            await node.stop()
+            await mesh.registry.remove_host(HostId(node.id))
+
+
+@pytest.mark.parametrize("table", Table)
+async def test_a_failure_that_lasts_holds_nothing_else_up(
+    tmp_path: Path, autojump_clock: MockClock, table: Table
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 2)
+        node = mesh.add_node()
+        for _ in range(12):
+            node.kernel.fail_next(table)
+        await mesh.start(node)
+        reconciler = node.running.reconciler
+        assert reconciler.result.failures
+        assert not reconciler.in_sync
+        assert all(f.op.table >= table or f.op.table is Table.FIREWALL
+                   for f in reconciler.result.failures)  # fmt: skip
+        if table > Table.LINK:
+            assert len(node.state().links) == 2
+        await until(lambda: reconciler.in_sync, "it works at last", 300)
+        assert mesh.is_full()
+
+
+@pytest.mark.parametrize("notified", [True, False])
+async def test_what_is_broken_by_hand_is_mended(
+    tmp_path: Path, autojump_clock: MockClock, notified: bool
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 3)
+        node = mesh.nodes[0]
+        before = node.essence()
+        (entry, *_), (neighbour, *_) = before.fdb, before.neighbours
+        breakages = [
+            (Table.LINK, "mnv4097", None),
+            (Table.LINK, "mnb4097", None),
+            (Table.LINK, "mnv4097", before.links["mnv4097"]._replace(up=False)),
+            (Table.LINK, "mnv4097", before.links["mnv4097"]._replace(mac=bytes(6))),
+            (Table.FDB, entry, bytes((10, 9, 0, 99))),
+            (Table.FDB, FdbKey("mnv4097", bytes(6)), bytes((10, 9, 0, 99))),
+            (Table.NEIGHBOUR, neighbour, None),
+            (Table.NEXTHOP, min(node.state().nexthops), None),
+            (Table.FIREWALL, "", ""),
+            (Table.SYSCTL, "net/ipv4/conf/eth0/forwarding", "0"),
+        ]
+        if not notified:
+            node.kernel.on_change = None
+        for breakage in breakages:
+            node.kernel.by_hand(*breakage)
+            assert node.essence() != before
+            within = 1 if notified else 1.2 * RESYNC_S
+            await until(lambda: node.essence() == before, f"{breakage} is mended", within)
+        assert mesh.is_full()
+
+
+async def test_what_the_kernel_drops_when_it_is_mended_is_mended_at_once(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 3)
+        node = mesh.nodes[0]
+        before = node.essence()
+        node.kernel.on_change = None
+        wrong = before.links["mnv4097"]._replace(mac=bytes(6))
+        node.kernel.by_hand(Table.LINK, "mnv4097", wrong)
+        for key, mac in before.neighbours.items():
+            node.kernel.by_hand(Table.NEIGHBOUR, key, mac)
+        # Setting the MAC right flushes the neighbours, which nobody tells us of.
+        await until(lambda: node.essence() == before, "all is as before", 1.2 * RESYNC_S)
+
+
+async def test_the_underlay_address_goes_and_comes_back(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 3)
+        node = mesh.nodes[0]
+        before = node.essence()
+        address = node.kernel.underlay_ips.pop()
+        node.kernel.by_hand(Table.FIREWALL, "", "")
+        await trio.sleep(2 * RESYNC_S)
+        assert not node.running.reconciler.in_sync
+        assert node.essence().routes == before.routes
+        node.kernel.underlay_ips.append(address)
+        await until(lambda: node.essence() == before, "it goes on", RESYNC_S)
+        await until(lambda: node.running.reconciler.in_sync, "and says so", 5)
