@@ -3,9 +3,11 @@
 One table, ``inet meshnet``, is replaced as a whole in one transaction; no other table is touched.
 A packet's way through it::
 
-    bridge mnbN  ─┐                                  ┌─ another network's address ── drop
-    VXLAN  mnvN  ─┼─► forward: from a network's ... ─┤
-    underlay     ─┘    interface or address          └─ else ─────────────────────── go on
+    tunnel packet ── raw ── not tracked
+
+    bridge mnbN  ─┐            ┌─ from a network's link to the same network's ─────── accept
+    VXLAN  mnvN  ─┼─► forward ─┼─ from a network, to another network's address ───── drop
+    underlay     ─┘            └─ else ───────────────────────────────────────────── go on
                                                             │
                        postrouting: from this host's subnet ┴─ to outside ── masquerade
 
@@ -31,41 +33,81 @@ class FirewallNetwork(NamedTuple):
 
     Attributes:
         links: names of its links on this host: bridge, tunnel device.
+        port: UDP port of its tunnel.
         cidrs: the whole network.
         subnets: this host's part of it.
     """
 
     links: Sequence[str]
+    port: int
     cidrs: Sequence[IpNetwork]
     subnets: Sequence[IpNetwork]
 
 
 def render_firewall(networks: Sequence[FirewallNetwork]) -> str:
-    """The complete table as an ``nft -f`` script that replaces the old one atomically."""
+    """The complete table as an ``nft -f`` script that replaces the old one atomically.
+
+    Every rule on a packet's way costs (docs/design/firewall-cost.md), so isolation is there only
+    where there are networks to keep apart, and behind one look-up that passes what stays within
+    its network.
+    """
     sets = "".join(_render_set(version, networks) for version in (4, 6))
-    forward = "".join(_isolate(n) for n in networks)
     masquerade = "".join(_masquerade(n) for n in networks)
+    ports = sorted({n.port for n in networks})
     return (
         f"table inet {TABLE}\n"  # exists after this line, so that the next cannot fail
         f"delete table inet {TABLE}\n"
         f"table inet {TABLE} {{\n"
         f"{sets}"
+        f"{_isolation(networks) if len(networks) > 1 else ''}"
+        f"{_untracked('prerouting', ports)}"
+        f"{_untracked('output', ports)}"
+        "\tchain postrouting {\n"
+        "\t\ttype nat hook postrouting priority srcnat; policy accept;\n"
+        f"{masquerade}"
+        "\t}\n"
+        "}\n"
+    )
+
+
+def _isolation(networks: Sequence[FirewallNetwork]) -> str:
+    paths = ", ".join(
+        f'"{here}" . "{there}"' for n in networks for here in n.links for there in n.links
+    )
+    rules = "".join(_isolate(n) for n in networks)
+    return (
+        "\tset paths {\n"
+        "\t\ttype ifname . ifname\n"
+        f"\t\telements = {{ {paths} }}\n"
+        "\t}\n"
         "\tchain isolate {\n"
-        f"{forward}"
+        f"{rules}"
         "\t}\n"
         "\tchain forward {\n"
         "\t\ttype filter hook forward priority filter; policy accept;\n"
+        "\t\tiifname . oifname @paths accept\n"
         "\t\tjump isolate\n"
         "\t}\n"
         "\tchain input {\n"
         "\t\ttype filter hook input priority filter; policy accept;\n"
         "\t\tjump isolate\n"
         "\t}\n"
-        "\tchain postrouting {\n"
-        "\t\ttype nat hook postrouting priority srcnat; policy accept;\n"
-        f"{masquerade}"
+    )
+
+
+def _untracked(hook: str, ports: Sequence[int]) -> str:
+    """Keep tunnel packets out of connection tracking.
+
+    A tunnel's source port is a hash of the inner flow (RFC 7348 §5): each flow between two hosts
+    would take an entry of its own, and a busy host's table would be full of them.  A container's own
+    packets to such a port of the outside are tracked, or they could not be masqueraded.
+    """
+    numbers = _braces(map(str, ports))
+    return (
+        f"\tchain tunnel_{hook} {{\n"
+        f"\t\ttype filter hook {hook} priority raw; policy accept;\n"
+        f'\t\tudp dport {numbers} iifname != "mnb*" notrack\n'
         "\t}\n"
-        "}\n"
     )
 
 

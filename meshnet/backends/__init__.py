@@ -44,6 +44,7 @@ class Underlay:
         ra_links: links whose default route may come from router advertisements, which a router
             only listens to when told so (``accept_ra=2``).
         ipv6: whether the kernel has IPv6 at all.
+        strict_rp_filter: whether ``net.ipv4.conf.all.rp_filter`` is 1.
     """
 
     ip: IpAddress
@@ -53,6 +54,7 @@ class Underlay:
     forwarding_links: tuple[str, ...] = ()
     ra_links: tuple[str, ...] = ()
     ipv6: bool = True
+    strict_rp_filter: bool = False
 
 
 class Peer(NamedTuple):

@@ -97,7 +97,10 @@ def plan_vxlan(wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> Net
         mtu_bytes=mtu,
         bridge=bridge_name(network),
         firewall=FirewallNetwork(
-            (bridge_name(network), vxlan_name(network)), network.subnets, wanted.subnets
+            (bridge_name(network), vxlan_name(network)),
+            network.port,
+            network.subnets,
+            wanted.subnets,
         ),
         errors=tuple(errors),
     )
@@ -151,10 +154,12 @@ def _sysctls(
 ) -> tuple[tuple[str, str, str], ...]:
     """Per-interface settings.
 
-    ``rp_filter`` is loose: with direct routing a peer's packets may arrive by the tunnel while the
-    route back is direct.  Without an IPv6 subnet IPv6 is off on the link.
+    ``rp_filter`` must not be strict: with direct routing a peer's packets may arrive by the tunnel
+    while the route back is direct.  It is off, but loose where the host's own setting, of which the
+    larger one counts, is strict.  Without an IPv6 subnet IPv6 is off on the link.
     """
-    settings = [("ipv4", "forwarding", "1"), ("ipv4", "rp_filter", "2")]
+    rp_filter = "2" if underlay.strict_rp_filter else "0"
+    settings = [("ipv4", "forwarding", "1"), ("ipv4", "rp_filter", rp_filter)]
     if underlay.ipv6:
         if any(s.version == 6 for s in subnets):
             settings += [("ipv6", "accept_dad", "0"), ("ipv6", "accept_ra", "0")]

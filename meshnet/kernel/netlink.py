@@ -113,6 +113,7 @@ class NetlinkKernel:
                 if listens and _read_sysctl(f"net/ipv6/conf/{dev}/accept_ra") == "1"
             ),
             ipv6=(_PROC_SYS / _ALL_IPV6).exists(),
+            strict_rp_filter=_read_sysctl("net/ipv4/conf/all/rp_filter") == "1",
         )
 
     def _find_underlay(

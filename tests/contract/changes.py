@@ -134,6 +134,6 @@ CHANGES = [
            _set(T.ROUTE, RouteKey(bytes((10, 42, 9, 0)), 24), Route(0)), {T.ROUTE}),
     ByHand("table deleted", "nft delete table inet meshnet", _set(T.FIREWALL, "", None),
            {T.FIREWALL}),
-    ByHand("rule added", "nft add rule inet meshnet forward counter accept",
+    ByHand("rule added", "nft add rule inet meshnet postrouting counter accept",
            _set(T.FIREWALL, "", ""), {T.FIREWALL}),
 ]  # fmt: skip

@@ -178,7 +178,7 @@ DAMAGE = {
     "bridge": "ip link del mnb4097",
     "nft table": "nft delete table inet meshnet",
     "nft rules": "nft flush ruleset",
-    "nft rule added": "nft add rule inet meshnet forward counter drop",
+    "nft rule added": "nft add rule inet meshnet postrouting counter drop",
     "VTEP MAC": "ip link set mnv4097 address 02:00:00:00:00:01",
     "MTU": "ip link set mnb4097 mtu 1300",
     "endpoint link": "ip link del {link}",

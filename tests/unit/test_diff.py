@@ -189,7 +189,7 @@ def test_a_changed_tunnel_is_made_anew_with_all_that_hung_on_it() -> None:
     ops = diff(new, old)
     assert str(ops[0]) == "delete link mnv4097"
     assert [op.table for op in ops[1:]] == (
-        [Table.LINK] + [Table.NEIGHBOUR] * 2 + [Table.FDB] * 2 + [Table.NEXTHOP] * 2
+        [Table.FIREWALL, Table.LINK] + [Table.NEIGHBOUR] * 2 + [Table.FDB] * 2 + [Table.NEXTHOP] * 2
         + [Table.ROUTE] * 2
     )  # fmt: skip
     assert not any(op.exists for op in ops[1:])

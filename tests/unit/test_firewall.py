@@ -7,10 +7,11 @@ from ipaddress import ip_network
 from meshnet.firewall import FirewallNetwork, render_firewall
 
 PROD = FirewallNetwork(
-    ("mnb1", "mnv1"), (ip_network("10.42.0.0/16"),), (ip_network("10.42.3.0/24"),)
+    ("mnb1", "mnv1"), 4789, (ip_network("10.42.0.0/16"),), (ip_network("10.42.3.0/24"),)
 )
 DUAL = FirewallNetwork(
     ("mnb2", "mnv2"),
+    4789,
     (ip_network("10.50.0.0/16"), ip_network("fd00:50::/48")),
     (ip_network("10.50.3.0/24"), ip_network("fd00:50:0:3::/64")),
 )
@@ -40,8 +41,27 @@ def test_intervals_never_overlap() -> None:
     assert "elements = { 10.42.0.0/15 }" in lines(within, PROD, PROD, beside)
 
 
+def test_a_single_network_has_no_isolation_to_pay_for() -> None:
+    assert not any("drop" in line or "hook forward" in line for line in lines(PROD))
+
+
+def test_what_stays_within_its_network_passes_at_one_look_up() -> None:
+    found = lines(PROD, DUAL)
+    assert found.index("iifname . oifname @paths accept") < found.index("jump isolate")
+    elements = next(line for line in found if line.startswith("elements") and "mnb" in line)
+    pairs = elements.removeprefix("elements = { ").removesuffix(" }").split(", ")
+    assert '"mnb1" . "mnv1"' in pairs
+    assert len(pairs) == 8
+    assert not any("1" in pair and "2" in pair for pair in pairs)
+
+
+def test_tunnel_packets_are_not_tracked() -> None:
+    found = lines(PROD, DUAL._replace(port=4790))
+    assert found.count('udp dport { 4789, 4790 } iifname != "mnb*" notrack') == 2
+
+
 def test_networks_are_kept_apart_by_interface_and_by_source() -> None:
-    found = lines(PROD)
+    found = lines(PROD, DUAL)
     assert (
         'iifname { "mnb1", "mnv1" } ip daddr @networks4 ip daddr != 10.42.0.0/16 counter drop'
         in found
@@ -51,7 +71,7 @@ def test_networks_are_kept_apart_by_interface_and_by_source() -> None:
     )
     # Nor may an IPv4 network's containers reach another's IPv6 addresses.
     assert 'iifname { "mnb1", "mnv1" } ip6 daddr @networks6 counter drop' in found
-    assert not any("@networks6 counter drop" in line for line in lines(DUAL))
+    assert 'iifname { "mnb2", "mnv2" } ip6 daddr @networks6 counter drop' not in found
     # Both through the host and into it.
     assert found.count("jump isolate") == 2
 
