@@ -99,8 +99,8 @@ def _untracked(hook: str, ports: Sequence[int]) -> str:
     """Keep tunnel packets out of connection tracking.
 
     A tunnel's source port is a hash of the inner flow (RFC 7348 §5): each flow between two hosts
-    would take an entry of its own, and a busy host's table would be full of them.  A container's own
-    packets to such a port of the outside are tracked, or they could not be masqueraded.
+    would take an entry of its own, and a busy host's table would be full of them.  A container's
+    own packets to such a port of the outside are tracked, or they could not be masqueraded.
     """
     numbers = _braces(map(str, ports))
     return (

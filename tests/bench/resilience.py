@@ -1,6 +1,7 @@
 """What happens to packets when something dies, in figures.
 
-Run it as ``python -m tests.bench.resilience``.  Not a comparison: prints what the issue tracker asks to be shown, with real durations (an etcd
+Run it as ``python -m tests.bench.resilience``.  Not a comparison: it prints what the issue tracker
+asks to be shown, with real durations (an etcd
 outage of a minute).  The tests in ``tests/netns/test_survival.py`` assert the same in less time.
 """
 
