@@ -319,6 +319,8 @@ def decode_endpoint(raw: bytes) -> Endpoint:
     """
     value = _decode(_Format.endpoint, raw)
     try:
+        if any("%" in text for text in (*value.addresses, *value.gateways)):
+            raise BadValueError("an endpoint's addresses have no scope")
         addresses = tuple(ip_interface(a) for a in value.addresses)
         gateways = tuple(ip_address(g) for g in value.gateways)
     except ValueError as error:
@@ -345,9 +347,32 @@ def decode_endpoint(raw: bytes) -> Endpoint:
 # --- addresses ----------------------------------------------------------------------------------
 
 
+def parse_network(text: str) -> IpNetwork:
+    """A CIDR in text form.
+
+    Raises:
+        ValueError: not a CIDR, host bits set, or an IPv6 scope (``%eth0``) in it: the library
+            takes any text for a scope.
+    """
+    if "%" in text:
+        raise ValueError(f"{text!r} has a scope, which a network cannot have")
+    return ip_network(text)
+
+
+def parse_address(text: str) -> IpAddress:
+    """An address in text form.
+
+    Raises:
+        ValueError: not an address, or an IPv6 scope in it.
+    """
+    if "%" in text:
+        raise ValueError(f"{text!r} has a scope, which is of no use here")
+    return ip_address(text)
+
+
 def _network(text: str) -> IpNetwork:
     try:
-        return ip_network(text)
+        return parse_network(text)
     except ValueError as error:
         raise BadValueError(str(error)) from error
 

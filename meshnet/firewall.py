@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from meshnet.model import IpNetwork
+    from meshnet.model import IpAddress, IpNetwork
 
 TABLE = "meshnet"
 _FAMILY = {4: "ip", 6: "ip6"}
@@ -44,7 +44,7 @@ class FirewallNetwork(NamedTuple):
     subnets: Sequence[IpNetwork]
 
 
-def render_firewall(networks: Sequence[FirewallNetwork]) -> str:
+def render_firewall(networks: Sequence[FirewallNetwork], underlay_ip: IpAddress) -> str:
     """The complete table as an ``nft -f`` script that replaces the old one atomically.
 
     Every rule on a packet's way costs (docs/design/firewall-cost.md), so isolation is there only
@@ -60,8 +60,8 @@ def render_firewall(networks: Sequence[FirewallNetwork]) -> str:
         f"table inet {TABLE} {{\n"
         f"{sets}"
         f"{_isolation(networks) if len(networks) > 1 else ''}"
-        f"{_untracked('prerouting', ports)}"
-        f"{_untracked('output', ports)}"
+        f"{_untracked('prerouting', 'daddr', underlay_ip, ports)}"
+        f"{_untracked('output', 'saddr', underlay_ip, ports)}"
         "\tchain postrouting {\n"
         "\t\ttype nat hook postrouting priority srcnat; policy accept;\n"
         f"{masquerade}"
@@ -95,18 +95,18 @@ def _isolation(networks: Sequence[FirewallNetwork]) -> str:
     )
 
 
-def _untracked(hook: str, ports: Sequence[int]) -> str:
+def _untracked(hook: str, side: str, underlay_ip: IpAddress, ports: Sequence[int]) -> str:
     """Keep tunnel packets out of connection tracking.
 
     A tunnel's source port is a hash of the inner flow (RFC 7348 §5): each flow between two hosts
-    would take an entry of its own, and a busy host's table would be full of them.  A container's
-    own packets to such a port of the outside are tracked, or they could not be masqueraded.
+    would take an entry of its own, and a busy host's table would be full of them.  Others' packets
+    to such a port are tracked, or they could not be masqueraded.
     """
     numbers = _braces(map(str, ports))
     return (
         f"\tchain tunnel_{hook} {{\n"
         f"\t\ttype filter hook {hook} priority raw; policy accept;\n"
-        f'\t\tudp dport {numbers} iifname != "mnb*" notrack\n'
+        f"\t\t{_FAMILY[underlay_ip.version]} {side} {underlay_ip} udp dport {numbers} notrack\n"
         "\t}\n"
     )
 

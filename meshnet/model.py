@@ -163,6 +163,8 @@ class MeshSnapshot:
         reservations: by network, who owns each subnet.
         alive: hosts whose lease has not run out.
         bad_values: keys that were skipped because their value is unusable.
+        holes: those of them of which not even an earlier value is known: what they stand for may
+            exist, so nothing may be deleted for not being in the snapshot.
     """
 
     revision: int = 0
@@ -171,6 +173,7 @@ class MeshSnapshot:
     alive: Mapping[HostId, Claim] = field(default_factory=dict)
     reservations: Mapping[NetworkName, Mapping[IpNetwork, HostId]] = field(default_factory=dict)
     bad_values: Mapping[str, str] = field(default_factory=dict)
+    holes: frozenset[str] = frozenset()
 
     def subnets_of(self, host: HostId, network: NetworkName) -> tuple[IpNetwork, ...]:
         """The subnets `host` owns in `network`, IPv4 first; what cannot be one is left out."""

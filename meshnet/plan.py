@@ -91,7 +91,7 @@ def plan_mesh(
         if outcome.plan is not None:
             planned.append(outcome.plan)
     if planned:
-        state.firewall = render_firewall([p.firewall for p in planned])
+        state.firewall = render_firewall([p.firewall for p in planned], underlay.ip)
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)
 

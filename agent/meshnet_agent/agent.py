@@ -98,6 +98,7 @@ class Agent:
             self.identity.check,
         )
         self._nursery: trio.Nursery | None = None
+        self._was_alive = False
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -120,6 +121,8 @@ class Agent:
                 async with trio.open_nursery() as data_plane:
                     self._nursery = data_plane
                     await data_plane.start(self.endpoints.run)
+                    # Networks may have been removed while this agent was down.
+                    self._on_snapshot(self.follower.snapshot)
                     await data_plane.start(
                         self._listen,
                         self._event_filter.concerns_us,
@@ -134,9 +137,9 @@ class Agent:
                     self.ready = True
                     task_status.started()
         finally:
-            self.identity.save()
             with trio.move_on_after(2, shield=True), contextlib.suppress(MeshnetError):
                 await self.membership.leave()
+            self.identity.save()
 
     async def _keep_filter_current(self) -> None:
         while True:
@@ -167,9 +170,14 @@ class Agent:
 
     def _on_snapshot(self, snapshot: MeshSnapshot) -> None:
         self.membership.follow(snapshot)
-        for network in {e.network for e in self.endpoints.all} - snapshot.networks.keys():
-            if self._nursery is not None:
+        if self._nursery is not None and not snapshot.holes:
+            for network in {e.network for e in self.endpoints.all} - snapshot.networks.keys():
                 self._nursery.start_soon(self.endpoints.remove_network, network)
+        alive = self.host.id in snapshot.alive
+        if alive and not self._was_alive:
+            # Somebody may have removed this host, and with it what it published, in between.
+            self.publisher.refresh()
+        self._was_alive = alive
         self.reconciler.mark_dirty()
 
     def _on_missing_links(self, names: Collection[str]) -> None:

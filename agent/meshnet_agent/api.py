@@ -7,7 +7,6 @@ A thin layer: reads a request, calls `meshnet_agent.service`, writes its documen
 from __future__ import annotations
 
 import functools
-from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
@@ -16,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from meshnet.codec import MAX_VALUE_BYTES
+from meshnet.codec import MAX_VALUE_BYTES, parse_address, parse_network
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
@@ -101,7 +100,7 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
         return Route(path, _guard(handler, is_ready), methods=[method])
 
     handlers = _Handlers(service)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/healthz", lambda _: _json({"status": "ok"})),
             Route("/readyz", lambda _: _ready(is_ready())),
@@ -118,6 +117,8 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
         ],
         exception_handlers={404: _no_such_route, 405: _no_such_route},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Handlers:
@@ -243,7 +244,7 @@ async def _body(request: Request, kind: type[_T]) -> _T:
 
 def _cidr(text: str) -> IpNetwork:
     try:
-        return ip_network(text)
+        return parse_network(text)
     except ValueError as error:
         raise UsageError(
             f"subnet {text!r} is not usable ({error}): give a CIDR such as 10.42.0.0/16"
@@ -252,7 +253,7 @@ def _cidr(text: str) -> IpNetwork:
 
 def _address(text: str) -> IpAddress:
     try:
-        return ip_address(text)
+        return parse_address(text)
     except ValueError as error:
         raise UsageError(
             f"address {text!r} is not an IP address: give one such as 10.42.1.7"

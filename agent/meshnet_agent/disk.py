@@ -60,16 +60,23 @@ class StateDir:
             write_whole(file, random_name().encode())
         return file.read_text().strip()
 
-    def load_endpoints(self) -> list[Endpoint]:
-        """All endpoints that were saved and not removed."""
+    def load_endpoints(self) -> tuple[list[Endpoint], set[str]]:
+        """All endpoints that were saved and not removed, and the ids of those unreadable.
+
+        Raises:
+            KernelRefusedError: the disk refused to be read.
+        """
         found = []
-        for file in sorted(self._endpoints.glob("*.json")):
-            try:
-                found.append(codec.decode_endpoint(file.read_bytes()))
-            except (BadValueError, OSError) as error:
-                _log.error("endpoint file set aside", file=str(file), reason=str(error))
-                file.rename(file.with_suffix(".bad"))
-        return found
+        try:
+            for file in sorted(self._endpoints.glob("*.json")):
+                try:
+                    found.append(codec.decode_endpoint(file.read_bytes()))
+                except BadValueError as error:
+                    _log.error("endpoint file set aside", file=str(file), reason=str(error))
+                    file.rename(file.with_suffix(".bad"))
+        except OSError as error:
+            raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
+        return found, {file.stem for file in self._endpoints.glob("*.bad")}
 
     def save_endpoint(self, endpoint: Endpoint) -> None:
         """Record an endpoint; on return it survives a power cut.
@@ -86,8 +93,17 @@ class StateDir:
             ) from error
 
     def remove_endpoint(self, endpoint_id: EndpointId) -> None:
-        """Forget an endpoint.  Idempotent."""
-        self._file(endpoint_id).unlink(missing_ok=True)
+        """Forget an endpoint.  Idempotent.
+
+        Raises:
+            KernelRefusedError: the disk refused.
+        """
+        try:
+            self._file(endpoint_id).unlink(missing_ok=True)
+        except OSError as error:
+            raise KernelRefusedError(
+                f"{self._file(endpoint_id)} stays: {error.strerror}"
+            ) from error
 
     def _file(self, endpoint_id: EndpointId) -> Path:
         return self._endpoints / f"{endpoint_id}.json"
@@ -145,11 +161,10 @@ def write_whole(file: Path, content: bytes) -> None:
     """Replace a file atomically and durably."""
     draft = file.with_name(file.name + ".new")
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, content)
+    with open(fd, "wb") as opened:
+        opened.write(content)
+        opened.flush()
         os.fsync(fd)
-    finally:
-        os.close(fd)
     os.replace(draft, file)
     directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -79,10 +79,12 @@ class Endpoints:
 
     Attributes:
         changed: raised when the set of endpoints changed, for whoever publishes it.
+        unhealed: endpoints whose host-side link is gone for good, and why.
     """
 
     def __init__(self, worker: Worker[Wiring], disk: StateDir, host: HostId) -> None:
         self.changed = Flag()
+        self.unhealed: dict[EndpointId, str] = {}
         self._worker = worker
         self._disk = disk
         self._host = host
@@ -161,8 +163,10 @@ class Endpoints:
     async def heal(self, link_names: Collection[str], ready: Callable[[str], ReadyNetwork]) -> None:
         """Connect endpoints again whose host-side link somebody deleted."""
         async with self._lock:
+            there = await self._worker.run(lambda wiring: wiring.list_endpoint_links())
+            gone = set(link_names) - set(there)
             for endpoint in [
-                e for e in self._endpoints.values() if endpoint_link_name(e.id) in link_names
+                e for e in self._endpoints.values() if endpoint_link_name(e.id) in gone
             ]:
                 try:
                     with _open_process(endpoint.pid) as (_, netns_fd):
@@ -171,7 +175,9 @@ class Endpoints:
                             lambda w, fd=netns_fd, e=endpoint, n=network: self._connect(w, fd, e, n)  # type: ignore[misc]
                         )
                     _log.warning("endpoint link was gone, made again", endpoint=endpoint.name)
+                    self.unhealed.pop(endpoint.id, None)
                 except MeshnetError as error:
+                    self.unhealed[endpoint.id] = f"its link is gone and cannot be made: {error}"
                     _log.error(
                         "endpoint cannot be healed", endpoint=endpoint.name, reason=str(error)
                     )
@@ -193,6 +199,7 @@ class Endpoints:
         return endpoint
 
     def _draft(self, request: AttachRequest, ready: ReadyNetwork, inode: int) -> Endpoint:
+        ticks = start_ticks(request.pid)
         addresses = self._take_addresses(request, ready)
         identity = EndpointId(secrets.token_hex(6))
         return Endpoint(
@@ -208,7 +215,7 @@ class Endpoints:
             mtu_bytes=ready.mtu_bytes,
             default_route=request.default_route,
             netns_inode=inode,
-            pid_start_ticks=start_ticks(request.pid),
+            pid_start_ticks=ticks,
         )
 
     def _take_addresses(
@@ -274,6 +281,7 @@ class Endpoints:
         await self._worker.run(lambda wiring: wiring.disconnect(endpoint))
         self._disk.remove_endpoint(endpoint.id)
         del self._endpoints[endpoint.id]
+        self.unhealed.pop(endpoint.id, None)
         self._free_addresses(endpoint)
         watcher = self._watchers.pop(endpoint.id, None)
         if watcher is not None:
@@ -302,50 +310,55 @@ class Endpoints:
             endpoint = self._endpoints.get(identity)
             if endpoint is None:
                 return
-            heir = await self._find_heir(endpoint)
-            if heir is None:
-                _log.info("endpoint freed, its process ended", endpoint=endpoint.name)
-                self._watchers.pop(identity, None)
-                await self._remove(endpoint)
-            else:
-                self._adopt(*heir)
+            try:
+                heir = await self._find_heir(endpoint)
+                if heir is None:
+                    _log.info("endpoint freed, its process ended", endpoint=endpoint.name)
+                    self._watchers.pop(identity, None)
+                    await self._remove(endpoint)
+                else:
+                    self._adopt(*heir)
+            except MeshnetError as error:
+                # What is left of it is collected at the next start.
+                _log.error("endpoint not freed", endpoint=endpoint.name, reason=str(error))
         self.changed.set()
 
     async def _find_heir(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
         """Another process of the namespace, as a changed endpoint and its pidfd."""
-        pid = await trio.to_thread.run_sync(find_process, endpoint.netns_inode)
-        if pid is None:
-            return None
-        try:
-            with _open_process(pid) as (pid_fd, netns_fd):
-                if netns_inode(netns_fd) != endpoint.netns_inode:
-                    return None
-                heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
-                return heir, os.dup(pid_fd)
-        except MeshnetError:
-            return None
+        while True:
+            pid = await trio.to_thread.run_sync(find_process, endpoint.netns_inode)
+            if pid is None:
+                return None
+            # One that ends before it is opened may have left children.
+            with contextlib.suppress(NotFoundError), _open_process(pid) as (pid_fd, netns_fd):
+                if netns_inode(netns_fd) == endpoint.netns_inode:
+                    heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
+                    return heir, os.dup(pid_fd)
 
     def _adopt(self, endpoint: Endpoint, pid_fd: int) -> None:
-        if self._endpoints.get(endpoint.id) != endpoint:
-            self._disk.save_endpoint(endpoint)
         self._endpoints[endpoint.id] = endpoint
         self._watch(endpoint, pid_fd)
+        self._disk.save_endpoint(endpoint)
 
     async def _recover(self) -> None:
         """At start: keep what lives, free what does not, remove links nobody recorded."""
         link_names = set(await self._worker.run(lambda wiring: wiring.list_endpoint_links()))
-        for endpoint in self._disk.load_endpoints():
+        endpoints, unreadable = self._disk.load_endpoints()
+        for endpoint in endpoints:
             found = _same_process(endpoint)
             if found is None and endpoint_link_name(endpoint.id) in link_names:
                 # The link is there, so the namespace is, and its inode still means the same one.
                 found = await self._find_heir(endpoint)
-            if found is not None:
-                self._adopt(*found)
-                continue
-            _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
-            await self._worker.run(lambda wiring, e=endpoint: wiring.disconnect(e))  # type: ignore[misc]
-            self._disk.remove_endpoint(endpoint.id)
-        recorded = {endpoint_link_name(e.id) for e in self._endpoints.values()}
+            try:
+                if found is not None:
+                    self._adopt(*found)
+                    continue
+                _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
+                await self._worker.run(lambda wiring, e=endpoint: wiring.disconnect(e))  # type: ignore[misc]
+                self._disk.remove_endpoint(endpoint.id)
+            except MeshnetError as error:
+                _log.error("endpoint not taken over", endpoint=endpoint.name, reason=str(error))
+        recorded = {endpoint_link_name(identity) for identity in {*self._endpoints, *unreadable}}
         for name in link_names - recorded:
             _log.warning("unrecorded endpoint link removed", link=name)
             await self._worker.run(lambda wiring, n=name: wiring.remove_link(n))  # type: ignore[misc]

@@ -57,7 +57,12 @@ class Follower:
         return trio.current_time() - self._heard_at
 
     def dead_for_s(self) -> dict[HostId, float]:
-        """Hosts without a lease, and for how long this agent has seen them so."""
+        """Hosts without a lease, and for how long this agent has seen them so.
+
+        Empty while the store is not heard: nothing is known then of who is dead.
+        """
+        if not self.connected:
+            return {}
         now = trio.current_time()
         return {host: now - since for host, since in self._dead_since.items()}
 
@@ -105,6 +110,9 @@ class Follower:
         async with self._store.watch_prefix(MESH, after_revision=after) as batches:
             if not self.connected:
                 _log.info("store followed", revision=after)
+                # What was dead when the store was lost may have come back meanwhile: grace periods
+                # begin again, or they would end on old news.
+                self._dead_since = dict.fromkeys(self._dead_since, trio.current_time())
             self.connected = True
             self.error = None
             self._heard_at = trio.current_time()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from meshnet.store import Store
 
 _log = structlog.get_logger()
+_SAVE_EVERY = 1000
+"""Revisions after which the latest one is written down again."""
 
 
 class MeshIdentity:
@@ -39,6 +41,7 @@ class MeshIdentity:
         self._store = store
         self._file = file
         self._id, self._revision = _read(file)
+        self._saved = self._revision
 
     def observe(self, revision: int) -> None:
         """Note a revision that was seen; it is on disk after the next `check` or `save`."""
@@ -51,6 +54,7 @@ class MeshIdentity:
             PolicyRefusedError: it is not; the message says how and what to do.
             StoreUnavailableError: it does not answer.
         """
+        before = self._id
         found, revision = await self._look()
         if self._id is None:
             if found is None:
@@ -77,13 +81,20 @@ class MeshIdentity:
                 f"agent and remove {self._file}"
             )
         self.observe(revision)
-        self.save()
+        if found != before or self._revision > self._saved + _SAVE_EVERY:
+            self.save()
 
     def save(self) -> None:
-        """Write down what is known."""
-        if self._id is not None:
-            document = {"id": self._id, "revision": self._revision}
+        """Write down what is known; a disk that refuses weakens the guard, and is logged."""
+        if self._id is None:
+            return
+        document = {"id": self._id, "revision": self._revision}
+        try:
             write_whole(self._file, json.dumps(document).encode())
+        except OSError as error:
+            _log.error("mesh file cannot be written", file=str(self._file), reason=str(error))
+        else:
+            self._saved = self._revision
 
     async def _look(self) -> tuple[str | None, int]:
         listing = await self._store.list_prefix(MESH_ID)

@@ -208,7 +208,7 @@ async def _serve(agent: Agent, socket_path: Path) -> None:
     async with trio.open_nursery() as root:
         await root.start(serve_api)
         with trio.CancelScope() as running:
-            root.start_soon(_stop_on_signal, running)
+            root.start_soon(_stop_on_signal, agent, running)
             async with trio.open_nursery() as inner:
                 await inner.start(agent.run)
                 notify("READY=1")
@@ -217,11 +217,12 @@ async def _serve(agent: Agent, socket_path: Path) -> None:
         root.cancel_scope.cancel()
 
 
-async def _stop_on_signal(running: trio.CancelScope) -> None:
+async def _stop_on_signal(agent: Agent, running: trio.CancelScope) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             _log.info("stopping", signal=signal.Signals(number).name)
             notify("STOPPING=1")
+            agent.ready = False  # from here on requests are refused, not cut off
             running.cancel()
 
 

@@ -17,7 +17,7 @@ from meshnet.store import LeaseExpiredError
 from meshnet_agent.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from meshnet.model import Claim, Host, IpNetwork, MeshSnapshot, Network, NetworkName
     from meshnet.store import LeaseId
@@ -124,18 +124,14 @@ class Membership:
         for name, network in snapshot.networks.items():
             held = snapshot.subnets_of(self.host.id, name)
             kept = self.subnets.get(name, ())
-            if not all(network.is_host_subnet(s) for s in kept):
-                # Removed and made anew with other addresses, faster than this agent looked.
-                del self.subnets[name]
-                kept = ()
+            mine = self._merge(network, held, kept, snapshot)
+            if mine == kept:
+                pass
+            elif mine:
+                self.subnets[name] = mine
                 changed = True
-            if held and held != kept:
-                self.subnets[name] = held
-                changed = True
-            taken = snapshot.reservations.get(name, {})
-            lost = [s for s in kept if taken.get(s, self.host.id) != self.host.id]
-            if lost and not held:
-                _log.error("subnet was given to another host", network=name, subnets=str(lost))
+            else:
+                _log.error("subnet was given to another host", network=name, subnets=str(kept))
                 del self.subnets[name]
                 changed = True
             if len(held) < len(network.subnets):
@@ -144,6 +140,27 @@ class Membership:
             self._look.set()
         if changed:
             self._announce()
+
+    def _merge(
+        self,
+        network: Network,
+        held: Sequence[IpNetwork],
+        kept: Sequence[IpNetwork],
+        snapshot: MeshSnapshot,
+    ) -> tuple[IpNetwork, ...]:
+        """This host's subnets, one an IP version: reserved, or kept while nobody else has it.
+
+        One that is not within the network belongs to a network of that name that was removed and
+        made anew, faster than this agent looked.
+        """
+        owners = snapshot.reservations.get(network.name, {})
+        mine = {
+            s.version: s
+            for s in kept
+            if network.is_host_subnet(s) and owners.get(s, self.host.id) == self.host.id
+        }
+        mine |= {s.version: s for s in reversed(held)}
+        return tuple(mine[version] for version in sorted(mine))
 
     async def reserve(self) -> None:
         """Reserve what is missing whenever the snapshot shows it.  Never returns."""

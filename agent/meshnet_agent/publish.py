@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _DELAYS_S = (0.2, 10.0)
+_REFRESH_S = 600.0
+"""Time after which what is published is looked at again, in case somebody removed it."""
 
 
 class Publisher:
@@ -49,11 +51,19 @@ class Publisher:
         self._check_store = check_store
         self._published: dict[str, bytes] | None = None
 
+    def refresh(self) -> None:
+        """Look at what is published, and publish what is missing."""
+        self._published = None
+        self._endpoints.changed.set()
+
     async def run(self) -> None:
         """Publish after every change, for ever."""
         delay_s = _DELAYS_S[0]
         while True:
-            await self._endpoints.changed.wait()
+            with trio.move_on_after(_REFRESH_S * random.uniform(0.9, 1.1)) as waiting:
+                await self._endpoints.changed.wait()
+            if waiting.cancelled_caught:
+                self._published = None
             try:
                 await self._sync()
                 delay_s = _DELAYS_S[0]

@@ -80,6 +80,9 @@ def run_pass(kernel: Kernel, ids: NexthopIds, given: PassInput) -> PassResult:
     ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
     plan = plan_mesh(given.snapshot, given.local, underlay, ids)
     ops = diff(plan.state, actual)
+    if given.snapshot.holes:
+        # Design decision D5: deletions need a complete snapshot.
+        ops = [op for op in ops if op.value is not None or op.key in plan.state.links]
     failures = kernel.apply(ops) if ops else []
     return PassResult(
         networks=plan.networks,

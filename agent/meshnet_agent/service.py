@@ -183,6 +183,8 @@ class Service:
             if network.name in self._agent.membership.errors:
                 errors = [str(self._agent.membership.errors[network.name]), *errors]
             mine = [e for e in self._agent.endpoints.all if e.network == network.name]
+            unhealed = self._agent.endpoints.unhealed
+            errors += [f"endpoint {e.name}: {unhealed[e.id]}" for e in mine if e.id in unhealed]
             networks.append(
                 {
                     "name": network.name,
@@ -208,7 +210,11 @@ class Service:
             "bad_values": [
                 {"key": key, "reason": reason} for key, reason in snapshot.bad_values.items()
             ],
-            "errors": [*([blocked] if blocked else []), *(str(f) for f in other)],
+            "errors": [
+                *([blocked] if blocked else []),
+                *(f"nothing is deleted while {key} cannot be read" for key in snapshot.holes),
+                *(str(f) for f in other),
+            ],
             "kernel": {
                 "passes": self._agent.reconciler.passes,
                 "writes": self._agent.reconciler.writes,

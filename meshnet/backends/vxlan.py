@@ -78,6 +78,12 @@ def plan_vxlan(wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> Net
         if version not in sources:
             continue
         nexthop = _direct(peer, underlay) if network.direct_routing else None
+        if peer.host.underlay_ip == underlay.ip:
+            errors.append(
+                f"host {peer.host.id} has this host's underlay address {underlay.ip}: give every "
+                "agent its own, or remove that host (meshnet host rm)"
+            )
+            continue
         if nexthop is None:
             if peer.host.underlay_ip.version != underlay.ip.version:
                 errors.append(
@@ -132,14 +138,14 @@ def _plan_links(wanted: NetworkInput, mtu: int, state: KernelState) -> None:
         LinkKind.BRIDGE,
         mtu,
         gateway_mac(primary),
-        sysctls=_sysctls(wanted.subnets, underlay, tunnel=False),
+        sysctls=_sysctls(wanted.subnets, underlay, mtu, tunnel=False),
     )
     state.links[vxlan_name(network)] = Link(
         LinkKind.VXLAN,
         mtu,
         vtep_mac(primary),
         vxlan=Vxlan(network.vni, network.port, underlay.ip.packed),
-        sysctls=_sysctls(wanted.subnets, underlay, tunnel=True),
+        sysctls=_sysctls(wanted.subnets, underlay, mtu, tunnel=True),
     )
     for subnet in wanted.subnets:
         state.addresses[AddressKey(bridge, gateway_of(subnet).packed, subnet.prefixlen)] = True
@@ -150,7 +156,7 @@ def _plan_links(wanted: NetworkInput, mtu: int, state: KernelState) -> None:
 
 
 def _sysctls(
-    subnets: Sequence[IpNetwork], underlay: Underlay, *, tunnel: bool
+    subnets: Sequence[IpNetwork], underlay: Underlay, mtu: int, *, tunnel: bool
 ) -> tuple[tuple[str, str, str], ...]:
     """Per-interface settings.
 
@@ -160,7 +166,8 @@ def _sysctls(
     """
     rp_filter = "2" if underlay.strict_rp_filter else "0"
     settings = [("ipv4", "forwarding", "1"), ("ipv4", "rp_filter", rp_filter)]
-    if underlay.ipv6:
+    # Below its smallest MTU the kernel gives a link no IPv6, nor settings for it.
+    if underlay.ipv6 and mtu >= MINIMUM_MTU_BYTES[6]:
         if any(s.version == 6 for s in subnets):
             settings += [("ipv6", "accept_dad", "0"), ("ipv6", "accept_ra", "0")]
             if tunnel:

@@ -12,6 +12,7 @@ from meshnet.errors import (
     AgentUnreachableError,
     MeshnetError,
     PolicyRefusedError,
+    UsageError,
     error_classes,
 )
 
@@ -53,6 +54,8 @@ class Client:
         return self._call("DELETE", parts, None)
 
     def _call(self, method: str, parts: tuple[str, ...], body: dict[str, Any] | None) -> Any:  # noqa: ANN401
+        if "" in parts:
+            raise UsageError("the name is empty: give one")
         connection = _UnixConnection(self._path)
         url = "/v1/" + "/".join(quote(part, safe="") for part in parts)
         payload = json.dumps(body).encode() if body is not None else None

@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (head, less) has seen enough; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"meshnet: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

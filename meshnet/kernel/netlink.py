@@ -8,6 +8,8 @@ object, and all calls must come from that thread.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -191,7 +193,15 @@ class NetlinkKernel:
 
     def _dump_nexthops(self, state: KernelState, names: dict[int, str]) -> None:
         foreign = set()
-        for message in self._rtnl.dump(rtnl.RTM_GETNEXTHOP, bulk.nexthop_dump()):
+        try:
+            messages = self._rtnl.dump(rtnl.RTM_GETNEXTHOP, bulk.nexthop_dump())
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            raise KernelRefusedError(
+                f"kernel {os.uname().release} has no nexthop objects: run Linux 5.3 or newer"
+            ) from error
+        for message in messages:
             found = bulk.decode_nexthop(message, names)
             if found is None:
                 continue

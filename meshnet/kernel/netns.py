@@ -50,11 +50,19 @@ def host_netns_inodes() -> set[int]:
 
     They differ where the agent itself runs in a namespace, as in the lab; endpoints belong in
     neither.
+
+    Raises:
+        PolicyRefusedError: that of process 1 cannot be found out.
     """
-    inodes = {os.stat("/proc/thread-self/ns/net").st_ino}
-    with contextlib.suppress(OSError):
-        inodes.add(os.stat("/proc/1/ns/net").st_ino)
-    return inodes
+    own = os.stat("/proc/thread-self/ns/net").st_ino
+    # Process 1 may be out of reach even for root; process 2, the kernel's, is in the same one.
+    for pid in (1, 2):
+        with contextlib.suppress(OSError):
+            return {own, os.stat(f"/proc/{pid}/ns/net").st_ino}
+    raise PolicyRefusedError(
+        "neither process 1's nor process 2's network namespace may be looked at, so this machine's "
+        "own cannot be told from others: run the agent in the machine's pid namespace"
+    )
 
 
 def start_ticks(pid: int) -> int:

@@ -70,9 +70,8 @@ class NetlinkWiring:
         )
         self._must(self._rtnl, [veth], endpoint)
         try:
-            self._must(
-                self._rtnl, [links.encode_no_link_local(socket.if_nametoindex(name))], endpoint
-            )
+            # A courtesy that a kernel without IPv6, or a link with a small MTU, has no use for.
+            self._rtnl.send_batch([links.encode_no_link_local(socket.if_nametoindex(name))])
             with inside(netns_fd):
                 return self._configure(wiring)
         except BaseException as error:

@@ -13,6 +13,7 @@ etcd's own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -139,7 +140,8 @@ class EtcdServer:
         if self._process is None:
             return
         self._process.terminate()
-        self.resume()  # a stopped process acts on SIGTERM only when it continues
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            self.resume()  # a stopped process acts on SIGTERM only when it continues
         try:
             self._process.wait(_STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
@@ -164,6 +166,7 @@ class EtcdServer:
     def pause(self) -> None:
         """Freeze etcd (SIGSTOP): connections stay open and nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)  # until the last of its threads has stopped
 
     def resume(self) -> None:
         """Undo `pause`; harmless when not paused."""

@@ -50,6 +50,7 @@ class Mirror:
         self._reservations: dict[NetworkName, dict[IpNetwork, HostId]] = {}
         self._bad: dict[str, str] = {}
         self._keys: set[str] = set()
+        self._holes: set[str] = set()
 
     def load(self, listing: Listing) -> None:
         """Start over from a complete listing of `MESH`."""
@@ -82,17 +83,22 @@ class Mirror:
             hosts=dict(self._hosts),
             alive=dict(self._alive),
             reservations={n: dict(r) for n, r in self._reservations.items()},
-            bad_values=dict(self._bad),
+            bad_values={_printable(key): reason for key, reason in self._bad.items()},
+            holes=frozenset(self._holes),
         )
 
     def _put(self, key: str, value: bytes, revision: int) -> None:
+        known = key in self._keys and key not in self._holes
         self._keys.add(key)
         try:
             self._decode(key, value, revision)
         except BadValueError as error:
             self._bad[key] = str(error)
+            if not known and key.startswith((NETWORKS, HOSTS, SUBNETS)):
+                self._holes.add(key)
         else:
             self._bad.pop(key, None)
+            self._holes.discard(key)
 
     def _decode(self, key: str, value: bytes, revision: int) -> None:
         kind, _, rest = key.removeprefix(MESH).partition("/")
@@ -117,6 +123,7 @@ class Mirror:
     def _remove(self, key: str) -> None:
         self._keys.discard(key)
         self._bad.pop(key, None)
+        self._holes.discard(key)
         kind, _, rest = key.removeprefix(MESH).partition("/")
         match kind:
             case "networks":
@@ -138,6 +145,11 @@ class Mirror:
         owned.pop(subnet, None)
         if not owned:
             self._reservations.pop(NetworkName(name), None)
+
+
+def _printable(key: str) -> str:
+    """A key as text that can be encoded: one that is not UTF-8 has surrogates in it."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _check_name(inside: str, in_key: str) -> None:

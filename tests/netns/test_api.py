@@ -109,4 +109,10 @@ def test_corrupt_endpoint_record_is_set_aside(make_lab: MakeLab) -> None:
     host.start_agent()
     assert [e["id"] for e in meshnet(host, "endpoint", "ls")] == [kept["id"]]
     assert not bad.exists()
+    # Nor is the link of such an endpoint removed, at this start or the next: it may be in use.
+    host.run(["ip", "link", "add", "mne0123456789ab", "type", "veth", "peer", "name", "left"])
+    for _ in range(2):
+        host.kill_agent()
+        host.start_agent()
+        assert "mne0123456789ab" in host.run(["ip", "link"]).stdout
     assert bad.with_suffix(".bad").read_bytes() == b'{"v":1,'

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,7 @@ def test_networks(host: LabHost) -> None:
     refused(5, "underlay address of host h1", "dev", "--subnet", "10.255.0.0/16")
     refused(2, "give a CIDR", "dev", "--subnet", "10.42.0.1/16")
     refused(2, "give a CIDR", "dev", "--subnet", "banana")
+    refused(2, "has a scope", "dev", "--subnet", "fd00:77::%x/48")
     refused(2, "does not fit", "dev", "--subnet", "10.50.0.0/16", "--host-prefix", "12")
     refused(2, "give one IPv4 CIDR", "dev", "--subnet", "10.5.0.0/16", "--subnet", "10.6.0.0/16")
     refused(2, "VNI", "dev", "--subnet", "10.50.0.0/16", "--vni", "16777216")
@@ -66,6 +69,7 @@ def test_networks(host: LabHost) -> None:
     refused(2, "invalid int", "dev", "--subnet", "10.50.0.0/16", "--vni", "x")
     assert "nothere" in meshnet(host, "network", "rm", "nothere", status=4)
     assert "nothere" in meshnet(host, "network", "inspect", "nothere", status=4)
+    assert "is empty" in meshnet(host, "network", "rm", "", status=2)
 
 
 def test_endpoints(host: LabHost) -> None:
@@ -83,6 +87,7 @@ def test_endpoints(host: LabHost) -> None:
     refused(2, "pid", 0)
     refused(4, "network nothere", other.pid, net="nothere")
     refused(9, "own network namespace", host.agent_pid)
+    refused(9, "own network namespace", os.getpid())  # the machine's, which no agent here manages
     mine = attach(container, host, "prod", "--name", "web")
     refused(5, "attached to network prod already", container.pid)
     refused(5, "is taken", other.pid, "--ip", address_of(mine))
@@ -91,6 +96,7 @@ def test_endpoints(host: LabHost) -> None:
     refused(2, "outside", other.pid, "--ip", "10.43.0.1")
     refused(2, "network, gateway or broadcast", other.pid, "--ip", mine["gateway"])
     refused(2, "not an IP address", other.pid, "--ip", "10.42")
+    refused(2, "not an IP address", other.pid, "--ip", "fd00:42::7%x")
     refused(2, "interface name", other.pid, "--ifname", "a/b")
     other.run(["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"])
     empty = namespace_of(other)
@@ -233,6 +239,57 @@ def test_garbage_in_the_store(make_lab: MakeLab) -> None:
     wait_until(
         lambda: f"{root}nonsense" not in str(meshnet(h1, "status")["bad_values"]), 5, "it is gone"
     )
+
+
+def test_a_restart_with_an_unreadable_network_deletes_nothing(make_lab: MakeLab) -> None:
+    """A newer agent's format, say: what it stands for may exist."""
+    lab = make_lab(2)
+    create_network(lab, "prod", "--subnet", "10.42.0.0/16")
+    h1, h2 = lab.hosts
+    one, two = h1.spawn_container(), h2.spawn_container()
+    attach(one, h1, "prod")
+    theirs = attach(two, h2, "prod")
+    key = "/meshnet/v1/mesh/networks/prod"
+    value = lab.etcd.ctl("get", "--print-value-only", key).strip()
+    lab.etcd.ctl("put", key, '{"v":2}')
+    h1.kill_agent()
+    h1.start_agent()
+    wait_until(lambda: key in str(meshnet(h1, "status")["errors"]), 5, "the hole is named")
+    lab.etcd.ctl("put", "/meshnet/v1/mesh/nonsense", "1")  # any other change
+    wait_until(lambda: "nonsense" in str(meshnet(h1, "status")["bad_values"]), 5, "it is seen")
+    assert ping(one, address_of(theirs))
+    assert len(meshnet(h1, "endpoint", "ls")) == 2
+    lab.etcd.ctl("put", key, value)
+    wait_in_sync(h1, peers=1)
+    assert ping(one, address_of(theirs))
+
+
+def test_small_mtu(make_lab: MakeLab) -> None:
+    """Below 1280 bytes the kernel has no IPv6 on a link, nor settings for it."""
+    lab = make_lab(2)
+    create_network(lab, "slim", "--subnet", "10.42.0.0/16", "--mtu", "1000")
+    h1, h2 = lab.hosts
+    one, two = h1.spawn_container(), h2.spawn_container()
+    attach(one, h1, "slim")
+    assert ping(one, address_of(attach(two, h2, "slim")), "-s", "972", "-M", "do")
+
+
+def test_unpublished_endpoint_is_published_again(make_lab: MakeLab) -> None:
+    """A host that was removed while it was only paused takes back all that it had."""
+    lab = make_lab(2, agent_args=["--lease-ttl", "2"])
+    create_network(lab, "prod", "--subnet", "10.42.0.0/16")
+    h1, h2 = lab.hosts
+    attach(h2.spawn_container(), h2, "prod")
+    wait_until(lambda: len(meshnet(h1, "endpoint", "ls")) == 1, 5, "it is listed")
+    subnets = meshnet(h1, "hosts")[1]["subnets"]
+    os.kill(h2.agent_pid, signal.SIGSTOP)
+    wait_until(lambda: not meshnet(h1, "hosts")[1]["alive"], 10, "h2 counts as dead")
+    meshnet(h1, "host", "rm", "h2")
+    assert meshnet(h1, "endpoint", "ls") == []
+    os.kill(h2.agent_pid, signal.SIGCONT)
+    wait_until(lambda: len(meshnet(h1, "endpoint", "ls")) == 1, 20, "it is listed again")
+    assert meshnet(h1, "hosts")[1]["subnets"] == subnets
+    wait_until(lambda: "has 1 endpoints" in meshnet(h1, "network", "rm", "prod", status=5), 5, "it")
 
 
 def test_agent_settings(make_lab: MakeLab, tmp_path: Path) -> None:
