@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.cli.client import Client
 from meshnet.cli.completion import complete_networks
-from meshnet.cli.output import print_json, print_table
+from meshnet.cli.output import print_either, print_json, print_table
 
 if TYPE_CHECKING:
     import argparse
@@ -68,20 +68,12 @@ def _attach(args: argparse.Namespace) -> int:
             "default_route": args.default_route,
         },
     )
-    if args.json:
-        print_json(document)
-    else:
-        print(document["address"])
-    return 0
+    return print_either(args.json, document, document["address"])
 
 
 def _detach(args: argparse.Namespace) -> int:
     document = Client(args.socket).post("detach", body={"pid": args.pid, "network": args.net})
-    if args.json:
-        print_json(document)
-    else:
-        print(document["name"])
-    return 0
+    return print_either(args.json, document, document["name"])
 
 
 def _ls(args: argparse.Namespace) -> int:

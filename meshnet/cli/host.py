@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from meshnet.cli.client import Client
-from meshnet.cli.output import joined, print_json, print_table
+from meshnet.cli.output import joined, print_either, print_json, print_table
 
 if TYPE_CHECKING:
     import argparse
@@ -57,8 +57,4 @@ def _hosts(args: argparse.Namespace) -> int:
 
 def _rm(args: argparse.Namespace) -> int:
     document = Client(args.socket).delete("hosts", args.id)
-    if args.json:
-        print_json(document)
-    else:
-        print(document["id"])
-    return 0
+    return print_either(args.json, document, document["id"])

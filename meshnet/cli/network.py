@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.cli.client import Client
 from meshnet.cli.completion import complete_networks
-from meshnet.cli.output import joined, print_json, print_table
+from meshnet.cli.output import joined, print_either, print_json, print_table
 
 if TYPE_CHECKING:
     import argparse
@@ -97,11 +97,7 @@ def _create(args: argparse.Namespace) -> int:
             "direct_routing": args.direct_routing or None,
         },
     )
-    if args.json:
-        print_json(document)
-    else:
-        print(document["name"])
-    return 0
+    return print_either(args.json, document, document["name"])
 
 
 def _ls(args: argparse.Namespace) -> int:
@@ -148,8 +144,4 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _rm(args: argparse.Namespace) -> int:
     document = Client(args.socket).delete("networks", args.name)
-    if args.json:
-        print_json(document)
-    else:
-        print(document["name"])
-    return 0
+    return print_either(args.json, document, document["name"])

@@ -14,6 +14,15 @@ def print_json(document: Any) -> None:  # noqa: ANN401
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
+def print_either(as_json: bool, document: Any, line: object) -> int:  # noqa: ANN401
+    """Print the document, or for people one line; returns the exit status 0."""
+    if as_json:
+        print_json(document)
+    else:
+        print(line)
+    return 0
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows under a header, columns as wide as their widest cell."""
     cells = [list(header), *([str(c) for c in row] for row in rows)]

@@ -288,7 +288,7 @@ def test_unpublished_endpoint_is_published_again(make_lab: MakeLab) -> None:
     assert meshnet(h1, "endpoint", "ls") == []
     os.kill(h2.agent_pid, signal.SIGCONT)
     wait_until(lambda: len(meshnet(h1, "endpoint", "ls")) == 1, 20, "it is listed again")
-    assert meshnet(h1, "hosts")[1]["subnets"] == subnets
+    wait_until(lambda: meshnet(h1, "hosts")[1]["subnets"] == subnets, 10, "its subnet is back")
     wait_until(lambda: "has 1 endpoints" in meshnet(h1, "network", "rm", "prod", status=5), 5, "it")
 
 
