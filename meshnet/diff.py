@@ -229,16 +229,7 @@ def describe(table: Table, key: Any) -> str:  # noqa: ANN401
 
 def merge(state: KernelState, ops: Iterable[Op]) -> KernelState:
     """The state after `ops`: what a kernel that refuses nothing would hold."""
-    after = KernelState(
-        links=dict(state.links),
-        addresses=dict(state.addresses),
-        neighbours=dict(state.neighbours),
-        fdb=dict(state.fdb),
-        nexthops=dict(state.nexthops),
-        routes=dict(state.routes),
-        sysctls=dict(state.sysctls),
-        firewall=state.firewall,
-    )
+    after = state.copy()
     for op in ops:
         if op.table is Table.FIREWALL:
             after.firewall = op.value

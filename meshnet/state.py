@@ -10,6 +10,7 @@ Pure: imports no socket, file, clock or trio.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import IntEnum
 from ipaddress import ip_address
@@ -20,6 +21,12 @@ PackedIp = bytes
 
 LINK_PREFIX = "mn"
 """Every link of ours has a name that starts so."""
+
+NETWORK_LINK = re.compile(LINK_PREFIX + r"[bv][0-9]+")
+"""Names of a network's own links: ``mnb4097``, its bridge, ``mnv4097``, its tunnel device."""
+
+ENDPOINT_LINK = re.compile(LINK_PREFIX + r"e[0-9a-f]{12}")
+"""Names of the host-side links of endpoints."""
 
 ROUTE_PROTOCOL = 109
 """``rtm_protocol`` and ``nh_protocol`` of our objects (free in linux/rtnetlink.h)."""
@@ -134,6 +141,20 @@ class KernelState:
     sysctls: dict[str, str] = field(default_factory=dict)
     firewall: str | None = None
     foreign_nexthop_ids: frozenset[int] = frozenset()
+
+    def copy(self) -> KernelState:
+        """The same state in tables of its own."""
+        return KernelState(
+            links=dict(self.links),
+            addresses=dict(self.addresses),
+            neighbours=dict(self.neighbours),
+            fdb=dict(self.fdb),
+            nexthops=dict(self.nexthops),
+            routes=dict(self.routes),
+            sysctls=dict(self.sysctls),
+            firewall=self.firewall,
+            foreign_nexthop_ids=self.foreign_nexthop_ids,
+        )
 
 
 def format_ip(packed: PackedIp) -> str:

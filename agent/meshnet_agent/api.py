@@ -7,7 +7,7 @@ A thin layer: reads a request, calls `meshnet_agent.service`, writes its documen
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 import structlog
@@ -96,7 +96,7 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
             get 503.
     """
 
-    def route(path: str, method: str, handler: Callable[[Request], Awaitable[Any]]) -> Route:
+    def route(path: str, method: str, handler: Callable[[Request], Awaitable[object]]) -> Route:
         return Route(path, _guard(handler, is_ready), methods=[method])
 
     handlers = _Handlers(service)
@@ -125,10 +125,10 @@ class _Handlers:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def list_networks(self, _request: Request) -> Any:  # noqa: ANN401
+    async def list_networks(self, _request: Request) -> object:
         return self._service.network_documents()
 
-    async def create_network(self, request: Request) -> Any:  # noqa: ANN401
+    async def create_network(self, request: Request) -> object:
         wanted = await _body(request, NetworkRequest)
         subnets = sorted((_cidr(s) for s in wanted.subnets), key=lambda s: s.version)
 
@@ -147,14 +147,14 @@ class _Handlers:
 
         return await self._service.create_network(build, wanted.vni)
 
-    async def inspect_network(self, request: Request) -> Any:  # noqa: ANN401
+    async def inspect_network(self, request: Request) -> object:
         return self._service.inspect_network(request.path_params["name"])
 
-    async def remove_network(self, request: Request) -> Any:  # noqa: ANN401
+    async def remove_network(self, request: Request) -> object:
         await self._service.remove_network(request.path_params["name"])
         return {"name": request.path_params["name"]}
 
-    async def attach(self, request: Request) -> Any:  # noqa: ANN401
+    async def attach(self, request: Request) -> object:
         wanted = await _body(request, EndpointRequest)
         return await self._service.attach(
             AttachRequest(
@@ -167,26 +167,26 @@ class _Handlers:
             )
         )
 
-    async def detach(self, request: Request) -> Any:  # noqa: ANN401
+    async def detach(self, request: Request) -> object:
         wanted = await _body(request, DetachRequest)
         return await self._service.detach(wanted.pid, wanted.network)
 
-    async def list_endpoints(self, _request: Request) -> Any:  # noqa: ANN401
+    async def list_endpoints(self, _request: Request) -> object:
         return await self._service.endpoint_documents()
 
-    async def list_hosts(self, _request: Request) -> Any:  # noqa: ANN401
+    async def list_hosts(self, _request: Request) -> object:
         return self._service.host_documents()
 
-    async def remove_host(self, request: Request) -> Any:  # noqa: ANN401
+    async def remove_host(self, request: Request) -> object:
         await self._service.remove_host(request.path_params["id"])
         return {"id": request.path_params["id"]}
 
-    async def status(self, _request: Request) -> Any:  # noqa: ANN401
+    async def status(self, _request: Request) -> object:
         return self._service.status_document()
 
 
 def _guard(
-    handler: Callable[[Request], Awaitable[Any]], is_ready: Callable[[], bool]
+    handler: Callable[[Request], Awaitable[object]], is_ready: Callable[[], bool]
 ) -> Callable[[Request], Awaitable[Response]]:
     @functools.wraps(handler)
     async def guarded(request: Request) -> Response:
@@ -226,7 +226,7 @@ def _ready(ready: bool) -> Response:
     return _json({"ready": ready}, 200 if ready else 503)
 
 
-def _json(document: Any, status: int = 200) -> Response:  # noqa: ANN401
+def _json(document: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(document), status, media_type="application/json")
 
 

@@ -8,14 +8,19 @@ linux/rtnetlink.h (multicast groups), linux/netfilter/nfnetlink.h and nf_tables.
 
 from __future__ import annotations
 
-import re
 import socket
 import struct
 from typing import TYPE_CHECKING
 
 from meshnet.firewall import TABLE
 from meshnet.kernel import bulk, links, rtnl
-from meshnet.state import NEXTHOP_ID_FIRST, NEXTHOP_ID_LAST, ROUTE_PROTOCOL
+from meshnet.state import (
+    ENDPOINT_LINK,
+    NETWORK_LINK,
+    NEXTHOP_ID_FIRST,
+    NEXTHOP_ID_LAST,
+    ROUTE_PROTOCOL,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -30,8 +35,6 @@ NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN = 10, 15
 NFTA_TABLE_NAME = 1
 NETCONFA_IFINDEX = 1
 
-_OWN_LINK = re.compile(r"mn[bv][0-9]+")
-_ENDPOINT_LINK = re.compile(r"mne[0-9a-f]{12}")
 _GROUPS = (
     RTNLGRP_LINK,
     RTNLGRP_NEIGH,
@@ -126,8 +129,8 @@ class EventFilter:
         name = attrs.get(links.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
         # Endpoint links are made by the dozen; only their end, or their leaving the bridge (a
         # RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.
-        deleted = message.kind == rtnl.RTM_DELLINK and _ENDPOINT_LINK.fullmatch(name)
-        return bool(deleted or _OWN_LINK.fullmatch(name))
+        deleted = message.kind == rtnl.RTM_DELLINK and ENDPOINT_LINK.fullmatch(name)
+        return bool(deleted or NETWORK_LINK.fullmatch(name))
 
     def _route(self, message: rtnl.Message) -> bool:
         header = rtnl.RTMSG.unpack_from(message.data, message.start)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshnet.backends import Path, Underlay
@@ -126,18 +126,7 @@ class MemoryKernel:
 
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
-        state = self._state
-        return KernelState(
-            links=dict(state.links),
-            addresses=dict(state.addresses),
-            neighbours=dict(state.neighbours),
-            fdb=dict(state.fdb),
-            nexthops=dict(state.nexthops),
-            routes=dict(state.routes),
-            sysctls=dict(state.sysctls),
-            firewall=state.firewall,
-            foreign_nexthop_ids=frozenset(self.foreign.nexthops),
-        )
+        return replace(self._state.copy(), foreign_nexthop_ids=frozenset(self.foreign.nexthops))
 
     # --- writing ------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ contract tests as the real one (``tests/contract/test_wiring.py``).  Place: test
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING
 from meshnet.backends.vxlan import endpoint_link_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.netns import netns_inode
-from meshnet.state import Link, LinkKind
+from meshnet.state import ENDPOINT_LINK, Link, LinkKind
 
 if TYPE_CHECKING:
     from meshnet.kernel import EndpointWiring
     from meshnet.kernel.memory import MemoryKernel
     from meshnet.model import Endpoint, IpAddress, IpInterface, IpNetwork
 
-_ENDPOINT_LINK = re.compile(r"mne[0-9a-f]{12}")
 _DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
@@ -113,4 +111,4 @@ class MemoryWiring:
 
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
-        return [name for name in self._kernel.dump().links if _ENDPOINT_LINK.fullmatch(name)]
+        return [name for name in self._kernel.dump().links if ENDPOINT_LINK.fullmatch(name)]

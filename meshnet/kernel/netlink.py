@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path as FilePath
@@ -25,7 +24,16 @@ from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.nft import NftTable
 from meshnet.kernel.ordering import carry_out
-from meshnet.state import AddressKey, KernelState, Link, LinkKind, format_ip, format_mac
+from meshnet.state import (
+    ENDPOINT_LINK,
+    NETWORK_LINK,
+    AddressKey,
+    KernelState,
+    Link,
+    LinkKind,
+    format_ip,
+    format_mac,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -33,7 +41,6 @@ if TYPE_CHECKING:
     from meshnet.kernel.links import LinkInfo
     from meshnet.model import IpAddress
 
-_OWN_LINK = re.compile(r"mn[bv][0-9]+|mne[0-9a-f]{12}")
 _PROC_SYS = FilePath("/proc/sys")
 _ALL_IPV6 = "net/ipv6/conf/all/forwarding"
 _OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
@@ -151,7 +158,8 @@ class NetlinkKernel:
         everything = self._dump_links()
         names = {link.ifindex: link.name for link in everything}
         for link in everything:
-            if link.kind is not None and _OWN_LINK.fullmatch(link.name):
+            ours = NETWORK_LINK.fullmatch(link.name) or ENDPOINT_LINK.fullmatch(link.name)
+            if link.kind is not None and ours:
                 state.links[link.name] = _to_link(link, names)
         self._actual = dict(state.links)
         self._dump_addresses(state, names)

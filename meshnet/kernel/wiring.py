@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from meshnet.backends.vxlan import endpoint_link_name
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.netns import inside
+from meshnet.state import ENDPOINT_LINK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from meshnet.kernel import EndpointWiring
     from meshnet.model import Endpoint, IpAddress, IpNetwork
 
-_ENDPOINT_LINK = re.compile(r"mne[0-9a-f]{12}")
 RTPROT_STATIC = 4
 
 
@@ -97,7 +96,7 @@ class NetlinkWiring:
         """See `meshnet.kernel.Wiring`."""
         messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
         found = [links.decode_link(m) for m in messages]
-        return [f.name for f in found if f is not None and _ENDPOINT_LINK.fullmatch(f.name)]
+        return [f.name for f in found if f is not None and ENDPOINT_LINK.fullmatch(f.name)]
 
     def _configure(self, wiring: EndpointWiring) -> bool:
         """The half inside the namespace: the calling thread is in it."""
