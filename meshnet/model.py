@@ -8,6 +8,7 @@ Pure: imports no socket, file, clock or trio.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import (
@@ -21,7 +22,8 @@ from ipaddress import (
 from typing import TYPE_CHECKING, NewType
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, KeysView
+    from typing import Self
 
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
@@ -84,8 +86,13 @@ class Network:
 
     def is_host_subnet(self, subnet: IpNetwork) -> bool:
         """Whether `subnet` is one of those that the network's CIDRs are cut into."""
-        return subnet.prefixlen == self.host_prefix_of(subnet.version) and any(
-            subnet.version == cidr.version and subnet.subnet_of(cidr)  # type: ignore[arg-type]
+        if subnet.prefixlen != self.host_prefix_of(subnet.version):
+            return False
+        first = int(subnet.network_address)
+        # Not `subnet_of`, which takes ten times as long: a pass asks for every peer.
+        return any(
+            subnet.version == cidr.version
+            and first & int(cidr.netmask) == int(cidr.network_address)
             for cidr in self.subnets
         )
 
@@ -106,6 +113,79 @@ class Reservation:
     network: NetworkName
     subnet: IpNetwork
     host: HostId
+
+
+class Reservations(Mapping[IpNetwork, HostId]):
+    """Who owns which subnet of one network, looked up either way in constant time."""
+
+    __slots__ = ("_owners", "_subnets")
+
+    def __init__(self, owners: Mapping[IpNetwork, HostId] | None = None) -> None:
+        self._owners: dict[IpNetwork, HostId] = {}
+        self._subnets: dict[HostId, tuple[IpNetwork, ...]] = {}
+        for subnet, host in (owners or {}).items():
+            self.put(subnet, host)
+
+    def __getitem__(self, subnet: IpNetwork) -> HostId:
+        return self._owners[subnet]
+
+    def __iter__(self) -> Iterator[IpNetwork]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    @property
+    def hosts(self) -> KeysView[HostId]:
+        """The hosts that own something."""
+        return self._subnets.keys()
+
+    def of(self, host: HostId) -> tuple[IpNetwork, ...]:
+        """The subnets of a host, IPv4 first."""
+        return self._subnets.get(host, ())
+
+    def put(self, subnet: IpNetwork, host: HostId) -> HostId | None:
+        """Give a subnet to a host; returns whose it was."""
+        before = self._owners.get(subnet)
+        if before != host:
+            if before is not None:
+                self.remove(subnet)
+            self._owners[subnet] = host
+            owned = self._subnets.get(host)
+            self._subnets[host] = (
+                (subnet,)
+                if owned is None
+                else tuple(
+                    sorted((*owned, subnet), key=lambda s: (s.version, int(s.network_address)))
+                )
+            )
+        return before
+
+    def remove(self, subnet: IpNetwork) -> HostId | None:
+        """Free a subnet; returns whose it was."""
+        host = self._owners.pop(subnet, None)
+        if host is not None:
+            left = tuple(s for s in self._subnets[host] if s != subnet)
+            if left:
+                self._subnets[host] = left
+            else:
+                del self._subnets[host]
+        return host
+
+    def assign(self, host: HostId, subnets: tuple[IpNetwork, ...]) -> None:
+        """Make `subnets` all that a host owns, whoever owned them before."""
+        for subnet in self.of(host):
+            if subnet not in subnets:
+                self.remove(subnet)
+        for subnet in subnets:
+            self.put(subnet, host)
+
+    def copy(self) -> Self:
+        """The same in tables of its own."""
+        made = type(self)()
+        made._owners = dict(self._owners)
+        made._subnets = dict(self._subnets)
+        return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,16 +251,19 @@ class MeshSnapshot:
     networks: Mapping[NetworkName, Network] = field(default_factory=dict)
     hosts: Mapping[HostId, Host] = field(default_factory=dict)
     alive: Mapping[HostId, Claim] = field(default_factory=dict)
-    reservations: Mapping[NetworkName, Mapping[IpNetwork, HostId]] = field(default_factory=dict)
+    reservations: Mapping[NetworkName, Reservations] = field(default_factory=dict)
     bad_values: Mapping[str, str] = field(default_factory=dict)
     holes: frozenset[str] = frozenset()
 
     def subnets_of(self, host: HostId, network: NetworkName) -> tuple[IpNetwork, ...]:
         """The subnets `host` owns in `network`, IPv4 first; what cannot be one is left out."""
         known = self.networks.get(network)
-        owned = [
-            subnet
-            for subnet, owner in self.reservations.get(network, {}).items()
-            if owner == host and known is not None and known.is_host_subnet(subnet)
-        ]
-        return tuple(sorted(owned, key=lambda s: (s.version, int(s.network_address))))
+        reservations = self.reservations.get(network)
+        if known is None or reservations is None:
+            return ()
+        return tuple(s for s in reservations.of(host) if known.is_host_subnet(s))
+
+    def reserved_by(self, host: HostId) -> dict[NetworkName, tuple[IpNetwork, ...]]:
+        """All that a host owns, by network."""
+        owned = {name: held.of(host) for name, held in self.reservations.items()}
+        return {name: subnets for name, subnets in owned.items() if subnets}

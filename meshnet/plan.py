@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
-from meshnet.backends.vxlan import plan_vxlan
+from meshnet.backends.vxlan import VXLAN
 from meshnet.errors import UsageError
 from meshnet.firewall import render_firewall
-from meshnet.model import Mode
+from meshnet.model import Mode, Reservations
 from meshnet.state import KernelState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from meshnet.backends import Backend
     from meshnet.model import Endpoint, HostId, IpNetwork, MeshSnapshot, Network, NetworkName
 
-BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: plan_vxlan}
+BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN}
 """The modes this version carries packets for."""
 
 
@@ -43,11 +43,21 @@ class LocalView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkOutcome:
-    """How one network came out; `plan` is None when this host has no part in it yet."""
+    """How one network came out.
 
-    plan: NetworkPlan | None
-    peers: int
-    errors: tuple[str, ...]
+    Attributes:
+        plan: None when this host has no part in it (yet).
+        peers: other hosts that have a subnet of it.
+        peer_errors: those of them that cannot be had on this host, and why.
+        path_mtu_bytes: of the narrowest path that the MTU of its endpoints allows for; 0: the
+            network has an MTU of its own.
+    """
+
+    plan: NetworkPlan | None = None
+    peers: int = 0
+    path_mtu_bytes: int = 0
+    errors: tuple[str, ...] = ()
+    peer_errors: Mapping[HostId, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +66,20 @@ class MeshPlan:
 
     state: KernelState
     networks: Mapping[NetworkName, NetworkOutcome] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostsPlan:
+    """What some other hosts add to the desired kernel state.
+
+    Attributes:
+        peers: by network, how many of them have a subnet of it.
+        errors: by network, those that cannot be had on this host, and why.
+    """
+
+    state: KernelState
+    peers: Mapping[NetworkName, int]
+    errors: Mapping[NetworkName, Mapping[HostId, str]]
 
 
 def check_mode(mode: Mode) -> None:
@@ -84,7 +108,7 @@ def plan_mesh(
     for network in snapshot.networks.values():
         conflict = _find_conflict(network, outcomes, snapshot)
         if conflict is not None:
-            outcomes[network.name] = NetworkOutcome(plan=None, peers=0, errors=(conflict,))
+            outcomes[network.name] = NetworkOutcome(errors=(conflict,))
             continue
         outcome = _plan_network(network, snapshot, local, underlay, ids, state)
         outcomes[network.name] = outcome
@@ -94,6 +118,39 @@ def plan_mesh(
         state.firewall = render_firewall([p.firewall for p in planned], underlay.ip)
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)
+
+
+def plan_hosts(
+    snapshot: MeshSnapshot,
+    local: LocalView,
+    underlay: Underlay,
+    ids: NexthopIds,
+    outcomes: Mapping[NetworkName, NetworkOutcome],
+    hosts: Collection[HostId],
+) -> HostsPlan:
+    """The part of `plan_mesh` that some other hosts make, at the cost of those hosts.
+
+    Args:
+        outcomes: of `plan_mesh`, for the same networks, subnets and underlay.
+    """
+    state = KernelState()
+    counts: dict[NetworkName, int] = {}
+    errors: dict[NetworkName, dict[HostId, str]] = {}
+    for name, outcome in outcomes.items():
+        if outcome.plan is None:
+            continue
+        network = snapshot.networks[name]
+        peers, errors[name] = _peers(network, snapshot, local, hosts)
+        counts[name] = len(peers)
+        wanted = NetworkInput(
+            network=network,
+            subnets=local.subnets[name],
+            endpoints=(),
+            underlay=underlay,
+            path_mtu_bytes=underlay.mtu_bytes,
+        )
+        errors[name] |= BACKENDS[network.mode].plan_peers(wanted, peers, state, ids)
+    return HostsPlan(state=state, peers=counts, errors=errors)
 
 
 def _find_conflict(
@@ -124,28 +181,40 @@ def _plan_network(
 ) -> NetworkOutcome:
     backend = BACKENDS.get(network.mode)
     if backend is None:
-        return NetworkOutcome(
-            plan=None, peers=0, errors=(f"mode {network.mode} is not available on this host",)
-        )
+        return NetworkOutcome(errors=(f"mode {network.mode} is not available on this host",))
     subnets = local.subnets.get(network.name, ())
     if not subnets:
-        return NetworkOutcome(plan=None, peers=0, errors=("this host has no subnet of it yet",))
-    peers, errors = _peers(network, snapshot, local)
+        return NetworkOutcome(errors=("this host has no subnet of it yet",))
+    held = snapshot.reservations.get(network.name, Reservations())
+    peers, errors = _peers(network, snapshot, local, held.hosts)
     endpoints = [e for e in local.endpoints if e.network == network.name]
-    errors += _stranded(endpoints, subnets)
     wanted = NetworkInput(
         network=network,
         subnets=subnets,
-        peers=peers,
         endpoints=endpoints,
         underlay=underlay,
+        path_mtu_bytes=_narrowest(peers, underlay),
     )
-    plan = backend(wanted, state, ids)
+    plan = backend.plan_host(wanted, state)
+    errors |= backend.plan_peers(wanted, peers, state, ids)
     return NetworkOutcome(
         plan=plan,
-        peers=len({p.host.id for p in peers}),
-        errors=(*errors, *plan.errors),
+        peers=len(peers),
+        path_mtu_bytes=0 if network.mtu_bytes is not None else wanted.path_mtu_bytes,
+        errors=(*plan.errors, *_stranded(endpoints, subnets)),
+        peer_errors=errors,
     )
+
+
+def _narrowest(peers: Iterable[Peer], underlay: Underlay) -> int:
+    """MTU of the narrowest path to a peer."""
+    narrow = {
+        ip: p.mtu_bytes for ip, p in underlay.paths.items() if p.mtu_bytes < underlay.mtu_bytes
+    }
+    if not narrow:
+        return underlay.mtu_bytes
+    mtus = (narrow.get(peer.host.underlay_ip, underlay.mtu_bytes) for peer in peers)
+    return min(mtus, default=underlay.mtu_bytes)
 
 
 def _stranded(endpoints: Sequence[Endpoint], subnets: Sequence[IpNetwork]) -> list[str]:
@@ -160,20 +229,27 @@ def _stranded(endpoints: Sequence[Endpoint], subnets: Sequence[IpNetwork]) -> li
 
 
 def _peers(
-    network: Network, snapshot: MeshSnapshot, local: LocalView
-) -> tuple[list[Peer], list[str]]:
+    network: Network, snapshot: MeshSnapshot, local: LocalView, hosts: Iterable[HostId]
+) -> tuple[list[Peer], dict[HostId, str]]:
+    """Those of `hosts` that are others and have usable subnets of the network."""
     peers: list[Peer] = []
-    errors: list[str] = []
-    for subnet, owner in snapshot.reservations.get(network.name, {}).items():
-        if owner == local.host or owner in local.expired:
+    errors: dict[HostId, str] = {}
+    held = snapshot.reservations.get(network.name, Reservations())
+    for owner in hosts:
+        subnets = held.of(owner)
+        if not subnets or owner == local.host or owner in local.expired:
             continue
         host = snapshot.hosts.get(owner)
         if host is None:
-            errors.append(f"subnet {subnet} belongs to host {owner}, which has no entry")
-        elif not network.is_host_subnet(subnet):
-            errors.append(f"subnet {subnet} of host {owner} is none of network {network.name}")
-        else:
-            peers.append(Peer(host, subnet))
+            owned = ", ".join(map(str, subnets))
+            errors[owner] = f"subnet {owned} belongs to host {owner}, which has no entry"
+            continue
+        good = tuple(s for s in subnets if network.is_host_subnet(s))
+        if len(good) < len(subnets):
+            bad = ", ".join(str(s) for s in subnets if s not in good)
+            errors[owner] = f"subnet {bad} of host {owner} is none of network {network.name}"
+        if good:
+            peers.append(Peer(host, good))
     return peers, errors
 
 

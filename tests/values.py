@@ -17,6 +17,7 @@ from meshnet.model import (
     Mode,
     Network,
     NetworkName,
+    Reservations,
     Vni,
 )
 from meshnet.plan import LocalView, MeshPlan, plan_mesh
@@ -74,7 +75,7 @@ def make_snapshot(
         alive={
             h: Claim(instance=h, underlay_ip=ip) for h, ip in addresses.items() if h not in dead
         },
-        reservations=reservations,
+        reservations={name: Reservations(owners) for name, owners in reservations.items()},
     )
 
 

@@ -29,8 +29,9 @@ from meshnet_agent.follow import Follower
 from meshnet_agent.identity import MeshIdentity
 from meshnet_agent.membership import Membership
 from meshnet_agent.monitor import listen
+from meshnet_agent.passes import HostView, PartInput, PassInput
 from meshnet_agent.publish import Publisher
-from meshnet_agent.reconcile import PassInput, Reconciler
+from meshnet_agent.reconcile import Reconciler
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from meshnet.kernel import Kernel, Wiring
     from meshnet.model import IpAddress, MeshSnapshot
     from meshnet.store import Store
+    from meshnet.store.mirror import Changes
     from meshnet_agent.disk import StateDir
     from meshnet_agent.worker import Worker
 
@@ -75,6 +77,7 @@ class Agent:
         self.reconciler = Reconciler(
             kernel,
             self._gather,
+            self._gather_part,
             self._on_missing_links,
             resync_s=config.resync_s,
             next_change_s=self._next_expiry_s,
@@ -99,6 +102,7 @@ class Agent:
         )
         self._nursery: trio.Nursery | None = None
         self._was_alive = False
+        self._expired: frozenset[HostId] = frozenset()
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -122,7 +126,7 @@ class Agent:
                     self._nursery = data_plane
                     await data_plane.start(self.endpoints.run)
                     # Networks may have been removed while this agent was down.
-                    self._on_snapshot(self.follower.snapshot)
+                    self._on_snapshot(self.follower.snapshot, None)
                     await data_plane.start(
                         self._listen,
                         self._event_filter.concerns_us,
@@ -156,19 +160,34 @@ class Agent:
         return min((seconds for seconds in left if seconds > 0), default=float("inf"))
 
     def _gather(self) -> PassInput:
-        dead = self.follower.dead_for_s()
+        self._expired = self._find_expired()
         return PassInput(
-            snapshot=self.follower.snapshot,
+            snapshot=self.follower.copy_snapshot(),
             local=LocalView(
                 host=self.host.id,
                 subnets=dict(self.membership.subnets),
                 endpoints=self.endpoints.all,
-                expired=frozenset(h for h, s in dead.items() if s >= self.config.grace_s),
+                expired=self._expired,
             ),
             underlay_ip=self.host.underlay_ip,
         )
 
-    def _on_snapshot(self, snapshot: MeshSnapshot) -> None:
+    def _gather_part(self, hosts: Collection[HostId]) -> PartInput | None:
+        expired, before = self._find_expired(), self._expired
+        self._expired = expired
+        if not hosts and expired == before:
+            return None
+        snapshot = self.follower.snapshot
+        return PartInput(
+            hosts={h: HostView(snapshot.hosts.get(h), snapshot.reserved_by(h)) for h in hosts},
+            expired=expired,
+        )
+
+    def _find_expired(self) -> frozenset[HostId]:
+        dead = self.follower.dead_for_s()
+        return frozenset(h for h, s in dead.items() if s >= self.config.grace_s)
+
+    def _on_snapshot(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
         self.membership.follow(snapshot)
         if self._nursery is not None and not snapshot.holes:
             for network in {e.network for e in self.endpoints.all} - snapshot.networks.keys():
@@ -178,7 +197,11 @@ class Agent:
             # Somebody may have removed this host, and with it what it published, in between.
             self.publisher.refresh()
         self._was_alive = alive
-        self.reconciler.mark_dirty()
+        if changes is None or changes.networks or snapshot.holes:
+            self.reconciler.mark_dirty()
+        else:
+            # A lease alone changes nothing in the kernel, but for a host that was given up.
+            self.reconciler.touch(changes.hosts | (changes.leases & self._expired))
 
     def _on_missing_links(self, names: Collection[str]) -> None:
         known = {endpoint_link_name(e.id) for e in self.endpoints.all}

@@ -6,6 +6,7 @@ While the store is silent the mirror stays as it is, and so does the data path.
 from __future__ import annotations
 
 import random
+import time
 from typing import TYPE_CHECKING
 
 import structlog
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 
     from meshnet.model import HostId, MeshSnapshot
     from meshnet.store import Store
+    from meshnet.store.mirror import Changes
     from meshnet_agent.identity import MeshIdentity
 
 _log = structlog.get_logger()
 _FIRST_DELAY_S = 0.1
 _LAST_DELAY_S = 10.0
+_SLICE_KEYS = 500
+"""Keys that are decoded without letting others run: some 5 ms."""
 
 
 class Follower:
@@ -33,13 +37,18 @@ class Follower:
     Attributes:
         connected: whether the watch runs.
         error: why not.
+        snapshot: what the store says; good until the next change (`Mirror.view`).
 
     Args:
-        on_change: called with the snapshot after every change of it.
+        on_change: called after every change with the snapshot and what the change comes to; None:
+            everything was read anew.
     """
 
     def __init__(
-        self, store: Store, identity: MeshIdentity, on_change: Callable[[MeshSnapshot], None]
+        self,
+        store: Store,
+        identity: MeshIdentity,
+        on_change: Callable[[MeshSnapshot, Changes | None], None],
     ) -> None:
         self._store = store
         self._identity = identity
@@ -49,7 +58,7 @@ class Follower:
         self._dead_since: dict[HostId, float] = {}
         self.connected = False
         self.error: str | None = None
-        self.snapshot = self._mirror.snapshot()
+        self.snapshot = self._mirror.view()
 
     @property
     def lag_s(self) -> float:
@@ -74,9 +83,27 @@ class Follower:
             PolicyRefusedError: it is not this host's mesh (`MeshIdentity.check`).
         """
         await self._identity.check()
+        started = time.perf_counter()
         listing = await self._store.list_prefix(MESH)
-        self._mirror.load(listing)
-        self._changed()
+        listed = time.perf_counter()
+        mirror = Mirror(before=self._mirror)
+        for first in range(0, len(listing.items), _SLICE_KEYS):
+            mirror.take(listing.items[first : first + _SLICE_KEYS])
+            await trio.lowlevel.checkpoint()
+        mirror.finish(listing.revision)
+        self._mirror = mirror
+        _log.info(
+            "mesh listed",
+            keys=len(listing.items),
+            revision=listing.revision,
+            seconds=round(time.perf_counter() - started, 4),
+            decode_s=round(time.perf_counter() - listed, 4),
+        )
+        self._changed(None)
+
+    def copy_snapshot(self) -> MeshSnapshot:
+        """What the store says, as a value that later changes do not touch."""
+        return self._mirror.snapshot()
 
     async def watch(self) -> None:
         """Follow changes; `list_all` came first.  Never returns."""
@@ -118,19 +145,21 @@ class Follower:
             self._heard_at = trio.current_time()
             async for batch in batches:
                 self._heard_at = trio.current_time()
-                self._mirror.apply(batch)
+                changes = self._mirror.apply(batch)
                 self._identity.observe(batch.revision)
                 if batch.changes:
-                    self._changed()
+                    self._changed(changes)
 
-    def _changed(self) -> None:
-        self._heard_at = trio.current_time()
-        self.snapshot = self._mirror.snapshot()
-        for host in self.snapshot.hosts:
-            if host in self.snapshot.alive:
-                self._dead_since.pop(host, None)
-            else:
-                self._dead_since.setdefault(host, trio.current_time())
-        for gone in self._dead_since.keys() - self.snapshot.hosts.keys():
-            del self._dead_since[gone]
-        self._on_change(self.snapshot)
+    def _changed(self, changes: Changes | None) -> None:
+        now = self._heard_at = trio.current_time()
+        snapshot = self.snapshot = self._mirror.view()
+        if changes is None:
+            dead = snapshot.hosts.keys() - snapshot.alive.keys()
+            self._dead_since = {host: self._dead_since.get(host, now) for host in dead}
+        else:
+            for host in changes.leases:
+                if host in snapshot.hosts and host not in snapshot.alive:
+                    self._dead_since.setdefault(host, now)
+                else:
+                    self._dead_since.pop(host, None)
+        self._on_change(snapshot, changes)

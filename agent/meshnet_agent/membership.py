@@ -13,6 +13,7 @@ import structlog
 import trio
 
 from meshnet.errors import MeshnetError, PolicyRefusedError, StoreUnavailableError
+from meshnet.model import Reservations
 from meshnet.store import LeaseExpiredError
 from meshnet_agent.flag import Flag
 
@@ -153,7 +154,7 @@ class Membership:
         One that is not within the network belongs to a network of that name that was removed and
         made anew, faster than this agent looked.
         """
-        owners = snapshot.reservations.get(network.name, {})
+        owners = snapshot.reservations.get(network.name, Reservations())
         mine = {
             s.version: s
             for s in kept

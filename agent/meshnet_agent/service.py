@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import structlog
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _READY_DEADLINE_S = 10.0
 """How long a request waits for a network to come up on this host."""
+_SHOWN_ERRORS = 20
 
 
 class Service:
@@ -176,10 +178,9 @@ class Service:
         per_network, other = _sort_failures(result.failures, snapshot)
         networks = []
         for network in snapshot.networks.values():
-            outcome = result.networks.get(network.name) or NetworkOutcome(
-                plan=None, peers=0, errors=()
-            )
-            errors = [*outcome.errors, *(str(f) for f in per_network[network.name])]
+            outcome = result.networks.get(network.name) or NetworkOutcome()
+            errors = [*outcome.errors, *_some(list(outcome.peer_errors.values()))]
+            errors += _some([str(f) for f in per_network[network.name]])
             if network.name in self._agent.membership.errors:
                 errors = [str(self._agent.membership.errors[network.name]), *errors]
             mine = [e for e in self._agent.endpoints.all if e.network == network.name]
@@ -213,13 +214,25 @@ class Service:
             "errors": [
                 *([blocked] if blocked else []),
                 *(f"nothing is deleted while {key} cannot be read" for key in snapshot.holes),
-                *(str(f) for f in other),
+                *_some([str(f) for f in other]),
             ],
             "kernel": {
                 "passes": self._agent.reconciler.passes,
+                "full_passes": self._agent.reconciler.full_passes,
                 "writes": self._agent.reconciler.writes,
+                "last": {
+                    "scope": result.scope,
+                    "seconds": round(result.seconds, 4),
+                    **{stage: round(s, 4) for stage, s in asdict(result.stages).items()},
+                },
             },
         }
+
+
+def _some(errors: list[str]) -> list[str]:
+    """The first errors, and how many more there are: one cause can have ten thousand."""
+    left = len(errors) - _SHOWN_ERRORS
+    return [*errors[:_SHOWN_ERRORS], *([f"and {left} more like these"] if left > 0 else [])]
 
 
 def _sort_failures(

@@ -1,7 +1,8 @@
 """The modes of a network: one file a mode, what it wants from the kernel.
 
-A backend is a function: given a network and what is known of this host and its peers it adds its
-objects to a `KernelState` and returns a `NetworkPlan`.  It does no I/O and remembers nothing.
+A backend adds a network's objects to a `KernelState`, in two parts: what this host has of its own,
+and what each other host adds.  No peer's objects depend on another peer, so that one host's change
+is planned alone.  A backend does no I/O and remembers nothing.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from meshnet.state import NEXTHOP_ID_FIRST, NEXTHOP_ID_LAST, KernelState, Nexthop
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from meshnet.firewall import FirewallNetwork
-    from meshnet.model import Endpoint, Host, IpAddress, IpNetwork, Network
+    from meshnet.model import Endpoint, Host, HostId, IpAddress, IpNetwork, Network
 
 
 class Path(NamedTuple):
@@ -58,10 +59,10 @@ class Underlay:
 
 
 class Peer(NamedTuple):
-    """Another host, and the one of its subnets a route is to lead to."""
+    """Another host, and its subnets of the network, IPv4 first."""
 
     host: Host
-    subnet: IpNetwork
+    subnets: tuple[IpNetwork, ...]
 
 
 @dataclass(slots=True)
@@ -98,19 +99,19 @@ class NexthopIds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkInput:
-    """All that a backend may look at.
+    """A network, and all that a backend may look at on this host.
 
     Attributes:
         subnets: this host's own subnets of the network.
-        peers: the other hosts' subnets, each with its owner.
         endpoints: this host's endpoints on the network.
+        path_mtu_bytes: of the narrowest path to a peer, or of the underlay link without peers.
     """
 
     network: Network
     subnets: Sequence[IpNetwork]
-    peers: Sequence[Peer]
     endpoints: Sequence[Endpoint]
     underlay: Underlay
+    path_mtu_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ class NetworkPlan:
     Attributes:
         mtu_bytes: MTU of its endpoints on this host.
         bridge: link that endpoints become ports of.
-        errors: peers or settings that cannot be had on this host, in words.
+        errors: settings that cannot be had on this host, in words.
     """
 
     mtu_bytes: int
@@ -132,6 +133,16 @@ class NetworkPlan:
 class Backend(Protocol):
     """A mode."""
 
-    def __call__(self, wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> NetworkPlan:
-        """Add the network's objects to `state`; `ids` names its nexthop objects."""
+    def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
+        """Add what this host has of the network, whatever peers there are, to `state`."""
+        ...
+
+    def plan_peers(
+        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
+    ) -> dict[HostId, str]:
+        """Add what leads to some peers to `state`; `ids` names nexthop objects.
+
+        Returns:
+            Peers that cannot be had on this host, and why.
+        """
         ...

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from meshnet.backends import NetworkInput, NexthopIds, Peer, Underlay
-    from meshnet.model import HostId, IpNetwork, Network
+    from meshnet.model import Host, HostId, IpNetwork, Network
     from meshnet.state import KernelState, PackedIp
 
 
@@ -65,64 +65,64 @@ def endpoint_link_name(endpoint_id: str) -> str:
     return f"mne{endpoint_id}"
 
 
-def plan_vxlan(wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> NetworkPlan:
-    """Add one VXLAN network to the desired state (see `meshnet.backends.Backend`)."""
-    network, underlay = wanted.network, wanted.underlay
-    errors: list[str] = []
-    mtu = _mtu(wanted, errors)
-    _plan_links(wanted, mtu, state)
-    sources = {s.version: gateway_of(s).packed for s in wanted.subnets}
-    macs = _vtep_macs(wanted)
-    for peer in wanted.peers:
-        version = peer.subnet.version
-        if version not in sources:
-            continue
-        nexthop = _direct(peer, underlay) if network.direct_routing else None
-        if peer.host.underlay_ip == underlay.ip:
-            errors.append(
-                f"host {peer.host.id} has this host's underlay address {underlay.ip}: give every "
-                "agent its own, or remove that host (meshnet host rm)"
-            )
-            continue
-        if nexthop is None:
-            if peer.host.underlay_ip.version != underlay.ip.version:
-                errors.append(
-                    f"host {peer.host.id} has underlay address {peer.host.underlay_ip}, this host "
-                    f"{underlay.ip}: give both agents addresses of one IP version"
+class VxlanBackend:
+    """The mode (see `meshnet.backends.Backend`)."""
+
+    def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
+        """Bridge, VXLAN device, gateway addresses, and a stop for packets to nobody."""
+        network = wanted.network
+        errors: list[str] = []
+        mtu = _mtu(wanted, errors)
+        _plan_links(wanted, mtu, state)
+        versions = {s.version for s in wanted.subnets}
+        for cidr in network.subnets:
+            if cidr.version in versions and cidr not in wanted.subnets:
+                # Else packets to a subnet nobody owns would leave by the host's default route.
+                state.routes[_route_key(cidr)] = Route(0)
+        links = (bridge_name(network), vxlan_name(network))
+        return NetworkPlan(
+            mtu_bytes=mtu,
+            bridge=bridge_name(network),
+            firewall=FirewallNetwork(links, network.port, network.subnets, wanted.subnets),
+            errors=tuple(errors),
+        )
+
+    def plan_peers(
+        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
+    ) -> dict[HostId, str]:
+        """Nexthop, route, neighbour and FDB entry of each peer."""
+        underlay, direct = wanted.underlay, wanted.network.direct_routing
+        dev = vxlan_name(wanted.network)
+        sources = {s.version: gateway_of(s).packed for s in wanted.subnets}
+        errors: dict[HostId, str] = {}
+        for peer in peers:
+            host = peer.host
+            if host.underlay_ip == underlay.ip:
+                errors[host.id] = (
+                    f"host {host.id} has this host's underlay address {underlay.ip}: give every "
+                    "agent its own, or remove that host (meshnet host rm)"
                 )
                 continue
-            nexthop = _plan_tunnel(vxlan_name(network), peer, macs[peer.host.id], state)
-        nexthop_id = ids.id_of(nexthop)
-        state.nexthops[nexthop_id] = nexthop
-        state.routes[_route_key(peer.subnet)] = Route(nexthop_id, sources[version])
-    for cidr in network.subnets:
-        if cidr.version in sources and cidr not in wanted.subnets:
-            # Else packets to a subnet nobody owns would leave by the host's default route.
-            state.routes.setdefault(_route_key(cidr), Route(0))
-    return NetworkPlan(
-        mtu_bytes=mtu,
-        bridge=bridge_name(network),
-        firewall=FirewallNetwork(
-            (bridge_name(network), vxlan_name(network)),
-            network.port,
-            network.subnets,
-            wanted.subnets,
-        ),
-        errors=tuple(errors),
-    )
+            for subnet in peer.subnets:
+                source = sources.get(subnet.version)
+                if source is None:
+                    continue
+                nexthop = _direct(host, subnet, underlay) if direct else None
+                if nexthop is None:
+                    if host.underlay_ip.version != underlay.ip.version:
+                        errors[host.id] = (
+                            f"host {host.id} has underlay address {host.underlay_ip}, this host "
+                            f"{underlay.ip}: give both agents addresses of one IP version"
+                        )
+                        continue
+                    nexthop = _plan_tunnel(dev, peer, subnet, state)
+                nexthop_id = ids.id_of(nexthop)
+                state.nexthops[nexthop_id] = nexthop
+                state.routes[_route_key(subnet)] = Route(nexthop_id, source)
+        return errors
 
 
-def _primary(subnets: Iterable[IpNetwork]) -> IpNetwork:
-    """The one of a host's subnets that its MACs are computed from."""
-    return min(subnets, key=lambda s: (s.version, int(s.network_address)))
-
-
-def _vtep_macs(wanted: NetworkInput) -> dict[HostId, bytes]:
-    """Each peer's VTEP MAC, as the peer itself computes it."""
-    subnets: dict[HostId, list[IpNetwork]] = {}
-    for peer in wanted.peers:
-        subnets.setdefault(peer.host.id, []).append(peer.subnet)
-    return {host: vtep_mac(_primary(owned)) for host, owned in subnets.items()}
+VXLAN = VxlanBackend()
 
 
 def link_local_of(mac: bytes) -> PackedIp:
@@ -132,7 +132,7 @@ def link_local_of(mac: bytes) -> PackedIp:
 
 def _plan_links(wanted: NetworkInput, mtu: int, state: KernelState) -> None:
     network, underlay = wanted.network, wanted.underlay
-    primary = _primary(wanted.subnets)
+    primary = wanted.subnets[0]
     bridge = bridge_name(network)
     state.links[bridge] = Link(
         LinkKind.BRIDGE,
@@ -178,22 +178,22 @@ def _sysctls(
     return tuple(settings)
 
 
-def _plan_tunnel(dev: str, peer: Peer, mac: bytes, state: KernelState) -> Nexthop:
-    subnet = peer.subnet
+def _plan_tunnel(dev: str, peer: Peer, subnet: IpNetwork, state: KernelState) -> Nexthop:
+    mac = vtep_mac(peer.subnets[0])
     gateway = subnet.network_address.packed if subnet.version == 4 else link_local_of(mac)
     state.neighbours[NeighbourKey(dev, gateway)] = mac
     state.fdb[FdbKey(dev, mac)] = peer.host.underlay_ip.packed
     return Nexthop(dev, gateway)
 
 
-def _direct(peer: Peer, underlay: Underlay) -> Nexthop | None:
+def _direct(host: Host, subnet: IpNetwork, underlay: Underlay) -> Nexthop | None:
     """The nexthop on the underlay, if the peer can be reached by it without a tunnel."""
-    path = underlay.paths.get(peer.host.underlay_ip)
+    path = underlay.paths.get(host.underlay_ip)
     if path is None or not path.on_link:
         return None
-    if peer.host.underlay_ip.version != peer.subnet.version:
+    if host.underlay_ip.version != subnet.version:
         return None  # linux/nexthop.h: a nexthop has one family, and IPv6 has no IPv4 gateways
-    return Nexthop(path.dev, peer.host.underlay_ip.packed)
+    return Nexthop(path.dev, host.underlay_ip.packed)
 
 
 def _mtu(wanted: NetworkInput, errors: list[str]) -> int:
@@ -201,14 +201,9 @@ def _mtu(wanted: NetworkInput, errors: list[str]) -> int:
     network, underlay = wanted.network, wanted.underlay
     if network.mtu_bytes is not None:
         return network.mtu_bytes
-    narrowest = underlay.mtu_bytes
-    for peer in wanted.peers:
-        path = underlay.paths.get(peer.host.underlay_ip)
-        if path is not None and path.mtu_bytes < narrowest:
-            narrowest = path.mtu_bytes
     inner = max(s.version for s in network.subnets)
     try:
-        return overlay_mtu_bytes(narrowest, underlay.ip.version, inner)
+        return overlay_mtu_bytes(wanted.path_mtu_bytes, underlay.ip.version, inner)
     except UsageError as error:
         errors.append(str(error))
         return MINIMUM_MTU_BYTES[inner]

@@ -18,15 +18,19 @@ No I/O: the agent's watch task feeds it.
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshnet import codec
 from meshnet.codec import BadValueError
-from meshnet.model import HostId, MeshSnapshot, NetworkName
+from meshnet.model import HostId, MeshSnapshot, NetworkName, Reservations
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from meshnet.model import Claim, Host, IpNetwork, Network
-    from meshnet.store import Listing, WatchBatch
+    from meshnet.store import KeyValue, Listing, WatchBatch
 
 ROOT = "/meshnet/v1/"
 MESH = ROOT + "mesh/"
@@ -39,66 +43,115 @@ MESH_ID = ROOT + "mesh-id"
 NETWORKS_SERIAL = ROOT + "serial/networks"
 
 
-class Mirror:
-    """The copy.  Not thread-safe; `snapshot` is a value that may go to any thread."""
+@dataclass(slots=True)
+class Changes:
+    """What some changes of the store come to.
 
-    def __init__(self) -> None:
+    Attributes:
+        hosts: whose entry or subnets are not what they were.
+        leases: hosts that got or lost a lease, appeared or went.
+        networks: whether networks, or what cannot be read, are not what they were.
+    """
+
+    hosts: set[HostId] = field(default_factory=set)
+    leases: set[HostId] = field(default_factory=set)
+    networks: bool = False
+
+
+class Mirror:
+    """The copy.  Not thread-safe; `snapshot` is a value that may go to any thread.
+
+    Filled with `take` and `finish`, then kept current with `apply`.
+
+    Args:
+        before: the copy that this one is to replace: where the listing has a value that cannot be
+            used, what was known before stays in force.
+    """
+
+    def __init__(self, before: Mirror | None = None) -> None:
         self.revision = 0
+        self._before = before
         self._networks: dict[NetworkName, tuple[int, Network]] = {}
         self._hosts: dict[HostId, Host] = {}
         self._alive: dict[HostId, Claim] = {}
-        self._reservations: dict[NetworkName, dict[IpNetwork, HostId]] = {}
+        self._reservations: dict[NetworkName, Reservations] = {}
         self._bad: dict[str, str] = {}
-        self._keys: set[str] = set()
         self._holes: set[str] = set()
+        self._changes = Changes()
+        self._shown: MeshSnapshot | None = None
 
-    def load(self, listing: Listing) -> None:
-        """Start over from a complete listing of `MESH`."""
-        listed = {item.key for item in listing.items}
-        for key in self._keys - listed:
-            self._remove(key)
-        for item in listing.items:
+    def take(self, items: Iterable[KeyValue]) -> None:
+        """Take in a part of a complete listing of `MESH`."""
+        for item in items:
             self._put(item.key, item.value, item.mod_revision)
-        self.revision = listing.revision
 
-    def apply(self, batch: WatchBatch) -> None:
-        """Take changes in."""
+    def finish(self, revision: int) -> None:
+        """The listing, complete, was of this revision."""
+        self.revision = revision
+        self._before = None
+        self._shown = None
+        self._changes = Changes()
+
+    def apply(self, batch: WatchBatch) -> Changes:
+        """Take changes in; returns what they come to."""
         for change in batch.changes:
             if change.value is None:
                 self._remove(change.key)
             else:
                 self._put(change.key, change.value, change.revision)
         self.revision = max(self.revision, batch.revision)
+        if self._changes.networks:
+            self._shown = None
+        changes, self._changes = self._changes, Changes()
+        return changes
 
-    def snapshot(self) -> MeshSnapshot:
-        """All of it, as of now: later changes do not show in the value returned.
+    def view(self) -> MeshSnapshot:
+        """All of it, as of now, without a copy: good until the next change is taken in.
 
         Networks come in the order they were created in, the same for every agent: of two that
         contradict each other the older one counts (`meshnet.plan`).
         """
-        networks = sorted(self._networks.values(), key=lambda item: (item[0], item[1].name))
+        if self._shown is None or self._shown.revision != self.revision:
+            shown = self._shown
+            self._shown = MeshSnapshot(
+                revision=self.revision,
+                networks=shown.networks if shown is not None else self._in_order(),
+                hosts=self._hosts,
+                alive=self._alive,
+                reservations=self._reservations,
+                bad_values={_printable(key): reason for key, reason in self._bad.items()},
+                holes=frozenset(self._holes),
+            )
+        return self._shown
+
+    def snapshot(self) -> MeshSnapshot:
+        """All of it, as of now: later changes do not show in the value returned."""
+        now = self.view()
         return MeshSnapshot(
-            revision=self.revision,
-            networks={network.name: network for _, network in networks},
+            revision=now.revision,
+            networks=now.networks,
             hosts=dict(self._hosts),
             alive=dict(self._alive),
-            reservations={n: dict(r) for n, r in self._reservations.items()},
-            bad_values={_printable(key): reason for key, reason in self._bad.items()},
-            holes=frozenset(self._holes),
+            reservations={name: held.copy() for name, held in self._reservations.items()},
+            bad_values=now.bad_values,
+            holes=now.holes,
         )
 
+    def _in_order(self) -> dict[NetworkName, Network]:
+        by_age = sorted(self._networks.values(), key=lambda item: (item[0], item[1].name))
+        return {network.name: network for _, network in by_age}
+
     def _put(self, key: str, value: bytes, revision: int) -> None:
-        known = key in self._keys and key not in self._holes
-        self._keys.add(key)
         try:
             self._decode(key, value, revision)
         except BadValueError as error:
             self._bad[key] = str(error)
+            self._changes.networks = True
+            known = self._holds(key) or self._inherit(key)
             if not known and key.startswith((NETWORKS, HOSTS, SUBNETS)):
                 self._holes.add(key)
         else:
-            self._bad.pop(key, None)
-            self._holes.discard(key)
+            self._forget_badness(key)
 
     def _decode(self, key: str, value: bytes, revision: int) -> None:
         kind, _, rest = key.removeprefix(MESH).partition("/")
@@ -107,33 +160,89 @@ class Mirror:
                 network = codec.decode_network(value)
                 _check_name(network.name, rest)
                 self._networks[network.name] = (revision, network)
+                self._changes.networks = True
             case "hosts":
-                host = codec.decode_host(value)
-                _check_name(host.id, rest)
-                self._hosts[host.id] = host
+                self._put_host(codec.decode_host(value), rest)
             case "alive":
-                self._alive[HostId(rest)] = codec.decode_claim(value)
+                self._alive[_host_id(rest)] = codec.decode_claim(value)
+                self._changes.leases.add(_host_id(rest))
             case "subnets":
                 name, _, subnet_key = rest.partition("/")
                 found = codec.decode_reservation(NetworkName(name), subnet_key, value)
-                self._reservations.setdefault(found.network, {})[found.subnet] = found.host
+                held = self._reservations.setdefault(found.network, Reservations())
+                before = held.put(found.subnet, _host_id(found.host))
+                if before != found.host:
+                    self._changes.hosts |= {h for h in (before, found.host) if h is not None}
             case _:
                 raise BadValueError(f"unknown kind of key {kind!r}")
 
+    def _put_host(self, host: Host, in_key: str) -> None:
+        _check_name(host.id, in_key)
+        if self._hosts.get(host.id) != host:
+            self._hosts[_host_id(host.id)] = host
+            self._changes.hosts.add(host.id)
+            self._changes.leases.add(host.id)
+
+    def _holds(self, key: str) -> bool:
+        """Whether an earlier value is known under a key."""
+        kind, _, rest = key.removeprefix(MESH).partition("/")
+        match kind:
+            case "networks":
+                return rest in self._networks
+            case "hosts":
+                return rest in self._hosts
+            case "alive":
+                return rest in self._alive
+            case "subnets":
+                name, _, subnet_key = rest.partition("/")
+                try:
+                    subnet = codec.subnet_from_key(subnet_key)
+                except BadValueError:
+                    return False
+                return subnet in self._reservations.get(NetworkName(name), {})
+        return False
+
+    def _inherit(self, key: str) -> bool:
+        """Take over what the copy before this one knew under a key; whether it knew anything."""
+        before = self._before
+        if before is None or not before._holds(key):
+            return False
+        kind, _, rest = key.removeprefix(MESH).partition("/")
+        match kind:
+            case "networks":
+                self._networks[NetworkName(rest)] = before._networks[NetworkName(rest)]
+            case "hosts":
+                self._hosts[_host_id(rest)] = before._hosts[HostId(rest)]
+            case "alive":
+                self._alive[_host_id(rest)] = before._alive[HostId(rest)]
+            case _:
+                name, _, subnet_key = rest.partition("/")
+                subnet = codec.subnet_from_key(subnet_key)
+                owner = before._reservations[NetworkName(name)][subnet]
+                self._reservations.setdefault(NetworkName(name), Reservations()).put(subnet, owner)
+        return True
+
     def _remove(self, key: str) -> None:
-        self._keys.discard(key)
-        self._bad.pop(key, None)
-        self._holes.discard(key)
+        self._forget_badness(key)
         kind, _, rest = key.removeprefix(MESH).partition("/")
         match kind:
             case "networks":
                 self._networks.pop(NetworkName(rest), None)
+                self._changes.networks = True
             case "hosts":
                 self._hosts.pop(HostId(rest), None)
+                self._changes.hosts.add(HostId(rest))
+                self._changes.leases.add(HostId(rest))
             case "alive":
                 self._alive.pop(HostId(rest), None)
+                self._changes.leases.add(HostId(rest))
             case "subnets":
                 self._remove_reservation(rest)
+
+    def _forget_badness(self, key: str) -> None:
+        if self._bad.pop(key, None) is not None:
+            self._holes.discard(key)
+            self._changes.networks = True
 
     def _remove_reservation(self, rest: str) -> None:
         name, _, subnet_key = rest.partition("/")
@@ -141,10 +250,27 @@ class Mirror:
             subnet = codec.subnet_from_key(subnet_key)
         except BadValueError:
             return  # it was never taken in
-        owned = self._reservations.get(NetworkName(name), {})
-        owned.pop(subnet, None)
-        if not owned:
-            self._reservations.pop(NetworkName(name), None)
+        held = self._reservations.get(NetworkName(name))
+        if held is None:
+            return
+        owner = held.remove(subnet)
+        if owner is not None:
+            self._changes.hosts.add(owner)
+        if not held:
+            del self._reservations[NetworkName(name)]
+
+
+def load(listing: Listing, before: Mirror | None = None) -> Mirror:
+    """A copy of a complete listing of `MESH`."""
+    mirror = Mirror(before)
+    mirror.take(listing.items)
+    mirror.finish(listing.revision)
+    return mirror
+
+
+def _host_id(text: str) -> HostId:
+    """A host's id, one object however many keys name it."""
+    return HostId(sys.intern(text))
 
 
 def _printable(key: str) -> str:

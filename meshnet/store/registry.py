@@ -21,9 +21,9 @@ from meshnet.store.mirror import (
     MESH,
     NETWORKS_SERIAL,
     SUBNETS,
-    Mirror,
     alive_key,
     host_key,
+    load,
     network_key,
     subnet_key,
 )
@@ -241,9 +241,7 @@ class Registry:
 
     async def snapshot(self) -> MeshSnapshot:
         """Everything, read now (the agent follows changes instead)."""
-        mirror = Mirror()
-        mirror.load(await self.store.list_prefix(MESH))
-        return mirror.snapshot()
+        return load(await self.store.list_prefix(MESH)).snapshot()
 
     # --- endpoints ----------------------------------------------------------------------------
 

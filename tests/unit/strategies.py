@@ -22,6 +22,7 @@ from meshnet.model import (
     Mode,
     Network,
     NetworkName,
+    Reservations,
     Vni,
 )
 from meshnet.plan import LocalView
@@ -168,7 +169,7 @@ def scenes(draw: st.DrawFn) -> Scene:
         networks={n.name: n for n in chosen},
         hosts={h: v for h, v in found.items() if h == "h0" or draw(st.integers(0, 9))},
         alive={h: Claim(instance=h, underlay_ip=v.underlay_ip) for h, v in found.items()},
-        reservations=reservations,
+        reservations={name: Reservations(owners) for name, owners in reservations.items()},
     )
     paths = {
         host.underlay_ip: Path("eth0", draw(st.booleans()), draw(st.sampled_from([1500, 1400])))

@@ -8,7 +8,7 @@ from ipaddress import ip_network
 import pytest
 import trio
 
-from meshnet.model import Claim, Host, HostId, NetworkName
+from meshnet.model import Claim, Host, HostId, NetworkName, Reservations
 from meshnet.store.memory import MemoryStore
 from meshnet.store.registry import Registry
 from meshnet_agent.membership import Membership
@@ -49,7 +49,7 @@ def test_a_lost_reservation_keeps_the_subnet_until_another_has_it(
     membership.follow(SNAPSHOT)
     membership.follow(replace(SNAPSHOT, reservations={}))
     assert membership.subnets == {PROD: (SUBNET,)}
-    membership.follow(replace(SNAPSHOT, reservations={PROD: {SUBNET: HostId("h2")}}))
+    membership.follow(replace(SNAPSHOT, reservations={PROD: Reservations({SUBNET: HostId("h2")})}))
     assert membership.subnets == {}
     assert len(changes) == 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,16 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet import codec
-from meshnet.model import Claim, HostId, NetworkName, Reservation
+from meshnet.model import Claim, Host, HostId, NetworkName, Reservation
 from meshnet.store import Change, KeyValue, Listing, WatchBatch
 from meshnet.store.mirror import (
     HOSTS,
     MESH,
     NETWORKS,
     SUBNETS,
+    Changes,
     Mirror,
     alive_key,
     host_key,
+    load,
     network_key,
     subnet_key,
 )
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 PROD = NetworkName("prod")
 SUBNET = ip_network("10.42.0.0/24")
+SMALL = make_snapshot([make_network()], 1)
 SNAPSHOT = make_snapshot([make_network(), make_network("test", ("10.43.0.0/16",), 7)], 3)
 
 
@@ -50,9 +53,7 @@ def listing(keys: dict[str, bytes], revision: int = 1) -> Listing:
 
 
 def loaded(keys: dict[str, bytes]) -> Mirror:
-    mirror = Mirror()
-    mirror.load(listing(keys))
-    return mirror
+    return load(listing(keys))
 
 
 def put(mirror: Mirror, key: str, value: bytes | None, revision: int = 2) -> MeshSnapshot:
@@ -73,8 +74,7 @@ def test_removal_of_every_key_leaves_nothing() -> None:
     for mirror in (loaded(keys), loaded(keys)):
         mirror.apply(WatchBatch(tuple(Change(k, None, 2) for k in keys), 2))
         assert mirror.snapshot() == type(SNAPSHOT)(revision=2)
-    mirror = loaded(keys)
-    mirror.load(listing({}, 3))
+    mirror = load(listing({}, 3), before=loaded(keys))
     assert mirror.snapshot() == type(SNAPSHOT)(revision=3)
 
 
@@ -89,17 +89,30 @@ def test_following_is_the_same_as_listing(steps: list[tuple[str, bool]]) -> None
         if is_put:
             keys[key] = every[key]
     mirror.revision = len(steps)
-    fresh = Mirror()
-    fresh.load(listing(keys, len(steps)))
-    assert mirror.snapshot() == fresh.snapshot()
+    assert mirror.snapshot() == load(listing(keys, len(steps))).snapshot()
 
 
 def test_a_listing_replaces_what_went_unseen() -> None:
     keys = keys_of(SNAPSHOT)
-    mirror = loaded(keys)
     smaller = make_snapshot([make_network()], 2)
-    mirror.load(listing(keys_of(smaller)))
-    assert mirror.snapshot() == smaller
+    assert load(listing(keys_of(smaller)), before=loaded(keys)).snapshot() == smaller
+
+
+@pytest.mark.parametrize("key", sorted(keys_of(make_snapshot([make_network()], 1))))
+def test_a_listing_with_a_bad_value_keeps_the_last_good_one(key: str) -> None:
+    keys = keys_of(make_snapshot([make_network()], 1))
+    good = loaded(keys)
+    damaged = listing(keys | {key: b"{"}, 2)
+    again = load(damaged, before=load(damaged, before=good)).snapshot()
+    assert again.bad_values.keys() == {key}
+    assert not again.holes
+    assert (again.networks, again.hosts, again.alive, again.reservations) == (
+        SMALL.networks,
+        SMALL.hosts,
+        SMALL.alive,
+        SMALL.reservations,
+    )
+    assert load(damaged).snapshot().holes == ({key} if "/alive/" not in key else set())
 
 
 @pytest.mark.parametrize("key", sorted(keys_of(make_snapshot([make_network()], 1))))
@@ -166,9 +179,8 @@ def test_networks_come_oldest_first() -> None:
     followed = Mirror()
     for revision, (key, value) in enumerate(keys.items(), 1):
         put(followed, key, value, revision)
-    listed = Mirror()
     items = [KeyValue(key, value, i) for i, (key, value) in enumerate(keys.items(), 1)]
-    listed.load(Listing(tuple(sorted(items, key=lambda item: item.key)), 3))
+    listed = load(Listing(tuple(sorted(items, key=lambda item: item.key)), 3))
     for mirror in (followed, listed):
         assert list(mirror.snapshot().networks) == names
 
@@ -176,8 +188,34 @@ def test_networks_come_oldest_first() -> None:
 def test_a_snapshot_does_not_change_afterwards() -> None:
     mirror = loaded(keys_of(SNAPSHOT))
     before = mirror.snapshot()
-    mirror.load(listing({}, 2))
+    mirror.apply(WatchBatch(tuple(Change(k, None, 2) for k in keys_of(SNAPSHOT)), 2))
     assert before == SNAPSHOT
+
+
+def test_what_changes_come_to() -> None:
+    keys = keys_of(SNAPSHOT)
+    mirror = loaded(keys)
+    theirs = Reservation(network=PROD, subnet=SUBNET, host=HostId("h9"))
+    moved = Host(id=HostId("h2"), underlay_ip=ip_address("192.0.2.9"))
+    steps: list[tuple[str, bytes | None, Changes]] = [
+        (host_key(HostId("h1")), keys[host_key(HostId("h1"))], Changes()),  # the same again
+        (host_key(moved.id), codec.encode_host(moved), Changes({moved.id}, {moved.id})),
+        (host_key(moved.id), None, Changes({moved.id}, {moved.id})),
+        (alive_key(HostId("h3")), None, Changes(set(), {HostId("h3")})),
+        (
+            subnet_key(PROD, SUBNET),
+            codec.encode_reservation(theirs),
+            Changes({HostId("h1"), HostId("h9")}),
+        ),
+        (subnet_key(PROD, SUBNET), None, Changes({HostId("h9")})),
+        (subnet_key(PROD, SUBNET), None, Changes()),
+        (subnet_key(PROD, SUBNET), b"{", Changes(networks=True)),
+        (network_key(PROD), None, Changes(networks=True)),
+    ]
+    for revision, (key, value, expected) in enumerate(steps, 2):
+        batch = WatchBatch((Change(key, value, revision),), revision)
+        assert mirror.apply(batch) == expected, (key, value)
+    assert mirror.apply(WatchBatch((), 99)) == Changes()
 
 
 def test_an_empty_batch_moves_the_revision_and_an_old_one_does_not() -> None:

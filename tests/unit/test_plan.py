@@ -11,7 +11,7 @@ from hypothesis import given
 
 from meshnet.backends import NexthopIds, Path
 from meshnet.errors import UsageError
-from meshnet.model import HostId, Mode, NetworkName
+from meshnet.model import HostId, Mode, NetworkName, Reservations
 from meshnet.plan import check_mode, plan_mesh
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
@@ -54,7 +54,7 @@ def reserve(snapshot: MeshSnapshot, subnet: str, host: str) -> MeshSnapshot:
         **snapshot.reservations[PROD],
         ip_network(subnet): HostId(host),
     }
-    return replace(snapshot, reservations={PROD: owned})
+    return replace(snapshot, reservations={PROD: Reservations(owned)})
 
 
 def errors_of(plan: MeshPlan) -> str:
@@ -117,7 +117,7 @@ def test_dual_stack_shares_the_fdb_entry() -> None:
 def test_a_host_that_has_one_ip_version_so_far() -> None:
     snapshot = make_snapshot([DUAL], 2)
     owned = {s: h for s, h in snapshot.reservations[PROD].items() if s.version == 6 or h != ME}
-    snapshot = replace(snapshot, reservations={PROD: owned})
+    snapshot = replace(snapshot, reservations={PROD: Reservations(owned)})
     state = plan_for(snapshot, make_underlay(peers=1)).state
     assert {len(k.prefix) for k in state.routes} == {16}
     # The peer's MAC is still the one that the peer computes, from its IPv4 subnet.

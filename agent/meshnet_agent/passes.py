@@ -1,0 +1,353 @@
+"""Passes: bringing the kernel to what the mesh and this host say, in the kernel's thread.
+
+A pass over everything is: observe the underlay → find the way to each peer → dump the kernel →
+plan → diff → apply.  It is the safety net, and with nothing to do it writes nothing.  In between, a
+change of some hosts costs a pass over those alone: what they added to the desired state before is
+planned again from what was remembered, what they add now is planned from their new values, and the
+difference of the two is written.  The planner and the diff are the same; only the dump is spared.
+
+A pass over some hosts gives up, and one over everything follows, wherever their change may matter
+to others.  No I/O but through the `Kernel` that is handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from meshnet.backends import NexthopIds
+from meshnet.diff import Failure, Table, diff, missing_endpoint_links
+from meshnet.model import MeshSnapshot, Reservations
+from meshnet.plan import LocalView, NetworkOutcome, plan_hosts, plan_mesh
+from meshnet.state import NETWORK_LINK
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from typing import Any
+
+    from meshnet.backends import Path, Underlay
+    from meshnet.diff import Op
+    from meshnet.kernel import Kernel
+    from meshnet.model import Host, HostId, IpAddress, IpNetwork, NetworkName
+    from meshnet.plan import HostsPlan
+    from meshnet.state import KernelState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassInput:
+    """What a pass over everything works on: values, safe to hand to the kernel's thread."""
+
+    snapshot: MeshSnapshot
+    local: LocalView
+    underlay_ip: IpAddress
+
+
+class HostView(NamedTuple):
+    """What the store says of one host: its entry, if it has one, and what it owns by network."""
+
+    host: Host | None
+    subnets: Mapping[NetworkName, tuple[IpNetwork, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartInput:
+    """What a pass over some hosts works on.
+
+    Attributes:
+        hosts: those that changed, as they are now.
+        expired: hosts dead for longer than the grace period, of all hosts.
+    """
+
+    hosts: Mapping[HostId, HostView]
+    expired: frozenset[HostId]
+
+
+@dataclass(slots=True)
+class Stages:
+    """Where the time of a pass went, in seconds."""
+
+    observe_s: float = 0.0
+    dump_s: float = 0.0
+    plan_s: float = 0.0
+    diff_s: float = 0.0
+    apply_s: float = 0.0
+
+    @contextmanager
+    def timed(self, stage: Literal["observe", "dump", "plan", "diff", "apply"]) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            name = f"{stage}_s"
+            setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Operations of the pass that is running; read from other threads, for ``status``."""
+
+    total: int = 0
+    done: int = 0
+
+    def begin(self, total: int) -> None:
+        """A pass has so many operations to carry out."""
+        self.done = 0
+        self.total = total
+
+    def advance(self, count: int) -> None:
+        """So many more are carried out."""
+        self.done += count
+
+    @property
+    def left(self) -> int:
+        """Operations that are not carried out yet."""
+        return max(0, self.total - self.done)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassResult:
+    """How a pass went.
+
+    Attributes:
+        scope: everything, or the hosts that changed.
+        networks: how each came out, as of now.
+        failures: operations that were refused, in this pass or before it, and not made good.
+        missing: names of endpoint links that were not there.
+        writes: operations carried out or tried.
+        again: links were made or changed, which makes the kernel drop what hung on them.
+    """
+
+    scope: Literal["all", "part"] = "all"
+    networks: Mapping[NetworkName, NetworkOutcome] = field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
+    missing: frozenset[str] = frozenset()
+    underlay: Underlay | None = None
+    writes: int = 0
+    again: bool = False
+    seconds: float = 0.0
+    stages: Stages = field(default_factory=Stages)
+
+
+@dataclass(slots=True)
+class _Applied:
+    """What the kernel was last brought to, and what that was planned from."""
+
+    snapshot: MeshSnapshot
+    hosts: dict[HostId, Host]
+    reservations: dict[NetworkName, Reservations]
+    local: LocalView
+    underlay: Underlay
+    paths: dict[IpAddress, Path]
+    networks: dict[NetworkName, NetworkOutcome]
+    failures: dict[tuple[Table, Any], Failure]
+
+    def plan(self, ids: NexthopIds, hosts: Collection[HostId]) -> HostsPlan:
+        """What some hosts add to the desired state, as things are remembered."""
+        return plan_hosts(self.snapshot, self.local, self.underlay, ids, self.networks, hosts)
+
+    def touched(self, given: PartInput) -> set[HostId]:
+        """The hosts that changed, and those that lose a subnet to one of them."""
+        touched = {*given.hosts, *(given.expired ^ self.local.expired)}
+        for view in given.hosts.values():
+            for name, subnets in view.subnets.items():
+                owners = self.reservations.get(name, Reservations())
+                touched |= {owners[s] for s in subnets if s in owners}
+        return touched
+
+    def take(self, given: PartInput, paths: Mapping[IpAddress, Path]) -> None:
+        """Remember what the hosts are now."""
+        for host, view in given.hosts.items():
+            before = self.hosts.pop(host, None)
+            if before is not None:
+                self.paths.pop(before.underlay_ip, None)
+            if view.host is not None:
+                self.hosts[host] = view.host
+            for name in {*self.reservations, *view.subnets}:
+                held = self.reservations.setdefault(name, Reservations())
+                held.assign(host, view.subnets.get(name, ()))
+        self.paths.update(paths)
+        self.local = replace(self.local, expired=given.expired)
+
+    def shares(self, gone: Collection[bytes], touched: Collection[HostId]) -> bool:
+        """Whether a host that did not change is at one of some underlay addresses."""
+        return any(
+            host.underlay_ip.packed in gone
+            for host in self.hosts.values()
+            if host.id not in touched
+        )
+
+
+class Passes:
+    """Runs passes; all calls come from the kernel's thread.
+
+    Attributes:
+        progress: of the pass that is running; may be read from any thread.
+    """
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self._ids = NexthopIds()
+        self._applied: _Applied | None = None
+
+    def run_all(self, kernel: Kernel, given: PassInput) -> PassResult:
+        """Compare and mend everything.
+
+        Raises:
+            MeshnetError: the underlay address is gone.
+            OSError: the kernel did not answer.
+        """
+        started = time.perf_counter()
+        self._applied = None
+        stages = Stages()
+        snapshot, local = given.snapshot, given.local
+        with stages.timed("observe"):
+            peers = {h.underlay_ip for h in snapshot.hosts.values() if h.id != local.host}
+            paths = kernel.find_paths(peers)
+            underlay = replace(kernel.observe(given.underlay_ip, None), paths=paths)
+        with stages.timed("dump"):
+            actual = kernel.dump()
+        with stages.timed("plan"):
+            self._ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
+            plan = plan_mesh(snapshot, local, underlay, self._ids)
+        with stages.timed("diff"):
+            ops = diff(plan.state, actual)
+            if snapshot.holes:
+                # Design decision D5: deletions need a complete snapshot.
+                ops = [op for op in ops if op.value is not None or op.key in plan.state.links]
+        failures = self._apply(kernel, ops, stages)
+        self._applied = _remember(snapshot, local, underlay, plan.networks, failures)
+        return PassResult(
+            networks=plan.networks,
+            failures=tuple(failures),
+            missing=frozenset(missing_endpoint_links(plan.state, actual)),
+            underlay=underlay,
+            writes=len(ops),
+            again=any(op.table is Table.LINK for op in ops),
+            seconds=time.perf_counter() - started,
+            stages=stages,
+        )
+
+    def run_part(self, kernel: Kernel, given: PartInput) -> PassResult | None:
+        """Bring the kernel to what some hosts are now; None: it takes a pass over everything.
+
+        Raises:
+            OSError: the kernel did not answer.
+        """
+        started = time.perf_counter()
+        applied, self._applied = self._applied, None  # whatever goes wrong: everything is next
+        if applied is None:
+            return None
+        stages = Stages()
+        touched = applied.touched(given)
+        with stages.timed("observe"):
+            paths = kernel.find_paths({v.host.underlay_ip for v in given.hosts.values() if v.host})
+        with stages.timed("plan"):
+            before = applied.plan(self._ids, touched)
+            applied.take(given, paths)
+            after = applied.plan(self._ids, touched)
+        if _is_narrower(applied, given):
+            return None
+        with stages.timed("diff"):
+            ops = diff(after.state, before.state)
+        if _concerns_others(applied, touched, before.state, after.state, ops):
+            return None
+        failures = self._apply(kernel, ops, stages)
+        applied.failures |= {(f.op.table, f.op.key): f for f in failures}
+        for name, outcome in applied.networks.items():
+            if outcome.plan is not None:
+                applied.networks[name] = _with_hosts(outcome, name, touched, before, after)
+        self._applied = applied
+        return PassResult(
+            scope="part",
+            networks=dict(applied.networks),
+            failures=tuple(applied.failures.values()),
+            underlay=applied.underlay,
+            writes=len(ops),
+            seconds=time.perf_counter() - started,
+            stages=stages,
+        )
+
+    def _apply(self, kernel: Kernel, ops: Sequence[Op], stages: Stages) -> list[Failure]:
+        if not ops:
+            return []
+        self.progress.begin(len(ops))
+        try:
+            with stages.timed("apply"):
+                return kernel.apply(ops, self.progress.advance)
+        finally:
+            self.progress.begin(0)
+
+
+def _remember(
+    snapshot: MeshSnapshot,
+    local: LocalView,
+    underlay: Underlay,
+    networks: Mapping[NetworkName, NetworkOutcome],
+    failures: Sequence[Failure],
+) -> _Applied:
+    """Everything in tables of its own, and a snapshot that shows them."""
+    hosts = dict(snapshot.hosts)
+    reservations = {name: held.copy() for name, held in snapshot.reservations.items()}
+    paths = dict(underlay.paths)
+    return _Applied(
+        snapshot=MeshSnapshot(networks=snapshot.networks, hosts=hosts, reservations=reservations),
+        hosts=hosts,
+        reservations=reservations,
+        local=local,
+        underlay=replace(underlay, paths=paths),
+        paths=paths,
+        networks=dict(networks),
+        failures={(f.op.table, f.op.key): f for f in failures},
+    )
+
+
+def _is_narrower(applied: _Applied, given: PartInput) -> bool:
+    """Whether a network's MTU must shrink; one that could grow grows with the next resync."""
+    for view in given.hosts.values():
+        path = applied.paths.get(view.host.underlay_ip) if view.host is not None else None
+        for name in view.subnets if path is not None else ():
+            outcome = applied.networks.get(name)
+            if outcome is not None and path is not None and path.mtu_bytes < outcome.path_mtu_bytes:
+                return True
+    return False
+
+
+def _concerns_others(
+    applied: _Applied,
+    touched: Collection[HostId],
+    before: KernelState,
+    after: KernelState,
+    ops: Sequence[Op],
+) -> bool:
+    """Whether it takes a dump to know what an operation would do.
+
+    That is so where the last operation on the same object failed, and where a nexthop on the
+    underlay goes that another host at the same address uses too.
+    """
+    if any((op.table, op.key) in applied.failures for op in ops):
+        return True
+    gone = {
+        nexthop.gateway
+        for nexthop_id, nexthop in before.nexthops.items()
+        if nexthop_id not in after.nexthops and not NETWORK_LINK.fullmatch(nexthop.dev)
+    }
+    return bool(gone) and applied.shares(gone, touched)
+
+
+def _with_hosts(
+    outcome: NetworkOutcome,
+    name: NetworkName,
+    touched: Collection[HostId],
+    before: HostsPlan,
+    after: HostsPlan,
+) -> NetworkOutcome:
+    """A network's outcome once some hosts are what they are now."""
+    others = {host: text for host, text in outcome.peer_errors.items() if host not in touched}
+    return replace(
+        outcome,
+        peers=outcome.peers - before.peers[name] + after.peers[name],
+        peer_errors={**others, **after.errors[name]},
+    )
