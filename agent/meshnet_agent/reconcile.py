@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -75,7 +75,8 @@ def run_pass(kernel: Kernel, ids: NexthopIds, given: PassInput) -> PassResult:
     """
     started = time.monotonic()
     peers = {h.underlay_ip for h in given.snapshot.hosts.values() if h.id != given.local.host}
-    underlay = kernel.observe(given.underlay_ip, None, peers)
+    underlay = kernel.observe(given.underlay_ip, None)
+    underlay = replace(underlay, paths=kernel.find_paths(peers))
     actual = kernel.dump()
     ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
     plan = plan_mesh(given.snapshot, given.local, underlay, ids)
