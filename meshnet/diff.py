@@ -53,7 +53,7 @@ class Op(NamedTuple):
         exists: whether the kernel holds an object of ours with this key: a creation that meets
             somebody else's object must fail rather than replace it.
         needs: objects this one is useless without: if writing one of those failed, this is not
-            tried.
+            tried.  They are of other tables; only a link may need a link.
     """
 
     table: Table

@@ -138,7 +138,7 @@ async def _run(config: AgentConfig) -> None:
             _open_store(config) as store,
         ):
             underlay = await kernel.run(
-                lambda k: k.observe(config.underlay_ip, config.underlay_dev, ())
+                lambda k: k.observe(config.underlay_ip, config.underlay_dev)
             )
             ports = [
                 await kernel.run(lambda k: k.port_id),

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
-    from meshnet.backends import Underlay
+    from meshnet.backends import Path, Underlay
     from meshnet.diff import Failure, Op
     from meshnet.model import Endpoint, IpAddress, IpNetwork
     from meshnet.state import KernelState
@@ -45,10 +45,8 @@ class Kernel(Protocol):
         """Requests that changed, or tried to change, something since start."""
         ...
 
-    def observe(
-        self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
-    ) -> Underlay:
-        """Look at the underlay: the link that holds `underlay_ip` and the way to each peer.
+    def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
+        """Look at the underlay: the link that holds `underlay_ip`; `paths` stays empty.
 
         Args:
             underlay_ip: the address tunnels start from; None: the first global one of
@@ -59,12 +57,26 @@ class Kernel(Protocol):
         """
         ...
 
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+        """The way to each underlay address; one that there is no route to is missing.
+
+        The links' names and MTUs are those that the last `observe` or `dump` saw.
+        """
+        ...
+
     def dump(self) -> KernelState:
         """All objects of ours, as of now."""
         ...
 
-    def apply(self, ops: Sequence[Op]) -> list[Failure]:
-        """Carry operations out in order; a failed one stops only those that need it."""
+    def apply(
+        self, ops: Sequence[Op], on_written: Callable[[int], None] | None = None
+    ) -> list[Failure]:
+        """Carry operations out in order; a failed one stops only those that need it.
+
+        Args:
+            on_written: called from the calling thread, at least once for every 500 operations,
+                with how many are done with (carried out, refused or not tried) since the last call.
+        """
         ...
 
     def close(self) -> None:

@@ -102,27 +102,28 @@ class MemoryKernel:
 
     # --- looking ------------------------------------------------------------------------------
 
-    def observe(
-        self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
-    ) -> Underlay:
+    def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
         dev = self.underlay_dev
         held = [ip for ip in self.underlay_ips if underlay_ip in (None, ip)]
         if not held or (underlay_ip is None and underlay_dev != dev):
             raise NotFoundError(f"underlay {underlay_ip or underlay_dev} is not on this host")
-        versions = {ip.version for ip in self.underlay_ips}
-        on_link = Path(dev, True, self.underlay_mtu_bytes)
-        paths = {peer: self.routed.get(peer, on_link) for peer in peers if peer.version in versions}
         sysctls = self._state.sysctls
         listens = sysctls[_ALL_IPV6] == "0" and sysctls[f"net/ipv6/conf/{dev}/accept_ra"] == "1"
         return Underlay(
             ip=held[0],
             dev=dev,
             mtu_bytes=self.underlay_mtu_bytes,
-            paths={peer: path for peer, path in paths.items() if path is not None},
             forwarding_links=(dev,),
             ra_links=(dev,) if listens else (),
         )
+
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+        """See `meshnet.kernel.Kernel`."""
+        versions = {ip.version for ip in self.underlay_ips}
+        on_link = Path(self.underlay_dev, True, self.underlay_mtu_bytes)
+        paths = {a: self.routed.get(a, on_link) for a in addresses if a.version in versions}
+        return {address: path for address, path in paths.items() if path is not None}
 
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
@@ -130,9 +131,11 @@ class MemoryKernel:
 
     # --- writing ------------------------------------------------------------------------------
 
-    def apply(self, ops: Sequence[Op]) -> list[Failure]:
+    def apply(
+        self, ops: Sequence[Op], on_written: Callable[[int], None] | None = None
+    ) -> list[Failure]:
         """See `meshnet.kernel.Kernel`."""
-        return carry_out(ops, self._write_run)
+        return carry_out(ops, self._write_run, on_written)
 
     def fail_next(self, table: Table | None = None, *, nth: int = 1, code: int = 105) -> None:
         """Fault injection: refuse one operation to come, with errno `code` (105: ENOBUFS).

@@ -36,7 +36,7 @@ from meshnet.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from meshnet.kernel.links import LinkInfo
     from meshnet.model import IpAddress
@@ -75,6 +75,7 @@ class NetlinkKernel:
             raise
         self._nft = NftTable(firewall_memory)
         self._indices: dict[str, int] = {}
+        self._by_index: dict[int, LinkInfo] = {}
         self._forwarding_links: tuple[str, ...] = ()
         self._actual: dict[str, Link] = {}
         self.writes = 0
@@ -91,30 +92,17 @@ class NetlinkKernel:
 
     # --- looking ------------------------------------------------------------------------------
 
-    def observe(
-        self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
-    ) -> Underlay:
+    def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
-        by_index = {link.ifindex: link for link in self._dump_links()}
-        ip, link = self._find_underlay(underlay_ip, underlay_dev, by_index)
-        targets = [*peers, *_OUTSIDE]
-        answers = self._rtnl.ask([bulk.encode_route_lookup(a.packed) for a in targets])
-        paths: dict[IpAddress, Path] = {}
-        for target, answer in zip(targets, answers, strict=True):
-            found = None
-            if not isinstance(answer, rtnl.KernelError):
-                found = bulk.decode_route_lookup(answer)
-            if found is not None and found[0] in by_index:
-                out = by_index[found[0]]
-                paths[target] = Path(out.name, found[1], found[2] or out.mtu_bytes)
-        outside = [paths.pop(a).dev for a in _OUTSIDE if a in paths]
+        self._dump_links()
+        ip, link = self._find_underlay(underlay_ip, underlay_dev)
+        outside = [path.dev for path in self.find_paths(_OUTSIDE).values()]
         self._forwarding_links = tuple(sorted({link.name, *outside} - {"lo"}))
         listens = _read_sysctl(_ALL_IPV6) == "0"
         return Underlay(
             ip=ip,
             dev=link.name,
             mtu_bytes=link.mtu_bytes,
-            paths=paths,
             forwarding_links=self._forwarding_links,
             ra_links=tuple(
                 dev
@@ -125,14 +113,32 @@ class NetlinkKernel:
             strict_rp_filter=_read_sysctl("net/ipv4/conf/all/rp_filter") == "1",
         )
 
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+        """See `meshnet.kernel.Kernel`."""
+        answers = self._rtnl.ask([bulk.encode_route_lookup(a.packed) for a in addresses])
+        found: dict[IpAddress, tuple[int, bool, int]] = {}
+        for address, answer in zip(addresses, answers, strict=True):
+            if not isinstance(answer, rtnl.KernelError):
+                way = bulk.decode_route_lookup(answer)
+                if way is not None:
+                    found[address] = way
+        if not self._by_index.keys() >= {way[0] for way in found.values()}:
+            self._dump_links()
+        paths = {}
+        for address, (ifindex, on_link, mtu_bytes) in found.items():
+            out = self._by_index.get(ifindex)
+            if out is not None:
+                paths[address] = Path(out.name, on_link, mtu_bytes or out.mtu_bytes)
+        return paths
+
     def _find_underlay(
-        self, wanted: IpAddress | None, dev: str | None, by_index: dict[int, LinkInfo]
+        self, wanted: IpAddress | None, dev: str | None
     ) -> tuple[IpAddress, LinkInfo]:
         held = []
         for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
             info = links.decode_address(message)
-            if info is not None and info.ifindex in by_index and info.scope == 0:
-                held.append((ip_address(info.address), by_index[info.ifindex]))
+            if info is not None and info.ifindex in self._by_index and info.scope == 0:
+                held.append((ip_address(info.address), self._by_index[info.ifindex]))
         for ip, link in sorted(held, key=lambda item: item[0].version):
             if ip == wanted or (wanted is None and link.name == dev):
                 return ip, link
@@ -150,6 +156,7 @@ class NetlinkKernel:
         messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
         found = [link for m in messages if (link := links.decode_link(m)) is not None]
         self._indices = {link.name: link.ifindex for link in found}
+        self._by_index = {link.ifindex: link for link in found}
         return found
 
     def dump(self) -> KernelState:
@@ -227,9 +234,11 @@ class NetlinkKernel:
 
     # --- writing ------------------------------------------------------------------------------
 
-    def apply(self, ops: Sequence[Op]) -> list[Failure]:
+    def apply(
+        self, ops: Sequence[Op], on_written: Callable[[int], None] | None = None
+    ) -> list[Failure]:
         """See `meshnet.kernel.Kernel`."""
-        return carry_out(ops, self._write_run)
+        return carry_out(ops, self._write_run, on_written)
 
     def _write_run(self, table: Table, ops: Sequence[Op]) -> list[Failure]:
         return self._write_bulk(ops) if table in _BULK_TABLES else self._write_each(ops)

@@ -8,52 +8,65 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
-from meshnet.diff import Failure, describe
+from meshnet.diff import Failure, Table, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from meshnet.diff import Op, Table
+    from meshnet.diff import Op
+
+RUN_OPERATIONS = 500
+"""The most operations that are written without a word on the progress."""
 
 _GONE = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL))
 """What a deletion wanted is so already."""
 
 
 def carry_out(
-    ops: Sequence[Op], write: Callable[[Table, Sequence[Op]], Sequence[Failure]]
+    ops: Sequence[Op],
+    write: Callable[[Table, Sequence[Op]], Sequence[Failure]],
+    on_written: Callable[[int], None] | None = None,
 ) -> list[Failure]:
     """Write operations in order, leaving out those that need something that failed.
 
     Args:
         write: writes neighbouring operations on one table, all of which can be tried, and returns
             those that were refused.  A refused deletion of what is gone is no failure.
+        on_written: see `meshnet.kernel.Kernel.apply`.
     """
     failures: list[Failure] = []
     failed: set[tuple[Table, Any]] = set()
-    for table, run in _runs(ops):
-        ready: list[Op] = []
-        for op in run:
-            missing = next((n for n in op.needs if n in failed), None)
-            if missing is None:
-                ready.append(op)
-                continue
-            reason = f"not tried, since {describe(*missing)} could not be set"
-            failures.append(Failure(op, 0, reason))
-            failed.add((op.table, op.key))
-        refused = [f for f in write(table, ready) if f.op.value is not None or f.errno not in _GONE]
-        failures += refused
-        failed.update((f.op.table, f.op.key) for f in refused)
+    for run in _runs(ops):
+        ready = run
+        if failed:
+            ready = []
+            for op in run:
+                missing = next((n for n in op.needs if n in failed), None)
+                if missing is None:
+                    ready.append(op)
+                    continue
+                reason = f"not tried, since {describe(*missing)} could not be set"
+                failures.append(Failure(op, 0, reason))
+                failed.add((op.table, op.key))
+        for failure in write(run[0].table, ready):
+            if failure.op.value is not None or failure.errno not in _GONE:
+                failures.append(failure)
+                failed.add((failure.op.table, failure.op.key))
+        if on_written is not None:
+            on_written(len(run))
     return failures
 
 
-def _runs(ops: Sequence[Op]) -> Iterator[tuple[Table, list[Op]]]:
+def _runs(ops: Sequence[Op]) -> Iterator[Sequence[Op]]:
     """Neighbouring operations on one table, none of which needs another of the same run."""
-    run: list[Op] = []
-    for op in ops:
-        inner = any(table is op.table for table, _ in op.needs)
-        if run and (inner or run[-1].table is not op.table):
-            yield run[-1].table, run
-            run = []
-        run.append(op)
-    if run:
-        yield run[-1].table, run
+    start = 0
+    for i, (table, _, _, _, needs) in enumerate(ops):
+        if i == start:
+            continue
+        # Of all tables only that of the links has objects that need each other.
+        inner = table is Table.LINK and any(other is table for other, _ in needs)
+        if inner or table is not ops[start].table or i - start == RUN_OPERATIONS:
+            yield ops[start:i]
+            start = i
+    if ops:
+        yield ops[start:]

@@ -9,6 +9,7 @@ neighbour and an FDB entry, in three batches that are made beforehand.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import subprocess
@@ -30,7 +31,7 @@ from meshnet_agent.reconcile import PassInput, run_pass
 from tests.bench.common import at_most, median_of, median_ratio, scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from meshnet.diff import Failure, Op
     from meshnet.model import IpNetwork
@@ -66,9 +67,11 @@ class _TimedKernel(NetlinkKernel):
 
     write_s = 0.0
 
-    def apply(self, ops: Sequence[Op]) -> list[Failure]:
+    def apply(
+        self, ops: Sequence[Op], on_written: Callable[[int], None] | None = None
+    ) -> list[Failure]:
         started = time.perf_counter()
-        failures = super().apply(ops)
+        failures = super().apply(ops, on_written)
         self.write_s = time.perf_counter() - started
         return failures
 
@@ -80,6 +83,7 @@ def run(run: Run) -> list[Measure]:
     few: list[float] = []
     peer: list[float] = []
     rounds = run.rounds or ROUNDS
+    gc.set_threshold(50_000, 20, 50)  # as the agent does
     for number in range(1, rounds + 1):
         few.append(_program(FEW).seconds)
         ours.append(_program(MANY))

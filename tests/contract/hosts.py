@@ -20,9 +20,9 @@ from tests.values import underlay_ip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
-    from pathlib import Path
+    from pathlib import Path as FilePath
 
-    from meshnet.backends import Underlay
+    from meshnet.backends import Path, Underlay
     from meshnet.diff import Failure, Op
     from meshnet.kernel import Kernel
     from meshnet.model import IpAddress
@@ -115,7 +115,7 @@ class HostUnderTest(Protocol):
 class RealHost:
     """`NetlinkKernel` in a namespace; it is a `Kernel` itself, callable from any thread."""
 
-    def __init__(self, name: str, fd: int, directory: Path) -> None:
+    def __init__(self, name: str, fd: int, directory: FilePath) -> None:
         self.name = name
         self._thread = Inside(fd, lambda: NetlinkKernel(directory / "firewall.json"))
         self.kernel: Kernel = self
@@ -124,16 +124,19 @@ class RealHost:
     def writes(self) -> int:
         return self._thread.call(lambda k: k.writes)
 
-    def observe(
-        self, underlay_ip: IpAddress | None, underlay_dev: str | None, peers: Collection[IpAddress]
-    ) -> Underlay:
-        return self._thread.call(lambda k: k.observe(underlay_ip, underlay_dev, peers))
+    def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
+        return self._thread.call(lambda k: k.observe(underlay_ip, underlay_dev))
+
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+        return self._thread.call(lambda k: k.find_paths(addresses))
 
     def dump(self) -> KernelState:
         return self._thread.call(lambda k: k.dump())
 
-    def apply(self, ops: Sequence[Op]) -> list[Failure]:
-        return self._thread.call(lambda k: k.apply(ops))
+    def apply(
+        self, ops: Sequence[Op], on_written: Callable[[int], None] | None = None
+    ) -> list[Failure]:
+        return self._thread.call(lambda k: k.apply(ops, on_written))
 
     def close(self) -> None:
         self._thread.close(lambda k: k.close())
@@ -171,7 +174,7 @@ class MemoryHost:
 
 
 @contextlib.contextmanager
-def real_host(directory: Path) -> Iterator[RealHost]:
+def real_host(directory: FilePath) -> Iterator[RealHost]:
     with host_namespace() as (name, fd):
         host = RealHost(name, fd, directory)
         try:

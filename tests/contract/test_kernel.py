@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -83,7 +85,8 @@ def desired_for(
     """What the host should hold as one of `hosts`."""
     snapshot = make_snapshot(networks, hosts, underlay_version=underlay_version)
     peers = [h.underlay_ip for h in snapshot.hosts.values() if h.id != "h1"]
-    underlay = host.kernel.observe(underlay_ip(1, underlay_version), None, peers)
+    underlay = host.kernel.observe(underlay_ip(1, underlay_version), None)
+    underlay = replace(underlay, paths=host.kernel.find_paths(peers))
     actual = host.kernel.dump()
     ids = NexthopIds()
     ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
@@ -104,7 +107,7 @@ def converge(host: HostUnderTest, desired: KernelState) -> tuple[int, list[Failu
 
 
 def test_an_empty_host(host: HostUnderTest) -> None:
-    host.kernel.observe(underlay_ip(1), None, ())
+    host.kernel.observe(underlay_ip(1), None)
     state = host.kernel.dump()
     assert state == KernelState(
         sysctls={
@@ -117,19 +120,30 @@ def test_an_empty_host(host: HostUnderTest) -> None:
 
 
 def test_the_underlay(host: HostUnderTest) -> None:
-    neighbour, beyond, other_family = underlay_ip(2), underlay_ip(2, 6), underlay_ip(3, 6)
-    on_link = Path(UNDERLAY_DEV, True, 1500)
-    seen = host.kernel.observe(underlay_ip(1), None, [neighbour, beyond, other_family])
+    seen = host.kernel.observe(underlay_ip(1), None)
     assert seen.ip == underlay_ip(1)
     assert (seen.dev, seen.mtu_bytes, seen.ipv6) == (UNDERLAY_DEV, 1500, True)
     assert seen.forwarding_links == seen.ra_links == (UNDERLAY_DEV,)
-    assert seen.paths == dict.fromkeys([neighbour, beyond, other_family], on_link)
-    assert host.kernel.observe(None, UNDERLAY_DEV, ()).ip == underlay_ip(1)
-    assert host.kernel.observe(underlay_ip(1, 6), None, ()).ip == underlay_ip(1, 6)
+    assert seen.paths == {}
+    assert host.kernel.observe(None, UNDERLAY_DEV).ip == underlay_ip(1)
+    assert host.kernel.observe(underlay_ip(1, 6), None).ip == underlay_ip(1, 6)
     with pytest.raises(NotFoundError):
-        host.kernel.observe(underlay_ip(77), None, ())
+        host.kernel.observe(underlay_ip(77), None)
     with pytest.raises(NotFoundError):
-        host.kernel.observe(None, "none0", ())
+        host.kernel.observe(None, "none0")
+
+
+def test_paths(host: HostUnderTest) -> None:
+    neighbours = [underlay_ip(2), underlay_ip(2, 6), underlay_ip(3, 6)]
+    routed, nowhere = ip_address("10.99.0.1"), ip_address("203.0.113.1")
+    behind = Path(UNDERLAY_DEV, False, 1400)
+    host.by_hand(in_memory=lambda k: k.routed.update({routed: behind, nowhere: None}))
+    on_link = Path(UNDERLAY_DEV, True, 1500)
+    expected = dict.fromkeys(neighbours, on_link) | {routed: behind}
+    # The first time without a look at the links before.
+    for _ in range(2):
+        assert host.kernel.find_paths([*neighbours, routed, nowhere]) == expected
+    assert host.kernel.find_paths([]) == {}
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -313,6 +327,24 @@ def test_one_refused_message_of_a_batch(host: HostUnderTest) -> None:
     assert str(failure).startswith("create route 10.78.0.0/24: ")
     assert host.kernel.dump().routes.keys() >= set(keys)
     assert bad.key not in host.kernel.dump().routes
+
+
+def test_progress(host: HostUnderTest) -> None:
+    written: list[int] = []
+    host.kernel.apply(diff(desired_for(host, [DUAL]), host.kernel.dump()))
+    keys = [RouteKey(bytes((10, 77, i >> 8, i & 255)), 32) for i in range(1250)]
+    good = [Op(Table.ROUTE, key, Route(NEXTHOP_ID_FIRST), False) for key in keys]
+    refused = Op(Table.NEXTHOP, NEXTHOP_ID_FIRST + 77, Nexthop("mnv77", bytes(4)), False)
+    bad = Op(
+        Table.ROUTE, ROUTE4, Route(refused.key), True, ((Table.NEXTHOP, NEXTHOP_ID_FIRST + 77),)
+    )
+    ops = [refused, *good, bad]
+    assert [f.op for f in host.kernel.apply(ops, written.append)] == [refused, bad]
+    assert sum(written) == len(ops)
+    assert max(written) <= 500
+    written.clear()
+    assert host.kernel.apply([], written.append) == []
+    assert written == []
 
 
 def test_what_needs_a_refused_object_is_not_tried(host: HostUnderTest) -> None:

@@ -179,7 +179,7 @@ def _real(directory: Path) -> Iterator[RealWired]:
 
 
 def desired_for(kernel: Kernel, *endpoints: Endpoint) -> KernelState:
-    underlay = kernel.observe(host_ip(1), None, ())
+    underlay = kernel.observe(host_ip(1), None)
     return plan_for(make_snapshot([NETWORK], 1), underlay, endpoints=endpoints).state
 
 
