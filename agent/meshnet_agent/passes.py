@@ -160,9 +160,7 @@ class _Applied:
     def take(self, given: PartInput, paths: Mapping[IpAddress, Path]) -> None:
         """Remember what the hosts are now."""
         for host, view in given.hosts.items():
-            before = self.hosts.pop(host, None)
-            if before is not None:
-                self.paths.pop(before.underlay_ip, None)
+            self.hosts.pop(host, None)
             if view.host is not None:
                 self.hosts[host] = view.host
             for name in {*self.reservations, *view.subnets}:
@@ -171,10 +169,10 @@ class _Applied:
         self.paths.update(paths)
         self.local = replace(self.local, expired=given.expired)
 
-    def shares(self, gone: Collection[bytes], touched: Collection[HostId]) -> bool:
+    def shares(self, addresses: Collection[bytes], touched: Collection[HostId]) -> bool:
         """Whether a host that did not change is at one of some underlay addresses."""
         return any(
-            host.underlay_ip.packed in gone
+            host.underlay_ip.packed in addresses
             for host in self.hosts.values()
             if host.id not in touched
         )
@@ -205,8 +203,8 @@ class Passes:
         snapshot, local = given.snapshot, given.local
         with stages.timed("observe"):
             peers = {h.underlay_ip for h in snapshot.hosts.values() if h.id != local.host}
-            paths = kernel.find_paths(peers)
-            underlay = replace(kernel.observe(given.underlay_ip, None), paths=paths)
+            underlay = kernel.observe(given.underlay_ip, None)
+            underlay = replace(underlay, paths=kernel.find_paths(peers))
         with stages.timed("dump"):
             actual = kernel.dump()
         with stages.timed("plan"):
@@ -325,16 +323,13 @@ def _concerns_others(
     """Whether it takes a dump to know what an operation would do.
 
     That is so where the last operation on the same object failed, and where a nexthop on the
-    underlay goes that another host at the same address uses too.
+    underlay comes or goes that another host at the same address uses too.
     """
     if any((op.table, op.key) in applied.failures for op in ops):
         return True
-    gone = {
-        nexthop.gateway
-        for nexthop_id, nexthop in before.nexthops.items()
-        if nexthop_id not in after.nexthops and not NETWORK_LINK.fullmatch(nexthop.dev)
-    }
-    return bool(gone) and applied.shares(gone, touched)
+    differ = set(before.nexthops.values()) ^ set(after.nexthops.values())
+    direct = {n.gateway for n in differ if not NETWORK_LINK.fullmatch(n.dev)}
+    return bool(direct) and applied.shares(direct, touched)
 
 
 def _with_hosts(

@@ -19,15 +19,14 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from meshnet.backends import NexthopIds
 from meshnet.kernel.netlink import NetlinkKernel
 from meshnet.kernel.netns import inside
 from meshnet.lab.netns import netns_path
-from meshnet.model import Host, HostId, MeshSnapshot, Mode, Network, NetworkName, Vni
+from meshnet.model import Host, HostId, MeshSnapshot, Mode, Network, NetworkName, Reservations, Vni
 from meshnet.plan import LocalView
 from meshnet.state import format_mac
 from meshnet.wire.mac import vtep_mac
-from meshnet_agent.reconcile import PassInput, run_pass
+from meshnet_agent.passes import Passes, PassInput
 from tests.bench.common import at_most, median_of, median_ratio, scratch
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from meshnet.diff import Failure, Op
     from meshnet.model import IpNetwork
-    from meshnet_agent.reconcile import PassResult
+    from meshnet_agent.passes import PassResult
     from tests.bench.common import Measure, Run
 
 ROUNDS = 3
@@ -123,16 +122,16 @@ def _program(count: int) -> Programmed:
 
 
 def _passes(kernel: _TimedKernel, count: int) -> Programmed:
-    ids = NexthopIds()
+    passes = Passes()
     for _ in range(2):  # devices, addresses, firewall; the second settles what the first set off
-        run_pass(kernel, ids, _pass_input(0))
+        passes.run_all(kernel, _pass_input(0))
     given = _pass_input(count)
     started = time.perf_counter()
-    result = run_pass(kernel, ids, given)
+    result = passes.run_all(kernel, given)
     seconds, write_s = time.perf_counter() - started, kernel.write_s
     _check(result, writes=4 * count)
     writes, cpu_s = kernel.writes, _cpu_s()
-    _check(run_pass(kernel, ids, given), writes=0)
+    _check(passes.run_all(kernel, given), writes=0)
     return Programmed(seconds, write_s, _cpu_s() - cpu_s, kernel.writes - writes)
 
 
@@ -150,7 +149,7 @@ def _pass_input(count: int) -> PassInput:
         snapshot=MeshSnapshot(
             networks={_NAME: network},
             hosts={host.id: host for host in hosts},
-            reservations={_NAME: owners},
+            reservations={_NAME: Reservations(owners)},
         ),
         local=LocalView(host=_SELF, subnets={_NAME: (_OWN_SUBNET,)}),
         underlay_ip=_OWN_IP,

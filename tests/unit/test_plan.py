@@ -58,7 +58,8 @@ def reserve(snapshot: MeshSnapshot, subnet: str, host: str) -> MeshSnapshot:
 
 
 def errors_of(plan: MeshPlan) -> str:
-    return "; ".join(plan.networks[PROD].errors)
+    outcome = plan.networks[PROD]
+    return "; ".join((*outcome.errors, *outcome.peer_errors.values()))
 
 
 # --- one host of three ---------------------------------------------------------------------------

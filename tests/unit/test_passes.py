@@ -1,0 +1,272 @@
+"""Passes over some hosts end where a pass over everything ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_network
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshnet.backends import Path
+from meshnet.diff import Table
+from meshnet.kernel.memory import MemoryKernel
+from meshnet.model import Host, HostId, MeshSnapshot, NetworkName
+from meshnet.plan import LocalView
+from meshnet_agent.passes import HostView, PartInput, Passes, PassInput, PassResult
+from tests.values import IPV4, IPV6, ME, make_network, make_snapshot, underlay_ip
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from meshnet.diff import Op
+    from meshnet.model import IpAddress, Network
+    from meshnet.state import KernelState
+
+PROD, BACK = NetworkName("prod"), NetworkName("back")
+NETWORKS = {
+    "plain": [make_network()],
+    "dual-stack": [make_network(subnets=(IPV4, IPV6))],
+    "direct": [make_network(direct_routing=True)],
+    "two direct": [
+        make_network(direct_routing=True),
+        make_network("back", ("10.43.0.0/16",), 7, direct_routing=True),
+    ],
+    "mixed": [make_network(direct_routing=True), make_network("back", ("10.43.0.0/16",), 7)],
+}
+CROWD = [HostId(f"h{i}") for i in range(2, 8)]
+
+
+def local_view(snapshot: MeshSnapshot, expired: Collection[HostId] = ()) -> LocalView:
+    return LocalView(
+        host=ME,
+        subnets={n: snapshot.subnets_of(ME, n) for n in snapshot.networks},
+        expired=frozenset(expired),
+    )
+
+
+def full(snapshot: MeshSnapshot, expired: Collection[HostId] = ()) -> PassInput:
+    return PassInput(
+        snapshot=snapshot, local=local_view(snapshot, expired), underlay_ip=underlay_ip(1)
+    )
+
+
+def part(
+    snapshot: MeshSnapshot, hosts: Collection[HostId], expired: Collection[HostId] = ()
+) -> PartInput:
+    return PartInput(
+        hosts={h: HostView(snapshot.hosts.get(h), snapshot.reserved_by(h)) for h in hosts},
+        expired=frozenset(expired),
+    )
+
+
+def settled(kernel: MemoryKernel, passes: Passes, given: PassInput) -> None:
+    while passes.run_all(kernel, given).writes:
+        pass
+
+
+def without_ids(state: KernelState) -> KernelState:
+    """A state in which nexthops are known by what they are, not by a number."""
+    routes = {k: (state.nexthops.get(r.nexthop_id), r.source) for k, r in state.routes.items()}
+    return replace(
+        state,
+        nexthops=dict.fromkeys(sorted(set(state.nexthops.values()))),  # type: ignore[arg-type]
+        routes=routes,  # type: ignore[arg-type]
+    )
+
+
+class Mesh:
+    """A snapshot that changes, and which hosts did."""
+
+    def __init__(self, networks: Sequence[Network], hosts: int) -> None:
+        made = make_snapshot(networks, hosts)
+        self.hosts = dict(made.hosts)
+        self.reservations = {n: held.copy() for n, held in made.reservations.items()}
+        self.networks = made.networks
+        self.expired: set[HostId] = set()
+        self.touched: set[HostId] = set()
+
+    def snapshot(self) -> MeshSnapshot:
+        return MeshSnapshot(
+            networks=self.networks,
+            hosts=dict(self.hosts),
+            reservations={n: held.copy() for n, held in self.reservations.items() if held},
+        )
+
+    def change(self, kind: str, host: HostId, number: int) -> None:
+        if kind == "move":
+            self.hosts[host] = Host(id=host, underlay_ip=underlay_ip(number))
+        elif kind == "leave":
+            self.hosts.pop(host, None)
+            for held in self.reservations.values():
+                held.assign(host, ())
+        elif kind == "forget":
+            self.hosts.pop(host, None)
+        elif kind == "expire":
+            self.expired ^= {host}
+            return
+        else:
+            for name, held in self.reservations.items():
+                for cidr in self.networks[name].subnets:
+                    prefix = self.networks[name].host_prefix_of(cidr.version)
+                    subnet = ip_network(
+                        (
+                            int(cidr.network_address)
+                            + (number << ((32 if cidr.version == 4 else 128) - prefix)),
+                            prefix,
+                        )
+                    )
+                    if held.get(subnet) != ME and len(held.of(host)) < len(
+                        cidr.network_address.packed
+                    ):
+                        self.touched |= {h for h in [held.put(subnet, host)] if h is not None}
+        self.touched.add(host)
+
+
+changes = st.tuples(
+    st.sampled_from(["own", "own", "move", "leave", "forget", "expire"]),
+    st.sampled_from(CROWD),
+    st.integers(2, 9),
+)
+
+
+def run(passes: Passes, kernel: MemoryKernel, mesh: Mesh, batch: Collection[HostId]) -> PassResult:
+    """A pass over some hosts, or over everything where that gives up."""
+    done = passes.run_part(kernel, part(mesh.snapshot(), batch, mesh.expired))
+    if done is None:
+        mesh.touched.clear()
+        done = passes.run_all(kernel, full(mesh.snapshot(), mesh.expired))
+    return done
+
+
+@pytest.mark.parametrize("networks", NETWORKS.values(), ids=NETWORKS.keys())
+@given(steps=st.lists(st.lists(changes, max_size=3), max_size=8), take=st.integers(1, 4))
+@settings(max_examples=50, deadline=None)
+def test_parts_end_where_a_whole_ends(
+    networks: list[Network], steps: list[list[tuple[str, HostId, int]]], take: int
+) -> None:
+    mesh, kernel, passes = Mesh(networks, 4), MemoryKernel(underlay_ip(1)), Passes()
+    kernel.routed[underlay_ip(3)] = Path("eth0", False, 1500)
+    settled(kernel, passes, full(mesh.snapshot()))
+    for step in steps:
+        for change in step:
+            mesh.change(*change)
+        # Not all at once: the rest comes with the next step.
+        batch = set(sorted(mesh.touched)[:take])
+        mesh.touched -= batch
+        run(passes, kernel, mesh, batch)
+    result = run(passes, kernel, mesh, mesh.touched)
+    fresh = MemoryKernel(underlay_ip(1))
+    fresh.routed = kernel.routed
+    alone = Passes()
+    settled(fresh, alone, full(mesh.snapshot(), mesh.expired))
+    assert without_ids(kernel.dump()) == without_ids(fresh.dump())
+    whole = passes.run_all(kernel, full(mesh.snapshot(), mesh.expired))
+    assert whole.writes == 0
+    assert result.networks == whole.networks
+    assert not result.failures
+
+
+class CountingKernel(MemoryKernel):
+    """Knows what it was asked."""
+
+    dumps = 0
+    looked_up = 0
+
+    def dump(self) -> KernelState:
+        self.dumps += 1
+        return super().dump()
+
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+        self.looked_up += len(addresses)
+        return super().find_paths(addresses)
+
+
+@pytest.fixture
+def crowd() -> tuple[Mesh, CountingKernel, Passes]:
+    mesh, kernel, passes = Mesh([make_network()], 100), CountingKernel(underlay_ip(1)), Passes()
+    settled(kernel, passes, full(mesh.snapshot()))
+    kernel.dumps = kernel.looked_up = 0
+    return mesh, kernel, passes
+
+
+@pytest.mark.parametrize(
+    ("kind", "writes"), [("move", 1), ("leave", 4), ("forget", 4), ("expire", 4)]
+)
+def test_one_host_costs_one_hosts_work(
+    crowd: tuple[Mesh, CountingKernel, Passes], kind: str, writes: int
+) -> None:
+    mesh, kernel, passes = crowd
+    mesh.change(kind, HostId("h7"), 200)
+    result = passes.run_part(kernel, part(mesh.snapshot(), mesh.touched, mesh.expired))
+    assert result is not None
+    assert (result.writes, kernel.dumps) == (writes, 0)
+    assert kernel.looked_up <= 1
+    assert result.networks[PROD].peers == (99 if kind == "move" else 98)
+
+
+def test_a_host_that_did_not_change_after_all(crowd: tuple[Mesh, CountingKernel, Passes]) -> None:
+    mesh, kernel, passes = crowd
+    result = passes.run_part(kernel, part(mesh.snapshot(), {HostId("h7"), HostId("nobody")}))
+    assert result is not None
+    assert result.writes == 0
+
+
+def test_nothing_is_left_of_a_pass_to_a_first_part() -> None:
+    assert Passes().run_part(MemoryKernel(underlay_ip(1)), part(MeshSnapshot(), ())) is None
+
+
+def test_a_narrower_path_takes_a_pass_over_everything(
+    crowd: tuple[Mesh, CountingKernel, Passes],
+) -> None:
+    mesh, kernel, passes = crowd
+    kernel.routed[underlay_ip(200)] = Path("eth0", False, 1400)
+    mesh.change("move", HostId("h7"), 200)
+    assert passes.run_part(kernel, part(mesh.snapshot(), mesh.touched)) is None
+    passes.run_all(kernel, full(mesh.snapshot()))
+    assert {link.mtu_bytes for link in kernel.dump().links.values()} == {1350}
+    # As narrow again is no news.
+    kernel.routed[underlay_ip(201)] = Path("eth0", False, 1400)
+    mesh.change("move", HostId("h8"), 201)
+    assert passes.run_part(kernel, part(mesh.snapshot(), mesh.touched)) is not None
+
+
+def test_a_refused_operation_stays_known_and_the_next_on_it_takes_a_look(
+    crowd: tuple[Mesh, CountingKernel, Passes],
+) -> None:
+    mesh, kernel, passes = crowd
+    mesh.change("leave", HostId("h7"), 0)
+    mesh.change("leave", HostId("h8"), 0)
+    kernel.fail_next(Table.ROUTE)
+    result = passes.run_part(kernel, part(mesh.snapshot(), mesh.touched))
+    assert result is not None
+    assert len(result.failures) == 1
+    mesh.touched.clear()
+    mesh.change("move", HostId("h9"), 200)
+    other = passes.run_part(kernel, part(mesh.snapshot(), mesh.touched))
+    assert other is not None
+    assert other.failures == result.failures
+    for host, number in ((HostId("h7"), 6), (HostId("h8"), 7)):
+        mesh.change("move", host, number + 1)
+        mesh.change("own", host, number)
+    again = part(mesh.snapshot(), {HostId("h7"), HostId("h8")})
+    assert passes.run_part(kernel, again) is None
+    assert passes.run_all(kernel, full(mesh.snapshot())).failures == ()
+
+
+def test_progress_tells_what_is_left(crowd: tuple[Mesh, CountingKernel, Passes]) -> None:
+    mesh, kernel, passes = crowd
+    seen = []
+
+    class Watched(CountingKernel):
+        def _write(self, op: Op) -> None:
+            seen.append(passes.progress.left)
+            super()._write(op)
+
+    kernel.__class__ = Watched
+    mesh.change("leave", HostId("h7"), 0)
+    passes.run_part(kernel, part(mesh.snapshot(), mesh.touched))
+    assert max(seen) == 4
+    assert passes.progress.left == 0
