@@ -53,6 +53,11 @@ def differences(
     return complaints
 
 
+def count_objects(namespace: Namespace) -> int:
+    """How many routes, nexthop objects, neighbours and FDB entries of an agent there are."""
+    return sum(table.total() for table in _read(namespace)[0])
+
+
 def _expect(mesh: SimulatedMesh, hosts: Iterable[SimulatedHost]) -> _Tables:
     tables = _Tables(Counter(), Counter(), Counter(), Counter())
     for host in hosts:

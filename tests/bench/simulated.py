@@ -7,7 +7,7 @@ docs/architecture.md and not from `meshnet.plan`: it is what the plan is checked
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet import codec
@@ -17,7 +17,7 @@ from meshnet.store.mirror import alive_key, host_key, network_key, subnet_key
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from meshnet.model import IpNetwork
+    from meshnet.model import IpAddress, IpNetwork
     from tests.bench.gateway import Gateway, Write
 
 NAME = NetworkName("prod")
@@ -54,7 +54,7 @@ class SimulatedHost(NamedTuple):
 
     number: int
     subnet: int
-    underlay_ip: IPv4Address
+    underlay_ip: IpAddress
 
     @property
     def id(self) -> HostId:
@@ -97,7 +97,7 @@ def addressing(number: int, *, dual_stack: bool = False) -> tuple[Addressing, ..
     return tuple(found)
 
 
-def underlay_ip(number: int) -> IPv4Address:
+def underlay_ip(number: int) -> IpAddress:
     """The underlay address with that number; different numbers, different addresses."""
     return UNDERLAY[256 + number]
 
@@ -123,9 +123,22 @@ class SimulatedMesh:
         codec.check_network(network)
         self.gateway.commit([(network_key(NAME), codec.encode_network(network))])
 
+    def reserve(self, host: HostId, subnet: int) -> None:
+        """Give a real host a subnet, which its agent will find when it starts."""
+        for found in addressing(subnet, dual_stack=self.dual_stack):
+            reservation = Reservation(network=NAME, subnet=found.subnet, host=host)
+            key = subnet_key(NAME, found.subnet)
+            self.gateway.commit([(key, codec.encode_reservation(reservation))])
+
     def new_hosts(self, count: int) -> list[SimulatedHost]:
-        """Hosts that were never there before; `add` puts them into etcd."""
+        """Hosts that were never there before; `add` puts them into etcd.
+
+        Raises:
+            ValueError: the network is too small for them.
+        """
         numbers = range(self._next, self._next + count)
+        if FIRST_SUBNET + numbers.stop > 1 << (24 - OVERLAY.prefixlen):
+            raise ValueError(f"network {OVERLAY} has no subnet left for {count} more hosts")
         self._next += count
         return [SimulatedHost(n, FIRST_SUBNET + n, underlay_ip(n)) for n in numbers]
 

@@ -175,8 +175,18 @@ class Site(AgentView):
 @contextlib.contextmanager
 def site(*, dual_stack: bool = False) -> Iterator[Site]:
     """A `Site` of a name that nobody else uses; nothing is left of it."""
-    lab = Lab(f"bench{os.getpid()}x{next(_counter)}", hosts=1, start_agents=False)
-    with lab, connect(lab) as gateway:
+    name = f"bench{os.getpid()}x{next(_counter)}"
+    with (
+        Lab(name, hosts=1, start_agents=False) as lab,
+        site_in(lab, dual_stack=dual_stack) as place,
+    ):
+        yield place
+
+
+@contextlib.contextmanager
+def site_in(lab: Lab, *, dual_stack: bool = False) -> Iterator[Site]:
+    """A `Site` in a lab of one host without an agent."""
+    with connect(lab) as gateway:
         mesh = SimulatedMesh(gateway, dual_stack=dual_stack)
         mesh.create_network()
         yield Site(lab, gateway, mesh)
