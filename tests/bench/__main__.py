@@ -19,24 +19,29 @@ if TYPE_CHECKING:
 
 NAMES = ("programming", "attach", "throughput")
 """Modules of this package, each with a `Benchmark` named ``run``."""
+SCALE_NAMES = ("scale", "convergence", "churn")
+"""Further ones, run when they are named: they take minutes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the exit status says whether they ran, not whether they were fast."""
+    every = (*NAMES, *SCALE_NAMES)
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(every)}")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too")
     parser.add_argument("--rounds", metavar="N", type=int, help="rounds, instead of each's own")
+    parser.add_argument("--hosts", metavar="N", type=int, nargs="+", default=(), help="mesh sizes")
+    parser.add_argument("--seconds", metavar="S", type=float, help="how long to change hosts")
     parsed = parser.parse_args(arguments)
-    unknown = set(parsed.names) - set(NAMES)
+    unknown = set(parsed.names) - set(every)
     if unknown:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose of {', '.join(NAMES)}")
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose of {', '.join(every)}")
     if os.geteuid() != 0:
         parser.error("benchmarks make network namespaces, which needs root: use sudo")
     results: list[tuple[str, Measure]] = []
     for name in parsed.names or NAMES:
         benchmark: Benchmark = importlib.import_module(f"tests.bench.{name}").run
-        run = Run(name, parsed.rounds)
+        run = Run(name, parsed.rounds, tuple(parsed.hosts), parsed.seconds)
         run.say("starts")
         results += [(name, measure) for measure in benchmark(run)]
         run.say("done")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -59,6 +60,7 @@ class Measure:
     """One line of the result.
 
     Attributes:
+        value: NaN: what is measured does not tell.
         unit: "×" for a ratio against the peer.
         samples: the values `value` was made of, if they are few enough to look at.
     """
@@ -72,7 +74,7 @@ class Measure:
     @property
     def verdict(self) -> str:
         """Whether the bound holds, in a word; nothing without one."""
-        if self.bound is None:
+        if self.bound is None or math.isnan(self.value):
             return ""
         return "holds" if self.bound.holds(self.value) else "MISSED"
 
@@ -83,10 +85,14 @@ class Run:
 
     Attributes:
         rounds: alternating rounds; None: the benchmark's own number.
+        sizes: numbers of hosts, for those that take one or more; empty: the benchmark's own.
+        seconds: how long to go on, for those that do; None: the benchmark's own.
     """
 
     name: str
     rounds: int | None = None
+    sizes: tuple[int, ...] = ()
+    seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
@@ -174,7 +180,8 @@ def render_table(results: Sequence[tuple[str, Measure]]) -> str:
     """All results, with the bound beside each."""
     rows = [("BENCHMARK", "WHAT", "MEASURED", "BOUND", "")]
     for bench, measure in results:
-        value = f"{measure.value:,.3f} {measure.unit}".rstrip()
+        known = not math.isnan(measure.value)
+        value = f"{measure.value:,.3f} {measure.unit}".rstrip() if known else "-"
         bound = str(measure.bound) if measure.bound is not None else ""
         rows.append((bench, measure.name, value, bound, measure.verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -201,12 +208,16 @@ def to_document(results: Sequence[tuple[str, Measure]]) -> dict[str, object]:
             {
                 "benchmark": bench,
                 "name": measure.name,
-                "value": measure.value,
+                "value": _number(measure.value),
                 "unit": measure.unit,
                 "bound": str(measure.bound) if measure.bound is not None else None,
                 "holds": measure.bound.holds(measure.value) if measure.bound is not None else None,
-                "samples": list(measure.samples),
+                "samples": [_number(sample) for sample in measure.samples],
             }
             for bench, measure in results
         ],
     }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

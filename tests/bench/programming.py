@@ -2,8 +2,7 @@
 
 Each time in a fresh namespace that already has the devices.  Ours is a whole pass of the agent:
 look at the underlay, dump, plan, diff, and write a nexthop object, a route, a neighbour and an FDB
-entry a host.  The peer is what everybody else does: a route that names its own gateway, a
-neighbour and an FDB entry, in three batches that are made beforehand.
+entry a host.  The peer: `tests.bench.classic`.  A whole agent, with etcd: `tests.bench.scale`.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import contextlib
 import gc
 import os
 import resource
-import subprocess
 import tempfile
 import time
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,13 +22,12 @@ from meshnet.kernel.netns import inside
 from meshnet.lab.netns import netns_path
 from meshnet.model import Host, HostId, MeshSnapshot, Mode, Network, NetworkName, Reservations, Vni
 from meshnet.plan import LocalView
-from meshnet.state import format_mac
-from meshnet.wire.mac import vtep_mac
 from meshnet_agent.passes import Passes, PassInput
-from tests.bench.common import at_most, median_of, median_ratio, scratch
+from tests.bench.classic import OWN_IP, host_namespace, program_by_hand, remotes
+from tests.bench.common import at_most, median_of, median_ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from meshnet.diff import Failure, Op
     from meshnet.model import IpNetwork
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
 ROUNDS = 3
 MANY, MOST, FEW = 10_000, 30_000, 1_000
 _OVERLAY = IPv4Network("10.0.0.0/8")
-_UNDERLAY = IPv4Network("172.16.0.0/12")
-_OWN_IP = _UNDERLAY[1]
 _NAME = NetworkName("prod")
 _SELF = HostId("self")
 _OWN_SUBNET = IPv4Network("10.255.255.0/24")
@@ -86,7 +81,7 @@ def run(run: Run) -> list[Measure]:
     for number in range(1, rounds + 1):
         few.append(_program(FEW).seconds)
         ours.append(_program(MANY))
-        peer.append(_program_by_hand(MANY))
+        peer.append(program_by_hand(MANY))
         most.append(_program(MOST).seconds)
         run.say(
             f"round {number} of {rounds}: {MANY:,} hosts in {ours[-1].seconds:.2f} s, by hand "
@@ -112,7 +107,7 @@ def run(run: Run) -> list[Measure]:
 
 def _program(count: int) -> Programmed:
     """A pass from nothing, and one that finds everything in place."""
-    with _host_namespace() as name, tempfile.TemporaryDirectory() as directory:
+    with host_namespace() as name, tempfile.TemporaryDirectory() as directory:
         fd = os.open(netns_path(name), os.O_RDONLY | os.O_CLOEXEC)
         try:
             with inside(fd), contextlib.closing(_TimedKernel(Path(directory) / "nft")) as kernel:
@@ -141,10 +136,14 @@ def _check(result: PassResult, writes: int) -> None:
 
 
 def _pass_input(count: int) -> PassInput:
-    hosts = [Host(id=HostId(f"host{i}"), underlay_ip=_underlay_ip(i)) for i in range(1, count + 1)]
+    others = remotes(count)
+    hosts = [
+        Host(id=HostId(f"host{i}"), underlay_ip=remote.underlay_ip)
+        for i, remote in enumerate(others, start=1)
+    ]
     network = Network(name=_NAME, mode=Mode.VXLAN, subnets=(_OVERLAY,), vni=Vni(42))
     owners: dict[IpNetwork, HostId] = {_OWN_SUBNET: _SELF}
-    owners |= {_subnet(i): host.id for i, host in enumerate(hosts, start=1)}
+    owners |= {remote.subnet: host.id for remote, host in zip(others, hosts, strict=True)}
     return PassInput(
         snapshot=MeshSnapshot(
             networks={_NAME: network},
@@ -152,66 +151,8 @@ def _pass_input(count: int) -> PassInput:
             reservations={_NAME: Reservations(owners)},
         ),
         local=LocalView(host=_SELF, subnets={_NAME: (_OWN_SUBNET,)}),
-        underlay_ip=_OWN_IP,
+        underlay_ip=OWN_IP,
     )
-
-
-def _program_by_hand(count: int) -> float:
-    """Three batches, one after the other, in seconds."""
-    with _host_namespace() as name, tempfile.TemporaryDirectory() as directory:
-        device = (
-            f"link add mnv42 mtu 1450 type vxlan id 42 local {_OWN_IP} dstport 4789 nolearning\n"
-            "link set mnv42 up\n"
-        )
-        routes, neighbours, entries = [], [], []
-        for i in range(1, count + 1):
-            subnet = _subnet(i)
-            gateway, mac = subnet.network_address, format_mac(vtep_mac(subnet))
-            neighbours.append(f"neighbour add {gateway} lladdr {mac} dev mnv42 nud permanent\n")
-            entries.append(f"fdb add {mac} dev mnv42 dst {_underlay_ip(i)} self permanent\n")
-            routes.append(f"route add {subnet} via {gateway} dev mnv42 onlink\n")
-        _batch(name, "ip", Path(directory) / "device", [device])
-        return sum(
-            _batch(name, program, Path(directory) / "batch", lines)
-            for program, lines in (("ip", neighbours), ("bridge", entries), ("ip", routes))
-        )
-
-
-def _batch(name: str, program: str, file: Path, lines: list[str]) -> float:
-    file.write_text("".join(lines))
-    argv = ["nsenter", f"--net={netns_path(name)}", "--", program, "-batch", str(file)]
-    started = time.perf_counter()
-    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
-    return time.perf_counter() - started
-
-
-@contextlib.contextmanager
-def _host_namespace() -> Iterator[str]:
-    """A namespace with an underlay link, and nothing else."""
-    with scratch() as spaces:
-        spaces.add("host")
-        spaces.ip(
-            "host",
-            [
-                "link add eth0 type veth peer name wire",
-                f"address add {_OWN_IP}/{_UNDERLAY.prefixlen} dev eth0",
-                "link set wire up",
-                "link set eth0 up",
-            ],
-        )
-        try:
-            yield spaces.name_of("host")
-        finally:
-            # Now rather than in the background, under what is measured next.
-            spaces.namespace("host").run(["ip", "link", "del", "mnv42"], timeout=120)
-
-
-def _subnet(i: int) -> IPv4Network:
-    return IPv4Network((int(_OVERLAY.network_address) + (i << 8), 24))
-
-
-def _underlay_ip(i: int) -> IPv4Address:
-    return _UNDERLAY[1 + i]
 
 
 def _cpu_s() -> float:
