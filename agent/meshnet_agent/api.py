@@ -148,7 +148,7 @@ class _Handlers:
         return await self._service.create_network(build, wanted.vni)
 
     async def inspect_network(self, request: Request) -> object:
-        return self._service.inspect_network(request.path_params["name"])
+        return await self._service.inspect_network(request.path_params["name"])
 
     async def remove_network(self, request: Request) -> object:
         await self._service.remove_network(request.path_params["name"])
@@ -175,7 +175,7 @@ class _Handlers:
         return await self._service.endpoint_documents()
 
     async def list_hosts(self, _request: Request) -> object:
-        return self._service.host_documents()
+        return await self._service.host_documents()
 
     async def remove_host(self, request: Request) -> object:
         await self._service.remove_host(request.path_params["id"])

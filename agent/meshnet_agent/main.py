@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 SOCKET_NAME = "agent.sock"
 _GROUP = "meshnet"
+_SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter while another wants it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,6 +122,8 @@ async def _run(config: AgentConfig) -> None:
     # A pass over 10,000 hosts makes 100,000 tuples that live as long as the pass: looking through
     # them again and again for cycles took a third of its time.
     gc.set_threshold(50_000, 20, 50)
+    # A pass is busy in a thread for a while; others must not wait 5 ms for every turn of theirs.
+    sys.setswitchinterval(_SWITCH_S)
     # Imported here: pyroute2 takes 0.2 s, and --help needs none of it.
     from meshnet.kernel.netlink import NetlinkKernel
     from meshnet.kernel.wiring import NetlinkWiring

@@ -37,6 +37,7 @@ _log = structlog.get_logger()
 _READY_DEADLINE_S = 10.0
 """How long a request waits for a network to come up on this host."""
 _SHOWN_ERRORS = 20
+_SLICE = 500
 
 
 class Service:
@@ -122,7 +123,7 @@ class Service:
         """All networks."""
         return [self._network_document(n) for n in self._agent.follower.snapshot.networks.values()]
 
-    def inspect_network(self, name: str) -> Document:
+    async def inspect_network(self, name: str) -> Document:
         """One network, with its hosts and this host's endpoints.
 
         Raises:
@@ -133,7 +134,8 @@ class Service:
         if network is None:
             raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
         hosts: dict[str, list[str]] = {}
-        for host in snapshot.hosts:
+        for number, host in enumerate(list(snapshot.hosts)):
+            await _let_others_run(number)
             owned = snapshot.subnets_of(host, network.name)
             if owned:
                 hosts[host] = [str(s) for s in owned]
@@ -165,10 +167,14 @@ class Service:
         found = sorted([*local.values(), *others], key=lambda e: (e.network, e.host, e.name))
         return {"endpoints": [endpoint_document(e) for e in found], "warning": warning}
 
-    def host_documents(self) -> list[Document]:
+    async def host_documents(self) -> list[Document]:
         """All hosts."""
         snapshot = self._agent.follower.snapshot
-        return [host_document(h, snapshot) for _, h in sorted(snapshot.hosts.items())]
+        documents = []
+        for number, (_, host) in enumerate(sorted(snapshot.hosts.items())):
+            await _let_others_run(number)
+            documents.append(host_document(host, snapshot))
+        return documents
 
     def status_document(self) -> Document:
         """How this host is doing."""
@@ -227,6 +233,12 @@ class Service:
                 },
             },
         }
+
+
+async def _let_others_run(number: int) -> None:
+    """Called for each of thousands of items: they must not hold up an attach."""
+    if number % _SLICE == _SLICE - 1:
+        await trio.lowlevel.checkpoint()
 
 
 def _some(errors: list[str]) -> list[str]:
