@@ -8,6 +8,7 @@ Pure: imports no socket, file, clock or trio.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,16 +98,23 @@ def diff(desired: KernelState, actual: KernelState) -> list[Op]:
         if actual.sysctls.get(path) != value:
             ops.append(Op(Table.SYSCTL, path, value, True))
     ops += _set_links(desired.links, base.links)
-    ops += _set(Table.ADDRESS, desired.addresses, base.addresses, _needs_link)
-    ops += _set(Table.NEIGHBOUR, desired.neighbours, base.neighbours, _needs_link)
-    ops += _set(Table.FDB, desired.fdb, base.fdb, _needs_link)
-    ops += _set(Table.NEXTHOP, desired.nexthops, base.nexthops, _needs_peer(desired))
-    ops += _set(Table.ROUTE, desired.routes, base.routes, _needs_nexthop)
-    ops += _delete(Table.ROUTE, desired.routes, base.routes)
-    ops += _delete(Table.NEXTHOP, desired.nexthops, base.nexthops)
-    ops += _delete(Table.FDB, desired.fdb, base.fdb)
-    ops += _delete(Table.NEIGHBOUR, desired.neighbours, base.neighbours)
-    ops += _delete(Table.ADDRESS, desired.addresses, base.addresses)
+    in_order: tuple[tuple[Table, _Needs], ...] = (
+        (Table.ADDRESS, _needs_link),
+        (Table.NEIGHBOUR, _needs_link),
+        (Table.FDB, _needs_link),
+        (Table.NEXTHOP, _needs_peer(desired)),
+        (Table.ROUTE, _needs_nexthop),
+    )
+    # Nearly always they are the same, which is found out in a fifth of the time.
+    different = [
+        (table, wanted, held, needs)
+        for table, needs in in_order
+        if (wanted := _table(desired, table)) != (held := _table(base, table))
+    ]
+    for table, wanted, held, needs in different:
+        ops += _set(table, wanted, held, needs)
+    for table, wanted, held, _ in reversed(different):
+        ops += _delete(table, wanted, held)
     ops += _delete(Table.LINK, desired.links, _without_veths(base.links))
     if desired.firewall is None and actual.firewall is not None:
         ops.append(Op(Table.FIREWALL, "inet meshnet", None, True))
@@ -160,9 +168,10 @@ def _set(
     table: Table, desired: Mapping[Any, Any], actual: Mapping[Any, Any], needs: _Needs
 ) -> Iterator[Op]:
     for key, value in desired.items():
-        if key not in actual:
+        now = actual.get(key)
+        if now is None:
             yield Op(table, key, value, False, needs(key, value))
-        elif actual[key] != value:
+        elif now != value:
             yield Op(table, key, value, True, needs(key, value))
 
 
@@ -171,19 +180,25 @@ def _delete(table: Table, desired: Mapping[Any, Any], actual: Mapping[Any, Any])
 
 
 def _needs_link(key: Any, _value: Any) -> tuple[tuple[Table, Any], ...]:  # noqa: ANN401
-    return ((Table.LINK, key.dev),)
+    return _on_link(key.dev)
+
+
+@functools.lru_cache
+def _on_link(dev: str) -> tuple[tuple[Table, str]]:
+    """What all objects on a link need: one tuple for the thousands of them."""
+    return ((Table.LINK, dev),)
 
 
 def _needs_peer(desired: KernelState) -> _Needs:
     """A nexthop is useless without its link, its neighbour and that neighbour's FDB entry."""
 
     def needs(_id: int, nexthop: Nexthop) -> tuple[tuple[Table, Any], ...]:
-        link = (Table.LINK, nexthop.dev)
-        neighbour = NeighbourKey(*nexthop)
+        dev, gateway = nexthop
+        neighbour = NeighbourKey(dev, gateway)
         mac = desired.neighbours.get(neighbour)
         if mac is None:
-            return (link,)
-        return (link, (Table.NEIGHBOUR, neighbour), (Table.FDB, FdbKey(nexthop.dev, mac)))
+            return _on_link(dev)
+        return (*_on_link(dev), (Table.NEIGHBOUR, neighbour), (Table.FDB, FdbKey(dev, mac)))
 
     return needs
 

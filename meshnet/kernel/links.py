@@ -18,7 +18,7 @@ from meshnet.state import LinkKind, Vxlan
 if TYPE_CHECKING:
     from ipaddress import IPv4Interface, IPv6Interface
 
-    from meshnet.kernel.rtnl import Message
+    from meshnet.kernel.rtnl import Body
 
 IFF_UP = 1
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
@@ -67,21 +67,20 @@ def link_dump() -> bytes:
     return rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
 
 
-def decode_link(message: Message) -> LinkInfo | None:
-    """One link, or None for a message that is not about one."""
-    if message.kind != rtnl.RTM_NEWLINK:
-        return None
-    _, _, index, flags, _ = rtnl.IFINFO.unpack_from(message.data, message.start)
-    attrs = rtnl.parse_attrs(message.data, message.start + 16, message.end)
+def decode_link(body: Body) -> LinkInfo:
+    """One link of a dump."""
+    data, start, end = body
+    _, _, index, flags, _ = rtnl.IFINFO.unpack_from(data, start)
+    attrs = rtnl.parse_attrs(data, start + 16, end)
     info = _nested(attrs.get(IFLA_LINKINFO, b""))
     kind = _KINDS.get(info.get(IFLA_INFO_KIND, b"").rstrip(b"\0"))
     vxlan = None
     if kind is LinkKind.VXLAN:
-        data = _nested(info.get(IFLA_INFO_DATA, b""))
+        own = _nested(info.get(IFLA_INFO_DATA, b""))
         vxlan = Vxlan(
-            _u32(data.get(IFLA_VXLAN_ID)),
-            int.from_bytes(data.get(IFLA_VXLAN_PORT, b""), "big"),
-            data.get(IFLA_VXLAN_LOCAL) or data.get(IFLA_VXLAN_LOCAL6, b""),
+            _u32(own.get(IFLA_VXLAN_ID)),
+            int.from_bytes(own.get(IFLA_VXLAN_PORT, b""), "big"),
+            own.get(IFLA_VXLAN_LOCAL) or own.get(IFLA_VXLAN_LOCAL6, b""),
         )
     return LinkInfo(
         index,
@@ -100,12 +99,11 @@ def address_dump() -> bytes:
     return rtnl.IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
 
 
-def decode_address(message: Message) -> AddressInfo | None:
-    """One address, or None for a message that is not about one."""
-    if message.kind != rtnl.RTM_NEWADDR:
-        return None
-    _, length, _, scope, index = rtnl.IFADDR.unpack_from(message.data, message.start)
-    attrs = rtnl.parse_attrs(message.data, message.start + 8, message.end)
+def decode_address(body: Body) -> AddressInfo:
+    """One address of a dump."""
+    data, start, end = body
+    _, length, _, scope, index = rtnl.IFADDR.unpack_from(data, start)
+    attrs = rtnl.parse_attrs(data, start + 8, end)
     address = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS, b"")
     return AddressInfo(index, address, length, scope)
 

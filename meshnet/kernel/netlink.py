@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from meshnet.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable
 
     from meshnet.kernel.links import LinkInfo
     from meshnet.model import IpAddress
@@ -53,7 +54,13 @@ _LINK_SYSCTLS = (
     ("ipv6", "addr_gen_mode"),
     ("ipv6", "disable_ipv6"),
 )
-_BULK_TABLES = frozenset((Table.NEIGHBOUR, Table.FDB, Table.NEXTHOP, Table.ROUTE))
+_Encoder = Callable[[Sequence[Op], Mapping[str, int], int], list[bytes]]
+_BULK_ENCODERS: dict[Table, _Encoder] = {
+    Table.NEIGHBOUR: bulk.encode_neighbours,
+    Table.FDB: bulk.encode_fdb,
+    Table.NEXTHOP: bulk.encode_nexthops,
+    Table.ROUTE: bulk.encode_routes,
+}
 
 
 class NetlinkKernel:
@@ -115,21 +122,25 @@ class NetlinkKernel:
 
     def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
         """See `meshnet.kernel.Kernel`."""
-        answers = self._rtnl.ask([bulk.encode_route_lookup(a.packed) for a in addresses])
-        found: dict[IpAddress, tuple[int, bool, int]] = {}
-        for address, answer in zip(addresses, answers, strict=True):
-            if not isinstance(answer, rtnl.KernelError):
-                way = bulk.decode_route_lookup(answer)
-                if way is not None:
-                    found[address] = way
-        if not self._by_index.keys() >= {way[0] for way in found.values()}:
+        packed = [a.packed for a in addresses]
+        answers = self._rtnl.ask(bulk.encode_route_lookups(packed, self._rtnl.next_sequence))
+        # Thousands of peers are behind a few routes, whose description is the same for all.
+        routes = {answer for answer in answers if isinstance(answer, bytes)}
+        ways = {route: bulk.decode_route_lookup(route) for route in routes}
+        if not self._by_index.keys() >= {way[0] for way in ways.values() if way is not None}:
             self._dump_links()
-        paths = {}
-        for address, (ifindex, on_link, mtu_bytes) in found.items():
-            out = self._by_index.get(ifindex)
-            if out is not None:
-                paths[address] = Path(out.name, on_link, mtu_bytes or out.mtu_bytes)
-        return paths
+        by_route = {route: self._to_path(way) for route, way in ways.items() if way is not None}
+        found = {}
+        for address, answer in zip(addresses, answers, strict=True):
+            path = by_route.get(answer) if isinstance(answer, bytes) else None
+            if path is not None:
+                found[address] = path
+        return found
+
+    def _to_path(self, way: tuple[int, bool, int]) -> Path | None:
+        ifindex, on_link, mtu_bytes = way
+        out = self._by_index.get(ifindex)
+        return Path(out.name, on_link, mtu_bytes or out.mtu_bytes) if out is not None else None
 
     def _find_underlay(
         self, wanted: IpAddress | None, dev: str | None
@@ -137,7 +148,7 @@ class NetlinkKernel:
         held = []
         for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
             info = links.decode_address(message)
-            if info is not None and info.ifindex in self._by_index and info.scope == 0:
+            if info.ifindex in self._by_index and info.scope == links.RT_SCOPE_UNIVERSE:
                 held.append((ip_address(info.address), self._by_index[info.ifindex]))
         for ip, link in sorted(held, key=lambda item: item[0].version):
             if ip == wanted or (wanted is None and link.name == dev):
@@ -154,7 +165,7 @@ class NetlinkKernel:
 
     def _dump_links(self) -> list[LinkInfo]:
         messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
-        found = [link for m in messages if (link := links.decode_link(m)) is not None]
+        found = [links.decode_link(m) for m in messages]
         self._indices = {link.name: link.ifindex for link in found}
         self._by_index = {link.ifindex: link for link in found}
         return found
@@ -175,10 +186,8 @@ class NetlinkKernel:
                 self._dump_tunnel(state, name)
         self._dump_nexthops(state, names)
         for family in (socket.AF_INET, socket.AF_INET6):
-            for message in self._rtnl.dump(rtnl.RTM_GETROUTE, bulk.route_dump(family)):
-                found = bulk.decode_route(message)
-                if found is not None:
-                    state.routes[found[0]] = found[1]
+            messages = self._rtnl.dump(rtnl.RTM_GETROUTE, bulk.route_dump(family))
+            state.routes.update(bulk.decode_routes(messages))
         for path in self._sysctl_paths():
             state.sysctls[path] = _read_sysctl(path)
         state.firewall = self._nft.read()
@@ -187,7 +196,7 @@ class NetlinkKernel:
     def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:
         for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
             info = links.decode_address(message)
-            if info is None or info.scope != links.RT_SCOPE_UNIVERSE:
+            if info.scope != links.RT_SCOPE_UNIVERSE:
                 continue
             dev = names.get(info.ifindex, "")
             if dev in state.links and state.links[dev].kind is not LinkKind.VETH:
@@ -196,18 +205,13 @@ class NetlinkKernel:
     def _dump_tunnel(self, state: KernelState, dev: str) -> None:
         index = self._indices[dev]
         body = bulk.neighbour_dump(socket.AF_UNSPEC, index)
-        for message in self._rtnl.dump(rtnl.RTM_GETNEIGH, body):
-            neighbour = bulk.decode_neighbour(message, dev, index)
-            if neighbour is not None:
-                state.neighbours[neighbour[0]] = neighbour[1]
+        messages = self._rtnl.dump(rtnl.RTM_GETNEIGH, body)
+        state.neighbours.update(bulk.decode_neighbours(messages, dev, index))
         body = bulk.neighbour_dump(bulk.AF_BRIDGE, index)
-        for message in self._rtnl.dump(rtnl.RTM_GETNEIGH, body):
-            entry = bulk.decode_fdb(message, dev, index)
-            if entry is not None:
-                state.fdb[entry[0]] = entry[1]
+        messages = self._rtnl.dump(rtnl.RTM_GETNEIGH, body)
+        state.fdb.update(bulk.decode_fdb(messages, dev, index))
 
     def _dump_nexthops(self, state: KernelState, names: dict[int, str]) -> None:
-        foreign = set()
         try:
             messages = self._rtnl.dump(rtnl.RTM_GETNEXTHOP, bulk.nexthop_dump())
         except OSError as error:
@@ -216,14 +220,7 @@ class NetlinkKernel:
             raise KernelRefusedError(
                 f"kernel {os.uname().release} has no nexthop objects: run Linux 5.3 or newer"
             ) from error
-        for message in messages:
-            found = bulk.decode_nexthop(message, names)
-            if found is None:
-                continue
-            if found[1] is None:
-                foreign.add(found[0])
-            else:
-                state.nexthops[found[0]] = found[1]
+        state.nexthops, foreign = bulk.decode_nexthops(messages, names)
         state.foreign_nexthop_ids = frozenset(foreign)
 
     def _sysctl_paths(self) -> Iterable[str]:
@@ -241,32 +238,32 @@ class NetlinkKernel:
         return carry_out(ops, self._write_run, on_written)
 
     def _write_run(self, table: Table, ops: Sequence[Op]) -> list[Failure]:
-        return self._write_bulk(ops) if table in _BULK_TABLES else self._write_each(ops)
+        encode = _BULK_ENCODERS.get(table)
+        return self._write_each(ops) if encode is None else self._write_bulk(encode, ops)
 
-    def _write_bulk(self, ops: Sequence[Op]) -> list[Failure]:
-        requests, sent, failures = [], [], []
-        for op in ops:
-            try:
-                requests.append(self._encode(op))
-                sent.append(op)
-            except KeyError as error:
-                failures.append(Failure(op, 0, f"link {error.args[0]} does not exist"))
-        self.writes += len(requests)
-        for i, refusal in sorted(self._rtnl.send_batch(requests).items()):
-            failures.append(Failure(sent[i], refusal.errno, str(refusal)))
+    def _write_bulk(self, encode: _Encoder, ops: Sequence[Op]) -> list[Failure]:
+        failures: list[Failure] = []
+        try:
+            messages = encode(ops, self._indices, self._rtnl.next_sequence)
+        except KeyError:
+            ops, failures = self._leave_out_linkless(encode, ops)
+            messages = encode(ops, self._indices, self._rtnl.next_sequence)
+        self.writes += len(messages)
+        for i, refusal in sorted(self._rtnl.send_packed(messages).items()):
+            failures.append(Failure(ops[i], refusal.errno, str(refusal)))
         return failures
 
-    def _encode(self, op: Op) -> rtnl.Request:
-        match op.table:
-            case Table.NEIGHBOUR:
-                return bulk.encode_neighbour(op.key, op.value, self._indices[op.key.dev])
-            case Table.FDB:
-                return bulk.encode_fdb(op.key, op.value, self._indices[op.key.dev])
-            case Table.NEXTHOP:
-                index = self._indices[op.value.dev] if op.value is not None else 0
-                return bulk.encode_nexthop(op.key, op.value, index, exists=op.exists)
-            case _:
-                return bulk.encode_route(op.key, op.value, exists=op.exists)
+    def _leave_out_linkless(
+        self, encode: _Encoder, ops: Sequence[Op]
+    ) -> tuple[list[Op], list[Failure]]:
+        good, failures = [], []
+        for op in ops:
+            try:
+                encode([op], self._indices, 0)
+                good.append(op)
+            except KeyError as error:
+                failures.append(Failure(op, 0, f"link {error.args[0]} does not exist"))
+        return good, failures
 
     def _write_each(self, ops: Sequence[Op]) -> list[Failure]:
         failures = []

@@ -6,6 +6,8 @@ Imports no socket, file, clock or trio.
 from __future__ import annotations
 
 import errno
+import itertools
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from meshnet.diff import Failure, Table, describe
@@ -57,16 +59,10 @@ def carry_out(
     return failures
 
 
-def _runs(ops: Sequence[Op]) -> Iterator[Sequence[Op]]:
-    """Neighbouring operations on one table, none of which needs another of the same run."""
-    start = 0
-    for i, (table, _, _, _, needs) in enumerate(ops):
-        if i == start:
-            continue
-        # Of all tables only that of the links has objects that need each other.
-        inner = table is Table.LINK and any(other is table for other, _ in needs)
-        if inner or table is not ops[start].table or i - start == RUN_OPERATIONS:
-            yield ops[start:i]
-            start = i
-    if ops:
-        yield ops[start:]
+def _runs(ops: Sequence[Op]) -> Iterator[list[Op]]:
+    """Neighbouring operations on one table; links one by one, since they may need each other."""
+    for table, neighbours in itertools.groupby(ops, attrgetter("table")):
+        run = list(neighbours)
+        most = RUN_OPERATIONS if table is not Table.LINK else 1
+        for start in range(0, len(run), most):
+            yield run[start : start + most]

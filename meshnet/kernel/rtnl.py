@@ -1,8 +1,8 @@
 """rtnetlink messages of fixed layout, packed and parsed with ``struct``: the bulk path.
 
 One request an object through a general library costs half a millisecond of Python; here hundreds
-of messages go in one ``send`` and only the last asks for an acknowledgement (the kernel reports
-any failure by sequence number all the same), see docs/design/bulk-netlink.md.
+of messages go in one ``send`` and only an empty one at the end asks for an acknowledgement (the
+kernel reports any failure by sequence number all the same), see docs/design/bulk-netlink.md.
 
 Host byte order unless said otherwise.  linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h,
 linux/nexthop.h, linux/if_link.h.  Imports no third-party library.
@@ -29,8 +29,9 @@ NDMSG = struct.Struct("=BxxxiHBB")  # family, ifindex, state, flags, type
 NHMSG = struct.Struct("=BBBxI")  # family, scope, protocol, flags
 NLMSGERR = struct.Struct("=i")
 U32 = struct.Struct("=I")
+_TIMEVAL = struct.Struct("@ll")
 
-NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = 2, 3, 4
+NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE = 1, 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 NLM_F_DUMP = 0x300
@@ -48,6 +49,10 @@ NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
 BATCH_MESSAGES = 500
 """Messages a ``send``: bounds what the kernel may answer before we read."""
 RECEIVE_BYTES = 256 * 1024
+
+
+Body = tuple[bytes, int, int]
+"""Where in a datagram the body of a message lies: the datagram, start, end."""
 
 
 class KernelError(NamedTuple):
@@ -115,6 +120,14 @@ class Request(NamedTuple):
     body: bytes
 
 
+def pack_request(request: Request, sequence: int) -> bytes:
+    """A whole message."""
+    kind, flags, body = request
+    length = 16 + len(body)
+    header = NLMSG_HEADER.pack(length, kind, NLM_F_REQUEST | flags, sequence, 0)
+    return header + body + bytes(-length & 3)
+
+
 class RtnlSocket:
     """A blocking NETLINK_ROUTE socket of the calling thread's network namespace.
 
@@ -125,7 +138,10 @@ class RtnlSocket:
     def __init__(self, timeout_s: float = 30.0) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         try:
-            self._socket.settimeout(timeout_s)
+            # The kernel's own timeout: Python's costs a poll(2) before each recv(2).
+            seconds, rest = divmod(timeout_s, 1)
+            timeout = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
             self._socket.bind((0, 0))
             for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
                 self._socket.setsockopt(SOL_NETLINK, option, 1)
@@ -139,6 +155,7 @@ class RtnlSocket:
             self._socket.close()
             raise
         self._sequence = 0
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
 
     def close(self) -> None:
         """Close the socket."""
@@ -149,7 +166,12 @@ class RtnlSocket:
         """The socket's netlink address: the sender of the notifications that it causes."""
         return int(self._socket.getsockname()[0])
 
-    def dump(self, kind: int, body: bytes) -> Iterator[Message]:
+    @property
+    def next_sequence(self) -> int:
+        """The number that the next message to send must have."""
+        return self._sequence + 1
+
+    def dump(self, kind: int, body: bytes) -> list[Body]:
         """All messages of a dump; repeated from the start when the tables changed under it.
 
         Raises:
@@ -157,94 +179,126 @@ class RtnlSocket:
             InterruptedError: ten dumps in a row were interrupted by changes.
         """
         for _ in range(10):
-            messages, interrupted = self._dump_once(kind, body)
-            if not interrupted:
-                return iter(messages)
+            found = self._dump_once(kind, body)
+            if found is not None:
+                return found
         raise InterruptedError(errno.EINTR, f"dump of type {kind} was interrupted ten times")
 
-    def _dump_once(self, kind: int, body: bytes) -> tuple[list[Message], bool]:
-        self._sequence += 1
-        sequence = self._sequence
-        header = NLMSG_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, 0)
-        self._socket.send(header + body)
-        messages: list[Message] = []
+    def _dump_once(self, kind: int, body: bytes) -> list[Body] | None:
+        """All messages of a dump; None: it was interrupted."""
+        sequence = self.next_sequence
+        self._sequence = sequence
+        self._socket.send(pack_request(Request(kind, NLM_F_DUMP, body), sequence))
+        answer = kind - 2  # RTM_GET… is RTM_NEW… + 2
+        found: list[Body] = []
         interrupted = False
+        unpack = NLMSG_HEADER.unpack_from
         while True:
-            for message in split_messages(self._socket.recv(RECEIVE_BYTES)):
-                if message.sequence != sequence:
-                    continue  # the tail of a dump that was given up
-                interrupted = interrupted or bool(message.flags & NLM_F_DUMP_INTR)
-                if message.kind == NLMSG_DONE:
-                    return messages, interrupted
-                if message.kind == NLMSG_ERROR:
-                    error = _parse_error(message)
-                    if error.errno == errno.EINTR:
-                        return [], True
-                    raise OSError(error.errno, str(error))
-                messages.append(message)
+            data = self._receive()
+            start, size = 0, len(data)
+            # Written out rather than with `split_messages`: this is the inner loop of a resync.
+            while start + 16 <= size:
+                length, got, flags, number, _ = unpack(data, start)
+                end = start + length
+                if length < 16 or end > size:
+                    break
+                if number == sequence:  # else it is the tail of a dump that was given up
+                    if flags & NLM_F_DUMP_INTR:
+                        interrupted = True
+                    if got == answer:
+                        found.append((data, start + 16, end))
+                    elif got == NLMSG_DONE:
+                        return None if interrupted else found
+                    elif got == NLMSG_ERROR:
+                        error = _parse_error(data, start + 16, end, flags)
+                        if error.errno == errno.EINTR:
+                            return None
+                        raise OSError(error.errno, str(error))
+                start += (length + 3) & ~3
 
     def send_batch(self, requests: Sequence[Request]) -> dict[int, KernelError]:
-        """Send requests in batches; returns the errors by index.  Answers are waited for."""
+        """Send requests; see `send_packed`."""
+        return self.send_packed(
+            [pack_request(request, i) for i, request in enumerate(requests, self.next_sequence)]
+        )
+
+    def send_packed(self, messages: Sequence[bytes]) -> dict[int, KernelError]:
+        """Send whole messages, numbered from `next_sequence` on; returns the errors by index.
+
+        They go in batches, and the answers to each are waited for.
+        """
+        base = self.next_sequence
         errors: dict[int, KernelError] = {}
-        for first in range(0, len(requests), BATCH_MESSAGES):
-            for i, error in self._send(requests[first : first + BATCH_MESSAGES]).items():
-                errors[first + i] = error
+        for first in range(0, len(messages), BATCH_MESSAGES):
+            for sequence, error in self._send(messages[first : first + BATCH_MESSAGES]).items():
+                errors[sequence - base] = error
         return errors
 
-    def _send(self, requests: Sequence[Request]) -> dict[int, KernelError]:
-        base = self._sequence + 1
-        self._sequence += len(requests)
-        last = self._sequence
-        parts: list[bytes] = []
-        for sequence, (kind, flags, body) in enumerate(requests, base):
-            ack = NLM_F_ACK if sequence == last else 0
-            length = 16 + len(body)
-            parts.append(NLMSG_HEADER.pack(length, kind, NLM_F_REQUEST | flags | ack, sequence, 0))
-            parts.append(body + bytes(-length & 3))
-        self._socket.send(b"".join(parts))
+    def _send(self, messages: Sequence[bytes]) -> dict[int, KernelError]:
+        """Send one batch; returns the errors by sequence number."""
+        base = self.next_sequence
+        self._sequence += len(messages)
+        # The kernel acknowledges what it was asked to, and reports errors of all the rest.
+        end = pack_request(Request(NLMSG_NOOP, NLM_F_ACK, b""), self._sequence)
+        self._socket.send(b"".join(messages) + end)
         errors: dict[int, KernelError] = {}
         while True:
-            for message in split_messages(self._socket.recv(RECEIVE_BYTES)):
-                if message.kind != NLMSG_ERROR or not base <= message.sequence <= last:
+            for message in split_messages(self._receive()):
+                if message.kind != NLMSG_ERROR or message.sequence < base:
                     continue
-                error = _parse_error(message)
-                if error.errno:
-                    errors[message.sequence - base] = error
-                if message.sequence == last:
+                error = _parse_error(message.data, message.start, message.end, message.flags)
+                if not error.errno:
                     return errors
+                errors[message.sequence] = error
 
-    def ask(self, requests: Sequence[Request]) -> list[Message | KernelError]:
-        """Send requests that each have one message for an answer, or an error."""
-        answers: list[Message | KernelError] = []
-        for first in range(0, len(requests), BATCH_MESSAGES):
-            answers += self._ask(requests[first : first + BATCH_MESSAGES])
+    def ask(self, messages: Sequence[bytes]) -> list[bytes | KernelError]:
+        """Send whole messages, numbered from `next_sequence` on, each of which has one answer.
+
+        Returns:
+            The answers' bodies, or errors, in the order of the messages.
+        """
+        answers: list[bytes | KernelError] = []
+        for first in range(0, len(messages), BATCH_MESSAGES):
+            answers += self._ask(messages[first : first + BATCH_MESSAGES])
         return answers
 
-    def _ask(self, requests: Sequence[Request]) -> list[Message | KernelError]:
-        base = self._sequence + 1
-        self._sequence += len(requests)
-        data = b"".join(
-            NLMSG_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | flags, sequence, 0) + body
-            for sequence, (kind, flags, body) in enumerate(requests, base)
-        )
-        self._socket.send(data)
-        answers: dict[int, Message | KernelError] = {}
-        while len(answers) < len(requests):
-            for message in split_messages(self._socket.recv(RECEIVE_BYTES)):
-                if base <= message.sequence < base + len(requests):
-                    failed = message.kind == NLMSG_ERROR
-                    answers[message.sequence] = _parse_error(message) if failed else message
-        return [answers[base + i] for i in range(len(requests))]
+    def _ask(self, messages: Sequence[bytes]) -> list[bytes | KernelError]:
+        base = self.next_sequence
+        self._sequence += len(messages)
+        self._socket.send(b"".join(messages))
+        answers: dict[int, bytes | KernelError] = {}
+        while len(answers) < len(messages):
+            data = self._receive()  # one answer: each comes as it was made
+            length, kind, flags, sequence, _ = NLMSG_HEADER.unpack_from(data)
+            if sequence < base:
+                continue
+            if kind == NLMSG_ERROR:
+                answers[sequence] = _parse_error(data, 16, length, flags)
+            else:
+                answers[sequence] = data[16:length]
+        return [answers[base + i] for i in range(len(messages))]
+
+    def _receive(self) -> bytes:
+        """One datagram.
+
+        Raises:
+            TimeoutError: none came.
+        """
+        try:
+            size = self._socket.recv_into(self._buffer)
+        except BlockingIOError as error:
+            raise TimeoutError(errno.ETIMEDOUT, "the kernel did not answer") from error
+        return bytes(self._buffer[:size])
 
 
-def _parse_error(message: Message) -> KernelError:
+def _parse_error(data: bytes, start: int, end: int, flags: int) -> KernelError:
     """NLMSG_ERROR: negative errno (0: acknowledgement), the request's header, attributes."""
-    code = -NLMSGERR.unpack_from(message.data, message.start)[0]
+    code = -NLMSGERR.unpack_from(data, start)[0]
     text = ""
-    if code and message.flags & NLM_F_ACK_TLVS:
+    if code and flags & NLM_F_ACK_TLVS:
         skip = 4 + 16
-        if not message.flags & NLM_F_CAPPED:
-            skip += NLMSG_HEADER.unpack_from(message.data, message.start + 4)[0] - 16
-        raw = parse_attrs(message.data, message.start + skip, message.end).get(NLMSGERR_ATTR_MSG)
+        if not flags & NLM_F_CAPPED:
+            skip += NLMSG_HEADER.unpack_from(data, start + 4)[0] - 16
+        raw = parse_attrs(data, start + skip, end).get(NLMSGERR_ATTR_MSG)
         text = raw.rstrip(b"\0").decode(errors="replace") if raw else ""
     return KernelError(code, text)

@@ -95,8 +95,8 @@ class NetlinkWiring:
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
         messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
-        found = [links.decode_link(m) for m in messages]
-        return [f.name for f in found if f is not None and ENDPOINT_LINK.fullmatch(f.name)]
+        names = [links.decode_link(m).name for m in messages]
+        return [name for name in names if ENDPOINT_LINK.fullmatch(name)]
 
     def _configure(self, wiring: EndpointWiring) -> bool:
         """The half inside the namespace: the calling thread is in it."""
@@ -157,7 +157,7 @@ def _set_ipv6(endpoint: Endpoint) -> None:
 def _check_addresses(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> None:
     """The kernel itself lets two links of a namespace have one address."""
     messages = inner.dump(rtnl.RTM_GETADDR, links.address_dump())
-    held = {info.address for m in messages if (info := links.decode_address(m)) is not None}
+    held = {links.decode_address(m).address for m in messages}
     for address in endpoint.addresses:
         if address.ip.packed in held:
             raise ConflictError(
@@ -169,8 +169,8 @@ def _check_addresses(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> None:
 def _has_default_route(inner: rtnl.RtnlSocket) -> bool:
     for family in (socket.AF_INET, socket.AF_INET6):
         body = rtnl.RTMSG.pack(family, 0, 0, 0, bulk.RT_TABLE_MAIN, 0, 0, 0, 0)
-        for message in inner.dump(rtnl.RTM_GETROUTE, body):
-            header = rtnl.RTMSG.unpack_from(message.data, message.start)
+        for data, start, _ in inner.dump(rtnl.RTM_GETROUTE, body):
+            header = rtnl.RTMSG.unpack_from(data, start)
             length, table, kind = header[1], header[4], header[7]
             if not length and table == bulk.RT_TABLE_MAIN and kind == bulk.RTN_UNICAST:
                 return True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from meshnet.kernel import rtnl
 
 if TYPE_CHECKING:
-    from meshnet.kernel.rtnl import Message, Request
+    from meshnet.kernel.rtnl import Body, Request
 
 
 def datagram(kind: int, body: bytes, *, port_id: int = 0, sequence: int = 1) -> bytes:
@@ -16,10 +16,15 @@ def datagram(kind: int, body: bytes, *, port_id: int = 0, sequence: int = 1) -> 
     return header + body + bytes(-len(body) & 3)
 
 
-def message(request: Request) -> Message:
+def body_of(request: Request) -> Body:
     """A request as if it came back in a dump: most have one layout both ways."""
-    (found,) = rtnl.split_messages(datagram(request.kind, request.body))
-    return found
+    return dumped(datagram(request.kind, request.body))
+
+
+def dumped(message: bytes) -> Body:
+    """Where the body of the only message of a datagram lies."""
+    (found,) = rtnl.split_messages(message)
+    return found.data, found.start, found.end
 
 
 def u32(kind: int, number: int) -> bytes:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
-from meshnet.state import NEXTHOP_ID_FIRST, ROUTE_PROTOCOL, NeighbourKey
+from meshnet.state import NEXTHOP_ID_FIRST, ROUTE_PROTOCOL
 from tests.unit.messages import datagram, u32
 
 OWN, UNDERLAY, OTHER = 7, 2, 99
@@ -32,8 +32,8 @@ def address(index: int) -> bytes:
 
 
 def neighbour(index: int) -> bytes:
-    request = bulk.encode_neighbour(NeighbourKey("", bytes(4)), None, index)
-    return datagram(request.kind, request.body)
+    body = rtnl.NDMSG.pack(2, index, 0, 0, 0) + rtnl.attr(bulk.NDA_DST, bytes(4))
+    return datagram(rtnl.RTM_DELNEIGH, body)
 
 
 def route(protocol: int, oif: int = 0, table: int = bulk.RT_TABLE_MAIN) -> bytes:
