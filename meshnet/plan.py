@@ -244,8 +244,9 @@ def _peers(
             owned = ", ".join(map(str, subnets))
             errors[owner] = f"subnet {owned} belongs to host {owner}, which has no entry"
             continue
-        good = tuple(s for s in subnets if network.is_host_subnet(s))
-        if len(good) < len(subnets):
+        good = subnets
+        if not all(map(network.is_host_subnet, subnets)):
+            good = tuple(s for s in subnets if network.is_host_subnet(s))
             bad = ", ".join(str(s) for s in subnets if s not in good)
             errors[owner] = f"subnet {bad} of host {owner} is none of network {network.name}"
         if good:
