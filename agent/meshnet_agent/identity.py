@@ -97,8 +97,8 @@ class MeshIdentity:
             self._saved = self._revision
 
     async def _look(self) -> tuple[str | None, int]:
-        listing = await self._store.list_prefix(MESH_ID)
-        value = next((i.value for i in listing.items if i.key == MESH_ID), None)
+        listing = await self._store.read(MESH_ID)
+        value = next((item.value for item in listing.items), None)
         return value.decode(errors="replace") if value is not None else None, listing.revision
 
 

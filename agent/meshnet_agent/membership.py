@@ -58,6 +58,10 @@ class Membership:
         self._on_change = on_change
         self._lease: LeaseId | None = None
         self._snapshot: MeshSnapshot | None = None
+        # What was reserved last: the snapshot may not show it yet.
+        self._reserved: dict[tuple[NetworkName, int], IpNetwork] = {}
+        # Where a reservation may have been made without this host learning of it.
+        self._unsure: set[tuple[NetworkName, int]] = set()
         self._look = Flag()
         self._claiming = trio.Lock()
         self._progress = trio.Event()
@@ -122,6 +126,7 @@ class Membership:
                 changed = True
         for name in [n for n in self.errors if n not in snapshot.networks]:
             del self.errors[name]
+        self._reserved = {k: s for k, s in self._reserved.items() if k[0] in snapshot.networks}
         for name, network in snapshot.networks.items():
             held = snapshot.subnets_of(self.host.id, name)
             kept = self.subnets.get(name, ())
@@ -194,13 +199,24 @@ class Membership:
 
     async def _reserve(self, network: Network, version: int) -> None:
         kept = self.subnets.get(network.name, ())
-        prefer = next((s for s in kept if s.version == version), None)
+        prefer = next(
+            (s for s in kept if s.version == version), self._reserved.get((network.name, version))
+        )
+        known = None
+        if self._snapshot is not None and (network.name, version) not in self._unsure:
+            known = self._snapshot.reservations.get(network.name, Reservations())
         before = self.errors.pop(network.name, None)
         try:
             subnet = await self._registry.reserve_subnet(
-                network, version, self.host.id, prefer=prefer, random_below=random.randrange
+                network,
+                version,
+                self.host.id,
+                known=known,
+                prefer=prefer,
+                random_below=random.randrange,
             )
         except (StoreUnavailableError, PolicyRefusedError):
+            self._unsure.add((network.name, version))
             raise
         except MeshnetError as error:
             self.errors[network.name] = error
@@ -208,6 +224,8 @@ class Membership:
                 _log.error("no subnet", network=network.name, reason=str(error))
                 self._announce()
         else:
+            self._unsure.discard((network.name, version))
+            self._reserved[network.name, version] = subnet
             _log.info("subnet reserved", network=network.name, subnet=str(subnet))
 
     def _is_published(self, snapshot: MeshSnapshot) -> bool:

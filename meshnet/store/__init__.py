@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, Protocol
 
+import msgspec
+
 from meshnet.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -30,9 +32,11 @@ class LeaseExpiredError(StoreUnavailableError):
     """The lease is unknown to the store: it ran out or was revoked.  Grant a new one."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValue:
-    """One key as the store holds it.  `mod_revision` is that of its last write."""
+class KeyValue(msgspec.Struct, frozen=True, gc=False):
+    """One key as the store holds it.  `mod_revision` is that of its last write.
+
+    Not a dataclass: the garbage collector need not walk over tens of thousands of these.
+    """
 
     key: str
     value: bytes
@@ -52,8 +56,7 @@ class Listing:
     cluster_id: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, gc=False):
     """One change of one key; `value` is None when the key was deleted (or its lease ran out)."""
 
     key: str
@@ -149,6 +152,10 @@ class Store(Protocol):
 
     async def list_prefix(self, prefix: str) -> Listing:
         """Read every key that starts with `prefix`, as of one revision (linearizable)."""
+        ...
+
+    async def read(self, key: str) -> Listing:
+        """Read one key: a listing of it, or of nothing (linearizable)."""
         ...
 
     def watch_prefix(

@@ -2,10 +2,11 @@
 
 Job: between the types of `meshnet.store` and the protobuf messages of the `etcd3` package.  Place:
 control plane; below `meshnet.store._etcd_rpc`, which sends them.  Does no I/O.  May import of
-meshnet only `meshnet.store`.
+meshnet only `meshnet.store` and `meshnet.store._etcd_wire`.
 
 Of `etcd3` only the generated stubs are used.  Its client logs in with a blocking call in its
-constructor, cannot do TLS with the system's CAs, and its watcher does not resume.
+constructor, cannot do TLS with the system's CAs, and its watcher does not resume.  The two
+responses that grow with the mesh, of Range and of Watch, are decoded by `meshnet.store._etcd_wire`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meshnet.store import Absent, Change, Delete, Holds, KeyValue, PrefixEmpty, Put, Unchanged
+from meshnet.store._etcd_wire import fields
 
 # etcd3's stubs were generated for protobuf 3: newer runtimes take them only in pure Python, and
 # the choice is read once, at the first import of protobuf.
@@ -40,6 +42,11 @@ Message = Any
 
 _GrpcChannel = Any
 _GrpcMethod = Any
+
+# Fields of mvccpb.KeyValue and of etcdserverpb.ResponseHeader.
+_KEY, _MOD_REVISION, _VALUE, _LEASE = 1, 3, 5, 6
+_CLUSTER_ID, _REVISION = 1, 3
+_MINUS_ONE = (1 << 64) - 1
 
 LAST_KEY = b"\0"
 """As a range's end: no end."""
@@ -88,11 +95,15 @@ class Stubs:
     """etcd's methods on a gRPC channel, by the type of their request."""
 
     def __init__(self, channel: _GrpcChannel) -> None:
-        kv = etcdrpc.KVStub(channel)
         lease = etcdrpc.LeaseStub(channel)
         self._unary: dict[type[Message], _GrpcMethod] = {
-            etcdrpc.RangeRequest: kv.Range,
-            etcdrpc.TxnRequest: kv.Txn,
+            # What a deserializer does happens on gRPC's thread, not in trio's loop.
+            etcdrpc.RangeRequest: channel.unary_unary(
+                "/etcdserverpb.KV/Range",
+                request_serializer=etcdrpc.RangeRequest.SerializeToString,
+                response_deserializer=page,
+            ),
+            etcdrpc.TxnRequest: etcdrpc.KVStub(channel).Txn,
             etcdrpc.LeaseGrantRequest: lease.LeaseGrant,
             etcdrpc.LeaseRevokeRequest: lease.LeaseRevoke,
             etcdrpc.AuthenticateRequest: etcdrpc.AuthStub(channel).Authenticate,
@@ -104,7 +115,11 @@ class Stubs:
                 response_deserializer=etcdrpc.LeaseKeepAliveResponse.FromString,
             ),
         }
-        self.watch: _GrpcMethod = etcdrpc.WatchStub(channel).Watch
+        self.watch: _GrpcMethod = channel.stream_stream(
+            "/etcdserverpb.Watch/Watch",
+            request_serializer=etcdrpc.WatchRequest.SerializeToString,
+            response_deserializer=watch_response,
+        )
 
     def unary(self, request: Message) -> _GrpcMethod:
         """The method that takes `request`."""
@@ -125,13 +140,31 @@ def range_request(key: bytes, range_end: bytes, *, limit: int, revision: int) ->
     return etcdrpc.RangeRequest(key=key, range_end=range_end, limit=limit, revision=revision)
 
 
-def page(response: Message) -> Page:
-    """Decode a RangeResponse."""
-    items = tuple(
-        KeyValue(_decode(kv.key), kv.value, kv.mod_revision, kv.lease) for kv in response.kvs
+def read_request(key: str) -> Message:
+    """Read one key, linearizable."""
+    return etcdrpc.RangeRequest(key=_encode(key))
+
+
+def page(response: bytes) -> Page:
+    """Decode a RangeResponse (etcd's rpc.proto)."""
+    items = []
+    header, more = b"", 0
+    for number, value in fields(response):
+        match number:
+            case 1:
+                header = value
+            case 2:
+                items.append(_key_value(dict(fields(value))))
+            case 3:
+                more = value
+    head = dict(fields(header))
+    return Page(tuple(items), bool(more), head.get(_REVISION, 0), head.get(_CLUSTER_ID, 0))
+
+
+def _key_value(kv: dict[int, Any]) -> KeyValue:
+    return KeyValue(
+        _decode(kv.get(_KEY, b"")), kv.get(_VALUE, b""), kv.get(_MOD_REVISION, 0), kv.get(_LEASE, 0)
     )
-    header = response.header
-    return Page(items, response.more, header.revision, header.cluster_id)
 
 
 def key_after(key: str) -> bytes:
@@ -230,30 +263,38 @@ def watch_request(prefix: str, start_revision: int) -> Message:
     )
 
 
-def watch_response(response: Message) -> WatchResponse:
-    """Decode a WatchResponse."""
-    changes = tuple(
-        Change(
-            _decode(event.kv.key),
-            event.kv.value if event.type == event.PUT else None,
-            event.kv.mod_revision,
-        )
-        for event in response.events
-    )
+def watch_response(response: bytes) -> WatchResponse:
+    """Decode a WatchResponse (etcd's rpc.proto)."""
+    changes: list[Change] = []
+    message: dict[int, Any] = {}
+    for number, value in fields(response):
+        if number == 11:
+            changes.append(_change(dict(fields(value))))
+        else:
+            message[number] = value
+    created, canceled = bool(message.get(3)), bool(message.get(4))
     if changes:
         # Not the header's: while a watch catches up, that is ahead of what was sent.
         revision = changes[-1].revision
-    elif response.created or response.canceled or response.watch_id == -1:
+    elif created or canceled or message.get(2, 0) == _MINUS_ONE:
         # -1: an answer to request_progress.  Before etcd 3.4.25 it overtakes changes that are
         # still queued (etcd pull request 15237), so it counts as a sign of life only.
         revision = 0
     else:
-        revision = response.header.revision
+        revision = dict(fields(message.get(1, b""))).get(_REVISION, 0)
     return WatchResponse(
-        created=response.created,
-        canceled=response.canceled,
-        cancel_reason=response.cancel_reason,
-        compact_revision=response.compact_revision,
-        changes=changes,
+        created=created,
+        canceled=canceled,
+        cancel_reason=message.get(6, b"").decode("utf-8", "replace"),
+        compact_revision=message.get(5, 0),
+        changes=tuple(changes),
         revision=revision,
+    )
+
+
+def _change(event: dict[int, Any]) -> Change:
+    kv = dict(fields(event.get(2, b"")))
+    put = not event.get(1, 0)
+    return Change(
+        _decode(kv.get(_KEY, b"")), kv.get(_VALUE, b"") if put else None, kv.get(_MOD_REVISION, 0)
     )

@@ -2,6 +2,7 @@
 
 Job: bridge gRPC's threads to trio, cancellably.  A unary call is a gRPC future whose callback
 wakes the task (`Connection.call`); a watch is a stream with one reader thread (`WatchStream`).
+Responses are decoded on gRPC's threads, so that a large one does not hold up the event loop.
 Place: control plane; below `meshnet.store.etcd`, which has the policy (endpoints, log-in, what to
 say).  May import of meshnet only `meshnet.store` and the messages beside it.  gRPC and its
 lack of types end here.
@@ -20,12 +21,10 @@ import trio
 from meshnet.store import _etcd_messages as messages
 
 # From there and not by itself: it must be imported after the environment is set.
-from meshnet.store._etcd_messages import Message, grpc
+from meshnet.store._etcd_messages import Message, WatchResponse, grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from meshnet.store._etcd_messages import WatchResponse
 
 _GrpcCall = Any
 """A gRPC call, which is also its iterator of responses and its exception."""
@@ -139,7 +138,7 @@ class WatchStream:
         self._requests: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._requests.put(request)
         self._slots = threading.Semaphore(_BUFFERED_RESPONSES)
-        self._arriving, self._arrived = trio.open_memory_channel[Message | RpcFailedError](
+        self._arriving, self._arrived = trio.open_memory_channel[WatchResponse | RpcFailedError](
             _BUFFERED_RESPONSES + 1  # the end of the stream needs no slot
         )
         self._closed = False
@@ -189,13 +188,13 @@ class WatchStream:
         with trio.move_on_after(1, shield=True):
             await self._ended.wait()
 
-    def _take(self, item: Message | RpcFailedError) -> WatchResponse:
+    def _take(self, item: WatchResponse | RpcFailedError) -> WatchResponse:
         if isinstance(item, RpcFailedError):
             raise item
         self._slots.release()
-        return messages.watch_response(item)
+        return item
 
-    def _deliver(self, item: Message | RpcFailedError) -> None:
+    def _deliver(self, item: WatchResponse | RpcFailedError) -> None:
         if not self._closed:
             self._arriving.send_nowait(item)
 

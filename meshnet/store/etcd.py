@@ -49,7 +49,9 @@ __all__ = ["EtcdConfig", "EtcdStore"]
 
 _T = TypeVar("_T")
 
-_PAGE_KEYS = 1_000
+_PAGE_KEYS = 5_000
+"""Keys a page.  etcd 3.4 walks over all keys from a page's first to the end of the prefix, whatever
+the limit, so what a listing costs it grows with keys times pages (docs/design/etcd-load.md)."""
 _LEASE_NOT_FOUND = "requested lease not found"
 _COMPACTED = "required revision has been compacted"
 _NEVER_SENT = "failed to connect to all addresses"
@@ -79,9 +81,14 @@ class EtcdStore:
         self._session = _Session(config.user, config.password)
 
     async def list_prefix(self, prefix: str) -> Listing:
-        """Read a prefix in pages of 1,000 keys, all at the first page's revision.
+        """Read a prefix in pages of 5,000 keys, all at the first page's revision.
 
         Each page has its own time-out.  Starts again when the revision is compacted meanwhile.
+
+        Pages after the first might be serializable reads: what was at a revision is the same on
+        every member, and one that has not come so far refuses ("future revision").  They are not,
+        because that saves etcd only a question to its leader a page, of which there are few, and a
+        listing that moves to a member that lags would have to start again.
         """
         for _ in range(3):
             listing = await self._list_at_one_revision(prefix)
@@ -100,7 +107,7 @@ class EtcdStore:
         while True:
             request = messages.range_request(key, range_end, limit=_PAGE_KEYS, revision=revision)
             try:
-                page = messages.page(await self._call(request, f"list {prefix}"))
+                page = await self._call(request, f"list {prefix}")
             except CompactedError:
                 return None
             items += page.items
@@ -108,6 +115,11 @@ class EtcdStore:
             if not page.more:
                 return Listing(tuple(items), revision, page.cluster_id)
             key = messages.key_after(page.items[-1].key)
+
+    async def read(self, key: str) -> Listing:
+        """Read one key."""
+        page = await self._call(messages.read_request(key), f"read {key}")
+        return Listing(page.items, page.revision, page.cluster_id)
 
     @asynccontextmanager
     async def watch_prefix(

@@ -177,6 +177,12 @@ class MemoryStore:
         items = tuple(database.keys[key] for key in database.keys_under(prefix))
         return Listing(items, database.revision, database.cluster_id)
 
+    async def read(self, key: str) -> Listing:
+        """Read one key.  Checkpoints before reading."""
+        database = await self._enter("read")
+        items = (database.keys[key],) if key in database.keys else ()
+        return Listing(items, database.revision, database.cluster_id)
+
     @asynccontextmanager
     async def watch_prefix(
         self, prefix: str, *, after_revision: int

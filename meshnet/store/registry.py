@@ -29,15 +29,20 @@ from meshnet.store.mirror import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from meshnet.model import Claim, IpNetwork, MeshSnapshot, Network
-    from meshnet.store import LeaseId, Store, Write
+    from meshnet.store import KeyValue, LeaseId, Store, Write
 
 FIRST_VNI = 4097
 """Networks that name no VNI get the lowest free one from here on: small ones are for people."""
 
 _TRIES = 64
+_STALE = 3
+"""Failed transactions after which reservations are read anew instead of one by one."""
+_ORDERLY = 16
+"""A network of fewer reservations gives its lowest subnet first: small meshes are read by people.
+In larger ones every host starts at random."""
 _BATCH = 100
 """Writes a transaction: etcd allows 128."""
 
@@ -68,8 +73,7 @@ class Registry:
         for _ in range(_TRIES):
             if (await self.store.commit([Absent(key)], writes)).succeeded:
                 return lease
-            listing = await self.store.list_prefix(key)
-            held = next((item for item in listing.items if item.key == key), None)
+            held = next(iter((await self.store.read(key)).items), None)
             if held is None:
                 continue  # it ran out in between
             if not _same_instance(held.value, claim):
@@ -118,35 +122,41 @@ class Registry:
         version: int,
         host: HostId,
         *,
+        known: Mapping[IpNetwork, HostId] | None,
         prefer: IpNetwork | None,
         random_below: Callable[[int], int],
     ) -> IpNetwork:
         """Get a subnet of an IP version for a host: the one it has, `prefer`, or a free one.
 
+        The transaction decides who owns a subnet; what the caller knows only saves reading all
+        reservations.  A host that may own one that `known` does not show passes it as `prefer`,
+        or None for `known`; otherwise it gets a second one.
+
         Args:
-            random_below: a random number in [0, n): spreads agents that race for the lowest.
+            known: the network's reservations as the caller last saw them; read anew once several
+                transactions have failed.  None: read first.
+            random_below: a random number in [0, n): spreads hosts that reserve at once.
 
         Raises:
-            PoolExhaustedError: all subnets are reserved.
+            PoolExhaustedError: all subnets are reserved, as far as is known.
             NotFoundError: the network is gone.
         """
-        for attempt in range(_TRIES):
-            network_revision = await self._revision_of(network_key(network.name))
-            if not network_revision:
-                raise NotFoundError(f"network {network.name} does not exist (any more)")
-            taken = await self._reservations(network.name)
-            mine = [
-                subnet
-                for subnet, owner in taken.items()
-                if owner == host and subnet.version == version and network.is_host_subnet(subnet)
-            ]
+        taken = known if known is not None else await self._reservations(network.name)
+        for attempt in range(1, _TRIES + 1):
+            mine = _owned(taken, network, version, host)
             if mine:
                 return min(mine, key=int_of)
             if prefer is not None and prefer not in taken and network.is_host_subnet(prefer):
                 subnet = prefer
             else:
-                skip = random_below if attempt else lambda count: 0
-                subnet = choose_subnet(network, version, taken, skip=skip)
+                orderly = attempt == 1 and len(taken) < _ORDERLY
+                # A full network costs the store nothing: its hosts ask again at every change.
+                subnet = choose_subnet(
+                    network, version, taken, random_below=None if orderly else random_below
+                )
+            network_revision = await self._revision_of(network_key(network.name))
+            if not network_revision:
+                raise NotFoundError(f"network {network.name} does not exist (any more)")
             reservation = Reservation(network=network.name, subnet=subnet, host=host)
             key = subnet_key(network.name, subnet)
             done = await self.store.commit(
@@ -155,21 +165,18 @@ class Registry:
             )
             if done.succeeded:
                 return subnet
+            if attempt == _STALE:
+                taken = await self._reservations(network.name)
+            else:
+                held = (await self.store.read(key)).items
+                taken = {**taken, **_owners(network.name, held)}
         raise PoolExhaustedError(
             f"network {network.name}: lost the race for a subnet {_TRIES} times: try again"
         )
 
     async def _reservations(self, network: NetworkName) -> dict[IpNetwork, HostId]:
-        prefix = f"{SUBNETS}{network}/"
-        taken = {}
-        for item in (await self.store.list_prefix(prefix)).items:
-            part = item.key.removeprefix(prefix)
-            with contextlib.suppress(BadValueError):
-                subnet = codec.subnet_from_key(part)
-                # A value that cannot be read still holds its subnet: nobody overwrites it.
-                taken[subnet] = HostId("")
-                taken[subnet] = codec.decode_reservation(network, part, item.value).host
-        return taken
+        listing = await self.store.list_prefix(f"{SUBNETS}{network}/")
+        return _owners(network, listing.items)
 
     # --- networks -----------------------------------------------------------------------------
 
@@ -236,8 +243,7 @@ class Registry:
 
     async def _revision_of(self, key: str) -> int:
         """Revision of a key's last write; 0: there is no such key."""
-        listing = await self.store.list_prefix(key)
-        return next((i.mod_revision for i in listing.items if i.key == key), 0)
+        return next((item.mod_revision for item in (await self.store.read(key)).items), 0)
 
     async def snapshot(self) -> MeshSnapshot:
         """Everything, read now (the agent follows changes instead)."""
@@ -275,6 +281,30 @@ def endpoint_key(endpoint: Endpoint) -> str:
 def int_of(subnet: IpNetwork) -> int:
     """A subnet's address as a number, to order subnets of one IP version by."""
     return int(subnet.network_address)
+
+
+def _owners(network: NetworkName, items: Sequence[KeyValue]) -> dict[IpNetwork, HostId]:
+    """Whose subnets the keys of reservations are."""
+    owners = {}
+    for item in items:
+        part = item.key.removeprefix(f"{SUBNETS}{network}/")
+        with contextlib.suppress(BadValueError):
+            subnet = codec.subnet_from_key(part)
+            # A value that cannot be read still holds its subnet: nobody overwrites it.
+            owners[subnet] = HostId("")
+            owners[subnet] = codec.decode_reservation(network, part, item.value).host
+    return owners
+
+
+def _owned(
+    taken: Mapping[IpNetwork, HostId], network: Network, version: int, host: HostId
+) -> list[IpNetwork]:
+    """The subnets that a host owns already."""
+    return [
+        subnet
+        for subnet, owner in taken.items()
+        if owner == host and subnet.version == version and network.is_host_subnet(subnet)
+    ]
 
 
 def _same_instance(held: bytes, claim: Claim) -> bool:

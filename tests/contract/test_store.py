@@ -84,7 +84,19 @@ class TestList:
         (kv,) = (await store.list_prefix(prefix)).items
         assert (kv.key, kv.value) == (key, bytes(range(256)))
 
-    @pytest.mark.parametrize("count", [999, 1_000, 1_001, 2_500])
+    async def test_reading_one_key(self, store: Store, prefix: str) -> None:
+        first = await put(store, f"{prefix}k", b"1")
+        last = await put(store, f"{prefix}k2", b"2")
+        found = await store.read(f"{prefix}k")
+        assert [(kv.key, kv.value, kv.mod_revision) for kv in found.items] == [
+            (f"{prefix}k", b"1", first)
+        ]
+        assert found.revision == last
+        assert found.cluster_id == (await store.list_prefix(prefix)).cluster_id
+        for absent in (prefix, f"{prefix}k22", f"{prefix}j"):
+            assert (await store.read(absent)).items == ()
+
+    @pytest.mark.parametrize("count", [4_999, 5_000, 5_001, 12_500])
     async def test_pages_make_one_listing(self, store: Store, prefix: str, count: int) -> None:
         keys = [f"{prefix}{number:05}" for number in range(count)]
         await fill(store, keys)
@@ -249,6 +261,33 @@ class TestCommit:
                 nursery.start_soon(increment)
         (kv,) = (await store.list_prefix(prefix)).items
         assert kv.value == b"10"
+
+
+class TestSize:
+    """Ten thousand hosts."""
+
+    async def test_a_prefix_of_very_many_keys_is_deleted_at_once(
+        self, store: Store, prefix: str
+    ) -> None:
+        keys = [f"{prefix}{number:05}" for number in range(10_000)]
+        await fill(store, keys)
+        start = (await store.list_prefix(prefix)).revision
+        outcome = await store.commit([], [DeletePrefix(prefix)])
+        assert outcome == Commit(True, start + 1)
+        async with store.watch_prefix(prefix, after_revision=start) as watch:
+            changes = await collect(watch, len(keys))
+        assert {change.key for change in changes} == set(keys)
+        assert {(change.value, change.revision) for change in changes} == {(None, start + 1)}
+
+    async def test_a_watch_catches_up_with_very_many_changes(
+        self, store: Store, prefix: str
+    ) -> None:
+        start = await put(store, f"{prefix}first", b"")
+        keys = [f"{prefix}{number:05}" for number in range(3_000)]
+        await fill(store, keys)
+        async with store.watch_prefix(prefix, after_revision=start) as watch:
+            changes = await collect(watch, len(keys))
+        assert [change.key for change in changes] == keys
 
 
 class TestLease:

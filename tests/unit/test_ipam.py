@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
@@ -41,27 +43,60 @@ def test_chosen_subnets_fit_and_never_overlap(network: Network, data: st.DataObj
         count = 1 << (network.host_prefix_of(cidr.version) - cidr.prefixlen)
         for _ in range(min(count, 6)):
             skip = data.draw(st.integers(0, 1 << 40))
-            subnet = choose_subnet(network, cidr.version, taken, skip=lambda n, s=skip: s % n)  # type: ignore[misc]
+            subnet = choose_subnet(
+                network,
+                cidr.version,
+                taken,
+                random_below=lambda n, s=skip: s % n,  # type: ignore[misc]
+            )
             assert network.is_host_subnet(subnet)
             assert not any(subnet.overlaps(other) for other in taken)
             taken.add(subnet)
 
 
-def test_the_lowest_free_subnet_is_chosen_and_others_can_be_skipped_to() -> None:
+def test_the_lowest_free_subnet_is_chosen_or_one_from_a_random_place() -> None:
     network = make_network()
     taken: set[IpNetwork] = {ip_network("10.42.0.0/24"), ip_network("10.42.2.0/24")}
+
+    def choose(place: int) -> IpNetwork:
+        return choose_subnet(network, 4, taken, random_below=lambda n: place % n)
+
     assert choose_subnet(network, 4, taken) == ip_network("10.42.1.0/24")
-    assert choose_subnet(network, 4, taken, skip=lambda n: 2) == ip_network("10.42.3.0/24")
-    assert choose_subnet(network, 4, taken, skip=lambda n: n - 1) == ip_network("10.42.255.0/24")
+    assert choose(2) == ip_network("10.42.3.0/24")
+    assert choose(-1) == ip_network("10.42.255.0/24")
     taken.add(ip_network("10.42.255.0/24"))
-    assert choose_subnet(network, 4, taken, skip=lambda n: n - 1) == ip_network("10.42.1.0/24")
+    assert choose(-1) == ip_network("10.42.1.0/24")
+
+
+def test_random_choices_are_spread_over_what_is_free() -> None:
+    """Not just over the ends of what is taken: a rack that boots at once would meet there."""
+    network = make_network(subnets=("10.0.0.0/8",))
+    taken = {ip_network(((10 << 24) + (i << 8), 24)) for i in range(32_768)}
+    generator = random.Random(3)
+    chosen = {
+        choose_subnet(network, 4, taken, random_below=generator.randrange) for _ in range(500)
+    }
+    assert len(chosen) > 490
+    assert not chosen & taken
+
+
+def test_the_last_of_many_subnets_is_found_quickly() -> None:
+    network = make_network(subnets=("10.0.0.0/8",))
+    every = [ip_network(((10 << 24) + (i << 8), 24)) for i in range(65_536)]
+    taken = {*every, *[ip_network("fd00::/64")]} - {every[777]}
+    started = time.process_time()
+    for _ in range(5):
+        assert (
+            choose_subnet(network, 4, taken, random_below=random.Random(5).randrange) == every[777]
+        )
+    assert time.process_time() - started < 5 * 0.2  # 0.02 s each on an idle machine
 
 
 def test_no_subnet_is_left() -> None:
     network = make_network(subnets=("10.42.0.0/22", IPV6))
     taken: set[IpNetwork] = set(ip_network("10.42.0.0/22").subnets(new_prefix=24))
     with pytest.raises(PoolExhaustedError, match="all 4 subnets"):
-        choose_subnet(network, 4, taken, skip=lambda n: 3)
+        choose_subnet(network, 4, taken, random_below=lambda n: 3)
     assert choose_subnet(network, 6, taken) == ip_network("fd00:42::/64")
 
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_network
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
+from meshnet.errors import StoreUnavailableError
 from meshnet.model import Claim, Host, HostId, NetworkName, Reservations
 from meshnet.store.memory import MemoryStore
 from meshnet.store.registry import Registry
 from meshnet_agent.membership import Membership
 from tests.values import ME, make_network, make_snapshot, underlay_ip
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio.testing import MockClock
+
+    from meshnet.store import Commit, Condition, Write
 
 PROD = NetworkName("prod")
 SNAPSHOT = make_snapshot([make_network()], 2)
@@ -69,3 +78,48 @@ def test_a_network_that_was_made_anew_with_other_addresses(
     membership.follow(replace(SNAPSHOT, networks={PROD: other}, reservations={}))
     assert membership.subnets == {}
     assert len(changes) == 2
+
+
+class ForgetfulStore(MemoryStore):
+    """Makes a write and does not answer, once, as an etcd that is killed does."""
+
+    def __init__(self) -> None:
+        super().__init__(clock=lambda: 0.0)
+        self.forget = False
+
+    async def commit(self, when: Sequence[Condition], then: Sequence[Write]) -> Commit:
+        outcome = await super().commit(when, then)
+        if self.forget:
+            self.forget = False
+            raise StoreUnavailableError("no answer")
+        return outcome
+
+
+@pytest.mark.parametrize("answer", [True, False])
+async def test_a_snapshot_that_lags_behind_makes_no_second_reservation(
+    autojump_clock: MockClock, answer: bool
+) -> None:
+    store = ForgetfulStore()
+    registry = Registry(store)
+    network = await registry.create_network(lambda vni: make_network(vni=vni), None)
+    membership = Membership(
+        registry,
+        Host(id=ME, underlay_ip=underlay_ip(1)),
+        Claim(instance="h1", underlay_ip=underlay_ip(1)),
+        ttl_s=15,
+        check_store=trio.lowlevel.checkpoint,
+        on_change=lambda: None,
+    )
+    await membership.join()
+    before = await registry.snapshot()
+    # So that choices are random.
+    others = {ip_network(f"10.42.{i}.0/24"): HostId(f"old{i}") for i in range(100)}
+    stale = replace(before, reservations={network.name: Reservations(others)})
+    store.forget = not answer
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(membership.reserve)
+        for _ in range(3):
+            membership.follow(stale)
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert len((await registry.snapshot()).reservations[network.name]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,12 @@ from meshnet.store.registry import FIRST_VNI, Registry, endpoint_key
 from tests.values import IPV4, IPV6, make_endpoint, make_network, underlay_ip
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from trio.testing import MockClock
 
     from meshnet.model import IpNetwork, Network, Vni
+    from meshnet.store import Commit, Condition, Listing, Write
 
 H1, H2 = HostId("h1"), HostId("h2")
 PROD = NetworkName("prod")
@@ -56,12 +60,17 @@ async def create(registry: Registry, *subnets: str, name: str = "prod", **more: 
 
 
 async def reserve(
-    registry: Registry, network: Network, host: str = "h1", prefer: str | None = None
+    registry: Registry,
+    network: Network,
+    host: str = "h1",
+    prefer: str | None = None,
+    known: Mapping[IpNetwork, HostId] | None = None,
 ) -> IpNetwork:
     return await registry.reserve_subnet(
         network,
         network.subnets[0].version,
         HostId(host),
+        known=known,
         prefer=ip_network(prefer) if prefer is not None else None,
         random_below=random.Random(1).randrange,
     )
@@ -200,14 +209,22 @@ async def test_the_preferred_subnet_if_it_is_free(registry: Registry) -> None:
     assert await reserve(registry, network, "h2", "10.42.9.0/24") == ip_network("10.42.0.0/24")
 
 
-async def test_a_race_of_many_hosts_gives_each_its_own(store: MemoryStore) -> None:
+@pytest.mark.parametrize("known", [None, {}], ids=["listed", "nothing known"])
+async def test_a_race_of_many_hosts_gives_each_its_own(
+    store: MemoryStore, known: Mapping[IpNetwork, HostId] | None
+) -> None:
     network = await create(Registry(store), "10.42.0.0/22", host_prefix=28)  # 64 subnets
     found: dict[int, IpNetwork] = {}
     generator = random.Random(7)
 
     async def one(number: int) -> None:
         found[number] = await Registry(store).reserve_subnet(
-            network, 4, HostId(f"h{number}"), prefer=None, random_below=generator.randrange
+            network,
+            4,
+            HostId(f"h{number}"),
+            known=known,
+            prefer=None,
+            random_below=generator.randrange,
         )
 
     async with trio.open_nursery() as nursery:
@@ -216,6 +233,106 @@ async def test_a_race_of_many_hosts_gives_each_its_own(store: MemoryStore) -> No
     assert len(set(found.values())) == 60
     snapshot = await Registry(store).snapshot()
     assert {s: f"h{n}" for n, s in found.items()} == snapshot.reservations[PROD]
+
+
+class CountingStore(MemoryStore):
+    """Counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    async def list_prefix(self, prefix: str) -> Listing:
+        self.calls["list"] += 1
+        return await super().list_prefix(prefix)
+
+    async def read(self, key: str) -> Listing:
+        self.calls["read"] += 1
+        return await super().read(key)
+
+    async def commit(self, when: Sequence[Condition], then: Sequence[Write]) -> Commit:
+        self.calls["commit"] += 1
+        return await super().commit(when, then)
+
+
+def many_reservations(count: int) -> dict[IpNetwork, HostId]:
+    """Of a /8, from below."""
+    return {ip_network(((10 << 24) + (i << 8), 24)): HostId(f"old{i}") for i in range(count)}
+
+
+async def test_who_knows_the_reservations_need_not_list_them() -> None:
+    store = CountingStore()
+    registry = Registry(store)
+    network = await create(registry, "10.0.0.0/8")
+    store.calls.clear()
+    subnet = await reserve(registry, network, known=many_reservations(20_000))
+    assert subnet not in many_reservations(20_000)
+    assert store.calls == {"read": 1, "commit": 1}
+
+
+async def test_hosts_that_start_at_once_hardly_ever_collide() -> None:
+    store = CountingStore()
+    network = await create(Registry(store), "10.0.0.0/8")
+    known = many_reservations(10_000)
+    store.calls.clear()
+    generator = random.Random(11)
+    found = []
+
+    async def one(number: int) -> None:
+        found.append(
+            await Registry(store).reserve_subnet(
+                network,
+                4,
+                HostId(f"h{number}"),
+                known=known,
+                prefer=None,
+                random_below=generator.randrange,
+            )
+        )
+
+    async with trio.open_nursery() as nursery:
+        for number in range(500):
+            nursery.start_soon(one, number)
+    assert len(set(found)) == 500
+    assert not known.keys() & set(found)
+    assert store.calls["commit"] < 510
+    assert store.calls["list"] == 0
+
+
+async def test_stale_knowledge_is_corrected_key_by_key_then_listed() -> None:
+    store = CountingStore()
+    registry = Registry(store)
+    network = await create(registry, "10.42.0.0/22")  # four subnets
+    for host in ("h1", "h2", "h3"):
+        await reserve(registry, network, host)
+    store.calls.clear()
+    assert await reserve(registry, network, "h4", known={}) == ip_network("10.42.3.0/24")
+    assert store.calls["commit"] <= 4
+    assert store.calls["list"] <= 1
+    with pytest.raises(PoolExhaustedError):
+        await reserve(registry, network, "h5", known={})
+    full = (await registry.snapshot()).reservations[PROD]
+    store.calls.clear()
+    with pytest.raises(PoolExhaustedError):
+        await reserve(registry, network, "h5", known=full)
+    assert not store.calls
+
+
+async def test_a_reservation_that_is_not_known_yet_is_found_by_preferring_it(
+    registry: Registry,
+) -> None:
+    network = await create(registry)
+    first = await reserve(registry, network, known={})
+    assert await reserve(registry, network, known={}, prefer=str(first)) == first
+    assert (await registry.snapshot()).reservations == {PROD: {first: H1}}
+
+
+async def test_a_subnet_is_never_taken_from_a_host_that_is_not_known(registry: Registry) -> None:
+    network = await create(registry)
+    first = await reserve(registry, network, "h1")
+    second = await reserve(registry, network, "h2", prefer=str(first), known={})
+    assert second != first
+    assert (await registry.snapshot()).reservations == {PROD: {first: H1, second: H2}}
 
 
 async def test_no_subnet_is_left(registry: Registry) -> None:
@@ -232,6 +349,10 @@ async def test_a_reservation_that_cannot_be_read_is_not_overwritten(
     network = await create(registry)
     await store.commit([], [Put(SUBNETS + "prod/10.42.0.0-24", b"?")])
     assert await reserve(registry, network) == ip_network("10.42.1.0/24")
+    assert await reserve(registry, network, "h2", known={}) not in (
+        ip_network("10.42.0.0/24"),
+        ip_network("10.42.1.0/24"),
+    )
 
 
 async def test_a_reservation_that_is_no_host_subnet_does_not_count(
@@ -350,18 +471,33 @@ async def test_removing_a_network(registry: Registry) -> None:
         await registry.remove_network(PROD)
 
 
+async def test_removing_a_network_of_ten_thousand_hosts(
+    registry: Registry, store: MemoryStore
+) -> None:
+    network = await create(registry, "10.0.0.0/8")
+    writes = [
+        Put(subnet_key(network.name, subnet), b'{"v":1,"host":"h1"}')
+        for subnet in many_reservations(10_000)
+    ]
+    for first in range(0, len(writes), 100):
+        await store.commit([], writes[first : first + 100])
+    assert len((await registry.snapshot()).reservations[PROD]) == 10_000
+    await registry.remove_network(PROD)
+    assert (await registry.snapshot()).reservations == {}
+
+
 # --- endpoints -----------------------------------------------------------------------------------
 
 
 async def test_endpoints_are_published_and_listed(registry: Registry, store: MemoryStore) -> None:
     some: list[Endpoint] = [
         make_endpoint((f"10.42.{i // 250}.{i % 250 + 2}/24",), identity=f"{i:012x}")
-        for i in range(150)
+        for i in range(1_000)
     ]
     await registry.publish({endpoint_key(e): codec.encode_endpoint(e) for e in some}, [])
     assert await registry.list_endpoints() == some
     assert await registry.list_endpoints(NetworkName("other")) == []
-    assert len(await registry.list_published(PROD, H1)) == 150
+    assert len(await registry.list_published(PROD, H1)) == 1_000
     assert await registry.list_published(PROD, H2) == {}
     await registry.publish({}, [endpoint_key(e) for e in some[1:]])
     await store.commit([], [Put(endpoint_key(some[1]), b"?")])
