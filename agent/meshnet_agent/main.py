@@ -6,6 +6,7 @@ The only ``trio.run`` of the project.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import grp
 import os
@@ -31,6 +32,7 @@ from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
 from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
 from meshnet_agent.logs import configure_logs
+from meshnet_agent.monitor import listen
 from meshnet_agent.notify import notify
 from meshnet_agent.service import Service
 from meshnet_agent.worker import open_worker
@@ -148,7 +150,16 @@ async def _run(config: AgentConfig) -> None:
                 await kernel.run(lambda k: k.port_id),
                 await wiring.run(lambda w: w.port_id),
             ]
-            agent = Agent(config, store, kernel, wiring, disk, underlay.ip, EventFilter(ports))
+            agent = Agent(
+                config,
+                store,
+                kernel,
+                wiring,
+                disk,
+                underlay.ip,
+                EventFilter(),
+                functools.partial(listen, own_ports=ports),
+            )
             socket_path = Path(config.run_dir) / SOCKET_NAME
             # Ours alone: the run directory is locked.
             stack.callback(socket_path.unlink, missing_ok=True)

@@ -16,7 +16,7 @@ from meshnet.kernel.events import open_nftables_events, open_route_events
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 _log = structlog.get_logger()
 _RECEIVE_BYTES = 1 << 18
@@ -26,17 +26,19 @@ async def listen(
     concerns_us: Callable[[bytes], bool],
     nftables_concerns_us: Callable[[bytes], bool],
     on_change: Callable[[], None],
+    own_ports: Collection[int] = (),
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Listen to both sockets for ever; started once nothing can be missed any more.
 
     Args:
         on_change: called when a notification concerns us.
+        own_ports: netlink addresses of the sockets that we write through ourselves.
 
     Raises:
         OSError: a socket cannot be had.
     """
-    with open_route_events() as routes, open_nftables_events() as rules:
+    with open_route_events(own_ports) as routes, open_nftables_events() as rules:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_receive, routes, concerns_us, on_change)
             nursery.start_soon(_receive, rules, nftables_concerns_us, on_change)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from meshnet.state import PackedIp
 
 AF_BRIDGE = 7
-NUD_PERMANENT, NTF_SELF = 0x80, 0x02
+NUD_PERMANENT, NTF_SELF, NTF_EXT_LEARNED = 0x80, 0x02, 0x10
 NDA_DST, NDA_LLADDR, NDA_IFINDEX, NDA_PROTOCOL = 1, 2, 8, 12
 NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 RTNH_F_ONLINK = 4
@@ -122,6 +122,8 @@ def encode_neighbours(ops: Sequence[Op], indices: Mapping[str, int], first: int)
 def encode_fdb(ops: Sequence[Op], indices: Mapping[str, int], first: int) -> list[bytes]:
     """Set or delete where VXLAN devices send frames for a MAC.
 
+    Entries have the mark of a control plane (``extern_learn``): see `meshnet.kernel.events`.
+
     Raises:
         KeyError: a link has no index.
     """
@@ -139,7 +141,7 @@ def encode_fdb(ops: Sequence[Op], indices: Mapping[str, int], first: int) -> lis
         shape = _FDB[size]
         messages.append(shape.pack(
             shape.size, rtnl.RTM_NEWNEIGH, _REPLACE, sequence, 0,
-            AF_BRIDGE, indices[dev], NUD_PERMANENT, NTF_SELF, 0,
+            AF_BRIDGE, indices[dev], NUD_PERMANENT, NTF_SELF | NTF_EXT_LEARNED, 0,
             10, NDA_LLADDR, mac,
             4 + size, NDA_DST, remote,
         ))  # fmt: skip

@@ -1,13 +1,17 @@
 """What the kernel tells of its own accord, filtered to what concerns us.
 
-Our own writes come back as notifications with our sockets' address as the sender and are passed
-over by looking at the header alone: programming 10,000 hosts makes 40,000 of them.
+Our own writes come back as notifications: programming 10,000 hosts makes 40,000 of them, more than
+a socket's buffer holds.  So the kernel itself drops them, by a socket filter: those that name one
+of our sockets as their cause, and, since VXLAN devices name none, those that tell of an FDB entry
+that was set with the mark of ours (`bulk.NTF_EXT_LEARNED`).  What comes is what others did, and
+deletions of our own FDB entries and neighbours.
 
-linux/rtnetlink.h (multicast groups), linux/netfilter/nfnetlink.h and nf_tables.h.
+linux/rtnetlink.h (multicast groups), linux/netfilter/nfnetlink.h and nf_tables.h; linux/filter.h.
 """
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import struct
 from typing import TYPE_CHECKING
@@ -47,22 +51,33 @@ _GROUPS = (
     RTNLGRP_NEXTHOP,
 )
 _RECEIVE_BUFFER_BYTES = 8 << 20
+_SO_ATTACH_FILTER = 26
+_SOCK_FILTER = struct.Struct("=HBBI")  # code, steps to skip if true, if false, operand
+_SOCK_FPROG = struct.Struct("@HP")
+_LOAD_U32, _LOAD_U16, _LOAD_U8 = 0x20, 0x28, 0x30
+_IF_EQUAL, _IF_BITS, _RETURN = 0x15, 0x45, 0x06
 
 
-def open_route_events() -> socket.socket:
-    """A socket that receives rtnetlink notifications of the calling thread's namespace."""
-    return _open(socket.NETLINK_ROUTE, _GROUPS)
+def open_route_events(own_ports: Collection[int]) -> socket.socket:
+    """A socket that receives rtnetlink notifications of the calling thread's namespace.
+
+    Args:
+        own_ports: netlink addresses of the sockets we write through: what they cause is dropped.
+    """
+    return _open(socket.NETLINK_ROUTE, _GROUPS, own_ports)
 
 
 def open_nftables_events() -> socket.socket:
     """A socket that receives nf_tables notifications of the calling thread's namespace."""
-    return _open(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,))
+    return _open(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), ())
 
 
-def _open(protocol: int, groups: Collection[int]) -> socket.socket:
+def _open(protocol: int, groups: Collection[int], own_ports: Collection[int]) -> socket.socket:
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
     try:
-        events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
+        rtnl.set_receive_buffer(events, _RECEIVE_BUFFER_BYTES)
+        if protocol == socket.NETLINK_ROUTE:
+            _drop_own(events, own_ports)
         events.bind((0, 0))
         for group in groups:
             events.setsockopt(rtnl.SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
@@ -72,18 +87,34 @@ def _open(protocol: int, groups: Collection[int]) -> socket.socket:
     return events
 
 
+def _drop_own(events: socket.socket, own_ports: Collection[int]) -> None:
+    """Attach a classic BPF program to a netlink socket, as zebra does (``netlink_install_filter``).
+
+    A notification is one message.  The program loads big-endian, messages are in host byte order.
+    """
+    program = [(_LOAD_U32, 0, 0, 12)]  # nlmsg_pid
+    for port in own_ports:
+        program += [(_IF_EQUAL, 0, 1, socket.htonl(port)), (_RETURN, 0, 0, 0)]
+    program += [
+        *((_LOAD_U16, 0, 0, 4), (_IF_EQUAL, 0, 5, socket.htons(rtnl.RTM_NEWNEIGH))),  # nlmsg_type
+        *((_LOAD_U8, 0, 0, 16), (_IF_EQUAL, 0, 3, bulk.AF_BRIDGE)),  # ndm_family
+        *((_LOAD_U8, 0, 0, 26), (_IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
+        (_RETURN, 0, 0, 0),
+        (_RETURN, 0, 0, 0xFFFF_FFFF),
+    ]
+    code = ctypes.create_string_buffer(b"".join(_SOCK_FILTER.pack(*step) for step in program))
+    fprog = _SOCK_FPROG.pack(len(program), ctypes.addressof(code))
+    events.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+
+
 class EventFilter:
     """Says whether a notification may mean that the kernel differs from what we want.
-
-    Args:
-        own_ports: netlink addresses of the sockets we write through.
 
     Which links are ours and which are the underlay's is told by `look_at` after every pass; one of
     ours that appears in between is known by its name.
     """
 
-    def __init__(self, own_ports: Collection[int]) -> None:
-        self._own_ports = frozenset(own_ports)
+    def __init__(self) -> None:
         self._own_links: set[int] = set()
         self._underlay_links: set[int] = set()
 
@@ -100,8 +131,6 @@ class EventFilter:
             return True
 
     def _one(self, message: rtnl.Message) -> bool:
-        if message.port_id in self._own_ports:
-            return False
         match message.kind:
             case rtnl.RTM_NEWLINK | rtnl.RTM_DELLINK:
                 return self._link(message)

@@ -42,6 +42,7 @@ RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWNEXTHOP, RTM_DELNEXTHOP, RTM_GETNEXTHOP = 104, 105, 106
 
 SOL_NETLINK = 270
+_SO_RCVBUFFORCE = 33
 NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 10, 11, 12
 NLMSGERR_ATTR_MSG = 1
 NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
@@ -128,6 +129,14 @@ def pack_request(request: Request, sequence: int) -> bytes:
     return header + body + bytes(-length & 3)
 
 
+def set_receive_buffer(target: socket.socket, size_bytes: int) -> None:
+    """Make a receive buffer so large, or as large as ``net.core.rmem_max`` allows."""
+    try:
+        target.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size_bytes)
+    except PermissionError:  # root of a container that is not root of the machine
+        target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
+
+
 class RtnlSocket:
     """A blocking NETLINK_ROUTE socket of the calling thread's network namespace.
 
@@ -148,8 +157,7 @@ class RtnlSocket:
             # Kernels before 4.20 do not filter dumps; the decoders check everything again.
             with contextlib.suppress(OSError):
                 self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
-            # Room for a batch in which every message fails.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+            set_receive_buffer(self._socket, 4 << 20)  # for a batch in which every message fails
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         except BaseException:
             self._socket.close()

@@ -138,14 +138,20 @@ class RealHost:
     ) -> list[Failure]:
         return self._thread.call(lambda k: k.apply(ops, on_written))
 
+    @property
+    def port_id(self) -> int:
+        return self._thread.call(lambda k: k.port_id)
+
     def close(self) -> None:
         self._thread.close(lambda k: k.close())
 
+    def shell(self, command: str) -> None:
+        """Run a command in the namespace."""
+        self._thread.call(lambda _: subprocess.run(["sh", "-ec", command], check=True))
+
     def by_hand(self, *commands: str, in_memory: Callable[[MemoryKernel], None]) -> None:
         for command in commands:
-            self._thread.call(
-                lambda _, c=command: subprocess.run(["sh", "-ec", c], check=True)  # type: ignore[misc]
-            )
+            self.shell(command)
 
     def others(self) -> str:
         found = ip("-n", self.name, "-o", "link", "show", "type", "tun")

@@ -82,7 +82,7 @@ class Node:
             InlineWorker(MemoryWiring(self.kernel)),
             disk,
             self.ip,
-            EventFilter(()),
+            EventFilter(),
             self._listen,
         )
         try:

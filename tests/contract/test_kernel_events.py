@@ -1,0 +1,159 @@
+"""Notifications of the real kernel: whose come, and what happens when too many do."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.testing
+
+from meshnet.diff import Op, Table, diff
+from meshnet.kernel import rtnl
+from meshnet.kernel.events import nftables_concerns_us, open_nftables_events, open_route_events
+from meshnet.kernel.netns import inside
+from meshnet.state import (
+    NEXTHOP_ID_FIRST,
+    FdbKey,
+    NeighbourKey,
+    Nexthop,
+    Route,
+    RouteKey,
+)
+from meshnet_agent.monitor import listen
+from tests.contract.changes import BRIDGE, TUNNEL
+from tests.contract.hosts import RealHost, host_namespace
+from tests.values import make_network, make_snapshot, plan_for, underlay_ip
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def host(root: None, tmp_path: Path, nothing_left: None) -> Iterator[tuple[RealHost, int]]:
+    """A host with one network and no peers, and its namespace."""
+    with host_namespace() as (name, fd):
+        real = RealHost(name, fd, tmp_path)
+        try:
+            underlay = real.observe(underlay_ip(1), None)
+            desired = plan_for(make_snapshot([make_network()], 1), underlay).state
+            assert real.apply(diff(desired, real.dump())) == []
+            yield real, fd
+        finally:
+            real.close()
+
+
+def peers(count: int) -> list[Op]:
+    """A neighbour, an FDB entry, a nexthop object and a route each."""
+    ops: list[tuple[Table, object, object]] = []
+    for i in range(1, count + 1):
+        gateway, mac = bytes((10, 43, *divmod(i, 256))), bytes((2, 0, 0, 0, *divmod(i, 256)))
+        nexthop_id = NEXTHOP_ID_FIRST + i
+        ops += [
+            (Table.NEIGHBOUR, NeighbourKey(TUNNEL, gateway), mac),
+            (Table.FDB, FdbKey(TUNNEL, mac), bytes((10, 9, *divmod(i, 256)))),
+            (Table.NEXTHOP, nexthop_id, Nexthop(TUNNEL, gateway)),
+            (Table.ROUTE, RouteKey(bytes((10, 77, *divmod(i, 256))), 32), Route(nexthop_id)),
+        ]
+    ops.sort(key=lambda op: op[0])
+    return [Op(table, key, value, False) for table, key, value in ops]
+
+
+def drain(events: socket.socket) -> list[rtnl.Message]:
+    found: list[rtnl.Message] = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found += rtnl.split_messages(events.recv(1 << 18))
+    return found
+
+
+def test_our_own_writes_make_no_message(host: tuple[RealHost, int]) -> None:
+    real, fd = host
+    with inside(fd):
+        events = open_route_events([real.port_id])
+    with events:
+        ops = peers(3)
+        assert real.apply(ops) == []
+        changed = [
+            op._replace(value=bytes((10, 9, 9, 9)), exists=True)
+            for op in ops
+            if op.table is Table.FDB
+        ]
+        assert real.apply(changed) == []
+        assert drain(events) == []
+        gone = [op._replace(value=None, exists=True) for op in reversed(ops)]
+        assert real.apply(gone) == []
+        # Linux names no cause for the end of a neighbour.
+        assert {message.kind for message in drain(events)} <= {rtnl.RTM_DELNEIGH}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"ip neigh replace 10.43.0.1 dev {TUNNEL} lladdr 02:0:0:0:0:9",
+        f"ip neigh del 10.43.0.1 dev {TUNNEL}",
+        f"bridge fdb replace 02:0:0:0:0:1 dev {TUNNEL} dst 10.9.0.77 self permanent",
+        f"bridge fdb del 02:0:0:0:0:1 dev {TUNNEL}",
+        f"ip nexthop replace id {NEXTHOP_ID_FIRST + 1} via 10.43.7.0 dev {TUNNEL} onlink proto 109",
+        f"ip nexthop del id {NEXTHOP_ID_FIRST + 1}",
+        "ip route del 10.77.0.1",
+        f"ip addr add 10.42.99.1/24 dev {BRIDGE}",
+        f"ip link set {TUNNEL} down",
+    ],
+)
+def test_others_writes_do(host: tuple[RealHost, int], command: str) -> None:
+    real, fd = host
+    assert real.apply(peers(3)) == []
+    with inside(fd):
+        events = open_route_events([real.port_id])
+    with events:
+        real.shell(command)
+        assert drain(events)
+
+
+def test_a_load_of_our_rules_is_still_told(host: tuple[RealHost, int]) -> None:
+    real, fd = host
+    with inside(fd):
+        events = open_nftables_events()
+    with events:
+        real.shell("nft add rule inet meshnet postrouting counter")
+        assert any(nftables_concerns_us(m.data) for m in drain(events))
+
+
+async def test_lost_notifications_are_made_up_for(
+    host: tuple[RealHost, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fd = host
+    monkeypatch.setattr("meshnet.kernel.events._RECEIVE_BUFFER_BYTES", 4096)
+    changed, changes = trio.open_memory_channel[None](100)
+    heard: list[bytes] = []
+
+    def deaf(data: bytes) -> bool:
+        heard.append(data)
+        return data.find(b"mnb9999") >= 0
+
+    async with trio.open_nursery() as nursery:
+        with inside(fd):
+            # Runs until its sockets are open without letting another task run in between.
+            on_change = functools.partial(changed.send_nowait, None)
+            listening = functools.partial(listen, deaf, lambda _: False, on_change)
+            await nursery.start(listening)
+        ops = peers(300)
+        assert real.apply(ops) == []  # the loop stands still meanwhile
+        with trio.fail_after(10):
+            await changes.receive()
+        await trio.testing.wait_all_tasks_blocked()
+        assert 0 < len(heard) < len(ops)  # none of which concerned us
+        state = real.dump()
+        assert len(state.neighbours) == len(state.fdb) == len(state.nexthops) == 300
+        assert changes.statistics().current_buffer_used == 0
+        real.shell("ip link add mnb9999 type bridge")
+        with trio.fail_after(10):
+            await changes.receive()
+        nursery.cancel_scope.cancel()
