@@ -93,6 +93,7 @@ class Agent:
             on_change=self.reconciler.mark_dirty,
         )
         self.endpoints = Endpoints(wiring, disk, self.host.id)
+        event_filter.expects_endpoint = self.endpoints.expects_link
         self.publisher = Publisher(
             self.registry,
             self.endpoints,
@@ -150,8 +151,11 @@ class Agent:
             underlay = self.reconciler.result.underlay
             if underlay is not None:
                 networks = self.follower.snapshot.networks.values()
-                own = [name(n) for n in networks for name in (bridge_name, vxlan_name)]
-                self._event_filter.look_at(indices_of(own), indices_of(underlay.forwarding_links))
+                self._event_filter.look_at(
+                    indices_of([bridge_name(n) for n in networks]),
+                    indices_of([vxlan_name(n) for n in networks]),
+                    indices_of(underlay.forwarding_links),
+                )
             await self.reconciler.wait_for_pass()
 
     def _next_expiry_s(self) -> float:

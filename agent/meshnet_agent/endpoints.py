@@ -91,8 +91,14 @@ class Endpoints:
         self._endpoints: dict[EndpointId, Endpoint] = {}
         self._pools: dict[IpNetwork, AddressPool] = {}
         self._watchers: dict[EndpointId, trio.CancelScope] = {}
+        self._ending: set[EndpointId] = set()
         self._lock = trio.Lock()
         self._nursery: trio.Nursery | None = None
+
+    def expects_link(self, name: str) -> bool:
+        """Whether the host-side link of that name belongs to an endpoint that is not ending."""
+        identity = EndpointId(name.removeprefix(endpoint_link_name("")))
+        return identity in self._endpoints and identity not in self._ending
 
     @property
     def all(self) -> list[Endpoint]:
@@ -278,7 +284,8 @@ class Endpoints:
         )
 
     async def _remove(self, endpoint: Endpoint) -> None:
-        await self._worker.run(lambda wiring: wiring.disconnect(endpoint))
+        with self._end(endpoint.id):
+            await self._worker.run(lambda wiring: wiring.disconnect(endpoint))
         self._disk.remove_endpoint(endpoint.id)
         del self._endpoints[endpoint.id]
         self.unhealed.pop(endpoint.id, None)
@@ -286,6 +293,15 @@ class Endpoints:
         watcher = self._watchers.pop(endpoint.id, None)
         if watcher is not None:
             watcher.cancel()
+
+    @contextlib.contextmanager
+    def _end(self, identity: EndpointId) -> Iterator[None]:
+        """While the block runs the end of the endpoint's link is no surprise."""
+        self._ending.add(identity)
+        try:
+            yield
+        finally:
+            self._ending.discard(identity)
 
     # --- the life of an endpoint --------------------------------------------------------------
 
@@ -306,6 +322,12 @@ class Endpoints:
             os.close(pid_fd)
         if scope.cancelled_caught:
             return
+        with self._end(identity):
+            await self._inherit_or_free(identity)
+        self.changed.set()
+
+    async def _inherit_or_free(self, identity: EndpointId) -> None:
+        """Another process of the namespace takes over from one that ended, or nobody does."""
         async with self._lock:
             endpoint = self._endpoints.get(identity)
             if endpoint is None:
@@ -321,7 +343,6 @@ class Endpoints:
             except MeshnetError as error:
                 # What is left of it is collected at the next start.
                 _log.error("endpoint not freed", endpoint=endpoint.name, reason=str(error))
-        self.changed.set()
 
     async def _find_heir(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
         """Another process of the namespace, as a changed endpoint and its pidfd."""

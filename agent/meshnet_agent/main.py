@@ -157,7 +157,7 @@ async def _run(config: AgentConfig) -> None:
                 wiring,
                 disk,
                 underlay.ip,
-                EventFilter(),
+                EventFilter(await kernel.run(lambda k: k.deleted)),
                 functools.partial(listen, own_ports=ports),
             )
             socket_path = Path(config.run_dir) / SOCKET_NAME

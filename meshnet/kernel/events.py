@@ -27,7 +27,7 @@ from meshnet.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Container
 
 RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
 RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 5, 7
@@ -107,20 +107,50 @@ def _drop_own(events: socket.socket, own_ports: Collection[int]) -> None:
     events.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
+NeighbourId = tuple[int, int, bytes]
+"""Family, ifindex, and the address of a neighbour or the MAC of an FDB entry."""
+
+
+def neighbour_id(message: rtnl.Message) -> NeighbourId:
+    """What names the neighbour or FDB entry that a message is about."""
+    family, ifindex, *_ = rtnl.NDMSG.unpack_from(message.data, message.start)
+    attrs = rtnl.parse_attrs(message.data, message.start + 12, message.end)
+    key = bulk.NDA_LLADDR if family == bulk.AF_BRIDGE else bulk.NDA_DST
+    return family, ifindex, attrs.get(key, b"")
+
+
 class EventFilter:
     """Says whether a notification may mean that the kernel differs from what we want.
 
     Which links are ours and which are the underlay's is told by `look_at` after every pass; one of
     ours that appears in between is known by its name.
+
+    Args:
+        deleted: neighbours and FDB entries that we do not want any more, as `neighbour_id` names
+            them: the kernel tells of their end without saying that it was our doing.
+        expects_endpoint: whether an endpoint's link of that name should be there.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        deleted: Container[NeighbourId] = frozenset(),
+        expects_endpoint: Callable[[str], bool] = lambda _name: True,
+    ) -> None:
+        self.expects_endpoint = expects_endpoint
+        self._deleted = deleted
         self._own_links: set[int] = set()
+        self._tunnels: set[int] = set()
         self._underlay_links: set[int] = set()
 
-    def look_at(self, own_links: Collection[int], underlay_links: Collection[int]) -> None:
+    def look_at(
+        self,
+        bridges: Collection[int],
+        tunnels: Collection[int],
+        underlay_links: Collection[int],
+    ) -> None:
         """Name the links whose notifications matter, by ifindex."""
-        self._own_links = set(own_links)
+        self._own_links = {*bridges, *tunnels}
+        self._tunnels = set(tunnels)
         self._underlay_links = set(underlay_links)
 
     def concerns_us(self, data: bytes) -> bool:
@@ -138,7 +168,7 @@ class EventFilter:
                 index = rtnl.IFADDR.unpack_from(message.data, message.start)[4]
                 return index in self._own_links or index in self._underlay_links
             case rtnl.RTM_NEWNEIGH | rtnl.RTM_DELNEIGH:
-                return rtnl.NDMSG.unpack_from(message.data, message.start)[1] in self._own_links
+                return self._neighbour(message)
             case rtnl.RTM_NEWROUTE | rtnl.RTM_DELROUTE:
                 return self._route(message)
             case rtnl.RTM_NEWNEXTHOP | rtnl.RTM_DELNEXTHOP:
@@ -158,8 +188,15 @@ class EventFilter:
         name = attrs.get(links.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
         # Endpoint links are made by the dozen; only their end, or their leaving the bridge (a
         # RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.
-        deleted = message.kind == rtnl.RTM_DELLINK and ENDPOINT_LINK.fullmatch(name)
-        return bool(deleted or NETWORK_LINK.fullmatch(name))
+        if ENDPOINT_LINK.fullmatch(name):
+            return message.kind == rtnl.RTM_DELLINK and self.expects_endpoint(name)
+        return bool(NETWORK_LINK.fullmatch(name))
+
+    def _neighbour(self, message: rtnl.Message) -> bool:
+        # Those on a bridge are endpoints, which the host resolves by itself.
+        if rtnl.NDMSG.unpack_from(message.data, message.start)[1] not in self._tunnels:
+            return False
+        return message.kind == rtnl.RTM_NEWNEIGH or neighbour_id(message) not in self._deleted
 
     def _route(self, message: rtnl.Message) -> bool:
         header = rtnl.RTMSG.unpack_from(message.data, message.start)

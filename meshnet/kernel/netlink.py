@@ -39,6 +39,7 @@ from meshnet.state import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from meshnet.kernel.events import NeighbourId
     from meshnet.kernel.links import LinkInfo
     from meshnet.model import IpAddress
 
@@ -69,6 +70,10 @@ class NetlinkKernel:
     Args:
         firewall_memory: file that remembers the nftables table as loaded (`NftTable`).
 
+    Attributes:
+        deleted: neighbours and FDB entries that were deleted since the last dump and not set since
+            (`EventFilter`); may be looked at from any thread.
+
     Raises:
         OSError: a netlink socket cannot be had.
     """
@@ -86,6 +91,7 @@ class NetlinkKernel:
         self._forwarding_links: tuple[str, ...] = ()
         self._actual: dict[str, Link] = {}
         self.writes = 0
+        self.deleted: set[NeighbourId] = set()
 
     def close(self) -> None:
         """See `meshnet.kernel.Kernel`."""
@@ -172,6 +178,7 @@ class NetlinkKernel:
 
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
+        self.deleted.clear()
         state = KernelState()
         everything = self._dump_links()
         names = {link.ifindex: link.name for link in everything}
@@ -249,9 +256,22 @@ class NetlinkKernel:
             ops, failures = self._leave_out_linkless(encode, ops)
             messages = encode(ops, self._indices, self._rtnl.next_sequence)
         self.writes += len(messages)
+        self._note_deletions(ops)
         for i, refusal in sorted(self._rtnl.send_packed(messages).items()):
             failures.append(Failure(ops[i], refusal.errno, str(refusal)))
         return failures
+
+    def _note_deletions(self, ops: Sequence[Op]) -> None:
+        """Keep `deleted` current, before the kernel tells of it."""
+        for op in ops:
+            if op.table is Table.NEIGHBOUR:
+                family, address = bulk.family_of(op.key.address), op.key.address
+            elif op.table is Table.FDB:
+                family, address = bulk.AF_BRIDGE, op.key.mac
+            else:
+                return  # all are on one table
+            note = self.deleted.add if op.value is None else self.deleted.discard
+            note((family, self._indices[op.key.dev], address))
 
     def _leave_out_linkless(
         self, encode: _Encoder, ops: Sequence[Op]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from meshnet.backends import Path, Underlay
     from meshnet.diff import Failure, Op
     from meshnet.kernel import Kernel
+    from meshnet.kernel.events import NeighbourId
     from meshnet.model import IpAddress
     from meshnet.state import KernelState
 
@@ -141,6 +142,10 @@ class RealHost:
     @property
     def port_id(self) -> int:
         return self._thread.call(lambda k: k.port_id)
+
+    @property
+    def deleted(self) -> set[NeighbourId]:
+        return self._thread.call(lambda k: k.deleted)
 
     def close(self) -> None:
         self._thread.close(lambda k: k.close())

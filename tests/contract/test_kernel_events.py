@@ -12,7 +12,12 @@ import trio.testing
 
 from meshnet.diff import Op, Table, diff
 from meshnet.kernel import rtnl
-from meshnet.kernel.events import nftables_concerns_us, open_nftables_events, open_route_events
+from meshnet.kernel.events import (
+    neighbour_id,
+    nftables_concerns_us,
+    open_nftables_events,
+    open_route_events,
+)
 from meshnet.kernel.netns import inside
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
@@ -89,8 +94,13 @@ def test_our_own_writes_make_no_message(host: tuple[RealHost, int]) -> None:
         assert drain(events) == []
         gone = [op._replace(value=None, exists=True) for op in reversed(ops)]
         assert real.apply(gone) == []
-        # Linux names no cause for the end of a neighbour.
-        assert {message.kind for message in drain(events)} <= {rtnl.RTM_DELNEIGH}
+        # Linux names no cause for the end of a neighbour or an FDB entry.
+        told = drain(events)
+        assert {message.kind for message in told} == {rtnl.RTM_DELNEIGH}
+        assert {neighbour_id(message) for message in told} == real.deleted
+        # What is there again has its end told again.
+        assert real.apply(ops) == []
+        assert not real.deleted
 
 
 @pytest.mark.parametrize(

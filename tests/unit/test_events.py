@@ -11,13 +11,16 @@ from meshnet.kernel.events import EventFilter, nftables_concerns_us
 from meshnet.state import NEXTHOP_ID_FIRST, ROUTE_PROTOCOL
 from tests.unit.messages import datagram, u32
 
-OWN, UNDERLAY, OTHER = 7, 2, 99
+BRIDGE, OWN, UNDERLAY, OTHER = 6, 7, 2, 99
+GONE = bytes((10, 42, 3, 0))
+ENDED = "mnefedcba987654"
 
 
 @pytest.fixture
 def events() -> EventFilter:
-    found = EventFilter()
-    found.look_at({OWN}, {UNDERLAY})
+    deleted = {(2, OWN, GONE), (bulk.AF_BRIDGE, OWN, bytes(6))}
+    found = EventFilter(deleted, lambda name: name != ENDED)
+    found.look_at({BRIDGE}, {OWN}, {UNDERLAY})
     return found
 
 
@@ -30,9 +33,12 @@ def address(index: int) -> bytes:
     return datagram(rtnl.RTM_DELADDR, rtnl.IFADDR.pack(2, 24, 0, 0, index))
 
 
-def neighbour(index: int) -> bytes:
-    body = rtnl.NDMSG.pack(2, index, 0, 0, 0) + rtnl.attr(bulk.NDA_DST, bytes(4))
-    return datagram(rtnl.RTM_DELNEIGH, body)
+def neighbour(
+    index: int, address: bytes = bytes(4), kind: int = rtnl.RTM_DELNEIGH, family: int = 2
+) -> bytes:
+    key = bulk.NDA_LLADDR if family == bulk.AF_BRIDGE else bulk.NDA_DST
+    body = rtnl.NDMSG.pack(family, index, 0, 0, 0) + rtnl.attr(key, address)
+    return datagram(kind, body)
 
 
 def route(protocol: int, oif: int = 0, table: int = bulk.RT_TABLE_MAIN) -> bytes:
@@ -59,7 +65,10 @@ def netconf(index: int) -> bytes:
         link(OTHER, "mne0123456789ab", rtnl.RTM_DELLINK),
         address(OWN),
         address(UNDERLAY),
+        address(BRIDGE),
         neighbour(OWN),
+        neighbour(OWN, GONE, rtnl.RTM_NEWNEIGH),
+        neighbour(OWN, bytes((2, 0, 0, 0, 0, 1)), family=bulk.AF_BRIDGE),
         route(ROUTE_PROTOCOL),
         route(4, OWN),
         route(4, UNDERLAY),
@@ -81,8 +90,12 @@ def test_what_concerns_us(events: EventFilter, data: bytes) -> None:
         link(OTHER, "mnfoo"),
         link(OTHER, "mne0123456789ab"),  # made by the dozen, by ourselves
         address(OTHER),
+        link(OTHER, ENDED, rtnl.RTM_DELLINK),
         neighbour(OTHER),
         neighbour(UNDERLAY),
+        neighbour(BRIDGE),  # an endpoint, which the host resolved by itself
+        neighbour(OWN, GONE),
+        neighbour(OWN, bytes(6), family=bulk.AF_BRIDGE),
         route(4, OTHER),
         route(ROUTE_PROTOCOL, table=99),
         nexthop(NEXTHOP_ID_FIRST - 1),
@@ -96,7 +109,7 @@ def test_what_does_not(events: EventFilter, data: bytes) -> None:
 
 
 def test_links_are_told_anew_after_every_pass(events: EventFilter) -> None:
-    events.look_at({OTHER}, ())
+    events.look_at({OTHER}, (), ())
     assert events.concerns_us(address(OTHER))
     assert not events.concerns_us(address(OWN))
 
