@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 PACKAGES := etcd-server etcd-client ethtool iperf3 iproute2 iputils-ping nftables openssl procps \
 	python3-venv tcpdump util-linux
 SETUP := $(VENV)/.ready
+SCALE := build/scale.json
 
-.PHONY: demo test lint type bench setup constraints clean
+.PHONY: demo test lint type bench bench-scale setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
@@ -26,6 +27,12 @@ type: $(SETUP)
 bench: $(SETUP)  ## ratios against the named peers
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench
 
+bench-scale: $(VENV)/.bench  ## one agent among 30,000 hosts, 50 agents, hosts that change; a picture
+	mkdir -p $(dir $(SCALE))
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench \
+	  scale busy convergence churn --json $(SCALE)
+	$(BIN)/python -m tests.bench.plot $(SCALE) docs/images/scale.png
+
 setup: $(SETUP)
 
 $(SETUP): pyproject.toml constraints.txt Makefile
@@ -41,10 +48,18 @@ $(SETUP): pyproject.toml constraints.txt Makefile
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Only the picture of bench-scale needs matplotlib: not in what tests and demo install.
+$(VENV)/.bench: $(SETUP) constraints-bench.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r constraints-bench.txt
+	@touch $@
+
+COMPILE := $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras \
+	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --no-header
+
 constraints: $(SETUP)  ## resolve the versions anew
-	$(BIN)/pip-compile --quiet --extra dev --generate-hashes --allow-unsafe --strip-extras \
-	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
-	  --no-header --output-file constraints.txt pyproject.toml
+	$(COMPILE) --extra dev --output-file constraints.txt pyproject.toml
+	$(COMPILE) --extra bench --constraint constraints.txt --output-file constraints-bench.txt \
+	  pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NAMES = ("programming", "attach", "throughput")
 """Modules of this package, each with a `Benchmark` named ``run``."""
-SCALE_NAMES = ("scale", "convergence", "churn")
+SCALE_NAMES = ("scale", "busy", "convergence", "churn")
 """Further ones, run when they are named: they take minutes."""
 
 
@@ -39,16 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.geteuid() != 0:
         parser.error("benchmarks make network namespaces, which needs root: use sudo")
     results: list[tuple[str, Measure]] = []
-    for name in parsed.names or NAMES:
-        benchmark: Benchmark = importlib.import_module(f"tests.bench.{name}").run
-        run = Run(name, parsed.rounds, tuple(parsed.hosts), parsed.seconds)
-        run.say("starts")
-        results += [(name, measure) for measure in benchmark(run)]
-        run.say("done")
-    print(render_table(results))
-    if parsed.json is not None:
-        document = json.dumps(to_document(results), indent=2, ensure_ascii=False)
-        parsed.json.write_text(f"{document}\n")
+    try:
+        for name in parsed.names or NAMES:
+            benchmark: Benchmark = importlib.import_module(f"tests.bench.{name}").run
+            run = Run(name, parsed.rounds, tuple(parsed.hosts), parsed.seconds)
+            run.say("starts")
+            results += [(name, measure) for measure in benchmark(run)]
+            run.say("done")
+    finally:  # what was measured before one failed is not lost
+        print(render_table(results))
+        if parsed.json is not None:
+            document = json.dumps(to_document(results), indent=2, ensure_ascii=False)
+            parsed.json.write_text(f"{document}\n")
     return 0
 
 

@@ -6,6 +6,7 @@ measured is not disturbed by looking.  linux/rtnetlink.h, linux/neighbour.h, lin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -24,11 +25,12 @@ from meshnet.kernel.netns import inside
 from tests.bench.simulated import Object
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import Self
 
+ALL_GROUPS = (RTNLGRP_NEIGH, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_ROUTE, RTNLGRP_NEXTHOP)
 _SO_RCVBUFFORCE = 33
 _BUFFER_BYTES = 256 << 20
 _RECEIVE_BYTES = 1 << 16
@@ -61,14 +63,15 @@ class Watch:
 
     Args:
         netns: paths of the namespaces by a name.
+        groups: multicast groups to hear.
     """
 
-    def __init__(self, netns: Mapping[str, Path]) -> None:
+    def __init__(self, netns: Mapping[str, Path], groups: Collection[int] = ALL_GROUPS) -> None:
         self._poll = select.epoll()
         self._sockets: dict[int, tuple[str, socket.socket]] = {}
         try:
             for place, path in netns.items():
-                opened = _open(path)
+                opened = _open(path, groups)
                 self._sockets[opened.fileno()] = (place, opened)
                 self._poll.register(opened.fileno(), select.EPOLLIN)
         except BaseException:
@@ -112,10 +115,23 @@ class Watch:
                     if found is not None:
                         yield Notification(now, place, found, _NEW[message.kind])
 
-    def drain(self) -> None:
-        """Forget what has come so far."""
-        while any(True for _ in self.read(0)):
-            pass
+    def count(self, notifications: int, deadline_s: float) -> None:
+        """Wait until so many came, without reading what they say: the kernel makes them as fast.
+
+        Raises:
+            TimeoutError: they did not come in time.
+        """
+        deadline = time.monotonic() + deadline_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            for fd, _ in self._poll.poll(left_s):
+                receive = self._sockets[fd][1].recv
+                with contextlib.suppress(BlockingIOError):
+                    while notifications > 0:
+                        receive(16)
+                        notifications -= 1
+            if notifications <= 0:
+                return
+        raise TimeoutError(f"not within {deadline_s:g} s: {notifications} more notifications")
 
     def until(self, done: Callable[[Notification], bool], deadline_s: float, what: str) -> float:
         """Read until `done` says so of a notification; returns when that one came.
@@ -143,7 +159,7 @@ class Watch:
         return self.until(done, deadline_s, f"{len(objects)} objects have {verb}")
 
 
-def _open(path: Path) -> socket.socket:
+def _open(path: Path, groups: Collection[int]) -> socket.socket:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with inside(fd):
@@ -155,7 +171,7 @@ def _open(path: Path) -> socket.socket:
     try:
         opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         opened.bind((0, 0))
-        for group in (RTNLGRP_NEIGH, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_ROUTE, RTNLGRP_NEXTHOP):
+        for group in groups:
             opened.setsockopt(rtnl.SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
     except BaseException:
         opened.close()

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 SIZES = (1_000, 10_000, 30_000)
 _ROUNDS, _ROUNDS_ABOVE_10_000 = 3, 1
-_JOINS, _CROWD, _PASSES = 20, 500, 3
+_JOINS, _JOINS_S = (5, 20), 30.0
+_CROWD, _PASSES = 500, 3
 _DEADLINE_S = 60.0
 
 # Bounds that the design gives for one size.
@@ -98,7 +99,7 @@ def _measure(run: Run, count: int, starts: dict[int, list[Start]]) -> list[Measu
                 f"{starts[count][-1].seconds:.2f} s after the start; by hand {peer[-1]:.2f} s"
             )
         idle = measure_idle_passes(place)
-        joins = _measure_joins(place, count)
+        joins = _measure_joins(place)
         wrong = place.differences()
     if wrong:
         raise RuntimeError(f"{len(wrong)} differences to the kernel: {wrong[:5]}")
@@ -129,11 +130,14 @@ def _passed(place: Site, passes: int) -> Callable[[], bool]:
     return lambda: _passes(place.status()) > passes
 
 
-def _measure_joins(place: Site, count: int) -> Joins:
+def _measure_joins(place: Site) -> Joins:
     mesh = place.mesh
-    joins, leaves = [], []
+    joins: list[float] = []
+    leaves: list[float] = []
+    least, most = _JOINS
+    enough = time.monotonic() + _JOINS_S
     with place.watch() as watch:
-        for _ in range(_JOINS):
+        while len(joins) < least or (len(joins) < most and time.monotonic() < enough):
             host = mesh.new_hosts(1)
             objects = mesh.objects(host)
             began = time.monotonic()

@@ -142,9 +142,9 @@ class Site(AgentView):
         document = self.wait_in_sync(len(self.mesh.hosts), deadline_s=START_DEADLINE_S)
         return document, time.monotonic() - started
 
-    def settle(self) -> Document:
+    def settle(self, deadline_s: float = SYNC_DEADLINE_S) -> Document:
         """Wait until the agent has done all that the mesh asks for."""
-        return self.wait_in_sync(len(self.mesh.hosts), self.gateway.revision)
+        return self.wait_in_sync(len(self.mesh.hosts), self.gateway.revision, deadline_s)
 
     def watch(self) -> Watch:
         """Listen to the kernel of the agent's namespace."""
