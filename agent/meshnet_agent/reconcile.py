@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from meshnet_agent.worker import Worker
 
 _log = structlog.get_logger()
-_PAUSE_S = 0.02
-"""Longest rest after a pass, else as long as it took: a burst of events becomes one pass."""
+_PAUSE_S, _REST_S = 0.02, 1.0
+"""Longest rest after a pass, and before one over everything after another such, else as long as it
+took: a burst of events becomes one pass."""
 _RETRY_S = (0.5, 30.0)
 """First and last delay before failed operations are tried again."""
 _BATCH_HOSTS = 500
@@ -82,6 +83,8 @@ class Reconciler:
         self._all_due = True
         self._touched: set[HostId] = set()
         self._passed = trio.Event()
+        self._retry_s = _RETRY_S[0]
+        self._resync_at = self._rested_at = 0.0
 
     def mark_dirty(self) -> None:
         """Ask for a pass over everything."""
@@ -117,28 +120,38 @@ class Reconciler:
         (the underlay address is gone) likewise.
         """
         started = False
-        retry_s = _RETRY_S[0]
-        resync_at = 0.0
         while True:
-            with trio.move_on_at(min(resync_at, trio.current_time() + self._next_change_s())):
+            with trio.move_on_at(min(self._all_at, trio.current_time() + self._next_change_s())):
                 await self._wake.wait()
-            if self._all_due or trio.current_time() >= resync_at:
+            if trio.current_time() >= self._all_at:
                 await self._pass_over_all()
-                if not started and self.passes:
+                self._plan_next()
+                if self.passes and not started:
                     started = True
                     task_status.started()
-                if self.blocked is None and not self.result.failures:
-                    retry_s = _RETRY_S[0]
-                    wait_s = self._resync_s * random.uniform(0.9, 1.1)
-                else:
-                    wait_s = min(self._resync_s, retry_s * random.uniform(0.5, 1.0))
-                    retry_s = min(_RETRY_S[1], retry_s * 2)
-                resync_at = trio.current_time() + wait_s
             else:
                 await self._pass_over_some()
                 if self.result.failures:
-                    resync_at = min(resync_at, trio.current_time() + retry_s)
+                    self._resync_at = min(self._resync_at, trio.current_time() + self._retry_s)
             await trio.sleep(min(_PAUSE_S, self.result.seconds))
+
+    @property
+    def _all_at(self) -> float:
+        """When to look at everything: with the resync, or once rested if there is a reason."""
+        return min(self._resync_at, self._rested_at) if self._all_due else self._resync_at
+
+    def _plan_next(self) -> None:
+        """After a pass over everything: when to begin the next, without and with a reason."""
+        now = trio.current_time()
+        if self.blocked is None and not self.result.failures:
+            self._retry_s = _RETRY_S[0]
+            wait_s = self._resync_s * random.uniform(0.9, 1.1)
+        else:
+            wait_s = min(self._resync_s, self._retry_s * random.uniform(0.5, 1.0))
+            self._retry_s = min(_RETRY_S[1], self._retry_s * 2)
+        self._resync_at = now + wait_s
+        # Somebody who changes something all the time gets half of a processor at most.
+        self._rested_at = now + min(_REST_S, self.result.seconds)
 
     async def _pass_over_all(self) -> None:
         self._all_due = False
