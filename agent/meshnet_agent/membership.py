@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _REJOIN_S = (0.1, 1.0)
 """Least pause before keys that are gone, or that somebody else wrote over, are written again."""
-_REJOINS_PER_S = 200
-"""How many hosts come back in a second when many lost their leases at once.  Every one of them is
-news to every agent, and ten thousand that come back together keep etcd too busy to renew leases."""
+_LONGEST_REJOIN_S = 300.0
+_NEWS_PER_S = 1_000_000
+"""When many hosts lost their leases at once, how much news they make together by coming back: each
+of them is news to every agent.  It is what three etcd members of four cores deliver
+(docs/design/etcd-load.md); more keeps etcd too busy to renew leases."""
 
 
 class Membership:
@@ -117,10 +119,11 @@ class Membership:
     def _rejoin_pause_s(self) -> float:
         """How long to wait before this host is claimed again: longer the more hosts are dead."""
         least_s, most_s = _REJOIN_S
-        dead = 0
         if self._snapshot is not None:
-            dead = len(self._snapshot.hosts.keys() - self._snapshot.alive.keys())
-        return random.uniform(least_s, max(most_s, dead / _REJOINS_PER_S))
+            hosts = self._snapshot.hosts.keys()
+            dead = len(hosts - self._snapshot.alive.keys())
+            most_s = max(most_s, min(_LONGEST_REJOIN_S, dead * len(hosts) / _NEWS_PER_S))
+        return random.uniform(least_s, most_s)
 
     async def leave(self) -> None:
         """End the lease, so that others see at once that this agent has stopped."""
