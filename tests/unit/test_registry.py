@@ -102,6 +102,29 @@ async def test_a_host_that_has_not_changed_is_not_written_again(
     assert (await store.read(key)).items == before
 
 
+class RemovingStore(MemoryStore):
+    """Somebody removes a host's entry right after it was read, once."""
+
+    once = False
+
+    async def read(self, key: str) -> Listing:
+        found = await super().read(key)
+        if self.once and key.startswith(HOSTS):
+            self.once = False
+            await self.commit([], [Delete(key)])
+        return found
+
+
+async def test_a_host_that_is_removed_while_it_starts_again_is_published() -> None:
+    store = RemovingStore()
+    registry = Registry(store)
+    await store.revoke_lease(await registry.claim_host(make_host(), make_claim(), 15))
+    store.once = True
+    await registry.claim_host(make_host(), make_claim(), 15)
+    snapshot = await registry.snapshot()
+    assert snapshot.hosts.keys() == snapshot.alive.keys() == {H1}
+
+
 async def test_a_second_agent_of_one_host_id_is_refused(registry: Registry) -> None:
     await registry.claim_host(make_host(), make_claim(), 15)
     with pytest.raises(ConflictError, match=r"held by an agent at underlay address 10\.9\.0\.1"):
