@@ -10,6 +10,7 @@ import functools
 import gc
 import grp
 import os
+import random
 import resource
 import secrets
 import signal
@@ -172,7 +173,9 @@ async def _open_store(config: AgentConfig) -> AsyncIterator[Store]:
 
     store = EtcdStore(
         EtcdConfig(
-            endpoints=config.etcd,
+            # Shuffled: otherwise every host would use the first one, and all of them the next when
+            # that fails.
+            endpoints=tuple(random.sample(config.etcd, len(config.etcd))),
             ca_file=_path(config.etcd_ca),
             cert_file=_path(config.etcd_cert),
             key_file=_path(config.etcd_key),

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _REJOIN_S = (0.1, 1.0)
-"""Pause before keys that somebody else removed or wrote over are written again."""
+"""Least pause before keys that are gone, or that somebody else wrote over, are written again."""
+_LONGEST_REJOIN_S = 300.0
+_NEWS_PER_S = 1_000_000
+"""When many hosts lost their leases at once, how much news they make together by coming back: each
+of them is news to every agent.  It is what three etcd members of four cores deliver
+(docs/design/etcd-load.md); more keeps etcd too busy to renew leases."""
 
 
 class Membership:
@@ -85,9 +90,13 @@ class Membership:
         Raises:
             ConflictError: while the lease was lost another agent became this host.
         """
+        renew_s = self._ttl_s / 3
+        pause_s = renew_s
         while True:
-            await trio.sleep(self._ttl_s / 3 * random.uniform(0.9, 1.1))
+            await trio.sleep(pause_s * random.uniform(0.9, 1.1))
             try:
+                if self._lease is None:
+                    await trio.sleep(self._rejoin_pause_s())
                 if self._lease is None:
                     await self.join()
                     _log.info("lease taken again")
@@ -95,13 +104,27 @@ class Membership:
                 else:
                     await self._registry.store.keep_alive(self._lease)
                     self.lease_ok = True
+                pause_s = renew_s
             except LeaseExpiredError:
                 _log.warning("lease ran out")
                 self._lease = None
                 self.lease_ok = False
+                pause_s = 0.0
             except (StoreUnavailableError, PolicyRefusedError) as error:
                 self.lease_ok = False
                 _log.warning("lease not renewed", reason=str(error))
+                # A call may take as long as a third of the lease before it fails: after a whole
+                # pause more the next one would come too late.
+                pause_s = renew_s * random.uniform(0.0, 0.5)
+
+    def _rejoin_pause_s(self) -> float:
+        """How long to wait before this host is claimed again: longer the more hosts are dead."""
+        least_s, most_s = _REJOIN_S
+        if self._snapshot is not None:
+            hosts = self._snapshot.hosts.keys()
+            dead = len(hosts - self._snapshot.alive.keys())
+            most_s = max(most_s, min(_LONGEST_REJOIN_S, dead * len(hosts) / _NEWS_PER_S))
+        return random.uniform(least_s, most_s)
 
     async def leave(self) -> None:
         """End the lease, so that others see at once that this agent has stopped."""
@@ -189,8 +212,10 @@ class Membership:
         if not self._is_published(snapshot):
             # Two agents with copies of one state directory take the host from each other; without
             # a pause they would do it as fast as the store can write.
-            await trio.sleep(random.uniform(*_REJOIN_S))
-            await self.join()
+            await trio.sleep(self._rejoin_pause_s())
+            snapshot = self._snapshot or snapshot
+            if not self._is_published(snapshot):
+                await self.join()
         for name, network in snapshot.networks.items():
             held = snapshot.subnets_of(self.host.id, name)
             for cidr in network.subnets:

@@ -49,9 +49,11 @@ __all__ = ["EtcdConfig", "EtcdStore"]
 
 _T = TypeVar("_T")
 
-_PAGE_KEYS = 5_000
-"""Keys a page.  etcd 3.4 walks over all keys from a page's first to the end of the prefix, whatever
-the limit, so what a listing costs it grows with keys times pages (docs/design/etcd-load.md)."""
+_FIRST_PAGE_KEYS = 5_000
+_LARGEST_PAGE_KEYS = 40_000
+"""Each page is twice the one before it.  etcd 3.4 walks over all keys from a page's first to the
+end of the prefix, whatever the limit, so what a listing costs it grows with keys times pages
+(docs/design/etcd-load.md).  40,000 keys are 4 MB."""
 _LEASE_NOT_FOUND = "requested lease not found"
 _COMPACTED = "required revision has been compacted"
 _NEVER_SENT = "failed to connect to all addresses"
@@ -81,7 +83,7 @@ class EtcdStore:
         self._session = _Session(config.user, config.password)
 
     async def list_prefix(self, prefix: str) -> Listing:
-        """Read a prefix in pages of 5,000 keys, all at the first page's revision.
+        """Read a prefix in pages of 5,000 keys and more, all at the first page's revision.
 
         Each page has its own time-out.  Starts again when the revision is compacted meanwhile.
 
@@ -103,9 +105,9 @@ class EtcdStore:
         """The listing, or None when its revision was compacted before the last page."""
         key, range_end = messages.prefix_range(prefix)
         items: list[KeyValue] = []
-        revision = 0
+        revision, limit = 0, _FIRST_PAGE_KEYS
         while True:
-            request = messages.range_request(key, range_end, limit=_PAGE_KEYS, revision=revision)
+            request = messages.range_request(key, range_end, limit=limit, revision=revision)
             try:
                 page = await self._call(request, f"list {prefix}")
             except CompactedError:
@@ -115,6 +117,7 @@ class EtcdStore:
             if not page.more:
                 return Listing(tuple(items), revision, page.cluster_id)
             key = messages.key_after(page.items[-1].key)
+            limit = min(2 * limit, _LARGEST_PAGE_KEYS)
 
     async def read(self, key: str) -> Listing:
         """Read one key."""

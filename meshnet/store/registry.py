@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from meshnet.model import Claim, IpNetwork, MeshSnapshot, Network
-    from meshnet.store import KeyValue, LeaseId, Store, Write
+    from meshnet.store import Condition, KeyValue, LeaseId, Store, Write
 
 FIRST_VNI = 4097
 """Networks that name no VNI get the lowest free one from here on: small ones are for people."""
@@ -66,12 +66,11 @@ class Registry:
         """
         lease = await self.store.grant_lease(ttl_s)
         key = alive_key(host.id)
-        writes = [
-            Put(key, codec.encode_claim(claim), lease),
-            Put(host_key(host.id), codec.encode_host(host)),
-        ]
+        alive = Put(key, codec.encode_claim(claim), lease)
         for _ in range(_TRIES):
-            if (await self.store.commit([Absent(key)], writes)).succeeded:
+            unchanged, entry = await self._publication(host)
+            writes = [alive, *entry]
+            if (await self.store.commit([Absent(key), *unchanged], writes)).succeeded:
                 return lease
             held = next(iter((await self.store.read(key)).items), None)
             if held is None:
@@ -80,11 +79,22 @@ class Registry:
                 await self.store.revoke_lease(lease)
                 raise ConflictError(_claim_conflict(host, held.value, ttl_s))
             # This agent before its restart: take over, then end the lease nobody renews.
-            if (await self.store.commit([Holds(key, held.value)], writes)).succeeded:
+            when = [Holds(key, held.value), *unchanged]
+            if (await self.store.commit(when, writes)).succeeded:
                 if held.lease_id not in (0, lease):
                     await self.store.revoke_lease(type(lease)(held.lease_id))
                 return lease
         raise ConflictError(f"host id {host.id} changes hands all the time: choose another")
+
+    async def _publication(self, host: Host) -> tuple[list[Condition], list[Write]]:
+        """What publishes a host: nothing, if it is published, on condition that it stays so.
+
+        Every write is news to every agent, and a host that starts again has seldom changed.
+        """
+        put = Put(host_key(host.id), codec.encode_host(host))
+        if any(item.value == put.value for item in (await self.store.read(put.key)).items):
+            return [Holds(put.key, put.value)], []
+        return [], [put]
 
     async def remove_host(self, host: HostId) -> None:
         """Forget a host that is gone for good: its entry, reservations and endpoints.

@@ -96,7 +96,7 @@ class TestList:
         for absent in (prefix, f"{prefix}k22", f"{prefix}j"):
             assert (await store.read(absent)).items == ()
 
-    @pytest.mark.parametrize("count", [4_999, 5_000, 5_001, 12_500])
+    @pytest.mark.parametrize("count", [4_999, 5_000, 5_001, 15_000, 15_001])
     async def test_pages_make_one_listing(self, store: Store, prefix: str, count: int) -> None:
         keys = [f"{prefix}{number:05}" for number in range(count)]
         await fill(store, keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
-    from meshnet.store import Commit, Condition, Write
+    from meshnet.store import Commit, Condition, LeaseId, Write
 
 PROD = NetworkName("prod")
 SNAPSHOT = make_snapshot([make_network()], 2)
@@ -80,6 +81,62 @@ def test_a_network_that_was_made_anew_with_other_addresses(
     assert len(changes) == 2
 
 
+class SlowStore(MemoryStore):
+    """Renewals time out, as those of an etcd that is overloaded or unplugged, until it recovers."""
+
+    recovers_at = float("inf")
+
+    async def keep_alive(self, lease_id: LeaseId) -> int:
+        if trio.current_time() < self.recovers_at:
+            await trio.sleep(5)
+            raise StoreUnavailableError("no answer within 5 s")
+        return await super().keep_alive(lease_id)
+
+
+def member(store: MemoryStore, name: str = "h1") -> Membership:
+    return Membership(
+        Registry(store),
+        Host(id=HostId(name), underlay_ip=underlay_ip(1)),
+        Claim(instance=name, underlay_ip=underlay_ip(1)),
+        ttl_s=15,
+        check_store=trio.lowlevel.checkpoint,
+        on_change=lambda: None,
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_a_renewal_that_times_out_is_tried_again_within_the_lease(
+    autojump_clock: MockClock, seed: int
+) -> None:
+    random.seed(seed)
+    store = SlowStore()
+    membership = member(store)
+    await membership.join()
+    lease = membership._lease
+    store.recovers_at = trio.current_time() + 9
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(membership.keep_alive)
+        await trio.sleep(60)
+        nursery.cancel_scope.cancel()
+    assert membership._lease == lease
+
+
+async def test_many_hosts_that_lost_their_leases_come_back_one_after_the_other(
+    autojump_clock: MockClock,
+) -> None:
+    """All of ten thousand within 100 seconds, and one that is alone at once."""
+    store = MemoryStore()
+    for dead, least_s, most_s in ((1, 0.1, 1.0), (1_000, 0.1, 1.0), (10_000, 50.0, 100.0)):
+        snapshot = make_snapshot([], 1)
+        hosts = {HostId(f"h{i}"): snapshot.hosts[ME] for i in range(1, dead + 1)}
+        pauses = []
+        for _ in range(20):
+            membership = member(store)
+            membership.follow(replace(snapshot, hosts=hosts, alive={}))
+            pauses.append(membership._rejoin_pause_s())
+        assert least_s <= max(pauses) <= most_s
+
+
 class ForgetfulStore(MemoryStore):
     """Makes a write and does not answer, once, as an etcd that is killed does."""
 
@@ -102,14 +159,7 @@ async def test_a_snapshot_that_lags_behind_makes_no_second_reservation(
     store = ForgetfulStore()
     registry = Registry(store)
     network = await registry.create_network(lambda vni: make_network(vni=vni), None)
-    membership = Membership(
-        registry,
-        Host(id=ME, underlay_ip=underlay_ip(1)),
-        Claim(instance="h1", underlay_ip=underlay_ip(1)),
-        ttl_s=15,
-        check_store=trio.lowlevel.checkpoint,
-        on_change=lambda: None,
-    )
+    membership = member(store)
     await membership.join()
     before = await registry.snapshot()
     # So that choices are random.

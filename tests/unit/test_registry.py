@@ -14,7 +14,7 @@ import trio
 from meshnet import codec
 from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError, UsageError
 from meshnet.model import Claim, Endpoint, Host, HostId, NetworkName
-from meshnet.store import Put
+from meshnet.store import Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS, host_key, subnet_key
 from meshnet.store.registry import FIRST_VNI, Registry, endpoint_key
@@ -84,6 +84,45 @@ async def test_a_claim_publishes_the_host(registry: Registry) -> None:
     snapshot = await registry.snapshot()
     assert snapshot.hosts == {H1: make_host()}
     assert snapshot.alive == {H1: make_claim()}
+
+
+async def test_a_host_that_has_not_changed_is_not_written_again(
+    registry: Registry, store: MemoryStore
+) -> None:
+    key = host_key(H1)
+    for number in (1, 1, 2):
+        await registry.claim_host(make_host(number=number), make_claim(number=number), 15)
+        (item,) = (await store.read(key)).items
+        assert codec.decode_host(item.value) == make_host(number=number)
+    await store.commit([], [Delete(key)])
+    await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
+    assert (await store.read(key)).items
+    before = (await store.read(key)).items
+    await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
+    assert (await store.read(key)).items == before
+
+
+class RemovingStore(MemoryStore):
+    """Somebody removes a host's entry right after it was read, once."""
+
+    once = False
+
+    async def read(self, key: str) -> Listing:
+        found = await super().read(key)
+        if self.once and key.startswith(HOSTS):
+            self.once = False
+            await self.commit([], [Delete(key)])
+        return found
+
+
+async def test_a_host_that_is_removed_while_it_starts_again_is_published() -> None:
+    store = RemovingStore()
+    registry = Registry(store)
+    await store.revoke_lease(await registry.claim_host(make_host(), make_claim(), 15))
+    store.once = True
+    await registry.claim_host(make_host(), make_claim(), 15)
+    snapshot = await registry.snapshot()
+    assert snapshot.hosts.keys() == snapshot.alive.keys() == {H1}
 
 
 async def test_a_second_agent_of_one_host_id_is_refused(registry: Registry) -> None:
