@@ -92,9 +92,11 @@ def plan_vxlan(wanted: NetworkInput, state: KernelState, ids: NexthopIds) -> Net
                 )
                 continue
             nexthop = _plan_tunnel(vxlan_name(network), peer, macs[peer.host.id], state)
-        nexthop_id = ids.id_of(nexthop)
-        state.nexthops[nexthop_id] = nexthop
-        state.routes[_route_key(peer.subnet)] = Route(nexthop_id, sources[version])
+        route = Route(0, sources[version], nexthop)
+        if underlay.nexthop_objects:
+            route = Route(ids.id_of(nexthop), sources[version])
+            state.nexthops[route.nexthop_id] = nexthop
+        state.routes[_route_key(peer.subnet)] = route
     for cidr in network.subnets:
         if cidr.version in sources and cidr not in wanted.subnets:
             # Else packets to a subnet nobody owns would leave by the host's default route.
