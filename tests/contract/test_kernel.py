@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from ipaddress import ip_address
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,7 @@ from meshnet.state import (
     Nexthop,
     Route,
     RouteKey,
+    format_ip,
 )
 from tests.contract.changes import (
     BRIDGE,
@@ -41,7 +43,6 @@ from tests.values import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path as FilePath
 
     from tests.contract.hosts import HostUnderTest
 
@@ -270,15 +271,24 @@ def test_a_link_of_others_that_is_named_like_ours(host: HostUnderTest, name: str
 
 def test_one_refused_message_of_a_batch(host: HostUnderTest) -> None:
     converge(host, desired_for(host, [make_network()]))
-    keys = [RouteKey(bytes((10, 77, i, 0)), 24) for i in range(1500)[:250]]
+    keys = [RouteKey(bytes((10, 77, *divmod(i, 256))), 32) for i in range(1300)]
     ops = [Op(Table.ROUTE, key, Route(NEXTHOP_ID_FIRST), False) for key in keys]
     bad = Op(Table.ROUTE, RouteKey(bytes((10, 78, 0, 0)), 24), Route(NEXTHOP_ID_FIRST + 77), False)
-    (failure,) = host.kernel.apply([*ops[:100], bad, *ops[100:]])
-    assert failure.op is bad
-    assert failure.errno == errno.EINVAL
-    assert str(failure).startswith("create route 10.78.0.0/24: ")
-    assert host.kernel.dump().routes.keys() >= set(keys)
-    assert bad.key not in host.kernel.dump().routes
+    taken = keys[850]
+    host.by_hand(
+        f"ip route add {format_ip(taken.prefix)} via 10.9.0.9 dev {UNDERLAY_DEV} proto 42",
+        in_memory=lambda kernel: kernel.foreign.routes.add(taken),
+    )
+    others = host.others()
+    # The last of a batch is refused, too: it is not mistaken for the acknowledgement.
+    failures = host.kernel.apply([*ops[:100], bad, *ops[100:998], bad, *ops[998:], bad])
+    assert [f.op for f in failures] == [bad, ops[850], bad, bad]
+    assert [f.errno for f in failures] == [errno.EINVAL, errno.EEXIST, errno.EINVAL, errno.EINVAL]
+    assert str(failures[0]).startswith("create route 10.78.0.0/24: ")
+    routes = host.kernel.dump().routes
+    assert routes.keys() >= set(keys) - {taken}
+    assert not {bad.key, taken} & routes.keys()
+    assert host.others() == others
 
 
 def test_progress(host: HostUnderTest) -> None:
@@ -311,6 +321,19 @@ def test_what_needs_a_refused_object_is_not_tried(host: HostUnderTest) -> None:
     assert not_tried.op is ops[1]
     assert "nexthop" in not_tried.reason
     assert host.kernel.dump().routes == {CIDR4: Route(0)}
+
+
+def test_more_neighbours_than_the_table_holds(host: HostUnderTest) -> None:
+    """Permanent ones do not count (net/core/neighbour.c, `exempt_from_gc`)."""
+    most = int(FilePath("/proc/sys/net/ipv4/neigh/default/gc_thresh3").read_text())
+    if most > 20_000:
+        pytest.skip(f"gc_thresh3 of this machine is {most}")
+    converge(host, desired_for(host, [make_network()], hosts=1))
+    mac = b"\2\0\0\0\0\1"
+    keys = [NeighbourKey(TUNNEL, bytes((10, 43, *divmod(i, 256)))) for i in range(most + 1000)]
+    ops = [Op(Table.NEIGHBOUR, key, mac, False) for key in keys]
+    assert host.kernel.apply(ops) == []
+    assert host.kernel.dump().neighbours == dict.fromkeys(keys, mac)
 
 
 def test_refusals_of_the_kernel(host: HostUnderTest) -> None:
