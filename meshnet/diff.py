@@ -22,6 +22,7 @@ from meshnet.state import (
     NeighbourKey,
     Nexthop,
     Route,
+    RouteKey,
     format_ip,
     format_mac,
 )
@@ -98,12 +99,13 @@ def diff(desired: KernelState, actual: KernelState) -> list[Op]:
         if actual.sysctls.get(path) != value:
             ops.append(Op(Table.SYSCTL, path, value, True))
     ops += _set_links(desired.links, base.links)
+    needs_peer = _needs_peer(desired)
     in_order: tuple[tuple[Table, _Needs], ...] = (
         (Table.ADDRESS, _needs_link),
         (Table.NEIGHBOUR, _needs_link),
         (Table.FDB, _needs_link),
-        (Table.NEXTHOP, _needs_peer(desired)),
-        (Table.ROUTE, _needs_nexthop),
+        (Table.NEXTHOP, needs_peer),
+        (Table.ROUTE, _needs_way(needs_peer)),
     )
     # Nearly always they are the same, which is found out in a fifth of the time.
     different = [
@@ -192,7 +194,7 @@ def _on_link(dev: str) -> tuple[tuple[Table, str]]:
 def _needs_peer(desired: KernelState) -> _Needs:
     """A nexthop is useless without its link, its neighbour and that neighbour's FDB entry."""
 
-    def needs(_id: int, nexthop: Nexthop) -> tuple[tuple[Table, Any], ...]:
+    def needs(_key: object, nexthop: Nexthop) -> tuple[tuple[Table, Any], ...]:
         dev, gateway = nexthop
         neighbour = NeighbourKey(dev, gateway)
         mac = desired.neighbours.get(neighbour)
@@ -203,8 +205,15 @@ def _needs_peer(desired: KernelState) -> _Needs:
     return needs
 
 
-def _needs_nexthop(_key: Any, route: Route) -> tuple[tuple[Table, Any], ...]:  # noqa: ANN401
-    return ((Table.NEXTHOP, route.nexthop_id),) if route.nexthop_id else ()
+def _needs_way(needs_peer: _Needs) -> _Needs:
+    """A route is useless without its nexthop object, or what that of its own gateway would need."""
+
+    def needs(key: RouteKey, route: Route) -> tuple[tuple[Table, Any], ...]:
+        if route.nexthop_id:
+            return ((Table.NEXTHOP, route.nexthop_id),)
+        return needs_peer(key, route.via) if route.via is not None else ()
+
+    return needs
 
 
 def _without_links(state: KernelState, names: set[str]) -> KernelState:
@@ -220,7 +229,11 @@ def _without_links(state: KernelState, names: set[str]) -> KernelState:
         neighbours={k: v for k, v in state.neighbours.items() if k.dev not in names},
         fdb={k: v for k, v in state.fdb.items() if k.dev not in names},
         nexthops={k: v for k, v in state.nexthops.items() if k not in gone},
-        routes={k: v for k, v in state.routes.items() if v.nexthop_id not in gone},
+        routes={
+            k: v
+            for k, v in state.routes.items()
+            if v.nexthop_id not in gone and (v.via is None or v.via.dev not in names)
+        },
         sysctls=state.sysctls,
         firewall=state.firewall,
     )

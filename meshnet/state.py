@@ -95,7 +95,7 @@ class FdbKey(NamedTuple):
 
 
 class Nexthop(NamedTuple):
-    """A nexthop object: `gateway` is taken to be on the link `dev` (``RTNH_F_ONLINK``)."""
+    """A way to go: `gateway` is taken to be on the link `dev` (``RTNH_F_ONLINK``)."""
 
     dev: str
     gateway: PackedIp
@@ -109,15 +109,18 @@ class RouteKey(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Where a route leads.
+    """Where a route leads: through a nexthop object, by a gateway of its own, or nowhere.
 
     Attributes:
-        nexthop_id: the nexthop object, or 0 for ``unreachable``.
+        nexthop_id: the nexthop object, or 0.
         source: preferred source address of the host's own packets, or b"".
+        via: the gateway, on kernels without nexthop objects; a route with neither is
+            ``unreachable``.
     """
 
     nexthop_id: int
     source: PackedIp = b""
+    via: Nexthop | None = None
 
 
 @dataclass(slots=True)

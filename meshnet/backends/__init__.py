@@ -46,6 +46,7 @@ class Underlay:
             only listens to when told so (``accept_ra=2``).
         ipv6: whether the kernel has IPv6 at all.
         strict_rp_filter: whether ``net.ipv4.conf.all.rp_filter`` is 1.
+        nexthop_objects: whether the kernel has them (Linux 5.3); else routes name their gateways.
     """
 
     ip: IpAddress
@@ -56,6 +57,7 @@ class Underlay:
     ra_links: tuple[str, ...] = ()
     ipv6: bool = True
     strict_rp_filter: bool = False
+    nexthop_objects: bool = True
 
 
 class Peer(NamedTuple):

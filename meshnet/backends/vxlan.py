@@ -108,21 +108,27 @@ class VxlanBackend:
                 if source is None:
                     continue
                 nexthop = _direct(host, subnet, underlay) if direct else None
-                if nexthop is None:
-                    if host.underlay_ip.version != underlay.ip.version:
-                        errors[host.id] = (
-                            f"host {host.id} has underlay address {host.underlay_ip}, this host "
-                            f"{underlay.ip}: give both agents addresses of one IP version"
-                        )
-                        continue
-                    nexthop = _plan_tunnel(dev, peer, subnet, state)
-                nexthop_id = ids.id_of(nexthop)
-                state.nexthops[nexthop_id] = nexthop
-                state.routes[_route_key(subnet)] = Route(nexthop_id, source)
+                if nexthop is None and host.underlay_ip.version != underlay.ip.version:
+                    errors[host.id] = _unreachable(host, underlay)
+                    continue
+                nexthop = nexthop or _plan_tunnel(dev, peer, subnet, state)
+                if underlay.nexthop_objects:
+                    nexthop_id = ids.id_of(nexthop)
+                    state.nexthops[nexthop_id] = nexthop
+                    state.routes[_route_key(subnet)] = Route(nexthop_id, source)
+                else:
+                    state.routes[_route_key(subnet)] = Route(0, source, nexthop)
         return errors
 
 
 VXLAN = VxlanBackend()
+
+
+def _unreachable(host: Host, underlay: Underlay) -> str:
+    return (
+        f"host {host.id} has underlay address {host.underlay_ip}, this host {underlay.ip}: give "
+        "both agents addresses of one IP version"
+    )
 
 
 def link_local_of(mac: bytes) -> PackedIp:

@@ -42,7 +42,7 @@ NDA_DST, NDA_LLADDR, NDA_IFINDEX, NDA_PROTOCOL = 1, 2, 8, 12
 NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 RTNH_F_ONLINK = 4
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC = 1, 4, 5, 6, 7
-RTA_METRICS, RTA_TABLE, RTA_NH_ID = 8, 15, 30
+RTA_METRICS, RTA_TABLE, RTA_ENCAP, RTA_NH_ID = 8, 15, 22, 30
 RT_TABLE_MAIN, RT_SCOPE_UNIVERSE = 254, 0
 RTN_UNSPEC, RTN_UNICAST, RTN_UNREACHABLE = 0, 1, 7
 IPV6_METRIC = 1024
@@ -229,6 +229,15 @@ def encode_nexthops(ops: Sequence[Op], indices: Mapping[str, int], first: int) -
     return messages
 
 
+def encode_nexthop_probe(sequence: int) -> bytes:
+    """Ask for our first nexthop object, to see whether the kernel knows what that is."""
+    return _NEXTHOP_NAME.pack(
+        _NEXTHOP_NAME.size, rtnl.RTM_GETNEXTHOP, rtnl.NLM_F_REQUEST, sequence, 0,
+        socket.AF_UNSPEC, 0, 0, 0,
+        8, NHA_ID, NEXTHOP_ID_FIRST,
+    )  # fmt: skip
+
+
 def nexthop_dump() -> bytes:
     """Body of RTM_GETNEXTHOP for all nexthop objects."""
     return rtnl.NHMSG.pack(socket.AF_UNSPEC, 0, 0, 0)
@@ -274,8 +283,12 @@ _ROUTE_HEADS6 = (
 )
 
 
-def encode_routes(ops: Sequence[Op], _indices: Mapping[str, int], first: int) -> list[bytes]:
-    """Set or delete routes of the main table."""
+def encode_routes(ops: Sequence[Op], indices: Mapping[str, int], first: int) -> list[bytes]:
+    """Set or delete routes of the main table.
+
+    Raises:
+        KeyError: a link has no index.
+    """
     messages = []
     for sequence, op in enumerate(ops, first):
         (prefix, length), route = op.key, op.value
@@ -283,20 +296,29 @@ def encode_routes(ops: Sequence[Op], _indices: Mapping[str, int], first: int) ->
             request, flags, kind, way = rtnl.RTM_DELROUTE, _DELETE, RTN_UNSPEC, b""
         else:
             request, flags = rtnl.RTM_NEWROUTE, _REPLACE if op.exists else _CREATE
-            kind, way = RTN_UNREACHABLE, b""
-            if route.nexthop_id:
-                kind, way = RTN_UNICAST, _NUMBER.pack(8, RTA_NH_ID, route.nexthop_id)
-            if route.source:
-                way += _source(route.source)
+            kind, way = _encode_way(route, indices)
         size = len(prefix)
         shape = _ROUTE[size]
         messages.append(shape.pack(
             shape.size + len(way), request, flags, sequence, 0,
-            _FAMILY[size], length, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, RT_SCOPE_UNIVERSE, kind, 0,
+            _FAMILY[size], length, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, RT_SCOPE_UNIVERSE, kind,
+            RTNH_F_ONLINK if route is not None and route.via is not None else 0,
             4 + size, RTA_DST, prefix,
             8, RTA_PRIORITY, _METRIC[size],
         ) + way)  # fmt: skip
     return messages
+
+
+def _encode_way(route: Route, indices: Mapping[str, int]) -> tuple[int, bytes]:
+    """Type of a route, and the attributes that say where it leads."""
+    kind, way = RTN_UNREACHABLE, b""
+    if route.nexthop_id:
+        kind, way = RTN_UNICAST, _NUMBER.pack(8, RTA_NH_ID, route.nexthop_id)
+    elif route.via is not None:
+        dev, gateway = route.via
+        kind, way = RTN_UNICAST, _NUMBER.pack(8, RTA_OIF, indices[dev])
+        way += rtnl.attr(RTA_GATEWAY, gateway)
+    return kind, way + _source(route.source) if route.source else way
 
 
 @functools.lru_cache
@@ -310,7 +332,7 @@ def route_dump(family: int) -> bytes:
     return rtnl.RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, 0, 0, 0)
 
 
-def decode_routes(bodies: Iterable[Body]) -> dict[RouteKey, Route]:
+def decode_routes(bodies: Iterable[Body], names: Mapping[int, str]) -> dict[RouteKey, Route]:
     """The routes of ours."""
     found = {}
     for data, start, end in bodies:
@@ -338,16 +360,19 @@ def decode_routes(bodies: Iterable[Body]) -> dict[RouteKey, Route]:
         if priority != (IPV6_METRIC if family == socket.AF_INET6 else 0):
             continue
         prefix = attrs.get(RTA_DST, bytes(4 if family == socket.AF_INET else 16))
-        found[RouteKey(prefix, length)] = _decode_way(kind, attrs)
+        found[RouteKey(prefix, length)] = _decode_way(kind, attrs, names)
     return found
 
 
-def _decode_way(kind: int, attrs: Mapping[int, bytes]) -> Route:
+def _decode_way(kind: int, attrs: Mapping[int, bytes], names: Mapping[int, str]) -> Route:
     source = attrs.get(RTA_PREFSRC, b"")
     if kind == RTN_UNREACHABLE:
         return Route(0, source)
     if RTA_NH_ID in attrs:
         return Route(rtnl.U32.unpack(attrs[RTA_NH_ID])[0], source)
+    if kind == RTN_UNICAST and attrs.keys() >= {RTA_OIF, RTA_GATEWAY} and RTA_ENCAP not in attrs:
+        dev = names.get(rtnl.U32.unpack(attrs[RTA_OIF])[0], "")
+        return Route(0, source, Nexthop(dev, attrs[RTA_GATEWAY]))
     return Route(FOREIGN_NEXTHOP, source)
 
 

@@ -73,6 +73,7 @@ class MemoryKernel:
 
     Args:
         underlay_ips: the addresses of `dev`.
+        nexthop_objects: False: as Linux before 5.3.
 
     Attributes:
         foreign: what others hold; change it with its sets' own methods.
@@ -80,7 +81,13 @@ class MemoryKernel:
         on_change: called, if set, after every change `by_hand`, as the kernel would notify.
     """
 
-    def __init__(self, *underlay_ips: IpAddress, dev: str = "eth0", mtu_bytes: int = 1500) -> None:
+    def __init__(
+        self,
+        *underlay_ips: IpAddress,
+        dev: str = "eth0",
+        mtu_bytes: int = 1500,
+        nexthop_objects: bool = True,
+    ) -> None:
         self.foreign = Foreign()
         self.routed: dict[IpAddress, Path | None] = {}
         self.on_change: Callable[[], None] | None = None
@@ -88,6 +95,7 @@ class MemoryKernel:
         self.underlay_ips = sorted(underlay_ips, key=lambda ip: ip.version)
         self.underlay_dev = dev
         self.underlay_mtu_bytes = mtu_bytes
+        self._nexthop_objects = nexthop_objects
         self._faults: list[_Fault] = []
         self._state = KernelState(
             sysctls={
@@ -116,6 +124,7 @@ class MemoryKernel:
             mtu_bytes=self.underlay_mtu_bytes,
             forwarding_links=(dev,),
             ra_links=(dev,) if listens else (),
+            nexthop_objects=self._nexthop_objects,
         )
 
     def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
@@ -235,7 +244,7 @@ class MemoryKernel:
         if now is not None and (now.mac != links[name].mac or not link.up):
             self._flush_neighbours(name)
         if now is not None and not link.up:
-            self._delete_nexthops(self._nexthops_on(name))
+            self._delete_ways_over(name)
         if not link.up or settings.get(("ipv6", "disable_ipv6")) == "1":
             for address in [a for a in self._state.addresses if a.dev == name]:
                 if len(address.address) == 16:
@@ -258,7 +267,7 @@ class MemoryKernel:
         self._flush_neighbours(name)
         for entry in [k for k in state.fdb if k.dev == name]:
             del state.fdb[entry]
-        self._delete_nexthops(self._nexthops_on(name))
+        self._delete_ways_over(name)
         for address in [a for a in state.addresses if a.dev == name]:
             self._delete_address(address)
 
@@ -266,8 +275,11 @@ class MemoryKernel:
         for neighbour in [k for k in self._state.neighbours if k.dev == name]:
             del self._state.neighbours[neighbour]
 
-    def _nexthops_on(self, name: str) -> set[int]:
-        return {i for i, nexthop in self._state.nexthops.items() if nexthop.dev == name}
+    def _delete_ways_over(self, name: str) -> None:
+        state = self._state
+        self._delete_nexthops({i for i, n in state.nexthops.items() if n.dev == name})
+        for key in [k for k, r in state.routes.items() if r.via is not None and r.via.dev == name]:
+            del state.routes[key]
 
     def _need_link(self, dev: str, *, up: bool = False) -> None:
         link = self._state.links.get(dev)
@@ -300,6 +312,8 @@ class MemoryKernel:
     # --- nexthops and routes ------------------------------------------------------------------
 
     def _set_nexthop(self, nexthop_id: int, nexthop: Nexthop, *, exists: bool) -> None:
+        if not self._nexthop_objects:
+            raise _Refused(errno.EOPNOTSUPP)
         if nexthop_id in self.foreign.nexthops or (
             not exists and nexthop_id in self._state.nexthops
         ):
@@ -320,10 +334,14 @@ class MemoryKernel:
         state = self._state
         if key in self.foreign.routes or (not exists and key in state.routes):
             raise _Refused(errno.EEXIST)
+        nexthop = route.via
         if route.nexthop_id:
             nexthop = state.nexthops.get(route.nexthop_id)
             if nexthop is None:
                 raise _Refused(errno.EINVAL, "Nexthop id does not exist")
+        elif nexthop is not None:
+            self._need_link(nexthop.dev, up=True)
+        if nexthop is not None:
             if len(nexthop.gateway) != len(key.prefix):
                 raise _Refused(errno.EINVAL, "Nexthop has another address family")
             if route.source and not any(a.address == route.source for a in state.addresses):

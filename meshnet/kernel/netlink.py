@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -69,6 +68,8 @@ class NetlinkKernel:
 
     Args:
         firewall_memory: file that remembers the nftables table as loaded (`NftTable`).
+        nexthop_objects: None: find out whether the kernel has them; False: do as if it had none,
+            which is for tests.
 
     Attributes:
         deleted: neighbours and FDB entries that were deleted since the last dump and not set since
@@ -78,7 +79,7 @@ class NetlinkKernel:
         OSError: a netlink socket cannot be had.
     """
 
-    def __init__(self, firewall_memory: FilePath) -> None:
+    def __init__(self, firewall_memory: FilePath, *, nexthop_objects: bool | None = None) -> None:
         self._rtnl = rtnl.RtnlSocket()
         try:
             self._iproute: Any = IPRoute()
@@ -86,6 +87,7 @@ class NetlinkKernel:
             self._rtnl.close()
             raise
         self._nft = NftTable(firewall_memory)
+        self._nexthop_objects = nexthop_objects
         self._indices: dict[str, int] = {}
         self._by_index: dict[int, LinkInfo] = {}
         self._forwarding_links: tuple[str, ...] = ()
@@ -124,6 +126,7 @@ class NetlinkKernel:
             ),
             ipv6=(_PROC_SYS / _ALL_IPV6).exists(),
             strict_rp_filter=_read_sysctl("net/ipv4/conf/all/rp_filter") == "1",
+            nexthop_objects=self._has_nexthop_objects(),
         )
 
     def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
@@ -147,6 +150,14 @@ class NetlinkKernel:
         ifindex, on_link, mtu_bytes = way
         out = self._by_index.get(ifindex)
         return Path(out.name, on_link, mtu_bytes or out.mtu_bytes) if out is not None else None
+
+    def _has_nexthop_objects(self) -> bool:
+        if self._nexthop_objects is None:
+            # An id that nobody has: Linux before 5.3 does not even know the type of the message.
+            (answer,) = self._rtnl.ask([bulk.encode_nexthop_probe(self._rtnl.next_sequence)])
+            refusal = answer.errno if isinstance(answer, rtnl.KernelError) else 0
+            self._nexthop_objects = refusal != errno.EOPNOTSUPP
+        return self._nexthop_objects
 
     def _find_underlay(
         self, wanted: IpAddress | None, dev: str | None
@@ -191,10 +202,13 @@ class NetlinkKernel:
         for name, own in state.links.items():
             if own.kind is LinkKind.VXLAN:
                 self._dump_tunnel(state, name)
-        self._dump_nexthops(state, names)
+        if self._has_nexthop_objects():
+            messages = self._rtnl.dump(rtnl.RTM_GETNEXTHOP, bulk.nexthop_dump())
+            state.nexthops, foreign = bulk.decode_nexthops(messages, names)
+            state.foreign_nexthop_ids = frozenset(foreign)
         for family in (socket.AF_INET, socket.AF_INET6):
             messages = self._rtnl.dump(rtnl.RTM_GETROUTE, bulk.route_dump(family))
-            state.routes.update(bulk.decode_routes(messages))
+            state.routes.update(bulk.decode_routes(messages, names))
         for path in self._sysctl_paths():
             state.sysctls[path] = _read_sysctl(path)
         state.firewall = self._nft.read()
@@ -217,18 +231,6 @@ class NetlinkKernel:
         body = bulk.neighbour_dump(bulk.AF_BRIDGE, index)
         messages = self._rtnl.dump(rtnl.RTM_GETNEIGH, body)
         state.fdb.update(bulk.decode_fdb(messages, dev, index))
-
-    def _dump_nexthops(self, state: KernelState, names: dict[int, str]) -> None:
-        try:
-            messages = self._rtnl.dump(rtnl.RTM_GETNEXTHOP, bulk.nexthop_dump())
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            raise KernelRefusedError(
-                f"kernel {os.uname().release} has no nexthop objects: run Linux 5.3 or newer"
-            ) from error
-        state.nexthops, foreign = bulk.decode_nexthops(messages, names)
-        state.foreign_nexthop_ids = frozenset(foreign)
 
     def _sysctl_paths(self) -> Iterable[str]:
         for dev in self._forwarding_links:

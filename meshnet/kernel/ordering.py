@@ -52,11 +52,22 @@ def carry_out(
                 failed.add((op.table, op.key))
         for failure in write(run[0].table, ready):
             if failure.op.value is not None or failure.errno not in _GONE:
-                failures.append(failure)
+                failures.append(_with_remedy(failure))
                 failed.add((failure.op.table, failure.op.key))
         if on_written is not None:
             on_written(len(run))
     return failures
+
+
+def _with_remedy(failure: Failure) -> Failure:
+    """Say what helps where the kernel's own words do not."""
+    if failure.op.table is Table.NEIGHBOUR and failure.errno == errno.ENOBUFS:
+        version = 4 if len(failure.op.key.address) == 4 else 6
+        setting = f"net.ipv{version}.neigh.default.gc_thresh3"
+        return failure._replace(
+            reason=f"{failure.reason}: the machine's neighbour table is full, raise {setting}"
+        )
+    return failure
 
 
 def _runs(ops: Sequence[Op]) -> Iterator[list[Op]]:

@@ -116,9 +116,14 @@ class HostUnderTest(Protocol):
 class RealHost:
     """`NetlinkKernel` in a namespace; it is a `Kernel` itself, callable from any thread."""
 
-    def __init__(self, name: str, fd: int, directory: FilePath) -> None:
+    def __init__(
+        self, name: str, fd: int, directory: FilePath, *, nexthop_objects: bool | None = None
+    ) -> None:
         self.name = name
-        self._thread = Inside(fd, lambda: NetlinkKernel(directory / "firewall.json"))
+        self._thread = Inside(
+            fd,
+            lambda: NetlinkKernel(directory / "firewall.json", nexthop_objects=nexthop_objects),
+        )
         self.kernel: Kernel = self
 
     @property
@@ -173,8 +178,8 @@ class RealHost:
 class MemoryHost:
     """`MemoryKernel`, with the same underlay."""
 
-    def __init__(self) -> None:
-        self.memory = MemoryKernel(*UNDERLAY_IPS, dev=UNDERLAY_DEV)
+    def __init__(self, *, nexthop_objects: bool = True) -> None:
+        self.memory = MemoryKernel(*UNDERLAY_IPS, dev=UNDERLAY_DEV, nexthop_objects=nexthop_objects)
         self.kernel: Kernel = self.memory
 
     def by_hand(self, *commands: str, in_memory: Callable[[MemoryKernel], None]) -> None:
@@ -185,9 +190,9 @@ class MemoryHost:
 
 
 @contextlib.contextmanager
-def real_host(directory: FilePath) -> Iterator[RealHost]:
+def real_host(directory: FilePath, *, nexthop_objects: bool | None = None) -> Iterator[RealHost]:
     with host_namespace() as (name, fd):
-        host = RealHost(name, fd, directory)
+        host = RealHost(name, fd, directory, nexthop_objects=nexthop_objects)
         try:
             yield host
         finally:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from meshnet.backends import NexthopIds, Path
+from meshnet.backends import Path
 from meshnet.diff import Op, Table, diff
 from meshnet.errors import NotFoundError
 from meshnet.state import (
@@ -22,6 +22,7 @@ from meshnet.state import (
     Nexthop,
     Route,
     RouteKey,
+    format_ip,
 )
 from tests.contract.changes import (
     BRIDGE,
@@ -34,21 +35,15 @@ from tests.contract.changes import (
     change_link,
 )
 from tests.contract.hosts import UNDERLAY_DEV, MemoryHost, real_host
+from tests.contract.meshes import DUAL, MESHES, converge, desired_for
 from tests.values import (
-    IPV4,
-    IPV6,
     make_network,
-    make_snapshot,
-    plan_for,
     underlay_ip,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path as FilePath
 
-    from meshnet.diff import Failure
-    from meshnet.model import Network
     from tests.contract.hosts import HostUnderTest
 
 
@@ -62,48 +57,6 @@ def host(
     request.getfixturevalue("root")
     with real_host(tmp_path) as real:
         yield real
-
-
-DUAL = make_network(subnets=(IPV4, IPV6))
-MESHES = {
-    "IPv4": ([make_network()], 4),
-    "dual-stack": ([DUAL], 4),
-    "IPv6-only": ([make_network(subnets=(IPV6,))], 4),
-    "IPv6 underlay": ([DUAL], 6),
-    "direct routing": ([make_network(direct_routing=True)], 4),
-    "two networks": ([make_network(), make_network("test", ("10.43.0.0/16",), 7, port=4790)], 4),
-}
-
-
-def desired_for(
-    host: HostUnderTest,
-    networks: list[Network],
-    *,
-    hosts: int = 4,
-    underlay_version: int = 4,
-) -> KernelState:
-    """What the host should hold as one of `hosts`."""
-    snapshot = make_snapshot(networks, hosts, underlay_version=underlay_version)
-    peers = [h.underlay_ip for h in snapshot.hosts.values() if h.id != "h1"]
-    underlay = host.kernel.observe(underlay_ip(1, underlay_version), None)
-    underlay = replace(underlay, paths=host.kernel.find_paths(peers))
-    actual = host.kernel.dump()
-    ids = NexthopIds()
-    ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
-    plan = plan_for(snapshot, underlay, ids)
-    assert all(not outcome.errors for outcome in plan.networks.values())
-    return plan.state
-
-
-def converge(host: HostUnderTest, desired: KernelState) -> tuple[int, list[Failure]]:
-    """Apply until there is nothing to do; returns the passes that took, and their failures."""
-    failures: list[Failure] = []
-    for passes in range(4):
-        ops = diff(desired, host.kernel.dump())
-        if not ops:
-            return passes, failures
-        failures += host.kernel.apply(ops)
-    pytest.fail(f"still to do: {[str(op) for op in ops]}, {[str(f) for f in failures]}")
 
 
 def test_an_empty_host(host: HostUnderTest) -> None:
@@ -318,15 +271,24 @@ def test_a_link_of_others_that_is_named_like_ours(host: HostUnderTest, name: str
 
 def test_one_refused_message_of_a_batch(host: HostUnderTest) -> None:
     converge(host, desired_for(host, [make_network()]))
-    keys = [RouteKey(bytes((10, 77, i, 0)), 24) for i in range(1500)[:250]]
+    keys = [RouteKey(bytes((10, 77, *divmod(i, 256))), 32) for i in range(1300)]
     ops = [Op(Table.ROUTE, key, Route(NEXTHOP_ID_FIRST), False) for key in keys]
     bad = Op(Table.ROUTE, RouteKey(bytes((10, 78, 0, 0)), 24), Route(NEXTHOP_ID_FIRST + 77), False)
-    (failure,) = host.kernel.apply([*ops[:100], bad, *ops[100:]])
-    assert failure.op is bad
-    assert failure.errno == errno.EINVAL
-    assert str(failure).startswith("create route 10.78.0.0/24: ")
-    assert host.kernel.dump().routes.keys() >= set(keys)
-    assert bad.key not in host.kernel.dump().routes
+    taken = keys[850]
+    host.by_hand(
+        f"ip route add {format_ip(taken.prefix)} via 10.9.0.9 dev {UNDERLAY_DEV} proto 42",
+        in_memory=lambda kernel: kernel.foreign.routes.add(taken),
+    )
+    others = host.others()
+    # The last of a batch is refused, too: it is not mistaken for the acknowledgement.
+    failures = host.kernel.apply([*ops[:100], bad, *ops[100:998], bad, *ops[998:], bad])
+    assert [f.op for f in failures] == [bad, ops[850], bad, bad]
+    assert [f.errno for f in failures] == [errno.EINVAL, errno.EEXIST, errno.EINVAL, errno.EINVAL]
+    assert str(failures[0]).startswith("create route 10.78.0.0/24: ")
+    routes = host.kernel.dump().routes
+    assert routes.keys() >= set(keys) - {taken}
+    assert not {bad.key, taken} & routes.keys()
+    assert host.others() == others
 
 
 def test_progress(host: HostUnderTest) -> None:
@@ -359,6 +321,19 @@ def test_what_needs_a_refused_object_is_not_tried(host: HostUnderTest) -> None:
     assert not_tried.op is ops[1]
     assert "nexthop" in not_tried.reason
     assert host.kernel.dump().routes == {CIDR4: Route(0)}
+
+
+def test_more_neighbours_than_the_table_holds(host: HostUnderTest) -> None:
+    """Permanent ones do not count (net/core/neighbour.c, `exempt_from_gc`)."""
+    most = int(FilePath("/proc/sys/net/ipv4/neigh/default/gc_thresh3").read_text())
+    if most > 20_000:
+        pytest.skip(f"gc_thresh3 of this machine is {most}")
+    converge(host, desired_for(host, [make_network()], hosts=1))
+    mac = b"\2\0\0\0\0\1"
+    keys = [NeighbourKey(TUNNEL, bytes((10, 43, *divmod(i, 256)))) for i in range(most + 1000)]
+    ops = [Op(Table.NEIGHBOUR, key, mac, False) for key in keys]
+    assert host.kernel.apply(ops) == []
+    assert host.kernel.dump().neighbours == dict.fromkeys(keys, mac)
 
 
 def test_refusals_of_the_kernel(host: HostUnderTest) -> None:

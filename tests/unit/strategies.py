@@ -189,5 +189,6 @@ def scenes(draw: st.DrawFn) -> Scene:
             paths=paths,
             forwarding_links=("eth0",),
             ra_links=draw(st.sampled_from([(), ("eth0",)])),
+            nexthop_objects=draw(st.booleans()),
         ),
     )

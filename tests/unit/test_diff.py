@@ -89,9 +89,9 @@ def half_routes(state: KernelState) -> list[str]:
     """Routes into a tunnel that lack what they need to carry a packet."""
     found = []
     for key, route in state.routes.items():
-        if not route.nexthop_id:
+        if not route.nexthop_id and route.via is None:
             continue
-        nexthop = state.nexthops.get(route.nexthop_id)
+        nexthop = route.via or state.nexthops.get(route.nexthop_id)
         if nexthop is None:
             found.append(f"{key} has no nexthop")
         elif nexthop.dev.startswith("mn"):

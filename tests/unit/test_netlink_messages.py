@@ -86,19 +86,28 @@ def test_nexthops(nexthop_id: int, gateway: bytes, exists: bool) -> None:
 @given(
     prefix=addresses,
     length=st.integers(0, 32),
-    nexthop_id=nexthop_ids | st.just(0),
+    nexthop_id=nexthop_ids | st.none(),
+    gateway=st.none() | addresses,
     source=st.booleans(),
     exists=st.booleans(),
 )
-def test_routes(prefix: bytes, length: int, nexthop_id: int, source: bool, exists: bool) -> None:
-    key, route = RouteKey(prefix, length), Route(nexthop_id, prefix if source else b"")
+def test_routes(
+    prefix: bytes,
+    length: int,
+    nexthop_id: int | None,
+    gateway: bytes | None,
+    source: bool,
+    exists: bool,
+) -> None:
+    via = Nexthop(DEV, gateway) if gateway is not None and nexthop_id is None else None
+    key, route = RouteKey(prefix, length), Route(nexthop_id or 0, prefix if source else b"", via)
     ops = [
         set_op(Table.ROUTE, key, route, exists=exists),
         set_op(Table.ROUTE, key, None),
     ]
-    new, gone = bulk.encode_routes(ops, {}, 7)
+    new, gone = bulk.encode_routes(ops, INDICES, 7)
     assert bool(header(new).flags & rtnl.NLM_F_EXCL) != exists
-    assert bulk.decode_routes([dumped(new)]) == {key: route}
+    assert bulk.decode_routes([dumped(new)], {IFINDEX: DEV}) == {key: route}
     assert (header(gone).kind, header(gone).sequence) == (rtnl.RTM_DELROUTE, 8)
     # Only ours: the kernel compares protocol and metric.
     assert rtnl.RTMSG.unpack_from(gone, 16)[5] == ROUTE_PROTOCOL
@@ -110,6 +119,7 @@ def test_links_without_an_index() -> None:
         (bulk.encode_neighbours, set_op(Table.NEIGHBOUR, NeighbourKey(*nexthop), bytes(6))),
         (bulk.encode_fdb, set_op(Table.FDB, FdbKey("none0", bytes(6)), bytes(4))),
         (bulk.encode_nexthops, set_op(Table.NEXTHOP, NEXTHOP_ID_FIRST, nexthop)),
+        (bulk.encode_routes, set_op(Table.ROUTE, RouteKey(bytes(4), 8), Route(0, b"", nexthop))),
     ):
         with pytest.raises(KeyError, match="none0"):
             encode([op], INDICES, 1)
@@ -161,7 +171,7 @@ def test_the_order_that_linux_writes_attributes_in_does_not_matter(
         (bulk.RTA_PREFSRC, source), *priority, (bulk.RTA_NH_ID, number(nexthop_id)),
         (bulk.RTA_OIF, number(IFINDEX)),
     )  # fmt: skip
-    assert bulk.decode_routes([route]) == {RouteKey(prefix, 24): Route(nexthop_id, source)}
+    assert bulk.decode_routes([route], {}) == {RouteKey(prefix, 24): Route(nexthop_id, source)}
 
 
 def test_objects_of_others_are_not_ours() -> None:
@@ -173,14 +183,22 @@ def test_objects_of_others_are_not_ours() -> None:
     assert bulk.decode_nexthops([found], {}) == ({}, set())
     for protocol, table, metric in ((4, 254, 0), (ROUTE_PROTOCOL, 99, 0), (ROUTE_PROTOCOL, 254, 5)):
         body = rtnl.RTMSG.pack(2, 24, 0, 0, table, protocol, 0, 1, 0) + u32(6, metric)
-        assert bulk.decode_routes([dumped(datagram(rtnl.RTM_NEWROUTE, body))]) == {}
+        assert bulk.decode_routes([dumped(datagram(rtnl.RTM_NEWROUTE, body))], {}) == {}
 
 
-def test_a_route_of_ours_that_was_given_a_gateway() -> None:
-    body = rtnl.RTMSG.pack(2, 24, 0, 0, 254, ROUTE_PROTOCOL, 0, 1, 0)
-    body += rtnl.attr(1, bytes((10, 0, 0, 0)))
+@pytest.mark.parametrize(
+    ("kind", "attributes"),
+    [
+        (bulk.RTN_UNICAST, u32(bulk.RTA_OIF, IFINDEX)),  # what it leads to is on the link
+        (bulk.RTN_UNICAST, rtnl.attr(9, bytes(16))),  # RTA_MULTIPATH
+        (6, b""),  # RTN_BLACKHOLE
+    ],
+)
+def test_a_route_of_ours_that_was_given_another_way(kind: int, attributes: bytes) -> None:
+    body = rtnl.RTMSG.pack(2, 24, 0, 0, 254, ROUTE_PROTOCOL, 0, kind, 0)
+    body += rtnl.attr(1, bytes((10, 0, 0, 0))) + attributes
     key = RouteKey(bytes((10, 0, 0, 0)), 24)
-    found = bulk.decode_routes([dumped(datagram(rtnl.RTM_NEWROUTE, body))])
+    found = bulk.decode_routes([dumped(datagram(rtnl.RTM_NEWROUTE, body))], {})
     assert found == {key: Route(bulk.FOREIGN_NEXTHOP)}
 
 
@@ -244,7 +262,7 @@ def test_answers_to_route_lookups() -> None:
 DECODERS: list[Callable[[Body], object]] = [
     links.decode_link,
     links.decode_address,
-    lambda body: bulk.decode_routes([body]),
+    lambda body: bulk.decode_routes([body], {}),
     lambda body: bulk.decode_route_lookup(body[0][body[1] : body[2]]),
     lambda body: bulk.decode_neighbours([body], DEV, IFINDEX),
     lambda body: bulk.decode_fdb([body], DEV, IFINDEX),

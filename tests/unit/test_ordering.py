@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+import pytest
+
 from meshnet.diff import Failure, Op, Table
 from meshnet.kernel.ordering import carry_out
-from meshnet.state import Link, LinkKind, Nexthop, Route, RouteKey
+from meshnet.state import Link, LinkKind, NeighbourKey, Nexthop, Route, RouteKey
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +58,16 @@ def test_a_link_that_needs_another() -> None:
     assert carry_out([LINK_A, LINK_B, PORT_A], Writer()) == []
     failures = carry_out([LINK_A, LINK_B, PORT_A], Writer(LINK_A))
     assert [f.op for f in failures] == [LINK_A, PORT_A]
+
+
+@pytest.mark.parametrize(("version", "size"), [(4, 4), (6, 16)])
+def test_a_full_neighbour_table_has_a_remedy(version: int, size: int) -> None:
+    neighbour = Op(Table.NEIGHBOUR, NeighbourKey("mnv1", bytes(size)), bytes(6), False)
+    (failure,) = carry_out([neighbour], Writer(neighbour, code=errno.ENOBUFS))
+    assert failure.reason.startswith("refused: ")
+    assert failure.reason.endswith(f"raise net.ipv{version}.neigh.default.gc_thresh3")
+    (failure,) = carry_out([NEXTHOP], Writer(NEXTHOP, code=errno.ENOBUFS))
+    assert failure.reason == "refused"
 
 
 def test_a_deletion_of_what_is_gone_is_no_failure() -> None:
