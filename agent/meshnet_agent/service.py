@@ -38,6 +38,10 @@ _READY_DEADLINE_S = 10.0
 """How long a request waits for a network to come up on this host."""
 _SHOWN_ERRORS = 20
 _SLICE = 500
+_NO_NEXTHOP_OBJECTS = (
+    "this kernel has no nexthop objects: routes name their gateways, which takes Linux ever longer "
+    "the more hosts there are; run Linux 5.3 or newer"
+)
 
 
 class Service:
@@ -176,6 +180,13 @@ class Service:
             documents.append(host_document(host, snapshot))
         return documents
 
+    def _notes(self) -> list[str]:
+        """What an operator should know, and is no error."""
+        underlay = self._agent.reconciler.result.underlay
+        if underlay is not None and not underlay.nexthop_objects:
+            return [_NO_NEXTHOP_OBJECTS]
+        return []
+
     def status_document(self) -> Document:
         """How this host is doing."""
         snapshot = self._agent.follower.snapshot
@@ -222,6 +233,7 @@ class Service:
                 *(f"nothing is deleted while {key} cannot be read" for key in snapshot.holes),
                 *_some([str(f) for f in other]),
             ],
+            "notes": self._notes(),
             "kernel": {
                 "passes": self._agent.reconciler.passes,
                 "full_passes": self._agent.reconciler.full_passes,

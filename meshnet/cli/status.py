@@ -63,3 +63,7 @@ def _print(document: dict[str, Any]) -> None:
         print("\nproblems:")
         for problem in problems:
             print(f"  {problem}")
+    if document["notes"]:
+        print("\nnotes:")
+        for note in document["notes"]:
+            print(f"  {note}")

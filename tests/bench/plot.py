@@ -1,5 +1,7 @@
 """``python -m tests.bench.plot RESULTS.json PICTURE.png``: draws what `tests.bench.scale` found.
 
+Also prints them as the tables of docs/design/scale.md.
+
 Left: times against the number of hosts, both axes logarithmic, the peer beside; what grows with the
 hosts rises as the dotted line does.  Right: what a start is made of.  Needs matplotlib (the extra
 ``bench``), which nothing else does.
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{given[0]} has no results of the benchmark 'scale': run it first", file=sys.stderr)
         return 1
     _draw(figures, document["machine"], Path(given[1]))
+    print(to_markdown(document))
     return 0
 
 
@@ -56,6 +59,40 @@ def read_figures(document: dict[str, Any]) -> Figures:
         if result["benchmark"] == "scale" and found and digits.isdigit():
             figures.setdefault(int(digits), {})[name.removeprefix("… ")] = result["value"]
     return dict(sorted(figures.items()))
+
+
+def to_markdown(document: dict[str, Any]) -> str:
+    """The measures of ``scale`` with a column a size, and those of the other benchmarks."""
+    results = [r for r in document["results"] if r["value"] is not None]
+    sizes = list(read_figures(document))
+    rows: dict[str, dict[int, str]] = {}
+    others = []
+    for result in results:
+        size, _, name = result["name"].partition(": ")
+        digits = size.replace(",", "")
+        if digits.isdigit():
+            rows.setdefault(name, {})[int(digits)] = _cell(result)
+        else:
+            others.append(f"| {result['benchmark']}: {result['name']} | {_cell(result)} |")
+    head = " | ".join(f"{size:,} hosts" for size in sizes)
+    return "\n".join(
+        (
+            f"| one agent among | {head} |",
+            "| --- |" + " --- |" * len(sizes),
+            *(f"| {n} | {' | '.join(row.get(s, '-') for s in sizes)} |" for n, row in rows.items()),
+            "",
+            "| what | measured |",
+            "| --- | --- |",
+            *others,
+        )
+    )
+
+
+def _cell(result: dict[str, Any]) -> str:
+    value = result["value"]
+    text = f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+    bound = f" ({result['bound']})" if result["bound"] else ""
+    return f"{text} {result['unit']}".rstrip() + bound
 
 
 def _draw(figures: Figures, machine: dict[str, Any], file: Path) -> None:

@@ -69,7 +69,9 @@ def settled(kernel: MemoryKernel, passes: Passes, given: PassInput) -> None:
 
 def without_ids(state: KernelState) -> KernelState:
     """A state in which nexthops are known by what they are, not by a number."""
-    routes = {k: (state.nexthops.get(r.nexthop_id), r.source) for k, r in state.routes.items()}
+    routes = {
+        k: (state.nexthops.get(r.nexthop_id, r.via), r.source) for k, r in state.routes.items()
+    }
     return replace(
         state,
         nexthops=dict.fromkeys(sorted(set(state.nexthops.values()))),  # type: ignore[arg-type]
@@ -142,12 +144,17 @@ def run(passes: Passes, kernel: MemoryKernel, mesh: Mesh, batch: Collection[Host
 
 
 @pytest.mark.parametrize("networks", NETWORKS.values(), ids=NETWORKS.keys())
-@given(steps=st.lists(st.lists(changes, max_size=3), max_size=8), take=st.integers(1, 4))
+@given(
+    steps=st.lists(st.lists(changes, max_size=3), max_size=8),
+    take=st.integers(1, 4),
+    objects=st.booleans(),
+)
 @settings(max_examples=50, deadline=None)
 def test_parts_end_where_a_whole_ends(
-    networks: list[Network], steps: list[list[tuple[str, HostId, int]]], take: int
+    networks: list[Network], steps: list[list[tuple[str, HostId, int]]], take: int, objects: bool
 ) -> None:
-    mesh, kernel, passes = Mesh(networks, 4), MemoryKernel(underlay_ip(1)), Passes()
+    mesh, passes = Mesh(networks, 4), Passes()
+    kernel = MemoryKernel(underlay_ip(1), nexthop_objects=objects)
     kernel.routed[underlay_ip(3)] = Path("eth0", False, 1500)
     settled(kernel, passes, full(mesh.snapshot()))
     for step in steps:
@@ -158,7 +165,7 @@ def test_parts_end_where_a_whole_ends(
         mesh.touched -= batch
         run(passes, kernel, mesh, batch)
     result = run(passes, kernel, mesh, mesh.touched)
-    fresh = MemoryKernel(underlay_ip(1))
+    fresh = MemoryKernel(underlay_ip(1), nexthop_objects=objects)
     fresh.routed = kernel.routed
     alone = Passes()
     settled(fresh, alone, full(mesh.snapshot(), mesh.expired))
