@@ -107,6 +107,8 @@ def _drop_own(events: socket.socket, own_ports: Collection[int]) -> None:
     events.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
+_LINK_LOOKS = (links.IFLA_MTU, links.IFLA_ADDRESS, links.IFLA_MASTER)
+
 NeighbourId = tuple[int, int, bytes]
 """Family, ifindex, and the address of a neighbour or the MAC of an FDB entry."""
 
@@ -140,6 +142,7 @@ class EventFilter:
         self._deleted = deleted
         self._own_links: set[int] = set()
         self._tunnels: set[int] = set()
+        self._looks: dict[int, tuple[object, ...]] = {}
         self._underlay_links: set[int] = set()
 
     def look_at(
@@ -152,6 +155,8 @@ class EventFilter:
         self._own_links = {*bridges, *tunnels}
         self._tunnels = set(tunnels)
         self._underlay_links = set(underlay_links)
+        known = self._own_links | self._underlay_links
+        self._looks = {i: looks for i, looks in self._looks.items() if i in known}
 
     def concerns_us(self, data: bytes) -> bool:
         """Whether any rtnetlink message of a datagram does; one that cannot be read may."""
@@ -181,10 +186,14 @@ class EventFilter:
                 return False
 
     def _link(self, message: rtnl.Message) -> bool:
-        index = rtnl.IFINFO.unpack_from(message.data, message.start)[2]
-        if index in self._own_links or index in self._underlay_links:
-            return True
+        _, _, index, flags, _ = rtnl.IFINFO.unpack_from(message.data, message.start)
         attrs = rtnl.parse_attrs(message.data, message.start + 16, message.end)
+        if index in self._own_links or index in self._underlay_links:
+            # A bridge tells of every port that comes or goes; that it is as it was is no news.
+            looks = (flags & links.IFF_UP, *map(attrs.get, _LINK_LOOKS))
+            before = self._looks.get(index)
+            self._looks[index] = looks
+            return message.kind == rtnl.RTM_DELLINK or looks != before
         name = attrs.get(links.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
         # Endpoint links are made by the dozen; only their end, or their leaving the bridge (a
         # RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.

@@ -332,7 +332,12 @@ class NetlinkKernel:
             self._create_link(name, link)
         index = self._indices[name]
         changes: dict[str, Any] = {}
-        if current is not None and current.mtu_bytes != link.mtu_bytes:
+        if current is not None:
+            differs = current.mtu_bytes != link.mtu_bytes
+        else:
+            # A bridge follows its ports' MTU until it is set one, which at creation does not count.
+            differs = link.kind is LinkKind.BRIDGE
+        if differs:
             changes["mtu"] = link.mtu_bytes
         if current is not None and link.mac is not None and current.mac != link.mac:
             changes["address"] = format_mac(link.mac)
@@ -349,7 +354,9 @@ class NetlinkKernel:
 
     def _create_link(self, name: str, link: Link) -> None:
         """Make a link, down: it is configured before it goes up."""
-        options: dict[str, Any] = {"ifname": name, "mtu": link.mtu_bytes}
+        options: dict[str, Any] = {"ifname": name}
+        if link.kind is not LinkKind.BRIDGE:
+            options["mtu"] = link.mtu_bytes
         if link.mac is not None:
             options["address"] = format_mac(link.mac)
         if link.kind is LinkKind.VETH:

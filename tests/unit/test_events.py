@@ -18,6 +18,10 @@ ENDED = "mnefedcba987654"
 
 @pytest.fixture
 def events() -> EventFilter:
+    return make_filter()
+
+
+def make_filter() -> EventFilter:
     deleted = {(2, OWN, GONE), (bulk.AF_BRIDGE, OWN, bytes(6))}
     found = EventFilter(deleted, lambda name: name != ENDED)
     found.look_at({BRIDGE}, {OWN}, {UNDERLAY})
@@ -80,7 +84,7 @@ def netconf(index: int) -> bytes:
 def test_what_concerns_us(events: EventFilter, data: bytes) -> None:
     assert events.concerns_us(data)
     # Behind others, too.
-    assert events.concerns_us(address(OTHER) + data)
+    assert make_filter().concerns_us(address(OTHER) + data)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,21 @@ def test_what_concerns_us(events: EventFilter, data: bytes) -> None:
 )
 def test_what_does_not(events: EventFilter, data: bytes) -> None:
     assert not events.concerns_us(data)
+
+
+def test_a_link_that_looks_as_before_is_no_news(events: EventFilter) -> None:
+    def bridge(mtu: int, flags: int = 1) -> bytes:
+        body = rtnl.IFINFO.pack(0, 0, BRIDGE, flags, 0)
+        return datagram(rtnl.RTM_NEWLINK, body + u32(links.IFLA_MTU, mtu))
+
+    running = 0x10041
+    assert events.concerns_us(bridge(1450))
+    assert not events.concerns_us(bridge(1450, running))  # a port came
+    assert events.concerns_us(bridge(1300, running))
+    assert events.concerns_us(bridge(1450, running))
+    assert events.concerns_us(bridge(1450, 0))  # down
+    assert events.concerns_us(bridge(1450))
+    assert events.concerns_us(link(BRIDGE, "mnb1", rtnl.RTM_DELLINK))
 
 
 def test_links_are_told_anew_after_every_pass(events: EventFilter) -> None:
