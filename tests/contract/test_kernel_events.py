@@ -172,7 +172,9 @@ async def test_lost_notifications_are_made_up_for(
 def test_a_bridge_keeps_its_mtu_when_ports_come_and_go(host: tuple[RealHost, int]) -> None:
     real, _ = host
     before = real.dump().links[BRIDGE].mtu_bytes
-    for command in (f"ip link add mnx1 mtu 1300 type veth peer mnx2; ip link set mnx1 master {BRIDGE}",
-                    "ip link del mnx1"):  # fmt: skip
+    for command in (
+        f"ip link add mnx1 mtu 1300 type veth peer mnx2; ip link set mnx1 master {BRIDGE}",
+        "ip link del mnx1",
+    ):
         real.shell(command)
         assert real.dump().links[BRIDGE].mtu_bytes == before != 1500
