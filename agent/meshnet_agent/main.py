@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 SOCKET_NAME = "agent.sock"
 _GROUP = "meshnet"
-_SWITCH_S = 0.0005
+_SWITCH_S = 0.0001
 """How long a thread may keep the interpreter while another wants it."""
 
 
