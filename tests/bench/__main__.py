@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NAMES = ("programming", "attach", "throughput")
 """Modules of this package, each with a `Benchmark` named ``run``."""
-SCALE_NAMES = ("scale", "convergence", "churn")
+SCALE_NAMES = ("scale", "convergence", "churn", "datapath")
 """Further ones, run when they are named: they take minutes."""
 
 
