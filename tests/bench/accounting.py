@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _KTHREADD = "2"
-_NETWORK_THREADS = ("ksoftirqd/", "kworker/")
+_NETWORK_THREADS = "ksoftirqd/"
 
 
 class Cpu(NamedTuple):

@@ -26,10 +26,12 @@ class Arrived(NamedTuple):
     """What came out of a way.
 
     Attributes:
-        rate: packets a second that arrived.
+        packets: how many arrived.
+        rate: of them a second.
         lost: the part of those sent that did not.
     """
 
+    packets: int
     rate: float
     lost: float
 
@@ -56,4 +58,4 @@ def blast(program: Path, way: Way, length_ms: int, window: int = WINDOW) -> Arri
     packets, taken_ns = (int(field) for field in counted)
     if not packets or not taken_ns:
         raise RuntimeError(f"of {sent} packets to {way.address} none or one arrived")
-    return Arrived(packets / taken_ns * 1e9, max(0.0, 1 - packets / sent))
+    return Arrived(packets, packets / taken_ns * 1e9, max(0.0, 1 - packets / sent))

@@ -54,25 +54,32 @@ class Mixed:
         """See `tests.bench.tunnels.Tunnel`."""
         _require()
         kernel, userspace = ends
-        kernel.host.run(
-            f"ip link add {kernel.device} address {_mac(kernel)} type vxlan id {_VNI} "
-            f"local {kernel.underlay_ip} dstport {_MIXED_PORT} nolearning".split()
-        )
-        kernel.host.run(
-            f"bridge fdb add {_mac(userspace)} dev {kernel.device} "
-            f"dst {userspace.underlay_ip} self".split()
-        )
+        _make_device(kernel, userspace, _MIXED_PORT)
         return [_start_vtep(userspace, kernel, _MIXED_PORT)]
 
     def route(self, end: End, peer: End) -> Sequence[str]:
         """See `tests.bench.tunnels.Tunnel`."""
-        if end.number == 2:
-            return plain_route(end, peer)
-        far = peer.subnet.network_address
-        return [
-            f"neighbour add {far} lladdr {_mac(peer)} dev {end.device} nud permanent",
-            f"route add {peer.subnet} via {far} dev {end.device} onlink src {end.gateway}",
-        ]
+        return _onlink_route(end, peer) if end.number == 1 else plain_route(end, peer)
+
+
+def _make_device(end: End, peer: End, port: int) -> None:
+    """Make a kernel VXLAN device that knows its one peer."""
+    commands = (
+        f"ip link add {end.device} address {_mac(end)} type vxlan id {_VNI} "
+        f"local {end.underlay_ip} dstport {port} nolearning",
+        f"bridge fdb add {_mac(peer)} dev {end.device} dst {peer.underlay_ip} self",
+    )
+    for command in commands:
+        end.host.run(command.split())
+
+
+def _onlink_route(end: End, peer: End) -> list[str]:
+    """The commands for a route through a device with link-layer addresses."""
+    far = peer.subnet.network_address
+    return [
+        f"neighbour add {far} lladdr {_mac(peer)} dev {end.device} nud permanent",
+        f"route add {peer.subnet} via {far} dev {end.device} onlink src {end.gateway}",
+    ]
 
 
 def _mac(end: End) -> str:
