@@ -93,7 +93,7 @@ class Line:
 
 
 Samples = dict[str, dict[str, list[float]]]
-"""By what is measured and by path, one value a round."""
+"""By what is measured and by path, one value a round; two of `PING`."""
 
 
 def run(run: Run) -> list[Measure]:
@@ -212,6 +212,7 @@ def _steps(
         ping,
         small,
         lambda line: bulk(line, 1, ONE, CPU_ONE),
+        ping,  # the cheapest and the most easily disturbed: twice
         lambda line: bulk(line, 8, EIGHT, CPU_EIGHT),
     )
 

@@ -7,8 +7,9 @@ import json
 import os
 import re
 import statistics
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshnet.lab.poll import wait_until
 from meshnet.lab.process import is_listening
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _PINGS = 200
 _PORT = 5201
+_ATTEMPTS, _PAUSE_S = 3, 0.3
 _TIME = re.compile(r"time=([0-9.]+) ms")
 
 
@@ -54,16 +56,19 @@ class Way:
         return log.pid
 
     def send(self, flow_s: int, *options: str) -> Flow:
-        """Send for some seconds; one TCP flow, unless the options say otherwise."""
+        """Send for some seconds; one TCP flow, unless the options say otherwise.
+
+        Raises:
+            RuntimeError: iperf3 could not, again and again; the text has its reason.
+        """
         argv = ["iperf3", "-c", self.address, "-t", str(flow_s), "-C", "cubic", "-J", *options]
-        end = json.loads(self.client.run(argv, timeout=flow_s + 30).stdout)["end"]
-        used = end["cpu_utilization_percent"]
-        received = end["sum_received"]
-        return Flow(
-            received["bits_per_second"] / 1e9,
-            (used["host_total"] + used["remote_total"]) / 100,
-            received["bytes"] / 1e9,
-        )
+        for _ in range(_ATTEMPTS):
+            document = json.loads(self.client.run(argv, check=False, timeout=flow_s + 30).stdout)
+            # Its server may still be at the last one: then "the server is busy".
+            if "error" not in document and document["end"]:
+                return _flow(document["end"])
+            time.sleep(_PAUSE_S)
+        raise RuntimeError(f"iperf3 to {self.address}: {document.get('error', 'no result')}")
 
     def ping_us(self) -> float:
         """Round trip of pings every 2 ms, in µs: the mean of the middle half.
@@ -74,6 +79,15 @@ class Way:
         times = sorted(float(t) for t in _TIME.findall(self.client.run(argv).stdout))
         quarter = len(times) // 4
         return statistics.mean(times[quarter : len(times) - quarter]) * 1000
+
+
+def _flow(end: dict[str, Any]) -> Flow:
+    used, received = end["cpu_utilization_percent"], end["sum_received"]
+    return Flow(
+        received["bits_per_second"] / 1e9,
+        (used["host_total"] + used["remote_total"]) / 100,
+        received["bytes"] / 1e9,
+    )
 
 
 @contextlib.contextmanager
