@@ -14,10 +14,12 @@ import functools
 import os
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
+from subprocess import DEVNULL, TimeoutExpired
 from typing import TYPE_CHECKING, Protocol
 
 from meshnet.lab.commands import CommandFailedError
 from meshnet.lab.poll import wait_until
+from meshnet.lab.process import is_listening
 from tests.bench.native import NotAvailableError
 from tests.bench.ways import Way
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 MTU_BYTES = 1450
 """What the VXLAN made by hand carries: tunnels that could carry more do not here."""
 _READY_S = 10.0
+_PROBE_PORT = 5202
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ def connect(handmade: Handmade, tunnel: Tunnel, octet: int, directory: Path) -> 
         directory: an empty one for its files.
 
     Raises:
-        NotAvailableError: see `Tunnel.start`; or its device does not come, or nothing gets through.
+        NotAvailableError: see `Tunnel.start`; or its device does not come, or nothing gets through,
+            or no TCP does.
     """
     ends = (_end(handmade, 1, octet, directory), _end(handmade, 2, octet, directory))
     pids = tuple(tunnel.start(ends))
@@ -117,6 +121,9 @@ def connect(handmade: Handmade, tunnel: Tunnel, octet: int, directory: Path) -> 
         for i, peer in ((1, 2), (2, 1))
     )
     _until(functools.partial(_answers, there), f"{tunnel.name}: nothing gets through")
+    for way in (there, back):
+        if not _carries_tcp(way):
+            raise NotAvailableError(f"{tunnel.name}: TCP to {way.address} stands still")
     return Carried(there, back, pids)
 
 
@@ -158,3 +165,18 @@ def _has(end: End) -> bool:
 def _answers(way: Way) -> bool:
     argv = ["ping", "-n", "-q", "-c", "1", "-W", "1", way.address]
     return way.client.run(argv, check=False).returncode == 0
+
+
+def _carries_tcp(way: Way) -> bool:
+    """Whether some megabytes arrive: a tunnel that drops all but small packets answers pings."""
+    # A server of its own: one that a broken path left waiting would be busy for the next.
+    server = way.server.popen(["iperf3", "-s", "-1", "-p", str(_PROBE_PORT)], stdout=DEVNULL)
+    try:
+        wait_until(lambda: is_listening(server.pid, _PROBE_PORT), _READY_S, "iperf3")
+        argv = ["iperf3", "-c", way.address, "-p", str(_PROBE_PORT), "-n", "2M"]
+        return way.client.run(argv, check=False, timeout=_READY_S).returncode == 0
+    except TimeoutExpired:
+        return False
+    finally:
+        server.kill()
+        server.wait()
