@@ -6,10 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := etcd-server etcd-client ethtool iperf3 iproute2 iputils-ping nftables openssl procps \
 	python3-venv tcpdump util-linux
+BENCH_PACKAGES := fastd gcc libc6-dev wireguard-go wireguard-tools
 SETUP := $(VENV)/.ready
 SCALE := build/scale.json
+DATAPATH := build/datapath.json
 
-.PHONY: demo test lint type bench bench-scale setup constraints clean
+.PHONY: demo test lint type bench bench-scale bench-datapath setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
@@ -33,22 +35,33 @@ bench-scale: $(VENV)/.bench  ## one agent among 30,000 hosts, 50 agents, hosts t
 	  scale busy convergence churn --json $(SCALE)
 	$(BIN)/python -m tests.bench.plot $(SCALE) docs/images/scale.png
 
+bench-datapath: $(VENV)/.bench  ## TCP, small packets, ping and CPU, tunnel beside tunnel; a picture
+	$(call install,$(BENCH_PACKAGES))
+	mkdir -p $(dir $(DATAPATH))
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench datapath --json $(DATAPATH)
+	$(BIN)/python -m tests.bench.plot_datapath $(DATAPATH) docs/images/datapath.png
+
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml constraints.txt Makefile
-	@missing=; for package in $(PACKAGES); do \
+# Installs those of some Debian packages that are missing; says which.
+define install
+@missing=; for package in $(1); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' \
 	    || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing \
 	    >$${TMPDIR:-/tmp}/meshnet-apt.log 2>&1 || { tail -5 $${TMPDIR:-/tmp}/meshnet-apt.log; exit 1; }; fi
+endef
+
+$(SETUP): pyproject.toml constraints.txt Makefile
+	$(call install,$(PACKAGES))
 	@test -x $(BIN)/python || python3 -m venv $(VENV)
 	@echo "installing the Python packages of constraints.txt"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Only the picture of bench-scale needs matplotlib: not in what tests and demo install.
+# Only the pictures of benchmarks need matplotlib: not in what tests and demo install.
 $(VENV)/.bench: $(SETUP) constraints-bench.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r constraints-bench.txt
 	@touch $@

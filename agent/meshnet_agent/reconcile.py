@@ -31,6 +31,8 @@ _log = structlog.get_logger()
 _PAUSE_S, _REST_S = 0.02, 1.0
 """Longest rest after a pass, and before one over everything after another such, else as long as it
 took: a burst of events becomes one pass."""
+_TRIFLE_S = 0.001
+"""After so short a pass resting costs more than it saves."""
 _RETRY_S = (0.5, 30.0)
 """First and last delay before failed operations are tried again."""
 _BATCH_HOSTS = 500
@@ -132,7 +134,8 @@ class Reconciler:
                 await self._pass_over_some()
                 if self.result.failures:
                     self._resync_at = min(self._resync_at, trio.current_time() + self._retry_s)
-            await trio.sleep(min(_PAUSE_S, self.result.seconds))
+            if self.result.seconds > _TRIFLE_S:
+                await trio.sleep(min(_PAUSE_S, self.result.seconds))
 
     @property
     def _all_at(self) -> float:

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 NAMES = ("programming", "attach", "throughput")
 """Modules of this package, each with a `Benchmark` named ``run``."""
-SCALE_NAMES = ("scale", "busy", "convergence", "churn")
+LONG_NAMES = ("scale", "busy", "convergence", "churn", "datapath")
 """Further ones, run when they are named: they take minutes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the exit status says whether they ran, not whether they were fast."""
-    every = (*NAMES, *SCALE_NAMES)
+    every = (*NAMES, *LONG_NAMES)
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(every)}")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too")

@@ -3,8 +3,9 @@
 The same underlay as the lab's (its own commands make it), and on every host what an administrator
 would type: a VXLAN device without learning, a bridge, one permanent neighbour and FDB entry, one
 route; the container hangs on the bridge by a veth.  It has a second address, that the other host
-reaches by a plain route on the underlay instead.  No nftables, so no conntrack; with
-`masquerade` on, the least that lets containers reach the world outside, which brings both.
+reaches by a plain route on the underlay instead, and further ones for further tunnels
+(`tests.bench.tunnels`).  No nftables, so no conntrack; with `masquerade` on, the least that lets
+containers reach the world outside, which brings both.
 """
 
 from __future__ import annotations
@@ -73,6 +74,25 @@ class Handmade:
                 f"route add 10.45.0.0/16 via 10.45.{i}.1 src 10.45.{i}.2",
             ],
         )
+
+    def add_subnets(self, octet: int, mtu_bytes: int) -> None:
+        """Give the hosts a further subnet each, ``10.OCTET.HOST.0/24``, and the containers its .2.
+
+        How the hosts reach each other's is left to the caller.
+
+        Args:
+            mtu_bytes: what containers send at most to the other host's.
+        """
+        for i in _HOSTS:
+            self._spaces.ip(f"h{i}", [f"address add 10.{octet}.{i}.1/24 dev br0"])
+            self._spaces.ip(
+                f"c{i}",
+                [
+                    f"address add 10.{octet}.{i}.2/24 dev eth0",
+                    f"route add 10.{octet}.0.0/16 via 10.{octet}.{i}.1 src 10.{octet}.{i}.2 "
+                    f"mtu {mtu_bytes}",
+                ],
+            )
 
     def masquerade(self, on: bool) -> None:
         """Give the hosts the one nftables rule that containers need for the outside, or none."""

@@ -19,75 +19,21 @@ with where the scheduler puts its ends:
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import re
-import statistics
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from meshnet.lab.poll import wait_until
-from meshnet.lab.process import is_listening
-from meshnet.lab.topology import Lab
 from tests.bench.common import at_least, median_of, median_ratio, scratch
 from tests.bench.handmade import Handmade
-from tests.netns.mesh import address_of, attach, create_network
+from tests.bench.ways import Way, lab_ways, two_hosts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from meshnet.lab.commands import Namespace
+    from meshnet.lab.topology import Lab
     from tests.bench.common import Measure, Run
 
 ROUNDS = 5
 _FLOW_S, _PINNED_FLOW_S = 2, 1
 _PINNED_FLOWS = 2  # a round
-_PINGS = 200
-_PORT = 5201
-_TIME = re.compile(r"time=([0-9.]+) ms")
 _WAYS = ("vxlan", "handmade", "masquerade", "direct", "routed", "underlay")
-
-
-class Flow(NamedTuple):
-    """One TCP flow as iperf3 saw it; `cpus` is what both ends used, 1.0 is one CPU."""
-
-    gbps: float
-    cpus: float
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A path to measure: from a namespace to an address of another."""
-
-    client: Namespace
-    server: Namespace
-    address: str
-
-    def start_server(self) -> None:
-        """Serve iperf3 until the namespaces are taken down."""
-        log = self.server.popen(["iperf3", "-s", "--logfile", os.devnull])
-        wait_until(lambda: is_listening(log.pid, _PORT), 10, f"iperf3 at {self.address}")
-
-    def send(self, flow_s: int, *options: str) -> Flow:
-        """Send for some seconds, one TCP flow."""
-        argv = ["iperf3", "-c", self.address, "-t", str(flow_s), "-C", "cubic", "-J", *options]
-        end = json.loads(self.client.run(argv, timeout=flow_s + 30).stdout)["end"]
-        used = end["cpu_utilization_percent"]
-        return Flow(
-            end["sum_received"]["bits_per_second"] / 1e9,
-            (used["host_total"] + used["remote_total"]) / 100,
-        )
-
-    def ping_us(self) -> float:
-        """Round trip of pings every 2 ms, in µs: the mean of the middle half.
-
-        ping(8) prints whole microseconds, too coarse for a median.
-        """
-        argv = ["ping", "-n", "-i", "0.002", "-c", str(_PINGS), self.address]
-        times = sorted(float(t) for t in _TIME.findall(self.client.run(argv).stdout))
-        quarter = len(times) // 4
-        return statistics.mean(times[quarter : len(times) - quarter]) * 1000
 
 
 def run(run: Run) -> list[Measure]:
@@ -96,7 +42,7 @@ def run(run: Run) -> list[Measure]:
     gbps: dict[str, list[float]] = {name: [] for name in _WAYS}
     per_cpu: dict[str, list[float]] = {name: [] for name in _WAYS}
     ping_us: dict[str, list[float]] = {name: [] for name in _WAYS}
-    with scratch() as spaces, _lab() as lab:
+    with scratch() as spaces, two_hosts() as lab:
         run.say("building a lab of two hosts, and two hosts by hand")
         lab.up()
         handmade = Handmade(spaces)
@@ -137,22 +83,13 @@ def _compare(what: str, values: dict[str, list[float]], unit: str) -> list[Measu
     ]
 
 
-@contextlib.contextmanager
-def _lab() -> Iterator[Lab]:
-    lab = Lab(f"bench{os.getpid()}", hosts=2, gateway=True)
-    try:
-        yield lab
-    finally:
-        lab.down()
-
-
 def _build_ways(lab: Lab, handmade: Handmade) -> dict[str, Way]:
     """The ways by name, each with a server that listens."""
     made = Way(handmade.container(1), handmade.container(2), handmade.container_ip(2))
     ways = {
-        "vxlan": _lab_way(lab, "tunnel", "10.42.0.0/16"),
+        "vxlan": lab_ways(lab, "tunnel", "10.42.0.0/16")[0],
         "handmade": made,
-        "direct": _lab_way(lab, "direct", "10.44.0.0/16", "--direct-routing"),
+        "direct": lab_ways(lab, "direct", "10.44.0.0/16", "--direct-routing")[0],
         "routed": Way(handmade.container(1), handmade.container(2), handmade.routed_ip(2)),
         "underlay": Way(handmade.host(1), handmade.host(2), handmade.host_ip(2)),
     }
@@ -161,11 +98,3 @@ def _build_ways(lab: Lab, handmade: Handmade) -> dict[str, Way]:
             way.start_server()
         way.client.run(["ping", "-n", "-c", "1", "-W", "2", way.address])
     return ways | {"masquerade": made}
-
-
-def _lab_way(lab: Lab, network: str, subnet: str, *options: str) -> Way:
-    create_network(lab, network, "--subnet", subnet, "--mode", "vxlan", *options)
-    h1, h2 = lab.hosts
-    client, server = h1.spawn_container(), h2.spawn_container()
-    attach(client, h1, network)
-    return Way(client, server, address_of(attach(server, h2, network)))
