@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _FIRST_DELAY_S = 0.1
 _LAST_DELAY_S = 10.0
+_RETURNS_A_SECOND, _LISTINGS_A_SECOND = 1000, 200
+"""What all agents together may ask of etcd when it is back, or when all must list again
+(docs/design/etcd-load.md)."""
 _SLICE_KEYS = 500
 """Keys that are decoded without letting others run: some 5 ms."""
 
@@ -113,6 +116,7 @@ class Follower:
                 await self._watch_once()
             except CompactedError:
                 _log.warning("history compacted, listing again", revision=self._mirror.revision)
+                await trio.sleep(random.uniform(0, len(self.snapshot.hosts) / _LISTINGS_A_SECOND))
                 try:
                     await self.list_all()
                     continue
@@ -126,8 +130,9 @@ class Follower:
                 delay_s = _FIRST_DELAY_S
             self.connected = False
             self.error = reason
-            # Jitter, or all agents would come back in the same instant.
-            await trio.sleep(delay_s * random.uniform(0.5, 1.0))
+            # Spread out, or all agents would come back in the same instant.
+            spread_s = len(self.snapshot.hosts) / _RETURNS_A_SECOND
+            await trio.sleep(random.uniform(0, max(delay_s, spread_s)))
             delay_s = min(_LAST_DELAY_S, delay_s * 2)
 
     async def _watch_once(self) -> None:
