@@ -21,6 +21,7 @@ from meshnet.lab.netns import ETCD, netns_name, netns_path
 from meshnet.lab.poll import wait_until
 from meshnet.lab.topology import Lab
 from meshnet.lab.underlay import ETCD_PORT
+from meshnet.model import HostId
 from tests.bench.exact import differences
 from tests.bench.gateway import Gateway
 from tests.bench.notifications import Watch
@@ -155,9 +156,9 @@ class Site(AgentView):
         return differences(self.host, self.mesh)
 
     def provoke_pass(self) -> None:
-        """Do to a device of the agent's what it has to look at and leave as it is."""
-        alias = f"bench{next(_counter)}"
-        self.host.run(["ip", "link", "set", "dev", TUNNEL, "alias", alias])
+        """Make a route that the agent has to look at and leave as it is."""
+        prefix = f"198.51.100.{next(_counter) % 256}/32"
+        self.host.run(["ip", "route", "replace", prefix, "dev", TUNNEL])
 
     def empty_kernel(self) -> None:
         """Remove all that an agent left; none may be running."""
@@ -189,6 +190,8 @@ def site_in(lab: Lab, *, dual_stack: bool = False) -> Iterator[Site]:
     with connect(lab) as gateway:
         mesh = SimulatedMesh(gateway, dual_stack=dual_stack)
         mesh.create_network()
+        # Else it takes a random one, which may be one of those that simulated hosts will have.
+        mesh.reserve(HostId(lab.hosts[0].name), 0)
         yield Site(lab, gateway, mesh)
 
 
