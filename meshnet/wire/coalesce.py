@@ -42,6 +42,8 @@ _JOINABLE = ACK | ECE
 _IP = ENCAPSULATION_BYTES
 _CACHED_LAYOUTS = 32
 _MAX_PACKET_BYTES = 65_535
+_FRONT = _IP - virtio.HEADER_BYTES
+_HALF = struct.Struct(">H")
 
 
 class TrainJoiner:
@@ -99,20 +101,20 @@ class TrainJoiner:
         ):
             return None
         header = bytearray(actual[:head])
-        joined = (count - 1) * payload + last
-        set_length(header, joined)
+        set_length(header, 0, merged)
         if protocol == TCP:
             header[transport + 13] |= flags
             kind = virtio.GSO_TCPV4 if header[_IP] >> 4 == 4 else virtio.GSO_TCPV6
         else:
-            struct.pack_into(">H", header, transport + 4, 8 + joined)
+            _HALF.pack_into(header, transport + 4, merged - transport + _IP)
             kind = virtio.GSO_UDP_L4
-        pseudo = pseudo_sum(address_sum(header), protocol, head - transport + joined)
-        struct.pack_into(">H", header, check_at, partial(pseudo))
-        header[_IP - virtio.HEADER_BYTES : _IP] = virtio.pack(
-            virtio.NEEDS_CSUM, kind, head - _IP, payload, transport - _IP, check_at - transport
-        )
-        buffers: list[Buffer] = [header[_IP - virtio.HEADER_BYTES :], *payloads]
+        pseudo = address_sum(header) + protocol + merged - transport + _IP
+        _HALF.pack_into(header, check_at, partial(pseudo))
+        virtio.pack_into(
+            header, _FRONT, virtio.NEEDS_CSUM, kind, head - _IP, payload, transport - _IP,
+            check_at - transport,
+        )  # fmt: skip
+        buffers: list[Buffer] = [memoryview(header)[_FRONT:], *payloads]
         if last != payload:
             buffers[-1] = buffers[-1][:last]
         return buffers
@@ -169,35 +171,30 @@ class TrainJoiner:
         tcp = protocol == TCP
         if tcp and (actual[transport + 13] & ~_JOINABLE or not actual[transport + 13] & ACK):
             return None
-        ident = slice(_IP + 4, _IP + 6)
-        same_id = (
-            actual[_IP] >> 4 == 4
-            and bool(actual[_IP + 6] & 0x40)
-            and actual[ident] == actual[head + ident.start : head + ident.stop]
-        )
-        room = self._room
-        room.lay(
-            actual[:head], count, transport=transport, step=payload if tcp else None,
-            same_id=same_id,
-        )  # fmt: skip
         # Every header is to have the length of a full segment, the first one in the first place.
-        first = bytearray(actual[:head])
-        set_length(first, payload)
-        if not tcp:
-            struct.pack_into(">H", first, transport + 4, 8 + payload)
-        if first != actual[:head]:
+        header_bytes, same_id = head - _IP, False
+        if actual[_IP] >> 4 == 4:
+            same_id = bool(actual[_IP + 6] & 0x40) and (
+                actual[_IP + 4 : _IP + 6] == actual[head + _IP + 4 : head + _IP + 6]
+            )
+            (length,) = _HALF.unpack_from(actual, _IP + 2)
+            if length != header_bytes + payload or ones_sum(actual[_IP:transport]):
+                return None
+        elif _HALF.unpack_from(actual, _IP + 4)[0] != header_bytes - 40 + payload:
             return None
+        if not tcp and _HALF.unpack_from(actual, transport + 4)[0] != 8 + payload:
+            return None
+        room, step = self._room, payload if tcp else None
+        room.lay(actual[:head], count, transport=transport, step=step, same_id=same_id)
         block, at = room.block, (count - 1) * head
         flags = 0
-        final = block[at : at + head]
         if last != payload:
-            set_length(final, last)
+            set_length(block, at, header_bytes + last)
             if not tcp:
-                struct.pack_into(">H", final, transport + 4, 8 + last)
+                _HALF.pack_into(block, at + transport + 4, 8 + last)
         if tcp:
             flags = actual[at + transport + 13] & (PSH | FIN)
-            final[transport + 13] |= flags
-        block[at : at + head] = final
+            block[at + transport + 13] |= flags
         column, end, width = (transport + (16 if tcp else 6)) >> 1, count * head >> 1, head >> 1
         room.words[column:end:width] = memoryview(actual).cast("H")[column::width]
         return flags
@@ -369,7 +366,7 @@ def _super_packet(run: _Run) -> list[Buffer]:
             return [virtio.PLAIN, run.first]
         return [virtio.pack(virtio.NEEDS_CSUM, 0, run.head, 0, transport, 16), run.first]
     header = bytearray(_IP) + run.first[: run.head]
-    set_length(header, run.length - run.head)
+    set_length(header, 0, run.length)
     header[_IP + transport + 13] |= run.flags
     pseudo = pseudo_sum(address_sum(header), TCP, run.length - transport)
     struct.pack_into(">H", header, _IP + transport + 16, partial(pseudo))

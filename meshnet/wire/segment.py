@@ -20,7 +20,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from meshnet.wire import virtio
-from meshnet.wire.checksum import finished, finished_udp, ones_sum, partial, pseudo_sum
+from meshnet.wire.checksum import finished, finished_udp, ones_sum, partial
 from meshnet.wire.vxlan import ENCAPSULATION_BYTES
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ TCP, UDP = 6, 17
 FIN, PSH, CWR = 0x01, 0x08, 0x80
 _IP = ENCAPSULATION_BYTES
 _CACHED_LAYOUTS = 32
+_HALF, _WORD = struct.Struct(">H"), struct.Struct(">I")
+_V4_TAIL, _V4_LENGTH = struct.Struct(">HHHH"), struct.Struct(">HHHHH")
 _BLOCK_BYTES = 16 * 1024
 
 Send = tuple["list[Buffer]", int]
@@ -82,15 +84,12 @@ class HeaderRoom:
         self.block[: count * size] = bytes(template) * count
         words = self.words
         if template[_IP] >> 4 == 4 and not same_id:
-            first = template[_IP + 4] << 8 | template[_IP + 5]
-            check = template[_IP + 10] << 8 | template[_IP + 11]
-            idents = _run(first, count, 1, 0x1_0000)
-            # The sum grows with the identification, so the checksum falls as it does.
-            checks = [(check + first - ident) % 0xFFFF for ident in idents]
-            words[(_IP + 4) >> 1 : end : width] = column(idents, count)
-            words[(_IP + 10) >> 1 : end : width] = column(checks, count)
+            ident, _, _, check = _V4_TAIL.unpack_from(template, _IP + 4)
+            idents, checks = id_columns(ident, check, count)
+            words[(_IP + 4) >> 1 : end : width] = idents
+            words[(_IP + 10) >> 1 : end : width] = checks
         if step is not None:
-            first = int.from_bytes(template[transport + 4 : transport + 8], "big")
+            (first,) = _WORD.unpack_from(template, transport + 4)
             numbers = _run(first, count, step, 1 << 32)
             pairs = memoryview(struct.pack(f">{count}I", *numbers)).cast("H")
             at = (transport + 4) >> 1
@@ -103,16 +102,43 @@ def column(values: Iterable[int], count: int) -> memoryview:
     return memoryview(struct.pack(f">{count}H", *values)).cast("H")
 
 
-def set_length(header: bytearray, payload_bytes: int) -> None:
-    """Set the IP header's length field, and IPv4's checksum, for that much payload."""
-    if header[_IP] >> 4 == 4:
-        transport = _IP + (header[_IP] & 0x0F) * 4
-        struct.pack_into(">H", header, _IP + 2, len(header) - _IP + payload_bytes)
-        header[_IP + 10 : _IP + 12] = b"\0\0"
-        check = finished(ones_sum(header[_IP:transport]))
-        struct.pack_into(">H", header, _IP + 10, check)
+_ascending: memoryview | None = None
+_descending: memoryview | None = None
+
+
+def id_columns(ident: int, check: int, count: int) -> tuple[memoryview, memoryview]:
+    """Identifications from `ident` on, and the header checksums that go with them.
+
+    The sum grows with the identification, so the checksum falls as it does.  Both are slices of
+    tables of all numbers, made when they are first needed: packing them anew would be a tenth of
+    the work on a super-packet.
+    """
+    global _ascending, _descending
+    if _ascending is None or _descending is None:
+        _ascending = column(range(0x1_0000), 0x1_0000)
+        _descending = column((*range(0xFFFE, -1, -1), *range(0xFFFE, 0x7FFE, -1)), 0x1_7FFF)
+    if ident + count <= 0x1_0000 and count <= 0x8000:
+        at = 0xFFFE - check % 0xFFFF
+        return _ascending[ident : ident + count], _descending[at : at + count]
+    idents = [(ident + i) & 0xFFFF for i in range(count)]
+    return column(idents, count), column([(check + ident - i) % 0xFFFF for i in idents], count)
+
+
+def set_length(header: bytearray, at: int, length: int) -> None:
+    """Set the IP header's length field, and IPv4's checksum by the difference (RFC 1624).
+
+    Args:
+        header: its checksum is right for the length that it says.
+        at: where the encapsulation before it starts.
+        length: bytes of the IP packet.
+    """
+    at += _IP
+    if header[at] >> 4 == 4:
+        before, ident, fragment, ttl, check = _V4_LENGTH.unpack_from(header, at + 2)
+        check = (check + before - length) % 0xFFFF
+        _V4_LENGTH.pack_into(header, at + 2, length, ident, fragment, ttl, check)
     else:
-        struct.pack_into(">H", header, _IP + 4, len(header) - _IP - 40 + payload_bytes)
+        _HALF.pack_into(header, at + 4, length - 40)
 
 
 def address_sum(header: Buffer) -> int:
@@ -212,33 +238,32 @@ class Cutter:
     ) -> None:
         """Write all headers into the block."""
         head, last = len(template), payload - (count - 1) * size
-        set_length(template, size)
+        header_bytes = head - _IP
+        set_length(template, 0, header_bytes + size)
         check_at = transport + (16 if tcp else 6)
-        template[check_at : check_at + 2] = b"\0\0"
-        flags = template[transport + 13] if tcp else 0
+        # The field holds the pseudo-header's sum for the whole; only the length is another one.
+        (field,) = _HALF.unpack_from(template, check_at)
+        full, short = field - payload + size, field - payload + last
+        flags = 0
         if tcp:
+            flags = template[transport + 13]
             template[transport + 13] = flags & ~(FIN | PSH | CWR)
         else:
-            struct.pack_into(">H", template, transport + 4, 8 + size)
-        protocol, addresses = TCP if tcp else UDP, address_sum(template)
-        full, short = (pseudo_sum(addresses, protocol, head - transport + n) for n in (size, last))
-        if remote:
-            struct.pack_into(">H", template, check_at, partial(full))
+            _HALF.pack_into(template, transport + 4, 8 + size)
+        _HALF.pack_into(template, check_at, partial(full) if remote else 0)
         room = self._room
         room.lay(template, count, transport=transport, step=size if tcp else None, same_id=False)
         block, at = room.block, (count - 1) * head
-        if tcp:
+        if flags & (FIN | PSH | CWR):
             # Of the flags only these differ: CWR on the first, PSH and FIN on the last.
             block[transport + 13] |= flags & CWR
             block[at + transport + 13] |= flags & (FIN | PSH)
         if last != size:
-            header = block[at : at + head]
-            set_length(header, last)
+            set_length(block, at, header_bytes + last)
             if not tcp:
-                struct.pack_into(">H", header, transport + 4, 8 + last)
+                _HALF.pack_into(block, at + transport + 4, 8 + last)
             if remote:
-                struct.pack_into(">H", header, check_at, partial(short))
-            block[at : at + head] = header
+                _HALF.pack_into(block, at + check_at, partial(short))
         if not remote:
             width, end = head >> 1, count * head >> 1
             checks = self._checks(head, transport, count, size, last, (full, short), tcp=tcp)

@@ -32,6 +32,8 @@ GSO_ECN = 0x80
 _HEADER = struct.Struct("=BBHHHH")
 pack = _HEADER.pack
 """pack(flags, gso_type, hdr_len, gso_size, csum_start, csum_offset) → 10 bytes."""
+pack_into = _HEADER.pack_into
+"""pack_into(buffer, offset, …) → the same, in place."""
 unpack_from = _HEADER.unpack_from
 """unpack_from(buffer, offset) → the same six numbers."""
 PLAIN = bytes(HEADER_BYTES)

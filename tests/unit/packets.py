@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 MACS = (bytes.fromhex("026d0a2a0200"), bytes.fromhex("026d0a2a0100"))
 VNI = 4097
+_V6 = "fd00004200000001" + "0" * 15 + "2", "fd00004200000002" + "0" * 15 + "3"
 ADDRESSES = {
     4: (bytes((10, 42, 1, 2)), bytes((10, 42, 2, 3))),
-    6: (bytes.fromhex("fd000042000000010000000000000002"), bytes.fromhex("fd00004200000002" + "0" * 15 + "3")),
-}  # fmt: skip
+    6: (bytes.fromhex(_V6[0]), bytes.fromhex(_V6[1])),
+}
 
 
 def prefix(version: int, remote: tuple[int, bool] | None = None) -> bytes:
@@ -30,7 +31,7 @@ def prefix(version: int, remote: tuple[int, bool] | None = None) -> bytes:
 
 
 def ip_packet(
-    version: int, protocol: int, transport: bytes, *, ident: int = 7, df: bool = True, tos: int = 0
+    version: int, protocol: int, transport: bytes, *, ident: int = 7, df: int = True, tos: int = 0
 ) -> bytes:
     """An IP packet, with its header's checksum."""
     source, destination = ADDRESSES[version]
@@ -61,7 +62,7 @@ def tcp_packet(
     flags: int = 0x10,
     options: bytes = b"",
     unfinished: bool = False,
-    **ip: Any,
+    **ip: int,
 ) -> bytes:
     """A TCP segment, with its checksum or the sum of the pseudo-header instead."""
     head = 20 + len(options)
@@ -73,7 +74,7 @@ def tcp_packet(
     return ip_packet(version, 6, bytes(segment), **ip)
 
 
-def udp_packet(version: int, payload: bytes, *, unfinished: bool = False, **ip: Any) -> bytes:
+def udp_packet(version: int, payload: bytes, *, unfinished: bool = False, **ip: int) -> bytes:
     """A UDP datagram."""
     datagram = bytearray(struct.pack(">HHHH", 5001, 53, 8 + len(payload), 0)) + payload
     total = pseudo(version, 17, len(datagram))
