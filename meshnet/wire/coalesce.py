@@ -97,7 +97,7 @@ class TrainJoiner:
         if flags is None or not self._room.block.startswith(actual):
             return None
         if not unfinished and not self._verify(
-            actual, head, transport, check_at, size, total, count, protocol
+            actual, payloads, head, transport, check_at, size, total, count, protocol
         ):
             return None
         header = bytearray(actual[:head])
@@ -202,6 +202,7 @@ class TrainJoiner:
     def _verify(
         self,
         actual: bytes,
+        payloads: list[memoryview],
         head: int,
         transport: int,
         check_at: int,
@@ -217,15 +218,18 @@ class TrainJoiner:
             checks = memoryview(actual).cast("H")[check_at >> 1 :: head >> 1]
             if 0 in checks.tolist():
                 return False  # no checksum
-        # All but the transport's part is the same in every header, save the IP header's length,
-        # identification and checksum: of IPv4 the whole header sums to 0.
+        # What stands before the transport header is the same everywhere, save the IP header's
+        # length, identification and checksum: of IPv4 the whole header sums to 0.
         other = count * ones_sum(actual[:_IP])
         first, final = actual[:head], actual[(count - 1) * head :]
         if actual[_IP] >> 4 == 6:
             other += (count - 1) * ones_sum(first[_IP:transport]) + ones_sum(final[_IP:transport])
-        lengths = total - count * transport
-        pseudo = count * (address_sum(actual) + protocol) + lengths
-        return (ones_sum(self._view[:total]) - other + pseudo) % 0xFFFF == 0
+        pseudo = count * (address_sum(actual) + protocol) + total - count * transport
+        read = int.from_bytes
+        data = sum([read(part, "big") for part in payloads[:-1]])
+        last = total - (count - 1) * size - head
+        data += ones_sum(payloads[-1][:last])
+        return (ones_sum(actual) - other + pseudo + data) % 0xFFFF == 0
 
 
 class _Run:
