@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _MOST_READS = 64
 _SAVE_AFTER_S = 0.1
+_AT_ONCE_S = 10e-6
+"""A wait shorter than this was none: the packet had been there before."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,23 +130,34 @@ class _Process:
         """One reader at a time, as many reads at once as have lately been waiting.
 
         A lone packet costs one wait, one read and one send; with a budget of one there is no second
-        read that would say that nothing is left.
+        read that would say that nothing is left.  The budget grows when the wait for more was none.
         """
         tun_fd, udp_fd, wake_fd = self._tun.fd, self._underlay.socket.fileno(), wake.fileno()
-        poll = self._poll
+        poll, clock = self._poll, time.monotonic
         for fd in (tun_fd, udp_fd, wake_fd):
             poll.register(fd, select.EPOLLIN)
-        send, receive = self._sender.pump, self._receiver.pump
+        send, send_one = self._sender.pump, self._sender.one
+        receive, receive_one = self._receiver.pump, self._receiver.one
+        wait = poll.poll
         outward = inward = 1
         timeout: float | None = None
+        idle_since = 0.0
         while True:
-            for fd, events in poll.poll(timeout, 4):
+            ready = wait(timeout, 4)
+            waited = clock() - idle_since > _AT_ONCE_S
+            for fd, events in ready:
                 if fd == tun_fd:
-                    done = send(outward)
-                    outward = min(outward * 2, _MOST_READS) if done == outward else max(done, 1)
+                    done = send(outward) if outward > 1 else send_one()
+                    if done < outward:
+                        outward = done or 1
+                    elif not waited and outward < _MOST_READS:
+                        outward *= 2
                 elif fd == udp_fd:
-                    done = receive(inward)
-                    inward = min(inward * 2, _MOST_READS) if done == inward else max(done, 1)
+                    done = receive(inward) if inward > 1 else receive_one()
+                    if done < inward:
+                        inward = done or 1
+                    elif not waited and inward < _MOST_READS:
+                        inward *= 2
                 elif fd == wake_fd:
                     return
                 else:
@@ -157,6 +170,7 @@ class _Process:
                 if timeout <= 0:
                     self._save()
                     timeout = None
+            idle_since = clock()
 
     def _changed(self) -> None:
         """The members changed: write them down soon, all changes of a moment at once."""

@@ -51,13 +51,14 @@ class Peer:
             is left to the peer, or 0).
         fronts: encapsulations that it sends with, by which IP version and whether the inner
             checksum is unfinished; only others have to be parsed.
+        usual_front: that of IPv4 with a finished checksum.
         offload: whether it takes unfinished checksums (remote checksum offload).
         drops: of its packets, by reason.
     """
 
     __slots__ = ("address", "document", "drops", "fronts", "mac", "offload", "prefixes",
                  "rx_bytes", "rx_calls", "rx_packets", "subnets", "tx_bytes", "tx_calls",
-                 "tx_packets", "underlay_ip")  # fmt: skip
+                 "tx_packets", "underlay_ip", "usual_front")  # fmt: skip
 
     def __init__(self, document: dict[str, Any], own: Own) -> None:
         """Check a peer's document.
@@ -96,6 +97,7 @@ class Peer:
             self.prefixes = {key: self.prefixes[key[0], 0] for key in self.prefixes}
         # The other way round, for what it sends, whatever we send.
         received = _fronts(own.vni, own.mac, self.mac)
+        self.usual_front = received[4, 0]
         self.fronts = {front: (key[0], key[1] != 0) for key, front in received.items()}
         self.rx_packets = self.rx_bytes = self.rx_calls = 0
         self.tx_packets = self.tx_bytes = self.tx_calls = 0

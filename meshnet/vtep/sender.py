@@ -69,47 +69,79 @@ class Sender:
         self._run_size = 0
         self._answers, self._answers_since = 0, 0.0
 
+    def one(self) -> int:
+        """What ``pump(1)`` does, straight on for the usual small packet.
+
+        A lone packet finds the processor's caches cold: every function and object less counts.
+        """
+        data = self._data
+        try:
+            got = os.readv(self._tun.fd, self._slots[0])
+        except BlockingIOError:
+            return 0
+        # No GSO, no unfinished checksum, IPv4 without options.
+        if not data[_FRONT + 1] and not data[_FRONT] and data[ENCAPSULATION_BYTES] == 0x45:
+            (destination,) = _V4_DESTINATION.unpack_from(data, ENCAPSULATION_BYTES)
+            peer = self._table.find(4, destination)
+            if peer is not None and got <= self._mtu + virtio.HEADER_BYTES:
+                data[:ENCAPSULATION_BYTES] = peer.prefixes[4, 0]
+                try:
+                    sent = self._socket.sendto(self._view[: got + _FRONT], peer.address)
+                except OSError as error:
+                    self._refused(peer, error, 1)
+                    return 1
+                peer.tx_calls += 1
+                peer.tx_packets += 1
+                peer.tx_bytes += sent
+                return 1
+        self._carry(0, got)
+        self._flush()
+        return 1
+
     def pump(self, budget: int) -> int:
         """Carry up to `budget` reads' worth; returns how many there were, fewer if no more wait.
 
         Raises:
             OSError: the TUN is gone.
         """
-        fd, read, data, step = self._tun.fd, os.readv, self._data, self._step
+        fd, read, slots = self._tun.fd, os.readv, self._slots
         slot = 0
         for count in range(budget):
             try:
-                got = read(fd, self._slots[slot])
+                got = read(fd, slots[slot])
             except BlockingIOError:
                 self._flush()
                 return count
-            start = slot * step + ENCAPSULATION_BYTES
-            length = got - virtio.HEADER_BYTES
-            version = data[start] >> 4
-            if version == 4 and length >= 20:
-                (destination,) = _V4_DESTINATION.unpack_from(data, start)
-            elif version == 6 and length >= 40:
-                high, low = _V6_DESTINATION.unpack_from(data, start)
-                destination = high << 64 | low
-            else:
-                self._counters.drop("malformed")
-                continue
-            peer = self._table.find(version, destination)
-            if peer is None:
-                self._no_peer(start, length)
-            elif data[start - 9]:  # the virtio header's GSO type
-                self._flush()
-                self._super_packet(peer, version, slot, length)
-                slot = 0
-            else:
-                self._packet(peer, version, start, length)
-                # Only a slot that is waiting to be sent is taken.
-                slot = slot + 1 if self._run else 0
-                if slot == _SLOTS:
-                    self._flush()
-                    slot = 0
+            slot = self._carry(slot, got)
         self._flush()
         return budget
+
+    def _carry(self, slot: int, got: int) -> int:
+        """Carry what was read into a slot; returns the slot to read into next."""
+        data, start = self._data, slot * self._step + ENCAPSULATION_BYTES
+        length = got - virtio.HEADER_BYTES
+        version = data[start] >> 4
+        if version == 4 and length >= 20:
+            (destination,) = _V4_DESTINATION.unpack_from(data, start)
+        elif version == 6 and length >= 40:
+            high, low = _V6_DESTINATION.unpack_from(data, start)
+            destination = high << 64 | low
+        else:
+            self._counters.drop("malformed")
+            return slot
+        peer = self._table.find(version, destination)
+        if peer is None:
+            self._no_peer(start, length)
+            return slot
+        if data[start - virtio.HEADER_BYTES + 1]:  # the GSO type
+            self._flush()
+            self._super_packet(peer, version, slot, length)
+            return 0
+        self._packet(peer, version, start, length)
+        if slot + 1 == _SLOTS:
+            self._flush()
+            return 0
+        return slot + 1
 
     def _packet(self, peer: Peer, version: int, start: int, length: int) -> None:
         """One packet: complete it where it stands, and add it to the run."""
