@@ -13,7 +13,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import ConflictError, UsageError
-from meshnet.wire import vxlan
+from meshnet.wire import virtio, vxlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,14 +51,16 @@ class Peer:
             is left to the peer, or 0).
         fronts: encapsulations that it sends with, by which IP version and whether the inner
             checksum is unfinished; only others have to be parsed.
-        usual_front: that of IPv4 with a finished checksum.
+        quick: encapsulations of IPv4 packets that are written on as they are, and the virtio header
+            to write: those with an unfinished checksum, and those of other protocols than TCP
+            and UDP, whose checksum nobody leaves unfinished.
         offload: whether it takes unfinished checksums (remote checksum offload).
         drops: of its packets, by reason.
     """
 
-    __slots__ = ("address", "document", "drops", "fronts", "mac", "offload", "prefixes",
+    __slots__ = ("address", "document", "drops", "fronts", "mac", "offload", "prefixes", "quick",
                  "rx_bytes", "rx_calls", "rx_packets", "subnets", "tx_bytes", "tx_calls",
-                 "tx_packets", "underlay_ip", "usual_front")  # fmt: skip
+                 "tx_packets", "underlay_ip")  # fmt: skip
 
     def __init__(self, document: dict[str, Any], own: Own) -> None:
         """Check a peer's document.
@@ -97,7 +99,11 @@ class Peer:
             self.prefixes = {key: self.prefixes[key[0], 0] for key in self.prefixes}
         # The other way round, for what it sends, whatever we send.
         received = _fronts(own.vni, own.mac, self.mac)
-        self.usual_front = received[4, 0]
+        self.quick = {
+            received[4, 0]: virtio.PLAIN,
+            received[4, 6]: virtio.pack(virtio.NEEDS_CSUM, 0, 40, 0, 20, 16),
+            received[4, 17]: virtio.pack(virtio.NEEDS_CSUM, 0, 28, 0, 20, 6),
+        }
         self.fronts = {front: (key[0], key[1] != 0) for key, front in received.items()}
         self.rx_packets = self.rx_bytes = self.rx_calls = 0
         self.tx_packets = self.tx_bytes = self.tx_calls = 0
