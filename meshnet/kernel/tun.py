@@ -146,14 +146,37 @@ class Underlay:
     """The UDP socket that tunnel packets come in by and leave by; the caller closes it.
 
     Attributes:
+        local: the address it is bound to.
         segmenting: whether the kernel takes ``UDP_SEGMENT`` (4.18).
         receiving_trains: whether it hands over ``UDP_GRO`` (5.0).
     """
 
-    __slots__ = ("receiving_trains", "segmenting", "socket")
+    __slots__ = ("local", "receiving_trains", "segmenting", "socket")
 
-    def __init__(self, socket_: socket.socket, *, segmenting: bool, trains: bool) -> None:
-        self.socket, self.segmenting, self.receiving_trains = socket_, segmenting, trains
+    def __init__(
+        self, socket_: socket.socket, local: str, *, segmenting: bool, trains: bool
+    ) -> None:
+        self.socket, self.local = socket_, local
+        self.segmenting, self.receiving_trains = segmenting, trains
+
+
+def connect_underlay(local: str, address: tuple[str, int]) -> socket.socket:
+    """A socket to send to one peer with: the kernel looks the way up once, not for each packet.
+
+    Its source port is the kernel's choice, another one for each peer, so that the underlay can
+    spread peers over paths (RFC 7348 §5); what peers send comes to the bound socket alone.
+
+    Raises:
+        OSError: there is no way to the peer.
+    """
+    made = _make_socket(local)
+    try:
+        made.bind((local, 0))
+        made.connect(address)
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 def open_underlay(local: str, port: int) -> Underlay:
@@ -172,19 +195,8 @@ def open_underlay(local: str, port: int) -> Underlay:
         NotFoundError: no link has the address.
         KernelRefusedError: anything else.
     """
-    family = socket.AF_INET6 if ":" in local else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    made = _make_socket(local)
     try:
-        for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
-            with contextlib.suppress(PermissionError):
-                made.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-        timeout = struct.pack("ll", 0, int(_SEND_TIMEOUT_S * 1e6))
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            made.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT)
-        else:
-            made.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_OMIT)
         segmenting = _accepts(made, UDP_SEGMENT, 0)
         trains = _accepts(made, UDP_GRO, 1)
         made.bind((local, port))
@@ -193,7 +205,23 @@ def open_underlay(local: str, port: int) -> Underlay:
         if error.errno == errno.EADDRNOTAVAIL:
             raise NotFoundError(f"underlay address {local} is on no link of this host") from error
         raise _translated(error, f"UDP {local} port {port}") from error
-    return Underlay(made, segmenting=segmenting, trains=trains)
+    return Underlay(made, local, segmenting=segmenting, trains=trains)
+
+
+def _make_socket(local: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in local else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
+        with contextlib.suppress(PermissionError):
+            made.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+    timeout = struct.pack("ll", 0, int(_SEND_TIMEOUT_S * 1e6))
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT)
+    else:
+        made.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_OMIT)
+    return made
 
 
 def _accepts(made: socket.socket, option: int, value: int) -> bool:

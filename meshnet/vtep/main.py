@@ -122,6 +122,7 @@ class _Process:
         self._save()
         self._server.close()
         self._poll.close()
+        self._sender.close()
         self._underlay.socket.close()
         os.close(self._tun.fd)
         self._rundir.close()
@@ -174,6 +175,7 @@ class _Process:
 
     def _changed(self) -> None:
         """The members changed: write them down soon, all changes of a moment at once."""
+        self._sender.forget_sockets()
         if self._save_at is None:
             self._save_at = time.monotonic() + _SAVE_AFTER_S
 

@@ -56,11 +56,12 @@ class Peer:
             and UDP, whose checksum nobody leaves unfinished.
         offload: whether it takes unfinished checksums (remote checksum offload).
         drops: of its packets, by reason.
+        tx_socket, tx_fd: the sender's socket for it alone; None: it has none (yet).
     """
 
     __slots__ = ("address", "document", "drops", "fronts", "mac", "offload", "prefixes", "quick",
                  "rx_bytes", "rx_calls", "rx_packets", "subnets", "tx_bytes", "tx_calls",
-                 "tx_packets", "underlay_ip")  # fmt: skip
+                 "tx_fd", "tx_packets", "tx_socket", "underlay_ip")  # fmt: skip
 
     def __init__(self, document: dict[str, Any], own: Own) -> None:
         """Check a peer's document.
@@ -105,6 +106,8 @@ class Peer:
             received[4, 17]: virtio.pack(virtio.NEEDS_CSUM, 0, 28, 0, 20, 6),
         }
         self.fronts = {front: (key[0], key[1] != 0) for key, front in received.items()}
+        self.tx_socket: socket.socket | None = None
+        self.tx_fd = -1
         self.rx_packets = self.rx_bytes = self.rx_calls = 0
         self.tx_packets = self.tx_bytes = self.tx_calls = 0
         self.drops: dict[str, int] = {}

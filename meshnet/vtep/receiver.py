@@ -78,6 +78,11 @@ class Receiver:
         except OSError:
             self._counters.drop("rx_error")
             return 1
+        if not controls:
+            peer = self._table.by_underlay.get(address[0])
+            if peer is not None and self._quick(peer, 0, got):
+                peer.rx_calls += 1
+                return 1
         self._carry(got, controls, address[0], hold=False)
         return 1
 
@@ -173,8 +178,11 @@ class Receiver:
 
     def _datagram(self, peer: Peer, at: int, length: int, *, hold: bool) -> None:
         """One datagram at `at`."""
-        if (not hold or (length < _COALESCED_BYTES and not self._holding)) and self._quick(
-            peer, at, length
+        if (
+            hold
+            and length < _COALESCED_BYTES
+            and not self._holding
+            and self._quick(peer, at, length)
         ):
             return
         data = self._data
