@@ -72,7 +72,7 @@ class Sender:
         # Datagrams of one size, but for the last, that wait to be sent to one peer.
         self._run: list[Buffer] = []
         self._run_peer: Peer | None = None
-        self._run_size = 0
+        self._run_size = self._run_most = 0
         self._answers, self._answers_since = 0, 0.0
 
     def one(self) -> int:
@@ -130,7 +130,8 @@ class Sender:
         Raises:
             OSError: the TUN is gone.
         """
-        fd, read, slots = self._tun.fd, os.readv, self._slots
+        fd, read, slots, step = self._tun.fd, os.readv, self._slots, self._step
+        quick, view, run = self._quick, self._view, self._run
         slot = 0
         for count in range(budget):
             try:
@@ -138,11 +139,23 @@ class Sender:
             except BlockingIOError:
                 self._flush()
                 return count
-            peer = self._quick(slot, got)
+            peer = quick(slot, got)
             if peer is None:
                 slot = self._carry(slot, got)
+            elif (
+                run
+                and got + _FRONT == self._run_size == len(run[-1])
+                and (peer is self._run_peer and len(run) < self._run_most)
+            ):
+                # As `_append` does, without the call: this is every packet of a flood.
+                front = slot * step
+                run.append(view[front : front + got + _FRONT])
+                slot += 1
             else:
                 slot = self._append(peer, slot, got + _FRONT)
+            if slot == _SLOTS:
+                self._flush()
+                slot = 0
         self._flush()
         return budget
 
@@ -188,23 +201,20 @@ class Sender:
         return True
 
     def _append(self, peer: Peer, slot: int, size: int) -> int:
-        """Add the datagram in a slot to the run; returns the slot to read into next."""
+        """Add the datagram in a slot to the run; returns the next slot, maybe one too many."""
         run = self._run
         if run and (
             peer is not self._run_peer
             or size > self._run_size
             or len(run[-1]) != self._run_size
-            or len(run) == MAX_SEGMENTS
-            or (len(run) + 1) * self._run_size > MAX_SEND_BYTES
+            or len(run) >= self._run_most
         ):
             self._flush()
         if not run:
             self._run_peer, self._run_size = peer, size
+            self._run_most = min(MAX_SEGMENTS, MAX_SEND_BYTES // size)
         front = slot * self._step
         run.append(self._view[front : front + size])
-        if slot + 1 == _SLOTS:
-            self._flush()
-            return 0
         return slot + 1
 
     def _flush(self) -> None:
