@@ -72,6 +72,35 @@ def test_the_largest_packet_passes(site: Site, version: int, header: int) -> Non
         assert ping(site.container(a), address(b, version), *options), f"{a} to {b}"
 
 
+def test_an_underlay_link_without_offloads(site: Site) -> None:
+    """Without checksum offload the kernel refuses UDP_SEGMENT, or segments by itself."""
+    site.host(1).run(["ethtool", "-K", "eth0", "tx", "off", "gso", "off"])
+    try:
+        for version in (4, 6):
+            for a, b in ((1, 2), (2, 1), (1, 3), (3, 1)):
+                transfer(site.container(a), site.container(b), address(b, version), 2_000_000)
+    finally:
+        site.host(1).run(["ethtool", "-K", "eth0", "tx", "on", "gso", "on"])
+
+
+def test_an_underlay_link_narrower_than_a_segment(site: Site) -> None:
+    """Datagrams fragment outside, as those of a kernel VXLAN device do."""
+    site.host(1).run(["ip", "link", "set", "eth0", "mtu", "1400"])
+    try:
+        for a, b in ((1, 2), (1, 3)):
+            transfer(site.container(a), site.container(b), address(b), 2_000_000)
+            with (
+                site.socket_in(f"c{b}", address(b)) as receiver,
+                site.socket_in(f"c{a}", address(a)) as sender,
+            ):
+                receiver.settimeout(5)
+                for _ in range(3):
+                    sender.sendto(bytes(MTU - 28), receiver.getsockname())
+                    assert len(receiver.recv(65536)) == MTU - 28
+    finally:
+        site.host(1).run(["ip", "link", "set", "eth0", "mtu", "1500"])
+
+
 def test_udp_of_all_sizes(site: Site) -> None:
     """Datagrams of a program, with UDP_SEGMENT and larger than the MTU, too."""
     for a, b in ((1, 2), (1, 3), (3, 1)):
