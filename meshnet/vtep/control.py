@@ -15,7 +15,8 @@ Request: ``{"v": 1, "op": OP, …}``; an ``id`` of any kind comes back in the an
 
 A peer is ``{"underlay_ip", "mac", "subnets": [CIDR, …], "port"?, "offload"?}``.  ``port`` is by
 default the process's own.  ``offload``: the peer takes unfinished inner checksums (remote checksum
-offload, `meshnet.wire.vxlan`); a peer that is this program does, a kernel's VXLAN device does not.
+offload, `meshnet.wire.vxlan`): a peer that is this program does, and a kernel's VXLAN device that
+was made with ``remcsumrx``; others do not.
 
 An error is ``{"v": 1, "ok": false, "error": TEXT}``, and nothing was changed.  The connection stays
 open, except after a line that is too long.

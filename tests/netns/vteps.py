@@ -115,8 +115,11 @@ class Vtep:
 class Site:
     """The hosts."""
 
-    def __init__(self, spaces: Scratch, directory: Path, family: Family = 4) -> None:
+    def __init__(
+        self, spaces: Scratch, directory: Path, family: Family = 4, vxlan: str = "remcsumrx"
+    ) -> None:
         self.spaces = spaces
+        self._vxlan_options = vxlan
         self.underlay = Underlay(family=family, mtu_bytes=MTU + (50 if family == 4 else 70),
                                  gateway=False)  # fmt: skip
         parts = [f"{kind}{i}" for kind in "hc" for i in HOSTS]
@@ -208,7 +211,7 @@ class Site:
     def _add_kernel_vtep(self, i: int, own: str) -> None:
         commands = [
             f"link add vx0 address {format_mac(mac(i))} mtu {MTU} type vxlan id {VNI} "
-            f"local {own} dstport {PORT} nolearning",
+            f"local {own} dstport {PORT} nolearning {self._vxlan_options}",
             "link set vx0 up",
         ]
         for j in HOSTS:
