@@ -10,8 +10,7 @@ Objects that are not ours are neither reported nor touched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from meshnet.state import KernelState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointWiring:
+class EndpointWiring(NamedTuple):
     """How to connect a namespace: `endpoint` says with what, the rest says where to.
 
     Attributes:

@@ -12,6 +12,8 @@ RFC 7348 §5 (VXLAN), RFC 791 and RFC 8200 (outer header without options).
 from __future__ import annotations
 
 from meshnet.errors import UsageError
+from meshnet.wire.segment import MAX_SEGMENTS, MAX_SEND_BYTES
+from meshnet.wire.vxlan import ENCAPSULATION_BYTES
 
 UDP_HEADER_BYTES = 8
 VXLAN_HEADER_BYTES = 8
@@ -49,3 +51,17 @@ def overlay_mtu_bytes(underlay_mtu_bytes: int, underlay_version: int, inner_vers
             f"overlay, which needs {MINIMUM_MTU_BYTES[inner_version]}: raise the underlay's MTU"
         )
     return mtu
+
+
+def gso_max_bytes(mtu_bytes: int) -> int:
+    """The ``gso_max_size`` of endpoints with which a super-packet is one send of the VTEP.
+
+    Cut and encapsulated, a full 64 KiB is a little more than one ``UDP_SEGMENT`` send may be, and
+    the few segments that are left over cost as much as the rest.  The kernel takes up to 321 bytes
+    for headers off what it is told (``sk_setup_caps``).
+
+    Args:
+        mtu_bytes: of the overlay.
+    """
+    segments = min(MAX_SEGMENTS, MAX_SEND_BYTES // (mtu_bytes + ENCAPSULATION_BYTES))
+    return segments * (mtu_bytes - 52) + 330

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -238,7 +237,7 @@ def test_one_ip_version(wired: Wired, addresses: tuple[str, ...]) -> None:
 def test_two_endpoints_of_one_namespace(wired: Wired) -> None:
     first = make_endpoint()
     second = make_endpoint(("10.43.0.2/24",), identity="ba9876543210", ifname="eth1")
-    other = dataclasses.replace(wiring_of(second), routes=[ip_network("10.43.0.0/16")])
+    other = wiring_of(second)._replace(routes=[ip_network("10.43.0.0/16")])
     assert wired.wiring.connect(wired.netns_fd, wiring_of(first)) is True
     assert wired.wiring.connect(wired.netns_fd, other) is False
     assert sorted(wired.wiring.list_endpoint_links()) == ["mne0123456789ab", "mneba9876543210"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MESHNET = Path(meshnet.__path__[0])
 AGENT = Path(meshnet_agent.__path__[0])
-EDGES = ("store", "kernel", "lab", "cli", "runtime")
+EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep")
 PURE_IN_EDGES = {"store/mirror.py", "store/registry.py", "store/__init__.py", "kernel/ordering.py"}
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",
@@ -98,6 +98,17 @@ def test_the_client_starts_fast() -> None:
                 ("meshnet.errors", "meshnet.cli")
             )
             assert allowed, f"cli/{name} imports {module} at its top"
+
+
+def test_the_userspace_vtep_is_small() -> None:
+    """Its process starts within milliseconds and stays small: no library, no other edge."""
+    files = [MESHNET / name for name in modules(MESHNET) if name.startswith("vtep/")]
+    for path in [*files, MESHNET / "kernel" / "tun.py"]:
+        for module in imports(path):
+            allowed = module.split(".")[0] in sys.stdlib_module_names or module.startswith(
+                ("meshnet.errors", "meshnet.wire", "meshnet.vtep", "meshnet.kernel.tun")
+            )
+            assert allowed, f"{path.name} imports {module}"
 
 
 def test_each_third_party_library_has_its_place() -> None:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from meshnet.backends.vxlan import link_local_of
 from meshnet.errors import UsageError
 from meshnet.wire.mac import endpoint_mac, gateway_mac, vtep_mac
-from meshnet.wire.mtu import MINIMUM_MTU_BYTES, encapsulation_bytes, overlay_mtu_bytes
+from meshnet.wire.mtu import (
+    MINIMUM_MTU_BYTES,
+    encapsulation_bytes,
+    gso_max_bytes,
+    overlay_mtu_bytes,
+)
+from meshnet.wire.segment import MAX_SEGMENTS, MAX_SEND_BYTES
+from meshnet.wire.vxlan import ENCAPSULATION_BYTES
 from tests.unit import strategies
 
 if TYPE_CHECKING:
@@ -26,6 +33,13 @@ if TYPE_CHECKING:
 def test_the_usual_mtus(underlay: int, version: int, overlay: int) -> None:
     for inner in (4, 6):
         assert overlay_mtu_bytes(underlay, version, inner) == overlay
+
+
+@given(st.integers(1280, 9000), st.sampled_from([40, 52, 60, 72]), st.sampled_from([257, 321]))
+def test_a_limited_super_packet_is_one_send(mtu: int, headers: int, reserved: int) -> None:
+    segments = (gso_max_bytes(mtu) - reserved) // (mtu - headers)
+    assert 0 < segments * (mtu + ENCAPSULATION_BYTES) <= MAX_SEND_BYTES
+    assert segments <= MAX_SEGMENTS
 
 
 @given(

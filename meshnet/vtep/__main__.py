@@ -1,0 +1,7 @@
+"""``python -m meshnet.vtep``."""
+
+import sys
+
+from meshnet.vtep.main import main
+
+sys.exit(main())
