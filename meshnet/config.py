@@ -189,11 +189,6 @@ def _check(
                 f"{setting.name} is {value!r} ({sources[setting.name]}): "
                 f"choose {', '.join(setting.choices)}"
             )
-    if values["vxlan"] == "userspace":
-        raise UsageError(
-            f"vxlan is 'userspace' ({sources['vxlan']}), which this version does not have yet: "
-            "choose auto or kernel"
-        )
     etcd = tuple(url.strip() for url in (values["etcd"] or "").split(",") if url.strip())
     if not etcd:
         raise UsageError("etcd is not set: give --etcd URL, such as http://10.0.0.1:2379")

@@ -1,7 +1,8 @@
 """Difference of two kernel states, as operations in an order that never leaves a half route.
 
-Create link → address → neighbour → FDB entry → nexthop → route; delete in the exact reverse, after
-everything is created.  Whole values are compared, never only keys.
+Create link → address → neighbour → FDB entry → member → nexthop → route; delete in the exact
+reverse, after everything is created.  Only a userspace VTEP's members go and come in one step, so
+that a subnet changes hands.  Whole values are compared, never only keys.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -19,6 +20,7 @@ from meshnet.state import (
     KernelState,
     Link,
     LinkKind,
+    MemberKey,
     NeighbourKey,
     Nexthop,
     Route,
@@ -43,8 +45,9 @@ class Table(IntEnum):
     ADDRESS = 3
     NEIGHBOUR = 4
     FDB = 5
-    NEXTHOP = 6
-    ROUTE = 7
+    MEMBER = 6
+    NEXTHOP = 7
+    ROUTE = 8
 
 
 class Op(NamedTuple):
@@ -104,6 +107,7 @@ def diff(desired: KernelState, actual: KernelState) -> list[Op]:
         (Table.ADDRESS, _needs_link),
         (Table.NEIGHBOUR, _needs_link),
         (Table.FDB, _needs_link),
+        (Table.MEMBER, _needs_link),
         (Table.NEXTHOP, needs_peer),
         (Table.ROUTE, _needs_way(needs_peer)),
     )
@@ -114,9 +118,12 @@ def diff(desired: KernelState, actual: KernelState) -> list[Op]:
         if (wanted := _table(desired, table)) != (held := _table(base, table))
     ]
     for table, wanted, held, needs in different:
+        if table is Table.MEMBER:
+            ops += _delete(table, wanted, held)
         ops += _set(table, wanted, held, needs)
     for table, wanted, held, _ in reversed(different):
-        ops += _delete(table, wanted, held)
+        if table is not Table.MEMBER:
+            ops += _delete(table, wanted, held)
     ops += _delete(Table.LINK, desired.links, _without_veths(base.links))
     if desired.firewall is None and actual.firewall is not None:
         ops.append(Op(Table.FIREWALL, "inet meshnet", None, True))
@@ -141,8 +148,13 @@ def _without_veths(links: Mapping[str, Link]) -> dict[str, Link]:
 
 
 def needs_rebuild(desired: Link, actual: Link) -> bool:
-    """Whether the kernel cannot turn one link into the other in place."""
-    return desired.kind != actual.kind or desired.vxlan != actual.vxlan
+    """Whether the kernel cannot turn one link into the other in place.
+
+    A TUN stays, with its routes, while its process is exchanged.
+    """
+    if desired.kind != actual.kind:
+        return True
+    return desired.kind is not LinkKind.TUN and desired.vxlan != actual.vxlan
 
 
 def link_matches(desired: Link, actual: Link) -> bool:
@@ -196,6 +208,8 @@ def _needs_peer(desired: KernelState) -> _Needs:
 
     def needs(_key: object, nexthop: Nexthop) -> tuple[tuple[Table, Any], ...]:
         dev, gateway = nexthop
+        if not gateway:
+            return _on_link(dev)
         neighbour = NeighbourKey(dev, gateway)
         mac = desired.neighbours.get(neighbour)
         if mac is None:
@@ -228,6 +242,7 @@ def _without_links(state: KernelState, names: set[str]) -> KernelState:
         addresses={k: v for k, v in state.addresses.items() if k.dev not in names},
         neighbours={k: v for k, v in state.neighbours.items() if k.dev not in names},
         fdb={k: v for k, v in state.fdb.items() if k.dev not in names},
+        members={k: v for k, v in state.members.items() if k.dev not in names},
         nexthops={k: v for k, v in state.nexthops.items() if k not in gone},
         routes={
             k: v
@@ -249,6 +264,8 @@ def describe(table: Table, key: Any) -> str:  # noqa: ANN401
             return f"{name} {format_ip(address)} on {dev}"
         case Table.FDB, FdbKey(dev, mac):
             return f"FDB entry {format_mac(mac)} on {dev}"
+        case Table.MEMBER, MemberKey(dev, address):
+            return f"{name} {format_ip(address)} of {dev}"
         case Table.ROUTE, (prefix, length):
             return f"{name} {format_ip(prefix)}/{length}"
         case _:
@@ -277,6 +294,7 @@ def _table(state: KernelState, table: Table) -> dict[Any, Any]:
         Table.ADDRESS: state.addresses,
         Table.NEIGHBOUR: state.neighbours,
         Table.FDB: state.fdb,
+        Table.MEMBER: state.members,
         Table.NEXTHOP: state.nexthops,
         Table.ROUTE: state.routes,
     }

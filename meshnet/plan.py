@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
+from meshnet.backends.udp import UDP
 from meshnet.backends.vxlan import VXLAN
 from meshnet.errors import UsageError
 from meshnet.firewall import render_firewall
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from meshnet.backends import Backend
     from meshnet.model import Endpoint, HostId, IpNetwork, MeshSnapshot, Network, NetworkName
 
-BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN}
+BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN, Mode.UDP: UDP}
 """The modes this version carries packets for."""
 
 
@@ -94,6 +95,13 @@ def check_mode(mode: Mode) -> None:
         )
 
 
+def backend_of(network: Network, underlay: Underlay) -> Backend | None:
+    """What carries a network's packets on this host; None: this version cannot."""
+    if network.mode is Mode.VXLAN and not underlay.kernel_vxlan:
+        return UDP
+    return BACKENDS.get(network.mode)
+
+
 def plan_mesh(
     snapshot: MeshSnapshot, local: LocalView, underlay: Underlay, ids: NexthopIds
 ) -> MeshPlan:
@@ -149,7 +157,9 @@ def plan_hosts(
             underlay=underlay,
             path_mtu_bytes=underlay.mtu_bytes,
         )
-        errors[name] |= BACKENDS[network.mode].plan_peers(wanted, peers, state, ids)
+        backend = backend_of(network, underlay)
+        if backend is not None:
+            errors[name] |= backend.plan_peers(wanted, peers, state, ids)
     return HostsPlan(state=state, peers=counts, errors=errors)
 
 
@@ -179,7 +189,7 @@ def _plan_network(
     ids: NexthopIds,
     state: KernelState,
 ) -> NetworkOutcome:
-    backend = BACKENDS.get(network.mode)
+    backend = backend_of(network, underlay)
     if backend is None:
         return NetworkOutcome(errors=(f"mode {network.mode} is not available on this host",))
     subnets = local.subnets.get(network.name, ())

@@ -22,8 +22,9 @@ PackedIp = bytes
 LINK_PREFIX = "mn"
 """Every link of ours has a name that starts so."""
 
-NETWORK_LINK = re.compile(LINK_PREFIX + r"[bv][0-9]+")
-"""Names of a network's own links: ``mnb4097``, its bridge, ``mnv4097``, its tunnel device."""
+NETWORK_LINK = re.compile(LINK_PREFIX + r"[buv][0-9]+")
+"""Names of a network's own links: ``mnb4097``, its bridge, ``mnv4097``, its VXLAN device,
+``mnu4097``, the TUN of its userspace VTEP."""
 
 ENDPOINT_LINK = re.compile(LINK_PREFIX + r"e[0-9a-f]{12}")
 """Names of the host-side links of endpoints."""
@@ -42,10 +43,14 @@ class LinkKind(IntEnum):
     VXLAN = 1
     BRIDGE = 2
     VETH = 3
+    TUN = 4
 
 
 class Vxlan(NamedTuple):
-    """Parameters of a VXLAN device; a change of any needs a new device."""
+    """Parameters of a VTEP.
+
+    A change of any needs a new VXLAN device, or for a TUN a new process.
+    """
 
     vni: int
     port: int
@@ -57,8 +62,10 @@ class Link(NamedTuple):
 
     Attributes:
         mtu_bytes: MTU without the Ethernet header.
-        mac: 6 bytes; None: any (a dump always fills it in, a desired veth leaves it open).
+        mac: 6 bytes; None: any (a dump always fills it in, a desired veth leaves it open).  Of a
+            TUN: the VTEP's, which its process writes into frames.
         master: name of the bridge it is a port of, or "".
+        vxlan: of a VXLAN device; of a TUN, as its process serves it, None while there is none.
         sysctls: per-interface settings, as ("ipv4", "forwarding", "1"); a dump has more of them
             than are desired.
     """
@@ -94,8 +101,34 @@ class FdbKey(NamedTuple):
     mac: bytes
 
 
+class MemberKey(NamedTuple):
+    """A member of the network that a userspace VTEP talks to, by its underlay address."""
+
+    dev: str
+    underlay_ip: PackedIp
+
+
+class Member(NamedTuple):
+    """What a userspace VTEP knows of a member.
+
+    Attributes:
+        mac: of the member's VTEP.
+        subnets: what is behind it, as packed prefix and length, IPv4 first.
+        port: UDP port of its VTEP.
+        offload: whether it takes unfinished inner checksums (`meshnet.wire.vxlan`).
+    """
+
+    mac: bytes
+    subnets: tuple[tuple[PackedIp, int], ...]
+    port: int
+    offload: bool
+
+
 class Nexthop(NamedTuple):
-    """A way to go: `gateway` is taken to be on the link `dev` (``RTNH_F_ONLINK``)."""
+    """A way to go: `gateway` is taken to be on the link `dev` (``RTNH_F_ONLINK``).
+
+    In `Route.via` a gateway of b"" is none: the link itself.
+    """
 
     dev: str
     gateway: PackedIp
@@ -114,8 +147,8 @@ class Route(NamedTuple):
     Attributes:
         nexthop_id: the nexthop object, or 0.
         source: preferred source address of the host's own packets, or b"".
-        via: the gateway, on kernels without nexthop objects; a route with neither is
-            ``unreachable``.
+        via: the gateway, on kernels without nexthop objects, or the TUN of a userspace VTEP; a
+            route with neither is ``unreachable``.
     """
 
     nexthop_id: int
@@ -139,6 +172,7 @@ class KernelState:
     addresses: dict[AddressKey, bool] = field(default_factory=dict)
     neighbours: dict[NeighbourKey, bytes] = field(default_factory=dict)
     fdb: dict[FdbKey, PackedIp] = field(default_factory=dict)
+    members: dict[MemberKey, Member] = field(default_factory=dict)
     nexthops: dict[int, Nexthop] = field(default_factory=dict)
     routes: dict[RouteKey, Route] = field(default_factory=dict)
     sysctls: dict[str, str] = field(default_factory=dict)
@@ -152,6 +186,7 @@ class KernelState:
             addresses=dict(self.addresses),
             neighbours=dict(self.neighbours),
             fdb=dict(self.fdb),
+            members=dict(self.members),
             nexthops=dict(self.nexthops),
             routes=dict(self.routes),
             sysctls=dict(self.sysctls),

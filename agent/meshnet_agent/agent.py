@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from meshnet.backends.vxlan import bridge_name, endpoint_link_name, vxlan_name
+from meshnet.backends.overlay import bridge_name, endpoint_link_name
+from meshnet.backends.udp import tun_name
+from meshnet.backends.vxlan import vxlan_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
-from meshnet.model import Claim, Host, HostId, NetworkName
+from meshnet.model import Claim, Datapath, Host, HostId, NetworkName
 from meshnet.plan import LocalView
 from meshnet.store.registry import Registry
 from meshnet_agent.endpoints import Endpoints, ReadyNetwork
@@ -53,6 +55,7 @@ class Agent:
     """One host's agent, on any store and any kernel.
 
     Args:
+        datapath: what forwards this host's packets on ``vxlan`` networks.
         listen: waits for the kernel's notifications (`meshnet_agent.monitor.listen`).
     """
 
@@ -66,10 +69,12 @@ class Agent:
         underlay_ip: IpAddress,
         event_filter: EventFilter,
         listen: Listen = listen,
+        *,
+        datapath: Datapath = Datapath.KERNEL,
     ) -> None:
         self.config = config
         self.ready = False
-        self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip)
+        self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip, datapath=datapath)
         self.registry = Registry(store)
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
         self._event_filter = event_filter
@@ -153,7 +158,7 @@ class Agent:
                 networks = self.follower.snapshot.networks.values()
                 self._event_filter.look_at(
                     indices_of([bridge_name(n) for n in networks]),
-                    indices_of([vxlan_name(n) for n in networks]),
+                    indices_of([name(n) for n in networks for name in (vxlan_name, tun_name)]),
                     indices_of(underlay.forwarding_links),
                 )
             await self.reconciler.wait_for_pass()

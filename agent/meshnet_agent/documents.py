@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from meshnet.model import Mode
+from meshnet.model import Datapath, Mode
 
 if TYPE_CHECKING:
     from meshnet.model import Endpoint, Host, MeshSnapshot, Network, NetworkName
@@ -69,7 +69,7 @@ def host_document(host: Host, snapshot: MeshSnapshot) -> Document:
         "subnets": subnets,
         "subnets6": subnets6,
         "datapath": {
-            name: host.datapath
+            name: Datapath.USERSPACE if snapshot.networks[name].mode is Mode.UDP else host.datapath
             for name in subnets
             if snapshot.networks[name].mode in (Mode.VXLAN, Mode.UDP)
         },

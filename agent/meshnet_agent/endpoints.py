@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.backends.vxlan import endpoint_link_name
+from meshnet.backends.overlay import endpoint_link_name
 from meshnet.codec import IFNAME_PATTERN, check_name
 from meshnet.errors import (
     ConflictError,

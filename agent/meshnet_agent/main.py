@@ -29,6 +29,8 @@ from meshnet.cli.parser import Parser
 from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.kernel.events import EventFilter
+from meshnet.kernel.vteps import VtepProcesses
+from meshnet.model import Datapath
 from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
 from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 SOCKET_NAME = "agent.sock"
 _GROUP = "meshnet"
+_USES_VXLAN = {"auto": None, "kernel": True, "userspace": False}
 _SWITCH_S = 0.0001
 """How long a thread may keep the interpreter while another wants it."""
 
@@ -132,13 +135,16 @@ async def _run(config: AgentConfig) -> None:
     from meshnet.kernel.wiring import NetlinkWiring
 
     def make_kernel() -> NetlinkKernel:
-        return NetlinkKernel(disk.path / "firewall.json")
+        return NetlinkKernel(
+            disk.path / "firewall.json", vteps=vteps, vxlan=_USES_VXLAN[config.vxlan]
+        )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold_namespace())
         stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
+        vteps = VtepProcesses(Path(config.run_dir, "vtep"))
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
             open_worker("wiring", NetlinkWiring, NetlinkWiring.close) as wiring,
@@ -160,6 +166,7 @@ async def _run(config: AgentConfig) -> None:
                 underlay.ip,
                 EventFilter(await kernel.run(lambda k: k.deleted)),
                 functools.partial(listen, own_ports=ports),
+                datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )
             socket_path = Path(config.run_dir) / SOCKET_NAME
             # Ours alone: the run directory is locked.

@@ -341,13 +341,15 @@ def _concerns_others(
     """Whether it takes a dump to know what an operation would do.
 
     That is so where the last operation on the same object failed, and where a nexthop on the
-    underlay comes or goes that another host at the same address uses too.
+    underlay or a userspace VTEP's member comes or goes that another host at the same address has
+    a part in.
     """
     if any((op.table, op.key) in applied.failures for op in ops):
         return True
     differ = set(before.nexthops.values()) ^ set(after.nexthops.values())
-    direct = {n.gateway for n in differ if not NETWORK_LINK.fullmatch(n.dev)}
-    return bool(direct) and applied.shares(direct, touched)
+    addresses = {n.gateway for n in differ if not NETWORK_LINK.fullmatch(n.dev)}
+    addresses |= {op.key.underlay_ip for op in ops if op.table is Table.MEMBER}
+    return bool(addresses) and applied.shares(addresses, touched)
 
 
 def _with_hosts(

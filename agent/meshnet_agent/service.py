@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.backends.vxlan import bridge_name, vxlan_name
+from meshnet.backends.overlay import bridge_name
+from meshnet.backends.udp import tun_name
+from meshnet.backends.vxlan import vxlan_name
 from meshnet.diff import Failure, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
 from meshnet.model import HostId, Network, NetworkName, Vni
@@ -273,7 +275,7 @@ def _sort_failures(
 
 def _belongs(failure: Failure, network: Network) -> bool:
     op = failure.op
-    links = (bridge_name(network), vxlan_name(network))
+    links = (bridge_name(network), vxlan_name(network), tun_name(network))
     if op.table is Table.LINK:
         return op.key in links
     if op.table is Table.NEXTHOP and op.value is not None:

@@ -46,6 +46,7 @@ class Underlay:
             only listens to when told so (``accept_ra=2``).
         ipv6: whether the kernel has IPv6 at all.
         strict_rp_filter: whether ``net.ipv4.conf.all.rp_filter`` is 1.
+        kernel_vxlan: whether the kernel has VXLAN, and may use it.
         nexthop_objects: whether the kernel has them (Linux 5.3); else routes name their gateways.
     """
 
@@ -58,6 +59,7 @@ class Underlay:
     ipv6: bool = True
     strict_rp_filter: bool = False
     nexthop_objects: bool = True
+    kernel_vxlan: bool = True
 
 
 class Peer(NamedTuple):

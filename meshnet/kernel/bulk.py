@@ -302,7 +302,7 @@ def encode_routes(ops: Sequence[Op], indices: Mapping[str, int], first: int) -> 
         messages.append(shape.pack(
             shape.size + len(way), request, flags, sequence, 0,
             _FAMILY[size], length, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, RT_SCOPE_UNIVERSE, kind,
-            RTNH_F_ONLINK if route is not None and route.via is not None else 0,
+            RTNH_F_ONLINK if route is not None and route.via and route.via.gateway else 0,
             4 + size, RTA_DST, prefix,
             8, RTA_PRIORITY, _METRIC[size],
         ) + way)  # fmt: skip
@@ -317,7 +317,7 @@ def _encode_way(route: Route, indices: Mapping[str, int]) -> tuple[int, bytes]:
     elif route.via is not None:
         dev, gateway = route.via
         kind, way = RTN_UNICAST, _NUMBER.pack(8, RTA_OIF, indices[dev])
-        way += rtnl.attr(RTA_GATEWAY, gateway)
+        way += rtnl.attr(RTA_GATEWAY, gateway) if gateway else b""
     return kind, way + _source(route.source) if route.source else way
 
 
@@ -370,9 +370,9 @@ def _decode_way(kind: int, attrs: Mapping[int, bytes], names: Mapping[int, str])
         return Route(0, source)
     if RTA_NH_ID in attrs:
         return Route(rtnl.U32.unpack(attrs[RTA_NH_ID])[0], source)
-    if kind == RTN_UNICAST and attrs.keys() >= {RTA_OIF, RTA_GATEWAY} and RTA_ENCAP not in attrs:
+    if kind == RTN_UNICAST and RTA_OIF in attrs and RTA_ENCAP not in attrs:
         dev = names.get(rtnl.U32.unpack(attrs[RTA_OIF])[0], "")
-        return Route(0, source, Nexthop(dev, attrs[RTA_GATEWAY]))
+        return Route(0, source, Nexthop(dev, attrs.get(RTA_GATEWAY, b"")))
     return Route(FOREIGN_NEXTHOP, source)
 
 

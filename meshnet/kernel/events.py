@@ -190,7 +190,9 @@ class EventFilter:
         attrs = rtnl.parse_attrs(message.data, message.start + 16, message.end)
         if index in self._own_links or index in self._underlay_links:
             # A bridge tells of every port that comes or goes; that it is as it was is no news.
-            looks = (flags & links.IFF_UP, *map(attrs.get, _LINK_LOOKS))
+            # A TUN without its process has no carrier.
+            state = links.IFF_UP | (links.IFF_LOWER_UP if index in self._tunnels else 0)
+            looks = (flags & state, *map(attrs.get, _LINK_LOOKS))
             before = self._looks.get(index)
             self._looks[index] = looks
             return message.kind == rtnl.RTM_DELLINK or looks != before

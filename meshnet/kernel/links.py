@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from meshnet.kernel.rtnl import Body
 
-IFF_UP = 1
+IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
 IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 18, 28, 26
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
@@ -32,7 +32,12 @@ IFA_F_NODAD = 0x02
 RT_SCOPE_UNIVERSE = 0
 NLA_F_NESTED = 0x8000
 
-_KINDS = {b"vxlan": LinkKind.VXLAN, b"bridge": LinkKind.BRIDGE, b"veth": LinkKind.VETH}
+_KINDS = {
+    b"vxlan": LinkKind.VXLAN,
+    b"bridge": LinkKind.BRIDGE,
+    b"veth": LinkKind.VETH,
+    b"tun": LinkKind.TUN,
+}
 
 
 class LinkInfo(NamedTuple):

@@ -213,6 +213,8 @@ class MemoryKernel:
                 self._set_on_link(state.neighbours, key, value)
             case Table.FDB:
                 self._set_on_link(state.fdb, key, value)
+            case Table.MEMBER:
+                self._set_on_link(state.members, key, value)
             case Table.NEXTHOP if value is None:
                 self._delete_nexthops({key} & state.nexthops.keys())
             case Table.NEXTHOP:
@@ -267,6 +269,8 @@ class MemoryKernel:
         self._flush_neighbours(name)
         for entry in [k for k in state.fdb if k.dev == name]:
             del state.fdb[entry]
+        for member in [k for k in state.members if k.dev == name]:
+            del state.members[member]
         self._delete_ways_over(name)
         for address in [a for a in state.addresses if a.dev == name]:
             self._delete_address(address)
@@ -342,7 +346,7 @@ class MemoryKernel:
         elif nexthop is not None:
             self._need_link(nexthop.dev, up=True)
         if nexthop is not None:
-            if len(nexthop.gateway) != len(key.prefix):
+            if nexthop.gateway and len(nexthop.gateway) != len(key.prefix):
                 raise _Refused(errno.EINVAL, "Nexthop has another address family")
             if route.source and not any(a.address == route.source for a in state.addresses):
                 raise _Refused(errno.EINVAL, "Invalid prefsrc address")

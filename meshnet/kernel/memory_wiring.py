@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from meshnet.backends.vxlan import endpoint_link_name
+from meshnet.backends.overlay import endpoint_link_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.netns import netns_inode
 from meshnet.state import ENDPOINT_LINK, Link, LinkKind

@@ -40,9 +40,11 @@ if TYPE_CHECKING:
 
     from meshnet.kernel.events import NeighbourId
     from meshnet.kernel.links import LinkInfo
+    from meshnet.kernel.vteps import VtepProcesses
     from meshnet.model import IpAddress
 
 _PROC_SYS = FilePath("/proc/sys")
+_PROBE = "mnprobe"
 _ALL_IPV6 = "net/ipv6/conf/all/forwarding"
 _OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
 """Documentation addresses (RFC 5737, RFC 3849): their route is that of any address outside."""
@@ -68,6 +70,8 @@ class NetlinkKernel:
 
     Args:
         firewall_memory: file that remembers the nftables table as loaded (`NftTable`).
+        vteps: userspace VTEPs; None: this host has none.
+        vxlan: None: find out whether the kernel has VXLAN; False: do not use it.
         nexthop_objects: None: find out whether the kernel has them; False: do as if it had none,
             which is for tests.
 
@@ -79,7 +83,14 @@ class NetlinkKernel:
         OSError: a netlink socket cannot be had.
     """
 
-    def __init__(self, firewall_memory: FilePath, *, nexthop_objects: bool | None = None) -> None:
+    def __init__(
+        self,
+        firewall_memory: FilePath,
+        *,
+        vteps: VtepProcesses | None = None,
+        vxlan: bool | None = None,
+        nexthop_objects: bool | None = None,
+    ) -> None:
         self._rtnl = rtnl.RtnlSocket()
         try:
             self._iproute: Any = IPRoute()
@@ -87,6 +98,8 @@ class NetlinkKernel:
             self._rtnl.close()
             raise
         self._nft = NftTable(firewall_memory)
+        self._vteps = vteps
+        self._vxlan = vxlan
         self._nexthop_objects = nexthop_objects
         self._indices: dict[str, int] = {}
         self._by_index: dict[int, LinkInfo] = {}
@@ -127,6 +140,7 @@ class NetlinkKernel:
             ipv6=(_PROC_SYS / _ALL_IPV6).exists(),
             strict_rp_filter=_read_sysctl("net/ipv4/conf/all/rp_filter") == "1",
             nexthop_objects=self._has_nexthop_objects(),
+            kernel_vxlan=self._has_vxlan(),
         )
 
     def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
@@ -180,6 +194,20 @@ class NetlinkKernel:
             "give --underlay-dev a link that `ip addr` shows with one"
         )
 
+    def _has_vxlan(self) -> bool:
+        """Whether the kernel can make a VXLAN device: found out by making one, once."""
+        if self._vxlan is None:
+            try:
+                self._iproute.link("add", ifname=_PROBE, kind="vxlan", vxlan_id=1, vxlan_port=1)
+                self._iproute.link("del", ifname=_PROBE)
+            except NetlinkError as error:
+                if error.code not in (errno.EOPNOTSUPP, errno.ENODEV):
+                    return True
+                self._vxlan = False
+            else:
+                self._vxlan = True
+        return self._vxlan
+
     def _dump_links(self) -> list[LinkInfo]:
         messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
         found = [links.decode_link(m) for m in messages]
@@ -195,7 +223,9 @@ class NetlinkKernel:
         names = {link.ifindex: link.name for link in everything}
         for link in everything:
             ours = NETWORK_LINK.fullmatch(link.name) or ENDPOINT_LINK.fullmatch(link.name)
-            if link.kind is not None and ours:
+            if link.kind is LinkKind.TUN and ours:
+                self._dump_vtep(state, link, names)
+            elif link.kind is not None and ours:
                 state.links[link.name] = _to_link(link, names)
         self._actual = dict(state.links)
         self._dump_addresses(state, names)
@@ -213,6 +243,15 @@ class NetlinkKernel:
             state.sysctls[path] = _read_sysctl(path)
         state.firewall = self._nft.read()
         return state
+
+    def _dump_vtep(self, state: KernelState, info: LinkInfo, names: dict[int, str]) -> None:
+        """A TUN of ours is what its process makes of it."""
+        link = _to_link(info, names)
+        vtep = self._vteps.look(info.name) if self._vteps is not None else None
+        if self._vteps is not None and vtep is not None and vtep.mtu_bytes == link.mtu_bytes:
+            link = link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
+            state.members |= self._vteps.members(info.name)
+        state.links[info.name] = link
 
     def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:
         for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
@@ -247,8 +286,29 @@ class NetlinkKernel:
         return carry_out(ops, self._write_run, on_written)
 
     def _write_run(self, table: Table, ops: Sequence[Op]) -> list[Failure]:
+        if table is Table.MEMBER:
+            return self._write_members(ops)
         encode = _BULK_ENCODERS.get(table)
         return self._write_each(ops) if encode is None else self._write_bulk(encode, ops)
+
+    def _write_members(self, ops: Sequence[Op]) -> list[Failure]:
+        """Tell the userspace VTEPs, each all it is to know in one request."""
+        failures: list[Failure] = []
+        by_tun: dict[str, list[Op]] = {}
+        for op in ops:
+            by_tun.setdefault(op.key.dev, []).append(op)
+        for tun, its in by_tun.items():
+            self.writes += len(its)
+            try:
+                self._need_vteps().update(tun, its)
+            except KernelRefusedError as error:
+                failures += [Failure(op, 0, str(error)) for op in its]
+        return failures
+
+    def _need_vteps(self) -> VtepProcesses:
+        if self._vteps is None:
+            raise KernelRefusedError("this agent has no userspace VTEP")
+        return self._vteps
 
     def _write_bulk(self, encode: _Encoder, ops: Sequence[Op]) -> list[Failure]:
         failures: list[Failure] = []
@@ -321,6 +381,8 @@ class NetlinkKernel:
     def _delete_link(self, name: str) -> None:
         index = self._indices.pop(name, None)
         if index is not None:
+            if self._actual[name].kind is LinkKind.TUN:
+                self._need_vteps().stop(name)
             self._iproute.link("del", index=index)
         for port, link in self._actual.items():
             if link.master == name:
@@ -328,6 +390,9 @@ class NetlinkKernel:
 
     def _set_link(self, name: str, link: Link) -> None:
         current = self._actual.get(name) if name in self._indices else None
+        if link.kind is LinkKind.TUN:
+            self._serve_tun(name, link, current)
+            return
         if current is None:
             self._create_link(name, link)
         index = self._indices[name]
@@ -345,12 +410,19 @@ class NetlinkKernel:
             changes["master"] = self._indices[link.master] if link.master else 0
         if changes:
             self._iproute.link("set", index=index, **changes)
-        for family, key, value in link.sysctls:
-            path = f"net/{family}/conf/{name}/{key}"
-            if _read_sysctl(path) != value:
-                (_PROC_SYS / path).write_text(value)
+        _write_sysctls(name, link)
         if link.up and (current is None or not current.up):
             self._iproute.link("set", index=index, state="up")
+
+    def _serve_tun(self, name: str, link: Link, current: Link | None) -> None:
+        """Have the VTEP's process as wanted: it makes the TUN and sets it up."""
+        if link.vxlan is None or link.mac is None:
+            raise KernelRefusedError(f"TUN {name} has nothing to serve")
+        served = (link.vxlan, link.mac, link.mtu_bytes, True)
+        if current is None or (current.vxlan, current.mac, current.mtu_bytes, current.up) != served:
+            self._need_vteps().start(name, link.vxlan, link.mac, link.mtu_bytes)
+        self._find_index(name)
+        _write_sysctls(name, link)
 
     def _create_link(self, name: str, link: Link) -> None:
         """Make a link, down: it is configured before it goes up."""
@@ -373,6 +445,9 @@ class NetlinkKernel:
                 local: format_ip(link.vxlan.local),
             }
         self._iproute.link("add", **options)
+        self._find_index(name)
+
+    def _find_index(self, name: str) -> None:
         found = self._iproute.link_lookup(ifname=name)
         if not found:
             raise KernelRefusedError(f"link {name} vanished while it was made")
@@ -400,6 +475,13 @@ def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:
             if (value := _read_sysctl(f"net/{family}/conf/{info.name}/{key}"))
         )
     return Link(kind, info.mtu_bytes, info.mac, info.up, master, info.vxlan, sysctls)
+
+
+def _write_sysctls(name: str, link: Link) -> None:
+    for family, key, value in link.sysctls:
+        path = f"net/{family}/conf/{name}/{key}"
+        if _read_sysctl(path) != value:
+            (_PROC_SYS / path).write_text(value)
 
 
 def _read_sysctl(path: str) -> str:

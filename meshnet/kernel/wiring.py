@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet.backends.vxlan import endpoint_link_name
+from meshnet.backends.overlay import endpoint_link_name
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.netns import inside

@@ -1,0 +1,112 @@
+"""``udp``: VXLAN's wire format by a process, for hosts and underlays without the kernel's.
+
+::
+
+    endpoint eth0 ── mne… ┐
+    endpoint eth0 ── mne… ┴ mnb<VNI> 10.42.1.1 ──(routing)── mnu<VNI> ── process ── UDP ── underlay
+
+The TUN ``mnu<VNI>`` is served by a process of its own (`meshnet.vtep`), which outlives the agent.
+One route for each of the network's CIDRs leads there, and the process knows which host has which
+subnet: for each remote host it has one member.  On the wire it is a VTEP like any other, so a host
+that uses it and hosts with kernel VXLAN share one network.
+
+The routes name the device and no nexthop object: the kernel removes those from a device that loses
+its carrier, as a TUN does when its process ends (docs/design/userspace-vtep.md).
+
+With ``direct_routing`` a peer whose underlay address is on-link gets a nexthop on the underlay link
+and is no member.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meshnet.backends.overlay import (
+    direct_nexthop,
+    is_of_other_version,
+    is_self,
+    link_sysctls,
+    others_cidrs,
+    plan_bridge,
+    route_key,
+    set_way,
+    sources,
+)
+from meshnet.model import Datapath, Mode
+from meshnet.state import Link, LinkKind, Member, MemberKey, Nexthop, Route, Vxlan
+from meshnet.wire.mac import vtep_mac
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer
+    from meshnet.model import HostId, Network
+    from meshnet.state import KernelState
+
+
+def tun_name(network: Network) -> str:
+    """Name of the TUN of the network's userspace VTEP; at most 11 characters."""
+    return f"mnu{network.vni}"
+
+
+class UdpBackend:
+    """The mode (see `meshnet.backends.Backend`); also for ``vxlan`` where the kernel has none."""
+
+    def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
+        """Bridge, gateway addresses, TUN and its process, and the routes there."""
+        network, underlay = wanted.network, wanted.underlay
+        dev = tun_name(network)
+        plan = plan_bridge(wanted, dev, state)
+        state.links[dev] = Link(
+            LinkKind.TUN,
+            plan.mtu_bytes,
+            vtep_mac(wanted.subnets[0]),
+            vxlan=Vxlan(network.vni, network.port, underlay.ip.packed),
+            sysctls=link_sysctls(wanted.subnets, underlay, plan.mtu_bytes, tunnel=True),
+        )
+        by_version = sources(wanted)
+        for cidr in others_cidrs(wanted):
+            # The process answers "unreachable" for what nobody owns.
+            source = by_version[cidr.version]
+            state.routes[route_key(cidr)] = Route(0, source, Nexthop(dev, b""))
+        return plan
+
+    def plan_peers(
+        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
+    ) -> dict[HostId, str]:
+        """A member for each peer, or its nexthops on the underlay."""
+        network, underlay = wanted.network, wanted.underlay
+        by_version = sources(wanted)
+        errors: dict[HostId, str] = {}
+        for peer in peers:
+            host = peer.host
+            if problem := is_self(host, underlay):
+                errors[host.id] = problem
+                continue
+            behind = []
+            for subnet in peer.subnets:
+                if subnet.version not in by_version:
+                    continue
+                direct = network.direct_routing and direct_nexthop(host, subnet, underlay)
+                if direct:
+                    set_way(state, ids, underlay, subnet, direct, by_version[subnet.version])
+                else:
+                    behind.append((subnet.network_address.packed, subnet.prefixlen))
+            if not behind:
+                continue
+            key = MemberKey(tun_name(network), host.underlay_ip.packed)
+            if problem := is_of_other_version(host, underlay):
+                errors[host.id] = problem
+            elif key in state.members:
+                errors[host.id] = (
+                    f"host {host.id} has another host's underlay address {host.underlay_ip}: "
+                    "remove the one that is gone (meshnet host rm)"
+                )
+            else:
+                offload = network.mode is Mode.UDP or host.datapath is Datapath.USERSPACE
+                mac = vtep_mac(peer.subnets[0])
+                state.members[key] = Member(mac, tuple(behind), network.port, offload)
+        return errors
+
+
+UDP = UdpBackend()

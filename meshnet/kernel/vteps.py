@@ -1,0 +1,188 @@
+"""The userspace VTEPs of this host: starting, asking, telling and ending their processes.
+
+Job: the client's side of `meshnet.vtep.control`, for `meshnet.kernel.netlink`.  A process outlives
+whoever started it; the one that holds the run directory of a TUN is the one that serves it.  Blocks
+the kernel's thread, at most `_TIMEOUT_S` at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from ipaddress import ip_address, ip_network
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from meshnet.errors import KernelRefusedError
+from meshnet.state import Member, MemberKey, Vxlan, format_ip, format_mac
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from meshnet.diff import Op
+
+_TIMEOUT_S = 2.0
+_START_S = 5.0
+
+
+class Vtep(NamedTuple):
+    """A running process, as it describes itself."""
+
+    pid: int
+    vxlan: Vxlan
+    mac: bytes
+    mtu_bytes: int
+
+
+class VtepProcesses:
+    """The processes, by the names of their TUNs.
+
+    Args:
+        directory: theirs; each has a run directory in it, with a socket: not too long a path.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory.absolute()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def look(self, tun: str) -> Vtep | None:
+        """The process that serves a TUN, or None if none answers."""
+        try:
+            status = self._ask(tun, {"op": "status"})
+            config = status["config"]
+            return Vtep(
+                int(status["pid"]),
+                Vxlan(config["vni"], config["port"], ip_address(config["local"]).packed),
+                bytes.fromhex(config["mac"].replace(":", "")),
+                config["mtu"],
+            )
+        except (OSError, KernelRefusedError, ValueError, KeyError, TypeError):
+            return None
+
+    def members(self, tun: str) -> dict[MemberKey, Member]:
+        """Whom the process of a TUN talks to; nobody if it does not answer."""
+        try:
+            peers = self._ask(tun, {"op": "peers"})["peers"]
+            return dict(_from_document(tun, peer) for peer in peers)
+        except (OSError, KernelRefusedError, ValueError, KeyError, TypeError):
+            return {}
+
+    def counters(self, tun: str) -> dict[str, Any]:
+        """What the process has counted (`meshnet.vtep.control`); empty if it does not answer."""
+        try:
+            return self._ask(tun, {"op": "counters"})
+        except (OSError, KernelRefusedError, ValueError):
+            return {}
+
+    def start(self, tun: str, vxlan: Vxlan, mac: bytes, mtu_bytes: int) -> None:
+        """Have a TUN served so, by a new process if the one there is serves it otherwise.
+
+        Raises:
+            KernelRefusedError: it did not come up; the message has its last words.
+        """
+        self.stop(tun)
+        run_dir = self._directory / tun
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        argv = [
+            *(sys.executable, "-m", "meshnet.vtep", "--tun", tun),
+            *("--vni", str(vxlan.vni), "--port", str(vxlan.port)),
+            *("--local", format_ip(vxlan.local), "--mac", format_mac(mac)),
+            *("--mtu", str(mtu_bytes), "--run-dir", str(run_dir)),
+        ]
+        log_path = run_dir / "log"
+        with log_path.open("wb") as log:
+            child = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._children[tun] = child
+        deadline = time.monotonic() + _START_S
+        while self.look(tun) is None:
+            if child.poll() is not None or time.monotonic() > deadline:
+                words = log_path.read_text(errors="replace").strip().splitlines()
+                reason = words[-1] if words else "it says nothing"
+                raise KernelRefusedError(f"userspace VTEP of {tun} did not start: {reason}")
+            time.sleep(0.005)
+
+    def stop(self, tun: str) -> None:
+        """End the process of a TUN, if there is one; the device stays."""
+        running = self.look(tun)
+        if running is not None:
+            with contextlib.suppress(OSError, KernelRefusedError, ValueError):
+                self._ask(tun, {"op": "quit"})
+            _wait_for_end(running.pid)
+        child = self._children.pop(tun, None)
+        if child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=_TIMEOUT_S)
+
+    def update(self, tun: str, ops: Iterable[Op]) -> None:
+        """Carry operations on members out, all or none.
+
+        Raises:
+            KernelRefusedError: the process refused them, or does not answer.
+        """
+        sets = [_to_document(op.key, op.value) for op in ops if op.value is not None]
+        removed = [format_ip(op.key.underlay_ip) for op in ops if op.value is None]
+        try:
+            self._ask(tun, {"op": "update", "set": sets, "remove": removed})
+        except (OSError, ValueError) as error:
+            raise KernelRefusedError(f"userspace VTEP of {tun} does not answer: {error}") from error
+
+    def _ask(self, tun: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+            control.settimeout(_TIMEOUT_S)
+            control.connect(str(self._directory / tun / "control.sock"))
+            control.sendall(json.dumps({"v": 1, **request}).encode() + b"\n")
+            with control.makefile("rb") as lines:
+                answer: dict[str, Any] = json.loads(lines.readline() or b"null") or {}
+        if not answer.get("ok"):
+            raise KernelRefusedError(
+                f"userspace VTEP of {tun}: {answer.get('error', 'it ended before it answered')}"
+            )
+        return answer
+
+
+def _wait_for_end(pid: int) -> None:
+    """Wait until a process has ended; one that does not in time is killed."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        ended = select.poll()
+        ended.register(fd, select.POLLIN)
+        if not ended.poll(_TIMEOUT_S * 1000):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            ended.poll(_TIMEOUT_S * 1000)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def _to_document(key: MemberKey, member: Member) -> dict[str, Any]:
+    return {
+        "underlay_ip": format_ip(key.underlay_ip),
+        "mac": format_mac(member.mac),
+        "subnets": [f"{format_ip(prefix)}/{length}" for prefix, length in member.subnets],
+        "port": member.port,
+        "offload": member.offload,
+    }
+
+
+def _from_document(tun: str, document: Mapping[str, Any]) -> tuple[MemberKey, Member]:
+    subnets = [ip_network(subnet) for subnet in document["subnets"]]
+    member = Member(
+        bytes.fromhex(document["mac"].replace(":", "")),
+        tuple((s.network_address.packed, s.prefixlen) for s in subnets),
+        document["port"],
+        document["offload"],
+    )
+    return MemberKey(tun, ip_address(document["underlay_ip"]).packed), member
