@@ -187,6 +187,9 @@ class Agent:
         if not hosts and expired == before:
             return None
         snapshot = self.follower.snapshot
+        if snapshot.holes:
+            self.reconciler.mark_dirty()  # it knows what may be deleted
+            return None
         return PartInput(
             hosts={h: HostView(snapshot.hosts.get(h), snapshot.reserved_by(h)) for h in hosts},
             expired=expired,

@@ -116,6 +116,8 @@ class Follower:
                 await self._watch_once()
             except CompactedError:
                 _log.warning("history compacted, listing again", revision=self._mirror.revision)
+                # Nothing is known of who is dead until then.
+                self.connected, self.error = False, "history compacted, listing again"
                 await trio.sleep(random.uniform(0, len(self.snapshot.hosts) / _LISTINGS_A_SECOND))
                 try:
                     await self.list_all()

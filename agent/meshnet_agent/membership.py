@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import MeshnetError, PolicyRefusedError, StoreUnavailableError
+from meshnet.errors import (
+    MeshnetError,
+    PolicyRefusedError,
+    PoolExhaustedError,
+    StoreUnavailableError,
+)
 from meshnet.model import Reservations
 from meshnet.store import LeaseExpiredError
 from meshnet_agent.flag import Flag
@@ -67,6 +72,9 @@ class Membership:
         self._reserved: dict[tuple[NetworkName, int], IpNetwork] = {}
         # Where a reservation may have been made without this host learning of it.
         self._unsure: set[tuple[NetworkName, int]] = set()
+        # How many there were of each network's, to tell when one is freed.
+        self._counts: dict[NetworkName, int] = {}
+        self._published = trio.Event()
         self._look = Flag()
         self._claiming = trio.Lock()
         self._progress = trio.Event()
@@ -163,9 +171,15 @@ class Membership:
                 _log.error("subnet was given to another host", network=name, subnets=str(kept))
                 del self.subnets[name]
                 changed = True
-            if len(held) < len(network.subnets):
+            count = len(snapshot.reservations.get(name, ()))
+            freed = count < self._counts.get(name, 0)
+            self._counts[name] = count
+            full = isinstance(self.errors.get(name), PoolExhaustedError) and not freed
+            if len(held) < len(network.subnets) and not full:
                 self._look.set()
-        if not self._is_published(snapshot):
+        if self._is_published(snapshot):
+            self._published.set()
+        else:
             self._look.set()
         if changed:
             self._announce()
@@ -212,7 +226,9 @@ class Membership:
         if not self._is_published(snapshot):
             # Two agents with copies of one state directory take the host from each other; without
             # a pause they would do it as fast as the store can write.
-            await trio.sleep(self._rejoin_pause_s())
+            self._published = trio.Event()
+            with trio.move_on_after(self._rejoin_pause_s()):
+                await self._published.wait()
             snapshot = self._snapshot or snapshot
             if not self._is_published(snapshot):
                 await self.join()

@@ -221,14 +221,16 @@ class Passes:
                 # Design decision D5: deletions need a complete snapshot.
                 ops = [op for op in ops if op.value is not None or op.key in plan.state.links]
         failures = self._apply(kernel, ops, stages)
-        self._applied = _remember(snapshot, local, underlay, plan.networks, failures)
+        refused = {f.op.key for f in failures if f.op.table is Table.LINK}
+        if not snapshot.holes:
+            self._applied = _remember(snapshot, local, underlay, plan.networks, failures)
         return PassResult(
             networks=plan.networks,
             failures=tuple(failures),
             missing=frozenset(missing_endpoint_links(plan.state, actual)),
             underlay=underlay,
             writes=len(ops),
-            again=any(op.table is Table.LINK for op in ops),
+            again=any(op.table is Table.LINK and op.key not in refused for op in ops),
             seconds=time.perf_counter() - started,
             stages=stages,
         )

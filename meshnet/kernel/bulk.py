@@ -372,7 +372,8 @@ def _decode_way(kind: int, attrs: Mapping[int, bytes], names: Mapping[int, str])
         return Route(rtnl.U32.unpack(attrs[RTA_NH_ID])[0], source)
     if kind == RTN_UNICAST and RTA_OIF in attrs and RTA_ENCAP not in attrs:
         dev = names.get(rtnl.U32.unpack(attrs[RTA_OIF])[0], "")
-        return Route(0, source, Nexthop(dev, attrs.get(RTA_GATEWAY, b"")))
+        if dev or RTA_GATEWAY in attrs:
+            return Route(0, source, Nexthop(dev, attrs.get(RTA_GATEWAY, b"")))
     return Route(FOREIGN_NEXTHOP, source)
 
 

@@ -107,7 +107,7 @@ def _drop_own(events: socket.socket, own_ports: Collection[int]) -> None:
     events.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
-_LINK_LOOKS = (links.IFLA_MTU, links.IFLA_ADDRESS, links.IFLA_MASTER)
+_LINK_LOOKS = (links.IFLA_IFNAME, links.IFLA_MTU, links.IFLA_ADDRESS, links.IFLA_MASTER)
 
 NeighbourId = tuple[int, int, bytes]
 """Family, ifindex, and the address of a neighbour or the MAC of an FDB entry."""
@@ -178,7 +178,7 @@ class EventFilter:
                 return self._route(message)
             case rtnl.RTM_NEWNEXTHOP | rtnl.RTM_DELNEXTHOP:
                 return self._nexthop(message)
-            case 80:  # RTM_NEWNETCONF: a sysctl of a link changed
+            case rtnl.RTM_NEWNETCONF:  # a sysctl of a link changed
                 attrs = rtnl.parse_attrs(message.data, message.start + 4, message.end)
                 index = rtnl.U32.unpack(attrs.get(NETCONFA_IFINDEX, bytes(4)))[0]
                 return index in self._own_links or index in self._underlay_links
@@ -190,9 +190,12 @@ class EventFilter:
         attrs = rtnl.parse_attrs(message.data, message.start + 16, message.end)
         if index in self._own_links or index in self._underlay_links:
             # A bridge tells of every port that comes or goes; that it is as it was is no news.
-            # A TUN without its process has no carrier.
-            state = links.IFF_UP | (links.IFF_LOWER_UP if index in self._tunnels else 0)
-            looks = (flags & state, *map(attrs.get, _LINK_LOOKS))
+            # A TUN without its process has no carrier; without its carrier the underlay has none
+            # of our nexthops, and Linux does not say so.  A bridge's follows its ports.
+            carries = index in self._tunnels or index in self._underlay_links
+            state = links.IFF_UP | (links.IFF_LOWER_UP | links.IFF_RUNNING if carries else 0)
+            kind = attrs.get(links.IFLA_LINKINFO) if index in self._tunnels else None
+            looks = (flags & state, kind, *map(attrs.get, _LINK_LOOKS))
             before = self._looks.get(index)
             self._looks[index] = looks
             return message.kind == rtnl.RTM_DELLINK or looks != before

@@ -39,6 +39,7 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+RTM_NEWNETCONF = 80
 RTM_NEWNEXTHOP, RTM_DELNEXTHOP, RTM_GETNEXTHOP = 104, 105, 106
 
 SOL_NETLINK = 270
@@ -216,7 +217,10 @@ class RtnlSocket:
                     if got == answer:
                         found.append((data, start + 16, end))
                     elif got == NLMSG_DONE:
-                        return None if interrupted else found
+                        code = -NLMSGERR.unpack_from(data, start + 16)[0] if end > start + 19 else 0
+                        if code > 0 and code != errno.EINTR:
+                            raise OSError(code, os.strerror(code))  # it broke off
+                        return None if interrupted or code > 0 else found
                     elif got == NLMSG_ERROR:
                         error = _parse_error(data, start + 16, end, flags)
                         if error.errno == errno.EINTR:

@@ -66,10 +66,11 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 def _long_varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while shift < 70:
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
         shift += 7
+    raise ValueError("not a protobuf message: a number is longer than ten bytes")

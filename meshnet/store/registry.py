@@ -14,7 +14,7 @@ from meshnet import codec
 from meshnet.codec import BadValueError
 from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError
 from meshnet.ipam import choose_subnet
-from meshnet.model import Endpoint, Host, HostId, NetworkName, Reservation, Vni
+from meshnet.model import Endpoint, Host, HostId, NetworkName, Reservation, Reservations, Vni
 from meshnet.store import Absent, Delete, DeletePrefix, Holds, PrefixEmpty, Put, Unchanged
 from meshnet.store.mirror import (
     ENDPOINTS,
@@ -29,7 +29,7 @@ from meshnet.store.mirror import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from meshnet.model import Claim, IpNetwork, MeshSnapshot, Network
     from meshnet.store import Condition, KeyValue, LeaseId, Store, Write
@@ -310,11 +310,11 @@ def _owned(
     taken: Mapping[IpNetwork, HostId], network: Network, version: int, host: HostId
 ) -> list[IpNetwork]:
     """The subnets that a host owns already."""
-    return [
-        subnet
-        for subnet, owner in taken.items()
-        if owner == host and subnet.version == version and network.is_host_subnet(subnet)
-    ]
+    if isinstance(taken, Reservations):
+        subnets: Iterable[IpNetwork] = taken.of(host)
+    else:
+        subnets = (subnet for subnet, owner in taken.items() if owner == host)
+    return [s for s in subnets if s.version == version and network.is_host_subnet(s)]
 
 
 def _same_instance(held: bytes, claim: Claim) -> bool:

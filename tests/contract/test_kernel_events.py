@@ -13,12 +13,14 @@ import trio.testing
 from meshnet.diff import Op, Table, diff
 from meshnet.kernel import rtnl
 from meshnet.kernel.events import (
+    EventFilter,
     neighbour_id,
     nftables_concerns_us,
     open_nftables_events,
     open_route_events,
 )
 from meshnet.kernel.netns import inside
+from meshnet.lab.poll import wait_until
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     FdbKey,
@@ -29,7 +31,7 @@ from meshnet.state import (
 )
 from meshnet_agent.monitor import listen
 from tests.contract.changes import BRIDGE, TUNNEL
-from tests.contract.hosts import RealHost, host_namespace
+from tests.contract.hosts import RealHost, host_namespace, ip
 from tests.values import make_network, make_snapshot, plan_for, underlay_ip
 
 if TYPE_CHECKING:
@@ -70,12 +72,16 @@ def peers(count: int) -> list[Op]:
     return [Op(table, key, value, False) for table, key, value in ops]
 
 
-def drain(events: socket.socket) -> list[rtnl.Message]:
-    found: list[rtnl.Message] = []
+def datagrams(events: socket.socket) -> list[bytes]:
+    found = []
     with contextlib.suppress(BlockingIOError):
         while True:
-            found += rtnl.split_messages(events.recv(1 << 18))
+            found.append(events.recv(1 << 18))
     return found
+
+
+def drain(events: socket.socket) -> list[rtnl.Message]:
+    return [message for data in datagrams(events) for message in rtnl.split_messages(data)]
 
 
 def test_our_own_writes_make_no_message(host: tuple[RealHost, int]) -> None:
@@ -178,3 +184,31 @@ def test_a_bridge_keeps_its_mtu_when_ports_come_and_go(host: tuple[RealHost, int
     ):
         real.shell(command)
         assert real.dump().links[BRIDGE].mtu_bytes == before != 1500
+
+
+def test_an_underlay_that_loses_its_carrier_concerns_us(host: tuple[RealHost, int]) -> None:
+    real, fd = host
+    real.shell("ip link add under1 type veth peer under2; ip link set under1 up; "
+               "ip link set under2 up; ip addr add 10.8.0.1/24 dev under1")  # fmt: skip
+    index = int(ip("-n", real.name, "-o", "link", "show", "under1").split(":")[0])
+    concerned = EventFilter()
+    concerned.look_at((), (), {index})
+    with inside(fd):
+        events = open_route_events([real.port_id])
+
+    def is_news() -> bool:
+        return any([concerned.concerns_us(data) for data in datagrams(events)])
+
+    with events:
+        real.shell("ip link set under1 txqueuelen 999")
+        is_news()
+        real.shell("ip link set under1 txqueuelen 998")
+        assert not is_news()
+        real.shell(f"ip nexthop add id {NEXTHOP_ID_FIRST} via 10.8.0.2 dev under1 proto 109")
+        is_news()
+        # Linux removes the nexthop and does not say so.
+        real.shell("ip link set under2 down")
+        wait_until(is_news, 5, "word that the carrier is gone")
+        assert not real.dump().nexthops
+        real.shell("ip link set under2 up")
+        wait_until(is_news, 5, "word that it is back")

@@ -10,7 +10,7 @@ import trio
 from meshnet.diff import Table
 from meshnet.model import HostId, NetworkName
 from meshnet.state import FdbKey
-from meshnet.store import Put
+from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
 from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, full_mesh, open_mesh, until
@@ -230,3 +230,62 @@ async def test_the_underlay_address_goes_and_comes_back(
         node.kernel.underlay_ips.append(address)
         await until(lambda: node.essence() == before, "it goes on", RESYNC_S)
         await until(lambda: node.running.reconciler.in_sync, "and says so", 5)
+
+
+async def test_a_link_that_is_refused_for_ever_is_tried_ever_more_rarely(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await mesh.create_network()
+        node = mesh.add_node()
+        node.kernel.foreign.links.add("mnv4097")  # somebody else's
+        await mesh.start(node)
+        reconciler = node.running.reconciler
+        await trio.sleep(5)
+        before = reconciler.full_passes
+        assert reconciler.result.failures
+        await trio.sleep(RESYNC_S)
+        assert 0 < reconciler.full_passes - before < 10
+        node.kernel.foreign.links.clear()
+        await until(lambda: reconciler.in_sync, "it goes on", 60)
+
+
+async def test_a_grace_period_that_ends_over_a_hole_deletes_nothing(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 3)
+        node, _, gone = mesh.nodes
+        await gone.crash()
+        await trio.sleep(GRACE_S - 30)
+        hole = SUBNETS + "prod/10.42.77.0-24"
+        await mesh.store.commit([], [Put(hole, b'{"v": 99}')])
+        await until(lambda: bool(node.running.follower.snapshot.holes), "a hole", 5)
+        before = node.essence()
+        await trio.sleep(2 * GRACE_S)
+        assert node.essence() == before
+        await mesh.store.commit([], [Delete(hole)])
+        await until(lambda: len(node.state().fdb) == 1, "then it does", RESYNC_S)
+
+
+async def test_while_all_agents_list_again_nobody_is_taken_for_dead(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshnet_agent.follow._LISTINGS_A_SECOND", 0.01)
+    async with open_mesh(tmp_path, seed=3) as mesh:
+        await full_mesh(mesh, 3)
+        node, _, away = mesh.nodes
+        before = node.essence()
+        await away.crash()
+        follower = node.running.follower
+        await until(lambda: "h3" in follower.dead_for_s(), "its lease ran out", 2 * TTL_S)
+        await trio.sleep(GRACE_S - 5)
+        for watch in node.store._watches:
+            watch.break_off(CompactedError("compacted"))
+        await until(lambda: not follower.connected, "it says that it knows nothing", 5)
+        await mesh.start(away)
+        for _ in range(40):
+            await trio.sleep(1)
+            assert node.essence() == before
+        await until(lambda: follower.connected, "listed again", 400)
+        assert node.essence() == before
