@@ -25,7 +25,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from meshnet.wire import virtio
-from meshnet.wire.coalesce import Coalescer, TrainJoiner
+from meshnet.wire.coalesce import Coalescer, TrainJoiner, extend
 from meshnet.wire.inner import TCP, UDP, Inner, describe
 from meshnet.wire.vxlan import (
     ENCAPSULATION_BYTES,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from meshnet.wire import Buffer
 
 _BUFFER_BYTES = 65_536
+_HALF_BYTES = 32_768
 _CONTROL_BYTES = socket.CMSG_SPACE(4)
 _SMALLEST = ENCAPSULATION_BYTES + 20
 _CHECKED = (TCP, UDP)
@@ -52,6 +53,18 @@ _SIZE = struct.Struct("i")
 _V4 = struct.Struct(">BxH5xB2xI")
 
 
+class _Space:
+    """Room for what one read hands over."""
+
+    __slots__ = ("buffers", "data", "joiner", "view")
+
+    def __init__(self) -> None:
+        self.data = bytearray(_BUFFER_BYTES)
+        self.view = memoryview(self.data)
+        self.buffers: list[Buffer] = [self.data]
+        self.joiner = TrainJoiner(self.data)
+
+
 class Receiver:
     """Carries packets from members to the TUN."""
 
@@ -60,12 +73,17 @@ class Receiver:
     ) -> None:
         self._tun, self._socket, self._table, self._counters = tun, underlay.socket, table, counters
         self._mtu = mtu_bytes
-        self._data = bytearray(_BUFFER_BYTES)
-        self._view = memoryview(self._data)
-        self._buffers: list[Buffer] = [self._data]
-        self._joiner = TrainJoiner(self._data)
+        self._spare = [_Space(), _Space()]
+        self._use(self._spare.pop())
         self._coalescer = Coalescer()
+        # A super-packet whose payload is in a space of its own, and whose it is.
+        self._waiting: tuple[Peer, list[Buffer], _Space] | None = None
         self._holding = False
+
+    def _use(self, space: _Space) -> None:
+        """Receive into this from now on."""
+        self._space = space
+        self._data, self._view, self._buffers = space.data, space.view, space.buffers
 
     def one(self) -> int:
         """What ``pump(1)`` does, straight on for the usual small packet (see `Sender.one`)."""
@@ -116,11 +134,13 @@ class Receiver:
 
     def pump(self, budget: int) -> int:
         """Carry up to `budget` reads' worth; returns how many there were, fewer if no more wait."""
-        receive, buffers = self._socket.recvmsg_into, self._buffers
+        receive = self._socket.recvmsg_into
         count = 0
         while count < budget:
             try:
-                got, controls, _, address = receive(buffers, _CONTROL_BYTES, socket.MSG_DONTWAIT)
+                got, controls, _, address = receive(
+                    self._buffers, _CONTROL_BYTES, socket.MSG_DONTWAIT
+                )
             except BlockingIOError:
                 break
             except OSError:
@@ -130,42 +150,62 @@ class Receiver:
                 continue
             count += 1
             self._carry(got, controls, address[0], hold=budget > 1)
+        self._flush()
+        return count
+
+    def _flush(self) -> None:
+        """Write what is held."""
+        if self._waiting is not None:
+            peer, joined, space = self._waiting
+            self._waiting = None
+            self._write(peer, joined)
+            self._spare.append(space)
         if self._holding:
             self._holding = False
             for buffers in self._coalescer.flush():
-                self._write(peer=None, buffers=buffers)
-        return count
+                self._write(None, buffers)
 
     def _carry(
         self, got: int, controls: list[tuple[int, int, bytes]], source: str, *, hold: bool
     ) -> None:
         """Carry what was received."""
         peer = self._table.by_underlay.get(source)
-        size = _SIZE.unpack_from(controls[0][2])[0] if controls else got
+        size = (_SIZE.unpack_from(controls[0][2])[0] or got) if controls else got
         if peer is None:
             self._counters.drop("not_member", -(-got // size) if size else 1)
             return
         peer.rx_calls += 1
         if size < got:
-            self._train(peer, size, got)
-        else:
-            self._datagram(peer, 0, got, hold=hold)
+            self._train(peer, size, got, hold=hold)
+            return
+        if self._waiting is not None:
+            self._flush()
+        self._datagram(peer, 0, got, hold=hold)
 
-    def _train(self, peer: Peer, size: int, total: int) -> None:
+    def _train(self, peer: Peer, size: int, total: int, *, hold: bool) -> None:
         """Datagrams side by side."""
         front = peer.fronts.get(bytes(self._view[:ENCAPSULATION_BYTES]))
+        joined = None
         if front is not None and self._source_is(peer, front[0], size):
-            joined = self._joiner.join(size, total, unfinished=front[1], udp=self._tun.uso)
-            if joined is not None:
-                if self._holding:
-                    for buffers in self._coalescer.flush():
-                        self._write(peer, buffers)
-                if self._write(peer, joined):
-                    peer.rx_packets += len(joined) - 1
-                    peer.rx_bytes += total
-                return
-        for at in range(0, total, size):
-            self._datagram(peer, at, min(size, total - at), hold=True)
+            joined = self._space.joiner.join(size, total, unfinished=front[1], udp=self._tun.uso)
+        if joined is None:
+            self._flush()
+            for at in range(0, total, size):
+                self._datagram(peer, at, min(size, total - at), hold=True)
+            return
+        peer.rx_packets += len(joined) - 1
+        peer.rx_bytes += total
+        waiting = self._waiting
+        if waiting is not None and waiting[0] is peer and extend(waiting[1], joined):
+            self._flush()
+            return
+        self._flush()
+        if hold and total > _HALF_BYTES:
+            # The end of the same super-packet may be next.
+            self._waiting = peer, joined, self._space
+            self._use(self._spare.pop())
+        else:
+            self._write(peer, joined)
 
     def _source_is(self, peer: Peer, version: int, size: int) -> bool:
         """Whether the first packet of a train has a source that is the member's."""

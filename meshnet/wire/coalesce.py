@@ -232,6 +232,55 @@ class TrainJoiner:
         return (ones_sum(actual) - other + pseudo + data) % 0xFFFF == 0
 
 
+def extend(first: list[Buffer], second: list[Buffer]) -> bool:
+    """Join two super-packets of `TrainJoiner.join`, if the second goes on where the first ends.
+
+    A sender's 64 KiB are a little more than one ``UDP_SEGMENT`` send may be, so they come as two.
+
+    Args:
+        first: changed to be both, where that is what they are.
+    """
+    ours, other = first[0], second[0]
+    front = virtio.unpack_from(ours, 0)
+    _, kind, head, size, transport, _ = front
+    if kind not in (virtio.GSO_TCPV4, virtio.GSO_TCPV6) or len(ours) != len(other):
+        return False
+    ip, tcp = virtio.HEADER_BYTES, virtio.HEADER_BYTES + transport
+    length_at = ip + (2 if kind == virtio.GSO_TCPV4 else 4)
+    length, more = (
+        _HALF.unpack_from(data, length_at)[0] + (0 if kind == virtio.GSO_TCPV4 else 40)
+        for data in (ours, other)
+    )
+    mine, added = length - head, more - head
+    seq, next_seq = (int.from_bytes(data[tcp + 4 : tcp + 8], "big") for data in (ours, other))
+    if mine % size or length + added > _MAX_PACKET_BYTES or ours[tcp + 13] & (PSH | FIN):
+        return False
+    if next_seq != seq + mine & 0xFFFF_FFFF:
+        return False
+    # All else is the same: put the first one's values where they may differ, and compare.
+    same = bytearray(other)
+    places = [(length_at, 2), (tcp + 4, 4), (tcp + 16, 2)]
+    if kind == virtio.GSO_TCPV4:
+        ident, next_ident = (_HALF.unpack_from(data, ip + 4)[0] for data in (ours, other))
+        counts_up = next_ident == ident + mine // size & 0xFFFF
+        if not counts_up and not (ours[ip + 6] & 0x40 and next_ident == ident):
+            return False
+        places += [(ip + 4, 2), (ip + 10, 2)]
+    for at, width in places:
+        same[at : at + width] = ours[at : at + width]
+    flags = same[tcp + 13] & (PSH | FIN)
+    same[tcp + 13] &= ~flags
+    if same != ours:
+        return False
+    set_length(same, ip - _IP, length + added)
+    same[tcp + 13] |= flags
+    (field,) = _HALF.unpack_from(same, tcp + 16)
+    _HALF.pack_into(same, tcp + 16, partial(field + added))
+    first[0] = same
+    first += second[1:]
+    return True
+
+
 class _Run:
     """Segments of a flow that may grow by another."""
 

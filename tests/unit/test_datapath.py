@@ -162,6 +162,58 @@ def test_there_and_back(make_ends: Callable[..., Ends], version: int, offload: b
     assert not ends.counters.drops
 
 
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("change", ["", "push", "gap", "other"])
+def test_the_end_of_a_super_packet_follows(
+    make_ends: Callable[..., Ends], version: int, change: str
+) -> None:
+    """64 KiB come as two trains, and are written as one super-packet again, if they are one."""
+    ends = make_ends(offload=True)
+    whole = tcp_packet(version, os.urandom(46 * 1398), unfinished=True, flags=0x18, ident=0xFFF0)
+    ends.route(whole, 1398)
+    ends.sender.pump(2)
+    assert [len(data) // size for data, size in ends.wire.sent] == [44, 2]
+    for data, size in ends.wire.sent:
+        parts = [_back(ends, data[i : i + size]) for i in range(0, len(data), size)]
+        if change == "gap" and len(parts) == 2:
+            parts = [tcp_like(p, seq=9) for p in parts]
+        if change == "push" and len(parts) == 44:
+            parts[-1] = tcp_like(parts[-1], flags=0x18)
+        if change == "other" and len(parts) == 2:
+            parts = [tcp_like(p, window=3) for p in parts]
+        ends.wire.waiting.append((b"".join(parts), size))
+    expected = [
+        data[i : i + size][22:]
+        for data, size in ends.wire.waiting
+        for i in range(0, len(data), size)
+    ]
+    ends.receiver.pump(4)
+    written = []
+    while True:
+        try:
+            written.append(ends.tun.recv(70_000))
+        except BlockingIOError:
+            break
+    assert len(written) == (2 if change else 1)
+    got = [packet for data in written for packet in cut_by_kernel(data)]
+    assert [_without_check(p) for p in got] == [_without_check(p) for p in expected]
+    assert ends.peer.rx_packets == 46
+
+
+def tcp_like(datagram: bytes, *, seq: int = 0, flags: int = 0, window: int = 0) -> bytes:
+    """A datagram whose TCP header differs; its checksum is unfinished and so stays right."""
+    data, at = bytearray(datagram), 22 + (20 if datagram[22] >> 4 == 4 else 40)
+    data[at + 7] ^= seq
+    data[at + 13] |= flags
+    data[at + 15] ^= window
+    return bytes(data)
+
+
+def _without_check(packet: bytes) -> bytes:
+    at = 16 + (20 if packet[0] >> 4 == 4 else 40)
+    return packet[:at] + packet[at + 2 :]
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL, errno.EMSGSIZE])
 def test_a_kernel_that_does_not_segment(make_ends: Callable[..., Ends], error: int) -> None:
     packet = tcp_packet(4, bytes(10_000), unfinished=True)
