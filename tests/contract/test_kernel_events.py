@@ -197,7 +197,8 @@ def test_an_underlay_that_loses_its_carrier_concerns_us(host: tuple[RealHost, in
         events = open_route_events([real.port_id])
 
     def is_news() -> bool:
-        return any([concerned.concerns_us(data) for data in datagrams(events)])
+        told = [concerned.concerns_us(data) for data in datagrams(events)]
+        return any(told)
 
     with events:
         real.shell("ip link set under1 txqueuelen 999")
