@@ -35,7 +35,7 @@ _TRIFLE_S = 0.001
 """After so short a pass resting costs more than it saves."""
 _RETRY_S = (0.5, 30.0)
 """First and last delay before failed operations are tried again."""
-_BATCH_HOSTS = 500
+_BATCH_HOSTS = 200
 _LOGGED_FAILURES = 20
 
 
