@@ -26,6 +26,9 @@ NETWORK_LINK = re.compile(LINK_PREFIX + r"[buv][0-9]+")
 """Names of a network's own links: ``mnb4097``, its bridge, ``mnv4097``, its VXLAN device,
 ``mnu4097``, the TUN of its userspace VTEP."""
 
+TUN_LINK = re.compile(LINK_PREFIX + r"u[0-9]+")
+"""Names of the TUNs among them."""
+
 ENDPOINT_LINK = re.compile(LINK_PREFIX + r"e[0-9a-f]{12}")
 """Names of the host-side links of endpoints."""
 

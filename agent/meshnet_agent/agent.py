@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from meshnet.config import AgentConfig
     from meshnet.kernel import Kernel, Wiring
+    from meshnet.kernel.vteps import VtepProcesses
     from meshnet.model import IpAddress, MeshSnapshot
     from meshnet.store import Store
     from meshnet.store.mirror import Changes
@@ -56,6 +57,7 @@ class Agent:
 
     Args:
         datapath: what forwards this host's packets on ``vxlan`` networks.
+        vteps: its userspace VTEPs, to ask what they counted.
         listen: waits for the kernel's notifications (`meshnet_agent.monitor.listen`).
     """
 
@@ -71,9 +73,11 @@ class Agent:
         listen: Listen = listen,
         *,
         datapath: Datapath = Datapath.KERNEL,
+        vteps: VtepProcesses | None = None,
     ) -> None:
         self.config = config
         self.ready = False
+        self.vteps = vteps
         self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip, datapath=datapath)
         self.registry = Registry(store)
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)

@@ -166,6 +166,7 @@ async def _run(config: AgentConfig) -> None:
                 underlay.ip,
                 EventFilter(await kernel.run(lambda k: k.deleted)),
                 functools.partial(listen, own_ports=ports),
+                vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )
             socket_path = Path(config.run_dir) / SOCKET_NAME

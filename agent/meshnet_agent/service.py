@@ -14,12 +14,12 @@ import structlog
 import trio
 
 from meshnet.backends.overlay import bridge_name
-from meshnet.backends.udp import tun_name
+from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import vxlan_name
 from meshnet.diff import Failure, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
 from meshnet.model import HostId, Network, NetworkName, Vni
-from meshnet.plan import NetworkOutcome, check_mode
+from meshnet.plan import NetworkOutcome, backend_of, check_mode
 from meshnet.state import RouteKey
 from meshnet_agent.documents import (
     Document,
@@ -149,6 +149,27 @@ class Service:
             "hosts": hosts,
             "endpoints": [
                 endpoint_document(e) for e in self._agent.endpoints.all if e.network == network.name
+            ],
+            "vtep": await self._vtep_document(network),
+        }
+
+    async def _vtep_document(self, network: Network) -> Document | None:
+        """What the network's userspace VTEP counted; None: it has none here."""
+        underlay = self._agent.reconciler.result.underlay
+        if (
+            self._agent.vteps is None
+            or underlay is None
+            or backend_of(network, underlay) is not UDP
+        ):
+            return None
+        counted = await trio.to_thread.run_sync(self._agent.vteps.counters, tun_name(network))
+        hosts = {str(h.underlay_ip): h.id for h in self._agent.follower.snapshot.hosts.values()}
+        return {
+            "drops": counted.get("drops", {}),
+            "totals": counted.get("totals", {}),
+            "peers": [
+                {"host": hosts.get(peer["underlay_ip"], ""), **peer}
+                for peer in counted.get("peers", [])
             ],
         }
 

@@ -27,6 +27,7 @@ from meshnet.kernel.ordering import carry_out
 from meshnet.state import (
     ENDPOINT_LINK,
     NETWORK_LINK,
+    TUN_LINK,
     AddressKey,
     KernelState,
     Link,
@@ -223,8 +224,9 @@ class NetlinkKernel:
         names = {link.ifindex: link.name for link in everything}
         for link in everything:
             ours = NETWORK_LINK.fullmatch(link.name) or ENDPOINT_LINK.fullmatch(link.name)
-            if link.kind is LinkKind.TUN and ours:
-                self._dump_vtep(state, link, names)
+            if link.kind is LinkKind.TUN:
+                if TUN_LINK.fullmatch(link.name):
+                    self._dump_vtep(state, link, names)
             elif link.kind is not None and ours:
                 state.links[link.name] = _to_link(link, names)
         self._actual = dict(state.links)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from meshnet.backends import Path
 from meshnet.diff import Table
 from meshnet.kernel.memory import MemoryKernel
-from meshnet.model import Host, HostId, MeshSnapshot, NetworkName
+from meshnet.model import Host, HostId, MeshSnapshot, Mode, NetworkName
 from meshnet.plan import LocalView
 from meshnet_agent.passes import HostView, PartInput, Passes, PassInput, PassResult
 from tests.values import IPV4, IPV6, ME, make_network, make_snapshot, underlay_ip
@@ -30,6 +30,8 @@ NETWORKS = {
     "plain": [make_network()],
     "dual-stack": [make_network(subnets=(IPV4, IPV6))],
     "direct": [make_network(direct_routing=True)],
+    "udp": [make_network(subnets=(IPV4, IPV6), mode=Mode.UDP)],
+    "udp direct": [make_network(mode=Mode.UDP, direct_routing=True)],
     "two direct": [
         make_network(direct_routing=True),
         make_network("back", ("10.43.0.0/16",), 7, direct_routing=True),
