@@ -57,6 +57,15 @@ class Datapath(StrEnum):
     USERSPACE = "userspace"
 
 
+def default_port(mode: Mode, vni: Vni) -> int:
+    """UDP port of a network whose creator names none.
+
+    The kernel tells its VXLAN networks apart by VNI; a userspace VTEP serves one and has a port of
+    its own, from 20000 to 29999.
+    """
+    return 20000 + vni % 10000 if mode is Mode.UDP else VXLAN_PORT
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """A named container network.

@@ -114,7 +114,7 @@ def plan_mesh(
     outcomes: dict[NetworkName, NetworkOutcome] = {}
     planned: list[NetworkPlan] = []
     for network in snapshot.networks.values():
-        conflict = _find_conflict(network, outcomes, snapshot)
+        conflict = _find_conflict(network, outcomes, snapshot, underlay)
         if conflict is not None:
             outcomes[network.name] = NetworkOutcome(errors=(conflict,))
             continue
@@ -164,7 +164,7 @@ def plan_hosts(
 
 
 def _find_conflict(
-    network: Network, earlier: Iterable[NetworkName], snapshot: MeshSnapshot
+    network: Network, earlier: Iterable[NetworkName], snapshot: MeshSnapshot, underlay: Underlay
 ) -> str | None:
     """Why a network cannot be had beside an older one.
 
@@ -174,6 +174,12 @@ def _find_conflict(
         other = snapshot.networks[name]
         if other.vni == network.vni:
             return f"VNI {network.vni} belongs to network {name}: remove this network"
+        userspace = UDP in (backend_of(network, underlay), backend_of(other, underlay))
+        if userspace and other.port == network.port:
+            return (
+                f"UDP port {network.port} is network {name}'s, and a userspace VTEP needs one of "
+                "its own: create this network anew with another --port"
+            )
         for mine in network.subnets:
             for theirs in other.subnets:
                 if mine.version == theirs.version and mine.overlaps(theirs):

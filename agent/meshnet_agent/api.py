@@ -26,7 +26,7 @@ from meshnet.errors import (
     StoreUnavailableError,
     UsageError,
 )
-from meshnet.model import VXLAN_PORT, IpAddress, IpNetwork, Mode, Network, NetworkName, Vni
+from meshnet.model import IpAddress, IpNetwork, Mode, Network, NetworkName, Vni, default_port
 from meshnet_agent.endpoints import AttachRequest
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class NetworkRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     host_prefix: int = 24
     host_prefix6: int = 64
     vni: int | None = None
-    port: int = VXLAN_PORT
+    port: int | None = None
     mtu: int | None = None
     direct_routing: bool = False
 
@@ -138,7 +138,7 @@ class _Handlers:
                 mode=wanted.mode,
                 subnets=tuple(subnets),
                 vni=vni,
-                port=wanted.port,
+                port=wanted.port if wanted.port is not None else default_port(wanted.mode, vni),
                 host_prefix=wanted.host_prefix,
                 host_prefix6=wanted.host_prefix6,
                 mtu_bytes=wanted.mtu,

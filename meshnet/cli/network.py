@@ -68,7 +68,12 @@ def _add_create(actions: Subparsers) -> None:
         help="the same for the IPv6 subnet of a dual-stack network (default: 64)",
     )
     create.add_argument("--vni", metavar="N", type=int, help="default: the lowest free from 4097")
-    create.add_argument("--port", metavar="N", type=int, help="UDP port (default: 4789)")
+    create.add_argument(
+        "--port",
+        metavar="N",
+        type=int,
+        help="UDP port (default: 4789; mode udp: one of its own, 20000 to 29999)",
+    )
     create.add_argument(
         "--mtu", metavar="N", type=int, help="default: the underlay's, less the encapsulation"
     )

@@ -196,7 +196,11 @@ class NetlinkKernel:
         )
 
     def _has_vxlan(self) -> bool:
-        """Whether the kernel can make a VXLAN device: found out by making one, once."""
+        """Whether the kernel can make a VXLAN device: found out by making one, if none is there."""
+        if self._vxlan is None:
+            self._vxlan = (
+                any(link.kind is LinkKind.VXLAN for link in self._by_index.values()) or None
+            )
         if self._vxlan is None:
             try:
                 self._iproute.link("add", ifname=_PROBE, kind="vxlan", vxlan_id=1, vxlan_port=1)

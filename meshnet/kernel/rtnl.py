@@ -218,9 +218,11 @@ class RtnlSocket:
                         found.append((data, start + 16, end))
                     elif got == NLMSG_DONE:
                         code = -NLMSGERR.unpack_from(data, start + 16)[0] if end > start + 19 else 0
-                        if code > 0 and code != errno.EINTR:
+                        if interrupted or code == errno.EINTR:
+                            return None
+                        if code > 0 and code != errno.ENOENT:  # a table that was never made
                             raise OSError(code, os.strerror(code))  # it broke off
-                        return None if interrupted or code > 0 else found
+                        return found
                     elif got == NLMSG_ERROR:
                         error = _parse_error(data, start + 16, end, flags)
                         if error.errno == errno.EINTR:

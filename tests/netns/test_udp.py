@@ -158,3 +158,17 @@ def test_a_process_that_is_killed_is_back_at_once(make_lab: MakeLab) -> None:
     wait_until(lambda: ping(one, theirs[4]), 10, "packets arrive again")
     print(f"back after {time.monotonic() - began:.2f} s")
     wait_in_sync(h1, peers=1)
+
+
+def test_networks_that_want_one_port(make_lab: MakeLab) -> None:
+    lab = make_lab(1, agent_args=["--vxlan", "userspace"])
+    h1 = lab.hosts[0]
+    create_network(lab, "prod", "--subnet", "10.42.0.0/16")
+    meshnet(h1, "network", "create", "back", "--subnet", "10.43.0.0/16")
+    errors = {n["name"]: n["errors"] for n in meshnet(h1, "status")["networks"]}
+    assert errors["prod"] == []
+    assert "4789" in errors["back"][0]
+    assert "--port" in errors["back"][0]
+    meshnet(h1, "network", "rm", "back")
+    meshnet(h1, "network", "create", "back", "--subnet", "10.43.0.0/16", "--port", "4790")
+    wait_in_sync(h1)
