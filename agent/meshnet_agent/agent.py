@@ -34,6 +34,7 @@ from meshnet_agent.monitor import listen
 from meshnet_agent.passes import HostView, PartInput, PassInput
 from meshnet_agent.publish import Publisher
 from meshnet_agent.reconcile import Reconciler
+from meshnet_agent.way import RightOfWay
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -83,6 +84,7 @@ class Agent:
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
         self._event_filter = event_filter
         self._listen = listen
+        self.way = RightOfWay()
         self.reconciler = Reconciler(
             kernel,
             self._gather,
@@ -90,9 +92,10 @@ class Agent:
             self._on_missing_links,
             resync_s=config.resync_s,
             next_change_s=self._next_expiry_s,
+            way=self.way,
         )
         self.identity = MeshIdentity(store, disk.path / "mesh.json")
-        self.follower = Follower(store, self.identity, self._on_snapshot)
+        self.follower = Follower(store, self.identity, self._on_snapshot, self.way)
         self.membership = Membership(
             self.registry,
             self.host,

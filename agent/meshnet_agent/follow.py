@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from meshnet.store import Store
     from meshnet.store.mirror import Changes
     from meshnet_agent.identity import MeshIdentity
+    from meshnet_agent.way import RightOfWay
 
 _log = structlog.get_logger()
 _FIRST_DELAY_S = 0.1
@@ -30,8 +31,8 @@ _LAST_DELAY_S = 10.0
 _RETURNS_A_SECOND, _LISTINGS_A_SECOND = 1000, 200
 """What all agents together may ask of etcd when it is back, or when all must list again
 (docs/design/etcd-load.md)."""
-_SLICE_KEYS = 200
-"""Keys that are decoded without letting others run: some 2 ms."""
+_SLICE_KEYS = 100
+"""Keys that are decoded without letting others run: 1 ms."""
 
 
 class Follower:
@@ -43,6 +44,7 @@ class Follower:
         snapshot: what the store says; good until the next change (`Mirror.view`).
 
     Args:
+        way: given way to between slices of many changes.
         on_change: called after every change with the snapshot and what the change comes to; None:
             everything was read anew.
     """
@@ -52,7 +54,9 @@ class Follower:
         store: Store,
         identity: MeshIdentity,
         on_change: Callable[[MeshSnapshot, Changes | None], None],
+        way: RightOfWay,
     ) -> None:
+        self._way = way
         self._store = store
         self._identity = identity
         self._mirror = Mirror()
@@ -92,7 +96,7 @@ class Follower:
         mirror = Mirror(before=self._mirror)
         for first in range(0, len(listing.items), _SLICE_KEYS):
             mirror.take(listing.items[first : first + _SLICE_KEYS])
-            await trio.lowlevel.checkpoint()
+            await self._way.give()
         mirror.finish(listing.revision)
         self._mirror = mirror
         _log.info(
@@ -161,7 +165,7 @@ class Follower:
         while len(changes) > _SLICE_KEYS:
             part, changes = changes[:_SLICE_KEYS], changes[_SLICE_KEYS:]
             self._changed(self._mirror.apply(WatchBatch(part, self._mirror.revision)))
-            await trio.lowlevel.checkpoint()
+            await self._way.give()
         found = self._mirror.apply(WatchBatch(changes, batch.revision))
         if changes:
             self._changed(found)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from meshnet.kernel import Kernel
     from meshnet.model import HostId
+    from meshnet_agent.way import RightOfWay
     from meshnet_agent.worker import Worker
 
 _log = structlog.get_logger()
@@ -35,7 +36,7 @@ _TRIFLE_S = 0.001
 """After so short a pass resting costs more than it saves."""
 _RETRY_S = (0.5, 30.0)
 """First and last delay before failed operations are tried again."""
-_BATCH_HOSTS = 200
+_BATCH_HOSTS = 100
 _LOGGED_FAILURES = 20
 
 
@@ -56,6 +57,7 @@ class Reconciler:
         resync_s: longest time between two passes over everything, give or take a tenth: agents
             spread out.
         next_change_s: seconds until what `gather_part` returns changes by the clock alone.
+        way: given way to before a pass over some hosts.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Reconciler:
         *,
         resync_s: float,
         next_change_s: Callable[[], float],
+        way: RightOfWay,
     ) -> None:
         self.result = PassResult()
         self.passes = 0
@@ -79,6 +82,7 @@ class Reconciler:
         self._on_missing = on_missing
         self._resync_s = resync_s
         self._next_change_s = next_change_s
+        self._way = way
         self._runner = Passes()
         self._running = False
         self._wake = Flag()
@@ -131,6 +135,7 @@ class Reconciler:
                     started = True
                     task_status.started()
             else:
+                await self._way.give()
                 await self._pass_over_some()
                 if self.result.failures:
                     self._resync_at = min(self._resync_at, trio.current_time() + self._retry_s)

@@ -114,7 +114,8 @@ class Service:
         """Attach a process (`Endpoints.attach`)."""
         started = time.perf_counter()
         ready = await self.wait_for_network(request.network)
-        endpoint = await self._agent.endpoints.attach(request, ready)
+        with self._agent.way.taken():
+            endpoint = await self._agent.endpoints.attach(request, ready)
         elapsed_ms = (time.perf_counter() - started) * 1000
         _log.info(
             "attached",
