@@ -158,7 +158,7 @@ class Reconciler:
             self._retry_s = min(_RETRY_S[1], self._retry_s * 2)
         self._resync_at = now + wait_s
         # Somebody who changes something all the time gets half of a processor at most.
-        self._rested_at = now + min(_REST_S, self.result.seconds)
+        self._rested_at = now + (0 if self.result.again else min(_REST_S, self.result.seconds))
 
     async def _pass_over_all(self) -> None:
         self._all_due = False
