@@ -52,9 +52,11 @@ class NetworkOutcome:
         peer_errors: those of them that cannot be had on this host, and why.
         path_mtu_bytes: of the narrowest path that the MTU of its endpoints allows for; 0: the
             network has an MTU of its own.
+        refused: whether it cannot be had on this host as things are.
     """
 
     plan: NetworkPlan | None = None
+    refused: bool = False
     peers: int = 0
     path_mtu_bytes: int = 0
     errors: tuple[str, ...] = ()
@@ -116,7 +118,7 @@ def plan_mesh(
     for network in snapshot.networks.values():
         conflict = _find_conflict(network, outcomes, snapshot, underlay)
         if conflict is not None:
-            outcomes[network.name] = NetworkOutcome(errors=(conflict,))
+            outcomes[network.name] = NetworkOutcome(errors=(conflict,), refused=True)
             continue
         outcome = _plan_network(network, snapshot, local, underlay, ids, state)
         outcomes[network.name] = outcome
@@ -197,7 +199,8 @@ def _plan_network(
 ) -> NetworkOutcome:
     backend = backend_of(network, underlay)
     if backend is None:
-        return NetworkOutcome(errors=(f"mode {network.mode} is not available on this host",))
+        problem = f"mode {network.mode} is not available on this host"
+        return NetworkOutcome(errors=(problem,), refused=True)
     subnets = local.subnets.get(network.name, ())
     if not subnets:
         return NetworkOutcome(errors=("this host has no subnet of it yet",))

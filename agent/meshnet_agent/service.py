@@ -64,12 +64,17 @@ class Service:
         if key not in self._agent.follower.snapshot.networks and not await self._just_created(key):
             raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
         with trio.move_on_after(_READY_DEADLINE_S):
-            while key not in self._agent.membership.errors:
+            while not self._is_refused(key):
                 with contextlib.suppress(NotFoundError, ConflictError):
                     return self._agent.ready_network(name)
                 with trio.move_on_after(0.1):
                     await self._agent.reconciler.wait_for_pass()
         return self._agent.ready_network(name)
+
+    def _is_refused(self, name: NetworkName) -> bool:
+        """Whether waiting for the network is in vain."""
+        outcome = self._agent.reconciler.result.networks.get(name)
+        return name in self._agent.membership.errors or (outcome is not None and outcome.refused)
 
     async def _just_created(self, name: NetworkName) -> bool:
         try:

@@ -56,6 +56,10 @@ def address_of(document: Document, version: int = 4) -> str:
     raise AssertionError(f"no IPv{version} address in {document}")
 
 
+BRIEFLY = ("-W0.3",)
+"""For `ping`s that nobody is to answer."""
+
+
 def ping(source: Namespace, address: str, *options: str) -> bool:
     """Whether one of two pings is answered; the second is for the first's neighbour discovery."""
     argv = ["ping", "-n", "-c2", "-i0.05", "-W1", *options, address]

@@ -9,6 +9,7 @@ import pytest
 
 from meshnet.lab.poll import wait_until
 from tests.netns.mesh import (
+    BRIEFLY,
     Document,
     address_of,
     attach,
@@ -165,11 +166,11 @@ def test_networks_are_isolated(make_lab: MakeLab) -> None:
         stranger = host.spawn_container()
         endpoint = attach(stranger, host, "dev")
         for target in prod.endpoints:
-            assert not ping(stranger, address_of(target, 4))
-            assert not ping(stranger, address_of(target, 6))
+            assert not ping(stranger, address_of(target, 4), *BRIEFLY)
+            assert not ping(stranger, address_of(target, 6), *BRIEFLY)
             # Not even the other network's gateway on the same host.
-            assert not ping(stranger, target["gateway"])
-        assert not ping(prod.containers[0], address_of(endpoint, 4))
+            assert not ping(stranger, target["gateway"], *BRIEFLY)
+        assert not ping(prod.containers[0], address_of(endpoint, 4), *BRIEFLY)
         assert ping(stranger, endpoint["gateway"])
     for container, target in prod.pairs():
         assert ping(container, address_of(target, 4))

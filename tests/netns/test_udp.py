@@ -90,7 +90,7 @@ def test_a_userspace_host_in_a_vxlan_network(make_lab: MakeLab) -> None:
 
 
 def test_a_udp_network(make_lab: MakeLab) -> None:
-    lab = make_lab(3)
+    lab = make_lab(3, agent_args=["--lease-ttl", "3"])
     create_network(lab, "prod", *SUBNETS, "--mode", "udp")
     made = containers(lab.hosts, "prod")
     assert_all_reach_all(made)
