@@ -254,6 +254,7 @@ class Agent:
             subnets=subnets,
             bridge=outcome.plan.bridge,
             mtu_bytes=outcome.plan.mtu_bytes,
+            gso_max_bytes=outcome.plan.gso_max_bytes,
         )
 
 

@@ -72,6 +72,7 @@ class ReadyNetwork:
     subnets: Sequence[IpNetwork]
     bridge: str
     mtu_bytes: int
+    gso_max_bytes: int | None = None
 
 
 class Endpoints:
@@ -194,7 +195,12 @@ class Endpoints:
         """In the wiring's thread: kernel first, then disk; neither without the other."""
         default = wiring.connect(
             netns_fd,
-            EndpointWiring(endpoint=endpoint, bridge=ready.bridge, routes=_inner_routes(ready)),
+            EndpointWiring(
+                endpoint=endpoint,
+                bridge=ready.bridge,
+                routes=_inner_routes(ready),
+                gso_max_bytes=ready.gso_max_bytes,
+            ),
         )
         endpoint = replace(endpoint, default_route=default)
         try:

@@ -13,12 +13,16 @@ that uses it and hosts with kernel VXLAN share one network.
 The routes name the device and no nexthop object: the kernel removes those from a device that loses
 its carrier, as a TUN does when its process ends (docs/design/userspace-vtep.md).
 
+Endpoints are told to send super-packets of a size that is one send of the process
+(`NetworkPlan.gso_max_bytes`).
+
 With ``direct_routing`` a peer whose underlay address is on-link gets a nexthop on the underlay link
 and is no member.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from meshnet.backends.overlay import (
@@ -35,6 +39,7 @@ from meshnet.backends.overlay import (
 from meshnet.model import Datapath, Mode
 from meshnet.state import Link, LinkKind, Member, MemberKey, Nexthop, Route, Vxlan
 from meshnet.wire.mac import vtep_mac
+from meshnet.wire.mtu import gso_max_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,7 +74,7 @@ class UdpBackend:
             # The process answers "unreachable" for what nobody owns.
             source = by_version[cidr.version]
             state.routes[route_key(cidr)] = Route(0, source, Nexthop(dev, b""))
-        return plan
+        return replace(plan, gso_max_bytes=gso_max_bytes(plan.mtu_bytes))
 
     def plan_peers(
         self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds

@@ -28,11 +28,14 @@ class EndpointWiring(NamedTuple):
         bridge: link of the host that the host-side end becomes a port of.
         routes: destinations that are reached through the gateway of their IP version; used where
             the namespace keeps or gets no default route through this endpoint.
+        gso_max_bytes: the largest super-packet that the namespace's link takes; None: the kernel's
+            default.
     """
 
     endpoint: Endpoint
     bridge: str
     routes: Sequence[IpNetwork]
+    gso_max_bytes: int | None = None
 
 
 class Kernel(Protocol):

@@ -15,6 +15,7 @@ from meshnet.backends.overlay import endpoint_link_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.netns import netns_inode
 from meshnet.state import ENDPOINT_LINK, Link, LinkKind
+from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 
 if TYPE_CHECKING:
     from meshnet.kernel import EndpointWiring
@@ -31,6 +32,7 @@ class NamespaceLink:
     Attributes:
         peer: name of its other end on the host; "": it is no endpoint's.
         routes: gateways by destination.
+        gso_max_bytes: the largest super-packet that it takes.
     """
 
     mac: bytes = b""
@@ -38,6 +40,7 @@ class NamespaceLink:
     peer: str = ""
     addresses: tuple[IpInterface, ...] = ()
     routes: dict[IpNetwork, IpAddress] = field(default_factory=dict)
+    gso_max_bytes: int = DEFAULT_GSO_MAX_BYTES
 
 
 class MemoryWiring:
@@ -96,7 +99,12 @@ class MemoryWiring:
             name, Link(LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.bridge)
         )
         links[endpoint.ifname] = NamespaceLink(
-            endpoint.mac, endpoint.mtu_bytes, name, endpoint.addresses, routes
+            endpoint.mac,
+            endpoint.mtu_bytes,
+            name,
+            endpoint.addresses,
+            routes,
+            wiring.gso_max_bytes or DEFAULT_GSO_MAX_BYTES,
         )
         return default
 

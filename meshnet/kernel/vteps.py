@@ -88,15 +88,7 @@ class VtepProcesses:
             KernelRefusedError: it did not come up; the message has its last words.
         """
         self.stop(tun)
-        run_dir = self._directory / tun
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        argv = [
-            *(sys.executable, "-m", "meshnet.vtep", "--tun", tun),
-            *("--vni", str(vxlan.vni), "--port", str(vxlan.port)),
-            *("--local", format_ip(vxlan.local), "--mac", format_mac(mac)),
-            *("--mtu", str(mtu_bytes), "--run-dir", str(run_dir)),
-        ]
-        log_path = run_dir / "log"
+        argv, log_path = self.prepare(tun, vxlan, mac, mtu_bytes)
         with log_path.open("wb") as log:
             child = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -109,6 +101,21 @@ class VtepProcesses:
                 reason = words[-1] if words else "it says nothing"
                 raise KernelRefusedError(f"userspace VTEP of {tun} did not start: {reason}")
             time.sleep(0.005)
+
+    def prepare(self, tun: str, vxlan: Vxlan, mac: bytes, mtu_bytes: int) -> tuple[list[str], Path]:
+        """Make the run directory of a TUN; returns the command to serve it, and a file to log to.
+
+        For whoever starts the process in another way than `start`, which is for benchmarks.
+        """
+        run_dir = self._directory / tun
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        argv = [
+            *(sys.executable, "-m", "meshnet.vtep", "--tun", tun),
+            *("--vni", str(vxlan.vni), "--port", str(vxlan.port)),
+            *("--local", format_ip(vxlan.local), "--mac", format_mac(mac)),
+            *("--mtu", str(mtu_bytes), "--run-dir", str(run_dir)),
+        ]
+        return argv, run_dir / "log"
 
     def stop(self, tun: str) -> None:
         """End the process of a TUN, if there is one; the device stays."""

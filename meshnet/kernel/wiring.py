@@ -66,6 +66,7 @@ class NetlinkWiring:
             peer_name=endpoint.ifname,
             peer_mac=endpoint.mac,
             peer_netns_fd=netns_fd,
+            peer_gso_max_bytes=wiring.gso_max_bytes,
         )
         self._must(self._rtnl, [veth], endpoint)
         try:

@@ -21,6 +21,8 @@ ETHERNET_HEADER_BYTES = 14
 IP_HEADER_BYTES = {4: 20, 6: 40}
 MINIMUM_MTU_BYTES = {4: 576, 6: 1280}
 """Smallest MTU an overlay of that IP version may have (RFC 791 §3.1; RFC 8200 §5)."""
+DEFAULT_GSO_MAX_BYTES = 65_536
+"""``gso_max_size`` of a link that nobody set one for (``GSO_LEGACY_MAX_SIZE``)."""
 
 
 def encapsulation_bytes(underlay_version: int) -> int:
@@ -62,6 +64,9 @@ def gso_max_bytes(mtu_bytes: int) -> int:
 
     Args:
         mtu_bytes: of the overlay.
+
+    Returns:
+        At most 65,536, the kernel's default and, before 5.19, the most it takes.
     """
     segments = min(MAX_SEGMENTS, MAX_SEND_BYTES // (mtu_bytes + ENCAPSULATION_BYTES))
-    return segments * (mtu_bytes - 52) + 330
+    return min(segments * (mtu_bytes - 52) + 330, DEFAULT_GSO_MAX_BYTES)

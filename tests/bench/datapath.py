@@ -10,6 +10,7 @@ Paths, each between two containers on two hosts (the first between the hosts the
     kernel → udp  a kernel VXLAN device sends to a userspace VTEP …
     udp → kernel  … and the other way round; all other paths are the mean of both directions
     relay         a C relay of one packet a system call (`tests.bench.peers`)
+    relay 4 MiB   the same with a receive buffer of that size
     fastd, wireguard-go  Debian's
 
 What this machine lacks is left out, with a word on standard error.  A round measures one thing on
@@ -45,7 +46,14 @@ if TYPE_CHECKING:
     from tests.bench.tunnels import Tunnel
 
 ROUNDS = 5
-TUNNELS: tuple[Tunnel, ...] = (Udp(), Mixed(), Relay(), Fastd(), WireguardGo())
+TUNNELS: tuple[Tunnel, ...] = (
+    Udp(),
+    Mixed(),
+    Relay(),
+    Relay("relay 4 MiB", 8286, 4 << 20),
+    Fastd(),
+    WireguardGo(),
+)
 _FIRST_OCTET = 46  # of the tunnels' subnets, one each; those before are handmade's and the lab's
 _FLOW_S, _BLAST_MS = 1, 500
 

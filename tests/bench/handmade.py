@@ -78,21 +78,40 @@ class Handmade:
     def add_subnets(self, octet: int, mtu_bytes: int) -> None:
         """Give the hosts a further subnet each, ``10.OCTET.HOST.0/24``, and the containers its .2.
 
+        The containers get it on a further link, that can be set up as a tunnel's endpoints are.
+
         How the hosts reach each other's is left to the caller.
 
         Args:
             mtu_bytes: what containers send at most to the other host's.
         """
         for i in _HOSTS:
-            self._spaces.ip(f"h{i}", [f"address add 10.{octet}.{i}.1/24 dev br0"])
+            mtu, link = _MTU_BYTES - _OVERHEAD_BYTES, self.link_name(octet)
+            self._spaces.ip(
+                f"h{i}",
+                [
+                    f"address add 10.{octet}.{i}.1/24 dev br0",
+                    f"link add c{octet} mtu {mtu} type veth peer name {link} "
+                    f"address {_mac(i, octet)} mtu {mtu} netns {self._spaces.name_of(f'c{i}')}",
+                    f"link set c{octet} master br0 up",
+                ],
+            )
+            # Else every link of a container answers for the addresses of all.
+            self.container(i).run(["sysctl", "-q", "-w", "net.ipv4.conf.all.arp_ignore=1"])
             self._spaces.ip(
                 f"c{i}",
                 [
-                    f"address add 10.{octet}.{i}.2/24 dev eth0",
+                    f"address add 10.{octet}.{i}.2/24 dev {link}",
+                    f"link set {link} up",
                     f"route add 10.{octet}.0.0/16 via 10.{octet}.{i}.1 src 10.{octet}.{i}.2 "
                     f"mtu {mtu_bytes}",
                 ],
             )
+
+    @staticmethod
+    def link_name(octet: int) -> str:
+        """The containers' link of `add_subnets`."""
+        return f"eth{octet}"
 
     def masquerade(self, on: bool) -> None:
         """Give the hosts the one nftables rule that containers need for the outside, or none."""

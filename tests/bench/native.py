@@ -28,12 +28,14 @@ def find(*names: str) -> str:
 
 
 def compile_program(name: str, directory: Path) -> Path:
-    """Compile a C source of this package into a directory; returns the program.
+    """Compile a C source of this package into a directory, once; returns the program.
 
     Raises:
         NotAvailableError: there is no C compiler, or it refuses; the text has its last line.
     """
     program = directory / name
+    if program.exists():
+        return program
     argv = [find("cc", "gcc"), "-O2", "-o", str(program), str(_SOURCES / f"{name}.c")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode != 0:

@@ -21,17 +21,28 @@ if TYPE_CHECKING:
 
     from tests.bench.tunnels import End
 
-_RELAY_PORT, _FASTD_PORT, _WIREGUARD_PORT = 8285, 10_000, 51_820
+_FASTD_PORT, _WIREGUARD_PORT = 10_000, 51_820
 _WIREGUARD_OVERHEAD_BYTES = 60  # over IPv4: IP 20, UDP 8, WireGuard 32
 _UNDERLAY_MTU_BYTES = 1500
 _WIREGUARD_DIR = Path("/var/run/wireguard")  # one for the machine: hence device names unique on it
 
 
 class Relay:
-    """The C relay."""
+    """The C relay.
 
-    name = "relay"
+    Args:
+        name: of the path.
+        port: on both hosts.
+        receive_buffer_bytes: None: the kernel's default, which flannel's has.
+    """
+
     mtu_bytes = MTU_BYTES
+
+    def __init__(
+        self, name: str = "relay", port: int = 8285, receive_buffer_bytes: int | None = None
+    ) -> None:
+        self.name, self._port = name, port
+        self._more = [] if receive_buffer_bytes is None else [str(receive_buffer_bytes)]
 
     def start(self, ends: tuple[End, End]) -> Sequence[int]:
         """See `tests.bench.tunnels.Tunnel`."""
@@ -39,7 +50,7 @@ class Relay:
         pids = []
         for end, peer in (ends, ends[::-1]):
             addresses = [str(end.underlay_ip), str(peer.underlay_ip)]
-            argv = [program, end.device, *addresses, str(_RELAY_PORT)]
+            argv = [program, end.device, *addresses, str(self._port), *self._more]
             pids.append(end.host.popen(argv, stdout=subprocess.DEVNULL).pid)
         return pids
 

@@ -1,11 +1,12 @@
 /* A userspace tunnel of the one-packet-a-system-call kind: the peer that `udp` mode is measured
  * against (tests/bench/datapath.py compiles and runs it).
  *
- *     relay DEVICE LOCAL PEER PORT
+ *     relay DEVICE LOCAL PEER PORT [RECEIVE_BUFFER_BYTES]
  *
  * poll; read one packet from a TUN device, sendto; recv one datagram, write it to the device; until
  * there is nothing left, then poll again.  The packet goes bare into UDP, and its TTL is lowered on
- * the way into the tunnel, as flannel's udp backend does.  One peer, IPv4 only, no offloads.
+ * the way into the tunnel, as flannel's udp backend does.  One peer, IPv4 only, no offloads; like
+ * flannel's its socket has the kernel's default buffer, unless another size is given.
  * Prints a line when the device is there; its address and routes are the caller's business.
  */
 #include <arpa/inet.h>
@@ -42,13 +43,13 @@ static int open_tun(const char *name) {
     return tun;
 }
 
-static int open_socket(void) {
+static int open_socket(int room) {
     int sock = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    int room = 4 << 20; /* flannel leaves the default, and loses what comes in a burst */
 
     if (sock < 0 || bind(sock, (struct sockaddr *)&local, sizeof local) < 0)
         die("bind");
-    setsockopt(sock, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof room);
+    if (room)
+        setsockopt(sock, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof room);
     return sock;
 }
 
@@ -90,15 +91,15 @@ static int socket_to_tun(int sock, int tun) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 5) {
-        fprintf(stderr, "usage: relay DEVICE LOCAL PEER PORT\n");
+    if (argc != 5 && argc != 6) {
+        fprintf(stderr, "usage: relay DEVICE LOCAL PEER PORT [RECEIVE_BUFFER_BYTES]\n");
         return 2;
     }
     local.sin_family = peer.sin_family = AF_INET;
     local.sin_port = peer.sin_port = htons(atoi(argv[4]));
     if (!inet_aton(argv[2], &local.sin_addr) || !inet_aton(argv[3], &peer.sin_addr))
         die("address");
-    int tun = open_tun(argv[1]), sock = open_socket();
+    int tun = open_tun(argv[1]), sock = open_socket(argc == 6 ? atoi(argv[5]) : 0);
     struct pollfd wanted[] = {{.fd = tun, .events = POLLIN}, {.fd = sock, .events = POLLIN}};
 
     puts("ready");

@@ -47,6 +47,8 @@ class End:
         underlay_ip: its address on the underlay.
         subnet: whose containers are behind it.
         directory: for its files.
+        container: the namespace of its container.
+        container_link: the container's link to that subnet, which no other tunnel's packets take.
     """
 
     number: int
@@ -55,6 +57,8 @@ class End:
     underlay_ip: IPv4Address
     subnet: IPv4Network
     directory: Path
+    container: Namespace
+    container_link: str
 
     @property
     def gateway(self) -> IPv4Address:
@@ -108,9 +112,9 @@ def connect(handmade: Handmade, tunnel: Tunnel, octet: int, directory: Path) -> 
         NotAvailableError: see `Tunnel.start`; or its device does not come, or nothing gets through,
             or no TCP does.
     """
+    handmade.add_subnets(octet, tunnel.mtu_bytes)
     ends = (_end(handmade, 1, octet, directory), _end(handmade, 2, octet, directory))
     pids = tuple(tunnel.start(ends))
-    handmade.add_subnets(octet, tunnel.mtu_bytes)
     for end, peer in (ends, ends[::-1]):
         _until(functools.partial(_has, end), f"{tunnel.name}: no device {end.device}")
         commands = [f"link set {end.device} mtu {tunnel.mtu_bytes} up", *tunnel.route(end, peer)]
@@ -144,6 +148,8 @@ def _end(handmade: Handmade, i: int, octet: int, directory: Path) -> End:
         underlay_ip=IPv4Address(handmade.host_ip(i)),
         subnet=IPv4Network(f"10.{octet}.{i}.0/24"),
         directory=directory,
+        container=handmade.container(i),
+        container_link=handmade.link_name(octet),
     )
 
 

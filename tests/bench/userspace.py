@@ -3,18 +3,21 @@
     udp            python -m meshnet.vtep ─ python -m meshnet.vtep
     kernel ↔ udp   a kernel VXLAN device with `ip` ─ python -m meshnet.vtep
 
-All that is assumed about the program is in `_vtep_argv` and `_is_there`.
+Started, and told of its peer, as the agent does it (`meshnet.kernel.vteps`); and as attached by it,
+containers behind a userspace VTEP send no larger super-packets than fit one send.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
-from meshnet.state import format_mac
+from meshnet.diff import Op, Table
+from meshnet.kernel.vteps import VtepProcesses
+from meshnet.lab.poll import wait_until
+from meshnet.state import Member, MemberKey, Vxlan, format_mac
 from meshnet.wire.mac import vtep_mac
+from meshnet.wire.mtu import gso_max_bytes
 from tests.bench.native import NotAvailableError
 from tests.bench.tunnels import MTU_BYTES, plain_route
 
@@ -23,9 +26,9 @@ if TYPE_CHECKING:
 
     from tests.bench.tunnels import End
 
-_MODULE = "meshnet.vtep"
 _VNI = 44
 _UDP_PORT, _MIXED_PORT = 8472, 8473  # 4789 is the hand-made VXLAN's on the same hosts
+_READY_S = 10.0
 
 
 class Udp:
@@ -36,8 +39,7 @@ class Udp:
 
     def start(self, ends: tuple[End, End]) -> Sequence[int]:
         """See `tests.bench.tunnels.Tunnel`."""
-        _require()
-        return [_start_vtep(end, peer, _UDP_PORT) for end, peer in (ends, ends[::-1])]
+        return [_start_vtep(end, peer, _UDP_PORT, offload=True) for end, peer in (ends, ends[::-1])]
 
     def route(self, end: End, peer: End) -> Sequence[str]:
         """See `tests.bench.tunnels.Tunnel`."""
@@ -52,10 +54,9 @@ class Mixed:
 
     def start(self, ends: tuple[End, End]) -> Sequence[int]:
         """See `tests.bench.tunnels.Tunnel`."""
-        _require()
         kernel, userspace = ends
         _make_device(kernel, userspace, _MIXED_PORT)
-        return [_start_vtep(userspace, kernel, _MIXED_PORT)]
+        return [_start_vtep(userspace, kernel, _MIXED_PORT, offload=False)]
 
     def route(self, end: End, peer: End) -> Sequence[str]:
         """See `tests.bench.tunnels.Tunnel`."""
@@ -86,28 +87,25 @@ def _mac(end: End) -> str:
     return format_mac(vtep_mac(end.subnet))
 
 
-def _require() -> None:
-    if not _is_there():
-        raise NotAvailableError(f"there is no {_MODULE} yet")
+def _start_vtep(end: End, peer: End, port: int, *, offload: bool) -> int:
+    """Start one that makes its device, and tell it of its one peer; returns the process's id.
 
-
-def _is_there() -> bool:
-    return importlib.util.find_spec(_MODULE) is not None
-
-
-def _start_vtep(end: End, peer: End, port: int) -> int:
-    argv = _vtep_argv(end, peer, port)
-    return end.host.popen(argv, stdout=subprocess.DEVNULL).pid
-
-
-def _vtep_argv(end: End, peer: End, port: int) -> list[str]:
-    """The command of one VTEP that makes its device, for one peer."""
-    return [
-        *(sys.executable, "-m", _MODULE),
-        *("--device", end.device),
-        *("--vni", str(_VNI)),
-        *("--local", str(end.underlay_ip)),
-        *("--port", str(port)),
-        *("--subnet", str(end.subnet)),
-        *("--peer", f"{peer.subnet}={peer.underlay_ip}"),
-    ]
+    Args:
+        offload: whether the peer takes unfinished checksums.
+    """
+    vteps = VtepProcesses(end.directory)
+    vxlan = Vxlan(_VNI, port, end.underlay_ip.packed)
+    argv, log_path = vteps.prepare(end.device, vxlan, vtep_mac(end.subnet), MTU_BYTES)
+    with log_path.open("w") as log:
+        pid = end.host.popen(argv, stdout=subprocess.DEVNULL, stderr=log).pid
+    try:
+        wait_until(lambda: vteps.look(end.device) is not None, _READY_S, "the VTEP")
+    except TimeoutError as exc:
+        raise NotAvailableError(f"meshnet.vtep: {log_path.read_text().strip()[-200:]}") from exc
+    subnet = (peer.subnet.network_address.packed, peer.subnet.prefixlen)
+    key = MemberKey(end.device, peer.underlay_ip.packed)
+    member = Member(vtep_mac(peer.subnet), (subnet,), port, offload)
+    vteps.update(end.device, [Op(Table.MEMBER, key, member, exists=False)])
+    limit = str(gso_max_bytes(MTU_BYTES))
+    end.container.run(["ip", "link", "set", end.container_link, "gso_max_size", limit])
+    return pid

@@ -17,6 +17,7 @@ from meshnet.errors import ConflictError, NotFoundError
 from meshnet.kernel import EndpointWiring
 from meshnet.kernel.memory_wiring import MemoryWiring, NamespaceLink
 from meshnet.kernel.wiring import NetlinkWiring
+from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 from tests.contract.hosts import Inside, MemoryHost, RealHost, host_namespace, ip, namespace
 from tests.values import IPV4, IPV6, make_endpoint, make_network, make_snapshot, plan_for
 from tests.values import underlay_ip as host_ip
@@ -50,6 +51,10 @@ class Wired(Protocol):
     netns_fd: int
 
     def view(self) -> View: ...
+
+    def gso_max_bytes(self, link: str) -> int:
+        """The largest super-packet that a link in the namespace takes."""
+        ...
 
     def add_link(self, name: str, address: str, gateway: str = "") -> None:
         """A link of somebody else's in the namespace; with a gateway, the default route."""
@@ -107,6 +112,12 @@ class RealWired:
                     routes[target] = route["gateway"]
         return View(links, routes)
 
+    def gso_max_bytes(self, link: str) -> int:
+        (found,) = json.loads(ip("-n", self.name, "-d", "-j", "link", "show", "dev", link))
+        # Linux 6.3 has one for IPv4 beside it.
+        (size,) = {found["gso_max_size"], found.get("gso_ipv4_max_size", found["gso_max_size"])}
+        return int(size)
+
     def add_link(self, name: str, address: str, gateway: str = "") -> None:
         ip("-n", self.name, "link", "add", name, "type", "veth", "peer", f"{name}p")
         for link in (name, f"{name}p"):
@@ -133,6 +144,9 @@ class MemoryWired:
             },
             {str(t): str(g) for link in links.values() for t, g in link.routes.items()},
         )
+
+    def gso_max_bytes(self, link: str) -> int:
+        return self.memory.namespace(self.netns_fd)[link].gso_max_bytes
 
     def add_link(self, name: str, address: str, gateway: str = "") -> None:
         routes = {ip_network("0.0.0.0/0"): ip_address(gateway)} if gateway else {}
@@ -247,6 +261,13 @@ def test_two_endpoints_of_one_namespace(wired: Wired) -> None:
     assert view.routes == {"10.43.0.0/16": "10.43.0.1"}
     wired.wiring.remove_link("mneba9876543210")
     assert wired.wiring.list_endpoint_links() == []
+
+
+@pytest.mark.parametrize("wanted", [None, 61_842])
+def test_how_large_a_super_packet_may_be(wired: Wired, wanted: int | None) -> None:
+    wiring = wiring_of(make_endpoint())._replace(gso_max_bytes=wanted)
+    wired.wiring.connect(wired.netns_fd, wiring)
+    assert wired.gso_max_bytes("eth0") == (wanted or DEFAULT_GSO_MAX_BYTES)
 
 
 def test_the_name_of_the_link_is_taken(wired: Wired) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.lab.poll import wait_until
+from meshnet.wire import mtu
 from tests.netns.mesh import (
     address_of,
     attach,
@@ -61,6 +62,12 @@ def assert_all_reach_all(made: list[tuple[LabContainer, dict[int, str]]]) -> Non
                 assert ping(source, address, *largest), f"{address}: the largest packet"
 
 
+def gso_max_bytes(container: LabContainer) -> int:
+    """The largest super-packet that its link to the network takes."""
+    (link,) = json.loads(container.run(["ip", "-d", "-j", "link", "show", "dev", "eth0"]).stdout)
+    return int(link["gso_max_size"])
+
+
 def transfer(source: LabContainer, target: LabContainer, address: str) -> int:
     """Bytes of a second of TCP."""
     server = target.popen(["iperf3", "-s", "-1", "--logfile", "/dev/null"])
@@ -82,6 +89,8 @@ def test_a_userspace_host_in_a_vxlan_network(make_lab: MakeLab) -> None:
     create_network(lab, "prod", *SUBNETS)
     made = containers(lab.hosts, "prod")
     assert_all_reach_all(made)
+    expected = [mtu.DEFAULT_GSO_MAX_BYTES, mtu.gso_max_bytes(1450), mtu.DEFAULT_GSO_MAX_BYTES]
+    assert [gso_max_bytes(container) for container, _ in made] == expected
     for one, other in ((0, 1), (1, 0), (0, 2)):
         assert transfer(made[one][0], made[other][0], made[other][1][4]) > 1_000_000
     shown = {d["id"]: d["datapath"]["prod"] for d in meshnet(h1, "hosts")}
@@ -94,6 +103,7 @@ def test_a_udp_network(make_lab: MakeLab) -> None:
     create_network(lab, "prod", *SUBNETS, "--mode", "udp")
     made = containers(lab.hosts, "prod")
     assert_all_reach_all(made)
+    assert {gso_max_bytes(container) for container, _ in made} == {mtu.gso_max_bytes(1450)}
     assert transfer(made[0][0], made[1][0], made[1][1][6]) > 1_000_000
     h1, _, h3 = lab.hosts
     shown = {d["id"]: d["datapath"]["prod"] for d in meshnet(h1, "hosts")}

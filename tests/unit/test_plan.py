@@ -22,6 +22,7 @@ from meshnet.state import (
     RouteKey,
     Vxlan,
 )
+from meshnet.wire.mtu import gso_max_bytes
 from tests.unit import strategies
 from tests.values import (
     IPV4,
@@ -268,6 +269,17 @@ def test_the_mtu_is_what_the_narrowest_path_leaves() -> None:
 def test_the_networks_own_mtu_wins() -> None:
     plan = plan_for(make_snapshot([make_network(mtu_bytes=1300)], 2), make_underlay(peers=1))
     assert {link.mtu_bytes for link in plan.state.links.values()} == {1300}
+
+
+@pytest.mark.parametrize("mode", [Mode.VXLAN, Mode.UDP])
+def test_how_large_a_super_packet_endpoints_send(mode: Mode) -> None:
+    """Only those that a userspace VTEP carries have a limit."""
+    expected = {True: None, False: gso_max_bytes(1450)}
+    for kernel_vxlan in (True, False):
+        underlay = replace(make_underlay(peers=1), kernel_vxlan=kernel_vxlan)
+        plan = plan_for(make_snapshot([make_network(mode=mode)], 2), underlay).networks[PROD].plan
+        assert plan is not None
+        assert plan.gso_max_bytes == expected[kernel_vxlan and mode is Mode.VXLAN]
 
 
 def test_an_underlay_that_is_too_narrow_is_an_error_and_no_reason_to_stop() -> None:
