@@ -70,6 +70,7 @@ class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1
     host_prefix6: _PrefixField
     mtu: _MtuField | None = None
     direct_routing: bool = False
+    fallback: bool = False
 
 
 class _HostV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
@@ -141,6 +142,7 @@ def encode_network(network: Network) -> bytes:
             host_prefix6=network.host_prefix6,
             mtu=network.mtu_bytes,
             direct_routing=network.direct_routing,
+            fallback=network.fallback,
         )
     )
 
@@ -162,6 +164,7 @@ def decode_network(raw: bytes) -> Network:
         host_prefix6=value.host_prefix6,
         mtu_bytes=value.mtu,
         direct_routing=value.direct_routing,
+        fallback=value.fallback,
     )
     try:
         check_network(network)
@@ -174,8 +177,8 @@ def check_network(network: Network) -> None:
     """Refuse a network that cannot work, whoever made it.
 
     Raises:
-        UsageError: bad name, VNI, port or MTU, no or too many CIDRs, or CIDRs that host subnets
-            do not fit into.
+        UsageError: bad name, VNI, port or MTU, no or too many CIDRs, CIDRs that host subnets do
+            not fit into, or a fallback that cannot be had.
     """
     check_name("network", network.name)
     if not 1 <= network.vni <= MAX_VNI:
@@ -201,6 +204,12 @@ def check_network(network: Network) -> None:
                 f"MTU {network.mtu_bytes} is out of range for IPv{versions[-1]}: "
                 f"choose {least} to {MAX_MTU_BYTES}"
             )
+    if network.fallback and network.mode is not Mode.VXLAN:
+        raise UsageError(f"mode {network.mode} has no fallback: it is for mode vxlan")
+    if network.fallback and network.port == network.fallback_port:
+        raise UsageError(
+            f"port {network.port} is that of the fallback of VNI {network.vni}: choose another"
+        )
 
 
 def check_name(kind: str, name: str) -> None:

@@ -32,14 +32,14 @@ class FirewallNetwork(NamedTuple):
     """What the rules need to know of one network.
 
     Attributes:
-        links: names of its links on this host: bridge, tunnel device.
-        port: UDP port of its tunnel.
+        links: names of its links on this host: bridge, tunnel devices.
+        ports: UDP ports of its tunnels.
         cidrs: the whole network.
         subnets: this host's part of it.
     """
 
     links: Sequence[str]
-    port: int
+    ports: Sequence[int]
     cidrs: Sequence[IpNetwork]
     subnets: Sequence[IpNetwork]
 
@@ -53,7 +53,7 @@ def render_firewall(networks: Sequence[FirewallNetwork], underlay_ip: IpAddress)
     """
     sets = "".join(_render_set(version, networks) for version in (4, 6))
     masquerade = "".join(_masquerade(n) for n in networks)
-    ports = sorted({n.port for n in networks})
+    ports = sorted({port for n in networks for port in n.ports})
     return (
         f"table inet {TABLE}\n"  # exists after this line, so that the next cannot fail
         f"delete table inet {TABLE}\n"

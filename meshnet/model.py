@@ -77,6 +77,8 @@ class Network:
         port: UDP destination port of the tunnel.
         mtu_bytes: MTU of endpoints; None: the underlay's less the encapsulation's overhead.
         direct_routing: reach on-link peers by a plain route, without encapsulation.
+        fallback: peers that VXLAN does not reach are sent to by the userspace VTEP, which listens
+            at `fallback_port`.
     """
 
     name: NetworkName
@@ -88,6 +90,12 @@ class Network:
     host_prefix6: int = 64
     mtu_bytes: int | None = None
     direct_routing: bool = False
+    fallback: bool = False
+
+    @property
+    def fallback_port(self) -> int:
+        """UDP port of the userspace VTEP beside a VXLAN device."""
+        return default_port(Mode.UDP, self.vni)
 
     def host_prefix_of(self, version: int) -> int:
         """Prefix length of one host's subnet of the IP version (4 or 6)."""

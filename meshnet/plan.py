@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
-from meshnet.backends.udp import UDP
-from meshnet.backends.vxlan import VXLAN
+from meshnet.backends.overlay import direct_nexthop, route_key
+from meshnet.backends.udp import UDP, tun_name
+from meshnet.backends.vxlan import VXLAN, has_fallback
 from meshnet.errors import UsageError
 from meshnet.firewall import render_firewall
 from meshnet.model import Mode, Reservations
@@ -34,12 +35,18 @@ class LocalView:
     Attributes:
         subnets: the subnets it holds reservations for.
         expired: hosts dead for longer than the grace period.
+        fallen: peers that are sent to by a network's fallback.
     """
 
     host: HostId
     subnets: Mapping[NetworkName, tuple[IpNetwork, ...]]
     endpoints: Sequence[Endpoint] = ()
     expired: frozenset[HostId] = frozenset()
+    fallen: frozenset[tuple[NetworkName, HostId]] = frozenset()
+
+    def fallen_in(self, network: NetworkName) -> frozenset[HostId]:
+        """Peers that are sent to by the fallback of one network."""
+        return frozenset(host for name, host in self.fallen if name == network)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,11 +165,73 @@ def plan_hosts(
             endpoints=(),
             underlay=underlay,
             path_mtu_bytes=underlay.mtu_bytes,
+            fallen=local.fallen_in(name),
         )
         backend = backend_of(network, underlay)
         if backend is not None:
             errors[name] |= backend.plan_peers(wanted, peers, state, ids)
     return HostsPlan(state=state, peers=counts, errors=errors)
+
+
+def probed_peers(
+    network: Network,
+    snapshot: MeshSnapshot,
+    local: LocalView,
+    underlay: Underlay,
+    hosts: Collection[HostId] | None = None,
+) -> dict[HostId, Peer]:
+    """The peers (of `hosts`, or all) that may need a network's fallback: others need no probes."""
+    if not network.fallback or backend_of(network, underlay) is not VXLAN:
+        return {}
+    if hosts is None:
+        hosts = snapshot.reservations.get(network.name, Reservations()).hosts
+    peers, _ = _peers(network, snapshot, local, hosts)
+    return {
+        peer.host.id: peer
+        for peer in peers
+        if peer.host.underlay_ip != underlay.ip
+        and has_fallback(network, peer.host, underlay)
+        and not _is_direct(network, peer, underlay)
+    }
+
+
+def fallen_peers(
+    snapshot: MeshSnapshot, actual: KernelState
+) -> frozenset[tuple[NetworkName, HostId]]:
+    """The peers that a kernel sends to by the fallback, as its routes say."""
+    networks = {tun_name(n): n.name for n in snapshot.networks.values() if n.fallback}
+    ways = {
+        key: networks[r.via.dev]
+        for key, r in actual.routes.items()
+        if r.via and r.via.dev in networks
+    }
+    return frozenset(
+        (name, owner)
+        for name in set(ways.values())
+        for subnet, owner in snapshot.reservations.get(name, Reservations()).items()
+        if ways.get(route_key(subnet)) == name
+    )
+
+
+def way_to(
+    network: Network,
+    peer: Peer,
+    fallen: Collection[tuple[NetworkName, HostId]],
+    underlay: Underlay,
+) -> str:
+    """How packets to a peer leave this host: ``vxlan``, ``udp`` or ``direct``."""
+    if _is_direct(network, peer, underlay):
+        return "direct"
+    if backend_of(network, underlay) is UDP or (network.name, peer.host.id) in fallen:
+        return Mode.UDP
+    return network.mode
+
+
+def _is_direct(network: Network, peer: Peer, underlay: Underlay) -> bool:
+    """Whether all of a peer's subnets are reached without a tunnel."""
+    return network.direct_routing and all(
+        direct_nexthop(peer.host, subnet, underlay) is not None for subnet in peer.subnets
+    )
 
 
 def _find_conflict(
@@ -176,17 +245,33 @@ def _find_conflict(
         other = snapshot.networks[name]
         if other.vni == network.vni:
             return f"VNI {network.vni} belongs to network {name}: remove this network"
-        userspace = UDP in (backend_of(network, underlay), backend_of(other, underlay))
-        if userspace and other.port == network.port:
+        taken = _find_taken_port(network, other, underlay)
+        if taken is not None:
+            remedy = "--vni" if network.fallback and taken == network.fallback_port else "--port"
             return (
-                f"UDP port {network.port} is network {name}'s, and a userspace VTEP needs one of "
-                "its own: create this network anew with another --port"
+                f"UDP port {taken} is network {name}'s, and a userspace VTEP needs one of its own: "
+                f"create this network anew with another {remedy}"
             )
         for mine in network.subnets:
             for theirs in other.subnets:
                 if mine.version == theirs.version and mine.overlaps(theirs):
                     return f"subnet {mine} overlaps {theirs} of network {name}: remove this network"
     return None
+
+
+def _find_taken_port(network: Network, other: Network, underlay: Underlay) -> int | None:
+    """A UDP port that both networks want, and one of them for a userspace VTEP."""
+    mine, my_kernel = _ports(network, underlay)
+    theirs, their_kernel = _ports(other, underlay)
+    taken = (mine & (theirs | their_kernel)) | (my_kernel & theirs)
+    return min(taken, default=None)
+
+
+def _ports(network: Network, underlay: Underlay) -> tuple[set[int], set[int]]:
+    """A network's UDP ports: those of userspace VTEPs, and those of the kernel's."""
+    if backend_of(network, underlay) is UDP:
+        return {network.port}, set()
+    return ({network.fallback_port} if network.fallback else set()), {network.port}
 
 
 def _plan_network(
@@ -213,6 +298,7 @@ def _plan_network(
         endpoints=endpoints,
         underlay=underlay,
         path_mtu_bytes=_narrowest(peers, underlay),
+        fallen=local.fallen_in(network.name),
     )
     plan = backend.plan_host(wanted, state)
     errors |= backend.plan_peers(wanted, peers, state, ids)

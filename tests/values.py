@@ -100,6 +100,7 @@ def plan_for(
     host: HostId = ME,
     endpoints: Sequence[Endpoint] = (),
     expired: Collection[HostId] = (),
+    fallen: Collection[tuple[NetworkName, HostId]] = (),
 ) -> MeshPlan:
     """The plan of one host, which holds what the snapshot says."""
     local = LocalView(
@@ -107,6 +108,7 @@ def plan_for(
         subnets={n: snapshot.subnets_of(host, n) for n in snapshot.networks},
         endpoints=endpoints,
         expired=frozenset(expired),
+        fallen=frozenset(fallen),
     )
     return plan_mesh(snapshot, local, underlay, ids or NexthopIds())
 

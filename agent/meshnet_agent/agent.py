@@ -24,7 +24,7 @@ from meshnet.backends.vxlan import vxlan_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
 from meshnet.model import Claim, Datapath, Host, HostId, NetworkName
-from meshnet.plan import LocalView
+from meshnet.plan import LocalView, fallen_peers, probed_peers
 from meshnet.store.registry import Registry
 from meshnet_agent.endpoints import Endpoints, ReadyNetwork
 from meshnet_agent.follow import Follower
@@ -32,6 +32,7 @@ from meshnet_agent.identity import MeshIdentity
 from meshnet_agent.membership import Membership
 from meshnet_agent.monitor import listen
 from meshnet_agent.passes import HostView, PartInput, PassInput
+from meshnet_agent.probes import Probes, Target
 from meshnet_agent.publish import Publisher
 from meshnet_agent.reconcile import Reconciler
 from meshnet_agent.way import RightOfWay
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from meshnet.store import Store
     from meshnet.store.mirror import Changes
     from meshnet_agent.disk import StateDir
+    from meshnet_agent.paths import Pair
     from meshnet_agent.worker import Worker
 
     Listen = Callable[..., Awaitable[None]]
@@ -79,6 +81,7 @@ class Agent:
         self.config = config
         self.ready = False
         self.vteps = vteps
+        self._kernel = kernel
         self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip, datapath=datapath)
         self.registry = Registry(store)
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
@@ -94,6 +97,7 @@ class Agent:
             next_change_s=self._next_expiry_s,
             way=self.way,
         )
+        self.probes = Probes(vteps, self._whom_to_probe, self.reconciler.touch)
         self.identity = MeshIdentity(store, disk.path / "mesh.json")
         self.follower = Follower(store, self.identity, self._on_snapshot, self.way)
         self.membership = Membership(
@@ -149,8 +153,10 @@ class Agent:
                     # The first pass is a useful one if it has the first reservations.
                     with trio.move_on_after(_FIRST_RESERVATIONS_S):
                         await self.membership.settled()
+                    await self._adopt_fallen()
                     await data_plane.start(self.reconciler.run)
                     data_plane.start_soon(self._keep_filter_current)
+                    data_plane.start_soon(self.probes.run)
                     self.ready = True
                     task_status.started()
         finally:
@@ -160,6 +166,7 @@ class Agent:
 
     async def _keep_filter_current(self) -> None:
         while True:
+            self.probes.refresh()  # which peers are on-link may have changed
             underlay = self.reconciler.result.underlay
             if underlay is not None:
                 networks = self.follower.snapshot.networks.values()
@@ -170,6 +177,42 @@ class Agent:
                 )
             await self.reconciler.wait_for_pass()
 
+    async def _adopt_fallen(self) -> None:
+        """Start from the ways that the kernel sends by: a restart moves nobody."""
+        snapshot = self.follower.snapshot
+        if any(network.fallback for network in snapshot.networks.values()):
+            state = await self._kernel.run(lambda kernel: kernel.dump())
+            self.probes.adopt(fallen_peers(snapshot, state))
+
+    def _whom_to_probe(self) -> dict[Pair, Target] | None:
+        snapshot, result = self.follower.snapshot, self.reconciler.result
+        if result.underlay is None or snapshot.holes:
+            return None
+        targets: dict[Pair, Target] = {}
+        for network in snapshot.networks.values():
+            outcome = result.networks.get(network.name)
+            if not network.fallback:
+                continue
+            if outcome is None:
+                return None  # the next pass has it
+            if outcome.plan is None:
+                continue
+            local, mtu_bytes = self.local_view(), outcome.plan.mtu_bytes
+            for host, peer in probed_peers(network, snapshot, local, result.underlay).items():
+                target = Target(tun_name(network), str(peer.host.underlay_ip), mtu_bytes)
+                targets[network.name, host] = target
+        return targets
+
+    def local_view(self) -> LocalView:
+        """What this agent knows of its own host, now."""
+        return LocalView(
+            host=self.host.id,
+            subnets=dict(self.membership.subnets),
+            endpoints=self.endpoints.all,
+            expired=self._expired,
+            fallen=self.probes.fallen,
+        )
+
     def _next_expiry_s(self) -> float:
         """Seconds until the next dead host's grace period ends."""
         left = (self.config.grace_s - dead_s for dead_s in self.follower.dead_for_s().values())
@@ -179,12 +222,7 @@ class Agent:
         self._expired = self._find_expired()
         return PassInput(
             snapshot=self.follower.copy_snapshot(),
-            local=LocalView(
-                host=self.host.id,
-                subnets=dict(self.membership.subnets),
-                endpoints=self.endpoints.all,
-                expired=self._expired,
-            ),
+            local=self.local_view(),
             underlay_ip=self.host.underlay_ip,
         )
 
@@ -200,6 +238,7 @@ class Agent:
         return PartInput(
             hosts={h: HostView(snapshot.hosts.get(h), snapshot.reserved_by(h)) for h in hosts},
             expired=expired,
+            fallen=self.probes.fallen,
         )
 
     def _find_expired(self) -> frozenset[HostId]:
@@ -208,6 +247,7 @@ class Agent:
 
     def _on_snapshot(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
         self.membership.follow(snapshot)
+        self.probes.refresh()
         if self._nursery is not None and not snapshot.holes:
             for network in {e.network for e in self.endpoints.all} - snapshot.networks.keys():
                 self._nursery.start_soon(self.endpoints.remove_network, network)

@@ -7,7 +7,7 @@ A thin layer: reads a request, calls `meshnet_agent.service`, writes its documen
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import msgspec
 import structlog
@@ -65,6 +65,7 @@ class NetworkRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     port: int | None = None
     mtu: int | None = None
     direct_routing: bool = False
+    fallback: Literal["auto", "never"] = "never"
 
 
 class EndpointRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -143,6 +144,7 @@ class _Handlers:
                 host_prefix6=wanted.host_prefix6,
                 mtu_bytes=wanted.mtu,
                 direct_routing=wanted.direct_routing,
+                fallback=wanted.fallback == "auto",
             )
 
         return await self._service.create_network(build, wanted.vni)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from meshnet.model import Datapath, Mode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from meshnet.model import Endpoint, Host, MeshSnapshot, Network, NetworkName
 
 Document = dict[str, Any]
@@ -28,6 +30,7 @@ def network_document(network: Network, mtu_bytes: int | None) -> Document:
         "host_prefix": network.host_prefix if has_ipv4 else network.host_prefix6,
         "host_prefix6": network.host_prefix6,
         "direct_routing": network.direct_routing,
+        "fallback": "auto" if network.fallback else "never",
     }
 
 
@@ -52,8 +55,18 @@ def endpoint_document(endpoint: Endpoint) -> Document:
     return document
 
 
-def host_document(host: Host, snapshot: MeshSnapshot) -> Document:
-    """A host.  A dual-stack network's IPv6 subnet is in `subnets6`."""
+def host_document(
+    host: Host,
+    snapshot: MeshSnapshot,
+    path: Mapping[NetworkName, str],
+    path_why: Mapping[NetworkName, str],
+) -> Document:
+    """A host.  A dual-stack network's IPv6 subnet is in `subnets6`.
+
+    Args:
+        path: by network, how packets to it leave this host.
+        path_why: why, where it is not what the network's mode is.
+    """
     subnets: dict[NetworkName, str] = {}
     subnets6: dict[NetworkName, str] = {}
     for name in snapshot.networks:
@@ -73,4 +86,6 @@ def host_document(host: Host, snapshot: MeshSnapshot) -> Document:
             for name in subnets
             if snapshot.networks[name].mode in (Mode.VXLAN, Mode.UDP)
         },
+        "path": path,
+        "path_why": path_why,
     }

@@ -59,10 +59,12 @@ class PartInput:
     Attributes:
         hosts: those that changed, as they are now.
         expired: hosts dead for longer than the grace period, of all hosts.
+        fallen: peers that are sent to by a network's fallback, of all hosts.
     """
 
     hosts: Mapping[HostId, HostView]
     expired: frozenset[HostId]
+    fallen: frozenset[tuple[NetworkName, HostId]] = frozenset()
 
 
 @dataclass(slots=True)
@@ -152,6 +154,7 @@ class _Applied:
     def touched(self, given: PartInput) -> set[HostId]:
         """The hosts that changed, and those that lose a subnet to one of them."""
         touched = {*given.hosts, *(given.expired ^ self.local.expired)}
+        touched |= {host for _, host in given.fallen ^ self.local.fallen}
         for view in given.hosts.values():
             for name, subnets in view.subnets.items():
                 owners = self.reservations.get(name, Reservations())
@@ -168,15 +171,18 @@ class _Applied:
                 held = self.reservations.setdefault(name, Reservations())
                 held.assign(host, view.subnets.get(name, ()))
         self.paths.update(paths)
-        self.local = replace(self.local, expired=given.expired)
+        self.local = replace(self.local, expired=given.expired, fallen=given.fallen)
 
     def shares(self, addresses: Collection[bytes], touched: Collection[HostId]) -> bool:
-        """Whether a host that did not change is at one of some underlay addresses."""
-        return any(
-            host.underlay_ip.packed in addresses
-            for host in self.hosts.values()
-            if host.id not in touched
-        )
+        """Whether a host that did not change is at one of some underlay addresses, or two hosts."""
+        seen: set[bytes] = set()
+        for host in self.hosts.values():
+            packed = host.underlay_ip.packed
+            if packed in addresses:
+                if host.id not in touched or packed in seen:
+                    return True
+                seen.add(packed)
+        return False
 
 
 class Passes:
@@ -342,15 +348,15 @@ def _concerns_others(
 ) -> bool:
     """Whether it takes a dump to know what an operation would do.
 
-    That is so where the last operation on the same object failed, and where a nexthop on the
-    underlay or a userspace VTEP's member comes or goes that another host at the same address has
-    a part in.
+    That is so where the last operation on the same object failed, where a nexthop on the underlay
+    comes or goes that another host at the same address has a part in, and where there is another
+    host at the address of a userspace VTEP's member: which of them is one depends on both.
     """
     if any((op.table, op.key) in applied.failures for op in ops):
         return True
     differ = set(before.nexthops.values()) ^ set(after.nexthops.values())
     addresses = {n.gateway for n in differ if not NETWORK_LINK.fullmatch(n.dev)}
-    addresses |= {op.key.underlay_ip for op in ops if op.table is Table.MEMBER}
+    addresses |= {key.underlay_ip for key in (*before.members, *after.members)}
     return bool(addresses) and applied.shares(addresses, touched)
 
 

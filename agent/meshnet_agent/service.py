@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
+from meshnet.backends import Peer
 from meshnet.backends.overlay import bridge_name
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import vxlan_name
 from meshnet.diff import Failure, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
 from meshnet.model import HostId, Network, NetworkName, Vni
-from meshnet.plan import NetworkOutcome, backend_of, check_mode
+from meshnet.plan import NetworkOutcome, backend_of, check_mode, way_to
 from meshnet.state import RouteKey
 from meshnet_agent.documents import (
     Document,
@@ -31,9 +32,10 @@ from meshnet_agent.documents import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from meshnet.model import MeshSnapshot
+    from meshnet.model import Host, MeshSnapshot
     from meshnet_agent.agent import Agent
     from meshnet_agent.endpoints import AttachRequest, ReadyNetwork
+    from meshnet_agent.paths import Fall
 
 _log = structlog.get_logger()
 _READY_DEADLINE_S = 10.0
@@ -165,7 +167,7 @@ class Service:
         if (
             self._agent.vteps is None
             or underlay is None
-            or backend_of(network, underlay) is not UDP
+            or not (network.fallback or backend_of(network, underlay) is UDP)
         ):
             return None
         counted = await trio.to_thread.run_sync(self._agent.vteps.counters, tun_name(network))
@@ -206,8 +208,24 @@ class Service:
         documents = []
         for number, (_, host) in enumerate(sorted(snapshot.hosts.items())):
             await _let_others_run(number)
-            documents.append(host_document(host, snapshot))
+            documents.append(host_document(host, snapshot, *self._paths_to(host)))
         return documents
+
+    def _paths_to(self, host: Host) -> tuple[dict[NetworkName, str], dict[NetworkName, str]]:
+        """How packets to a host leave this one, by network, and why if they are in fallback."""
+        agent = self._agent
+        snapshot, result = agent.follower.snapshot, agent.reconciler.result
+        path: dict[NetworkName, str] = {}
+        if host.id == agent.host.id or result.underlay is None:
+            return path, {}
+        for name, outcome in result.networks.items():
+            network, subnets = snapshot.networks.get(name), snapshot.subnets_of(host.id, name)
+            if network is not None and subnets and outcome.plan is not None:
+                path[name] = way_to(
+                    network, Peer(host, subnets), agent.probes.fallen, result.underlay
+                )
+        falls = agent.probes.falls
+        return path, {n: falls[n, host.id].why for n in path if (n, host.id) in falls}
 
     def _notes(self) -> list[str]:
         """What an operator should know, and is no error."""
@@ -215,6 +233,25 @@ class Service:
         if underlay is not None and not underlay.nexthop_objects:
             return [_NO_NEXTHOP_OBJECTS]
         return []
+
+    def _probe_fields(self, network: Network) -> Document:
+        """What a network's status says of its fallback."""
+        if not network.fallback:
+            return {"fallen": [], "probes": None}
+        probes = self._agent.probes
+        found = probes.statistics(network.name)
+        return {
+            "fallen": [
+                {"host": host, "why": fall.why, "since_s": _since_s(fall)}
+                for (name, host), fall in sorted(probes.falls.items())
+                if name == network.name
+            ],
+            "probes": {
+                "sent": found.sent,
+                "lost": found.lost,
+                "rtt_ms": {"p50": found.rtt_p50_ms, "max": found.rtt_max_ms},
+            },
+        }
 
     def status_document(self) -> Document:
         """How this host is doing."""
@@ -243,6 +280,7 @@ class Service:
                     and not errors,
                     "pending": self._agent.reconciler.pending,
                     "errors": errors,
+                    **self._probe_fields(network),
                 }
             )
         return {
@@ -274,6 +312,10 @@ class Service:
                 },
             },
         }
+
+
+def _since_s(fall: Fall) -> float:
+    return round(trio.current_time() - fall.since, 1)
 
 
 async def _let_others_run(number: int) -> None:

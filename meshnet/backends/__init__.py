@@ -109,6 +109,7 @@ class NetworkInput:
         subnets: this host's own subnets of the network.
         endpoints: this host's endpoints on the network.
         path_mtu_bytes: of the narrowest path to a peer, or of the underlay link without peers.
+        fallen: peers that are sent to by the fallback, if the network has one.
     """
 
     network: Network
@@ -116,6 +117,7 @@ class NetworkInput:
     endpoints: Sequence[Endpoint]
     underlay: Underlay
     path_mtu_bytes: int
+    fallen: Collection[HostId] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

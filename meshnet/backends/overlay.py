@@ -58,7 +58,9 @@ def plan_bridge(wanted: NetworkInput, tunnel: str, state: KernelState) -> Networ
     return NetworkPlan(
         mtu_bytes=mtu,
         bridge=bridge,
-        firewall=FirewallNetwork((bridge, tunnel), network.port, network.subnets, wanted.subnets),
+        firewall=FirewallNetwork(
+            (bridge, tunnel), (network.port,), network.subnets, wanted.subnets
+        ),
         errors=tuple(errors),
     )
 

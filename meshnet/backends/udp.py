@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer
-    from meshnet.model import HostId, Network
+    from meshnet.model import HostId, IpNetwork, Network
     from meshnet.state import KernelState
 
 
@@ -54,21 +54,60 @@ def tun_name(network: Network) -> str:
     return f"mnu{network.vni}"
 
 
+def plan_tun(wanted: NetworkInput, mtu_bytes: int, port: int, state: KernelState) -> None:
+    """Add the TUN, served by a process at a UDP port, to `state`."""
+    network, underlay = wanted.network, wanted.underlay
+    state.links[tun_name(network)] = Link(
+        LinkKind.TUN,
+        mtu_bytes,
+        vtep_mac(wanted.subnets[0]),
+        vxlan=Vxlan(network.vni, port, underlay.ip.packed),
+        sysctls=link_sysctls(wanted.subnets, underlay, mtu_bytes, tunnel=True),
+    )
+
+
+def plan_member(
+    wanted: NetworkInput,
+    peer: Peer,
+    subnets: Iterable[IpNetwork],
+    port: int,
+    *,
+    offload: bool,
+    state: KernelState,
+) -> str | None:
+    """Add a peer to the members; returns why it cannot be one.
+
+    Of two at one underlay address the first is: peers come in the order of their names, so that it
+    is the same one in every pass.
+    """
+    host = peer.host
+    key = MemberKey(tun_name(wanted.network), host.underlay_ip.packed)
+    if problem := is_of_other_version(host, wanted.underlay):
+        return problem
+    if key in state.members:
+        return (
+            f"host {host.id} has another host's underlay address {host.underlay_ip}: "
+            "remove the one that is gone (meshnet host rm)"
+        )
+    behind = tuple((s.network_address.packed, s.prefixlen) for s in subnets)
+    state.members[key] = Member(vtep_mac(peer.subnets[0]), behind, port, offload)
+    return None
+
+
+def by_name(peers: Iterable[Peer]) -> list[Peer]:
+    """Peers in the order of their hosts' names."""
+    return sorted(peers, key=lambda peer: peer.host.id)
+
+
 class UdpBackend:
     """The mode (see `meshnet.backends.Backend`); also for ``vxlan`` where the kernel has none."""
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
         """Bridge, gateway addresses, TUN and its process, and the routes there."""
-        network, underlay = wanted.network, wanted.underlay
+        network = wanted.network
         dev = tun_name(network)
         plan = plan_bridge(wanted, dev, state)
-        state.links[dev] = Link(
-            LinkKind.TUN,
-            plan.mtu_bytes,
-            vtep_mac(wanted.subnets[0]),
-            vxlan=Vxlan(network.vni, network.port, underlay.ip.packed),
-            sysctls=link_sysctls(wanted.subnets, underlay, plan.mtu_bytes, tunnel=True),
-        )
+        plan_tun(wanted, plan.mtu_bytes, network.port, state)
         by_version = sources(wanted)
         for cidr in others_cidrs(wanted):
             # The process answers "unreachable" for what nobody owns.
@@ -83,7 +122,7 @@ class UdpBackend:
         network, underlay = wanted.network, wanted.underlay
         by_version = sources(wanted)
         errors: dict[HostId, str] = {}
-        for peer in peers:
+        for peer in by_name(peers):
             host = peer.host
             if problem := is_self(host, underlay):
                 errors[host.id] = problem
@@ -96,21 +135,13 @@ class UdpBackend:
                 if direct:
                     set_way(state, ids, underlay, subnet, direct, by_version[subnet.version])
                 else:
-                    behind.append((subnet.network_address.packed, subnet.prefixlen))
+                    behind.append(subnet)
             if not behind:
                 continue
-            key = MemberKey(tun_name(network), host.underlay_ip.packed)
-            if problem := is_of_other_version(host, underlay):
+            offload = network.mode is Mode.UDP or host.datapath is Datapath.USERSPACE
+            problem = plan_member(wanted, peer, behind, network.port, offload=offload, state=state)
+            if problem is not None:
                 errors[host.id] = problem
-            elif key in state.members:
-                errors[host.id] = (
-                    f"host {host.id} has another host's underlay address {host.underlay_ip}: "
-                    "remove the one that is gone (meshnet host rm)"
-                )
-            else:
-                offload = network.mode is Mode.UDP or host.datapath is Datapath.USERSPACE
-                mac = vtep_mac(peer.subnets[0])
-                state.members[key] = Member(mac, tuple(behind), network.port, offload)
         return errors
 
 

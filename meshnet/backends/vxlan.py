@@ -17,11 +17,17 @@ up (``ip6_validate_gw`` in net/ipv6/route.c, docs/design/ipv6-gateways.md).
 With ``direct_routing`` a peer whose underlay address is on-link gets a nexthop on the underlay link
 and no tunnel objects.
 
+With ``fallback`` a userspace VTEP (`meshnet.backends.udp`) is beside the device, at a port of its
+own, and every peer is a member of it, so that it is heard whichever way it sends.  Routes lead to
+the TUN only for peers in fallback; their neighbours and FDB entries stay, since VXLAN goes on being
+probed (docs/design/fallback.md).
+
 RFC 7348; linux/if_link.h, linux/nexthop.h, linux/neighbour.h.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from meshnet.backends.overlay import (
@@ -35,14 +41,16 @@ from meshnet.backends.overlay import (
     set_way,
     sources,
 )
+from meshnet.backends.udp import by_name, plan_member, plan_tun, tun_name
+from meshnet.model import Datapath
 from meshnet.state import FdbKey, Link, LinkKind, NeighbourKey, Nexthop, Route, Vxlan
 from meshnet.wire.mac import vtep_mac
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer
-    from meshnet.model import HostId, IpNetwork, Network
+    from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
+    from meshnet.model import Host, HostId, IpNetwork, Network
     from meshnet.state import KernelState, PackedIp
 
 
@@ -69,21 +77,38 @@ class VxlanBackend:
         for cidr in others_cidrs(wanted):
             # Else packets to a subnet nobody owns would leave by the host's default route.
             state.routes[route_key(cidr)] = Route(0)
+        if network.fallback:
+            plan_tun(wanted, plan.mtu_bytes, network.fallback_port, state)
+            firewall = plan.firewall._replace(
+                links=(*plan.firewall.links, tun_name(network)),
+                ports=(*plan.firewall.ports, network.fallback_port),
+            )
+            plan = replace(plan, firewall=firewall)
         return plan
 
     def plan_peers(
         self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
     ) -> dict[HostId, str]:
-        """Nexthop, route, neighbour and FDB entry of each peer."""
-        underlay, direct = wanted.underlay, wanted.network.direct_routing
-        dev = vxlan_name(wanted.network)
+        """Nexthop, route, neighbour and FDB entry of each peer, and its part in the fallback."""
+        network, underlay = wanted.network, wanted.underlay
+        direct = network.direct_routing
+        dev, tun = vxlan_name(network), Nexthop(tun_name(network), b"")
         by_version = sources(wanted)
         errors: dict[HostId, str] = {}
-        for peer in peers:
+        for peer in by_name(peers) if network.fallback else peers:
             host = peer.host
             if problem := is_self(host, underlay):
                 errors[host.id] = problem
                 continue
+            fallen = False
+            behind = [s for s in peer.subnets if s.version in by_version]
+            if behind and has_fallback(network, host, underlay):
+                port = network.fallback_port
+                problem = plan_member(wanted, peer, behind, port, offload=True, state=state)
+                if problem is not None:
+                    errors[host.id] = problem
+                else:
+                    fallen = host.id in wanted.fallen
             for subnet in peer.subnets:
                 source = by_version.get(subnet.version)
                 if source is None:
@@ -92,12 +117,28 @@ class VxlanBackend:
                 if nexthop is None and (problem := is_of_other_version(host, underlay)):
                     errors[host.id] = problem
                     continue
-                nexthop = nexthop or _plan_tunnel(dev, peer, subnet, state)
+                if nexthop is None:
+                    nexthop = _plan_tunnel(dev, peer, subnet, state)
+                    if fallen:
+                        state.routes[route_key(subnet)] = Route(0, source, tun)
+                        continue
                 set_way(state, ids, underlay, subnet, nexthop, source)
         return errors
 
 
 VXLAN = VxlanBackend()
+
+
+def has_fallback(network: Network, host: Host, underlay: Underlay) -> bool:
+    """Whether a peer can be sent to by the fallback.
+
+    One that has a userspace VTEP only cannot: that one listens at VXLAN's port.
+    """
+    return (
+        network.fallback
+        and host.datapath is Datapath.KERNEL
+        and host.underlay_ip.version == underlay.ip.version
+    )
 
 
 def link_local_of(mac: bytes) -> PackedIp:

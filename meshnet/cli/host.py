@@ -37,7 +37,7 @@ def _hosts(args: argparse.Namespace) -> int:
         print_json(documents)
         return 0
     print_table(
-        ("HOST", "UNDERLAY", "ALIVE", "SUBNETS"),
+        ("HOST", "UNDERLAY", "ALIVE", "SUBNETS", "PATH"),
         (
             (
                 d["id"],
@@ -47,6 +47,10 @@ def _hosts(args: argparse.Namespace) -> int:
                     f"{name} {subnet}"
                     for part in (d["subnets"], d["subnets6"])
                     for name, subnet in part.items()
+                ),
+                joined(
+                    f"{name} {way} (fallback)" if name in d["path_why"] else f"{name} {way}"
+                    for name, way in d["path"].items()
                 ),
             )
             for d in documents

@@ -82,6 +82,13 @@ def _add_create(actions: Subparsers) -> None:
         action="store_true",
         help="reach peers on the same link without encapsulation",
     )
+    create.add_argument(
+        "--fallback",
+        choices=("auto", "never"),
+        default="never",
+        help="auto: send to peers that VXLAN does not reach by a userspace VTEP on another port "
+        "(default: never)",
+    )
     create.add_argument("--json", action="store_true", help="print one JSON document")
     create.set_defaults(run=_create)
 
@@ -100,6 +107,7 @@ def _create(args: argparse.Namespace) -> int:
             "port": args.port,
             "mtu": args.mtu,
             "direct_routing": args.direct_routing or None,
+            "fallback": args.fallback if args.fallback != "never" else None,
         },
     )
     return print_either(args.json, document, document["name"])
@@ -136,6 +144,7 @@ def _inspect(args: argparse.Namespace) -> int:
     for key in ("name", "mode", "vni", "port", "mtu"):
         print(f"{key + ':':16}{document[key]}")
     print(f"{'direct routing:':16}{'yes' if document['direct_routing'] else 'no'}")
+    print(f"{'fallback:':16}{document['fallback']}")
     print(f"{'subnets:':16}{joined(document['subnets'])}")
     print()
     print_table(("HOST", "SUBNETS"), ((h, joined(s)) for h, s in sorted(document["hosts"].items())))

@@ -56,6 +56,15 @@ def _print(document: dict[str, Any]) -> None:
             for n in document["networks"]
         ),
     )
+    fallen = [
+        f"{n['name']}: {f['host']} by udp for {f['since_s']:.0f} s: {f['why']}"
+        for n in document["networks"]
+        for f in n["fallen"]
+    ]
+    if fallen:
+        print("\nin fallback:")
+        for line in fallen:
+            print(f"  {line}")
     problems = [f"{n['name']}: {e}" for n in document["networks"] for e in n["errors"]]
     problems += document["errors"]
     problems += [f"store key {b['key']}: {b['reason']}" for b in document["bad_values"]]

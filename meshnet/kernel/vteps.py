@@ -23,7 +23,7 @@ from meshnet.errors import KernelRefusedError
 from meshnet.state import Member, MemberKey, Vxlan, format_ip, format_mac
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from meshnet.diff import Op
@@ -81,6 +81,20 @@ class VtepProcesses:
         except (OSError, KernelRefusedError, ValueError):
             return {}
 
+    def probe(
+        self, tun: str, requests: Sequence[tuple[int, str, str, int]]
+    ) -> list[tuple[int, str, float]]:
+        """Have probes sent, and fetch the answers since the last call (`meshnet.vtep.prober`).
+
+        Returns:
+            Nothing if the process does not answer.
+        """
+        try:
+            answers = self._ask(tun, {"op": "probe", "send": requests})["answers"]
+            return [(int(i), str(ip), float(ms)) for i, ip, ms in answers]
+        except (OSError, KernelRefusedError, ValueError, KeyError, TypeError):
+            return []
+
     def start(self, tun: str, vxlan: Vxlan, mac: bytes, mtu_bytes: int) -> None:
         """Have a TUN served so, by a new process if the one there is serves it otherwise.
 
@@ -114,6 +128,7 @@ class VtepProcesses:
             *("--vni", str(vxlan.vni), "--port", str(vxlan.port)),
             *("--local", format_ip(vxlan.local), "--mac", format_mac(mac)),
             *("--mtu", str(mtu_bytes), "--run-dir", str(run_dir)),
+            *("--vxlan-dev", f"mnv{vxlan.vni}"),
         ]
         return argv, run_dir / "log"
 

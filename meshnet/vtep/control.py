@@ -9,6 +9,7 @@ Request: ``{"v": 1, "op": OP, …}``; an ``id`` of any kind comes back in the an
 ``update``     ``set``: peers, ``remove``: underlay IPs    ``peers``
 ``peers``                                                  ``peers``: the list
 ``counters``                                               ``peers``: list, ``drops``, totals
+``probe``      ``send``: probes                            ``answers``: those since the last
 ``status``                                                 ``pid``, ``config``, ``peers``, …
 ``quit``                                                   nothing; the process ends
 =============  ==========================================  ====================================
@@ -17,6 +18,9 @@ A peer is ``{"underlay_ip", "mac", "subnets": [CIDR, …], "port"?, "offload"?}`
 default the process's own.  ``offload``: the peer takes unfinished inner checksums (remote checksum
 offload, `meshnet.wire.vxlan`): a peer that is this program does, and a kernel's VXLAN device that
 was made with ``remcsumrx``; others do not.
+
+A probe is ``[id, underlay_ip, "udp" or "vxlan", bytes]`` and an answer ``[id, underlay_ip, ms]``
+(`meshnet.vtep.prober`).
 
 An error is ``{"v": 1, "ok": false, "error": TEXT}``, and nothing was changed.  The connection stays
 open, except after a line that is too long.
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import PeerTable
+    from meshnet.vtep.prober import Prober
 
 VERSION = 1
 MAX_LINE_BYTES = 64 << 20
@@ -55,6 +60,7 @@ class Control:
         counters: Counters,
         status: dict[str, Any],
         changed: Callable[[], None],
+        prober: Prober,
     ) -> None:
         """Take what requests are about.
 
@@ -63,7 +69,7 @@ class Control:
             changed: called after the members changed.
         """
         self._table, self._counters, self._status = table, counters, status
-        self._changed = changed
+        self._changed, self._prober = changed, prober
         self.quitting = False
 
     def answer(self, line: bytes) -> bytes:
@@ -103,13 +109,18 @@ class Control:
             return {"peers": [peer.document for peer in self._table.by_underlay.values()]}
         elif op == "counters":
             return self._count()
+        elif op == "probe":
+            self._prober.send(_list(request, "send"))
+            return {"answers": self._prober.take_answers()}
         elif op == "status":
             return {**self._status, "peers": len(self._table.by_underlay)}
         elif op == "quit":
             self.quitting = True
             return {}
         else:
-            raise UsageError(f"op {op!r:.40}: use replace, update, peers, counters, status or quit")
+            raise UsageError(
+                f"op {op!r:.40}: use replace, update, peers, counters, probe, status or quit"
+            )
         self._changed()
         return {"peers": len(self._table.by_underlay)}
 

@@ -25,6 +25,7 @@ from meshnet.kernel.tun import bring_up, open_tun, open_underlay
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, PeerTable, parse_ip, parse_mac
+from meshnet.vtep.prober import Prober
 from meshnet.vtep.receiver import Receiver
 from meshnet.vtep.rundir import RunDir
 from meshnet.vtep.sender import Sender
@@ -73,7 +74,9 @@ class _Process:
         counters = Counters()
         self._tun, self._underlay = tun, underlay
         self._sender = Sender(tun, underlay, self._table, counters, options.mtu)
-        self._receiver = Receiver(tun, underlay, self._table, counters, options.mtu)
+        dev = options.vxlan_dev
+        self._prober = Prober(underlay.socket, self._table, counters, dev)
+        self._receiver = Receiver(tun, underlay, self._table, counters, options.mtu, self._prober)
         status = {
             "pid": os.getpid(),
             "config": {
@@ -90,7 +93,7 @@ class _Process:
                 "udp_gro": underlay.receiving_trains,
             },
         }
-        self._control = Control(self._table, counters, status, self._changed)
+        self._control = Control(self._table, counters, status, self._changed, self._prober)
         self._save_at: float | None = None
         self._poll = select.epoll()
         self._server = Server(self._rundir.control_path, self._poll, self._control.answer)
@@ -123,6 +126,7 @@ class _Process:
         self._server.close()
         self._poll.close()
         self._sender.close()
+        self._prober.close()
         self._underlay.socket.close()
         os.close(self._tun.fd)
         self._rundir.close()
@@ -135,7 +139,9 @@ class _Process:
         """
         tun_fd, udp_fd, wake_fd = self._tun.fd, self._underlay.socket.fileno(), wake.fileno()
         poll, clock = self._poll, time.monotonic
-        for fd in (tun_fd, udp_fd, wake_fd):
+        probes = self._prober.packet_socket
+        probe_fd = probes.fileno() if probes is not None else wake_fd
+        for fd in {tun_fd, udp_fd, wake_fd, probe_fd}:
             poll.register(fd, select.EPOLLIN)
         send, send_one = self._sender.pump, self._sender.one
         receive, receive_one = self._receiver.pump, self._receiver.one
@@ -161,6 +167,8 @@ class _Process:
                         inward *= 2
                 elif fd == wake_fd:
                     return
+                elif fd == probe_fd:
+                    self._prober.receive()
                 else:
                     self._server.handle(fd, events)
                     if self._control.quitting:
@@ -196,5 +204,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local", required=True, help="underlay address of this host")
     parser.add_argument("--mac", required=True, help="MAC address of this VTEP")
     parser.add_argument("--mtu", required=True, type=int, help="MTU of the overlay")
+    parser.add_argument("--vxlan-dev", help="the kernel's VXLAN device, for probes by it")
     parser.add_argument("--run-dir", required=True, help="lock, control socket and state")
     return parser

@@ -7,6 +7,8 @@
                     not_member           bad_header, wrong_vni,           spoofed_source
                                          not_our_mac, malformed
 
+A frame of the probes' type is the prober's (`meshnet.vtep.prober`).
+
 One ``recvmsg`` may hand over a *train* (``UDP_GRO``): datagrams of one size, side by side.  Most
 often it is one super-packet that the sender cut, and goes to the TUN as one write, its payload
 straight from the buffer it was received in.  Else, and for datagrams that come one by one while
@@ -24,7 +26,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from meshnet.wire import virtio
+from meshnet.wire import probe, virtio
 from meshnet.wire.coalesce import Coalescer, TrainJoiner, extend
 from meshnet.wire.inner import TCP, UDP, Inner, describe
 from meshnet.wire.vxlan import (
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from meshnet.kernel.tun import Tun, Underlay
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import Peer, PeerTable
+    from meshnet.vtep.prober import Prober
     from meshnet.wire import Buffer
 
 _BUFFER_BYTES = 65_536
@@ -69,8 +72,15 @@ class Receiver:
     """Carries packets from members to the TUN."""
 
     def __init__(
-        self, tun: Tun, underlay: Underlay, table: PeerTable, counters: Counters, mtu_bytes: int
+        self,
+        tun: Tun,
+        underlay: Underlay,
+        table: PeerTable,
+        counters: Counters,
+        mtu_bytes: int,
+        prober: Prober,
     ) -> None:
+        self._prober = prober
         self._tun, self._socket, self._table, self._counters = tun, underlay.socket, table, counters
         self._mtu = mtu_bytes
         self._spare = [_Space(), _Space()]
@@ -232,7 +242,7 @@ class Receiver:
         start = at + ENCAPSULATION_BYTES
         front = peer.fronts.get(bytes(self._view[at:start]))
         if front is None:
-            front = self._parse(peer, at)
+            front = self._parse(peer, at, length)
             if front is None:
                 return
         version, unfinished = front
@@ -279,8 +289,12 @@ class Receiver:
             self._write(peer, buffers)
         return held
 
-    def _parse(self, peer: Peer, at: int) -> tuple[int, bool] | None:
-        """An encapsulation that is not as the member's usually is; None: dropped and counted."""
+    def _parse(self, peer: Peer, at: int, length: int) -> tuple[int, bool] | None:
+        """An encapsulation that is not as the member's usually is.
+
+        Returns:
+            As `Peer.fronts`; None: dropped and counted, or a probe, and dealt with.
+        """
         found = Encapsulation(self._data, at)
         own = self._table.own
         if not found.valid:
@@ -293,6 +307,8 @@ class Receiver:
             return 4, found.remote_start is not None
         elif found.ethertype == ETHERTYPE_IPV6:
             return 6, found.remote_start is not None
+        elif found.ethertype == probe.ETHERTYPE:
+            self._prober.take(peer, self._view[at + ENCAPSULATION_BYTES : at + length])
         else:
             peer.drop("not_ip")
         return None

@@ -58,16 +58,18 @@ def networks(draw: st.DrawFn, *, mode: Mode | None = None) -> Network:
     for cidr in subnets:
         longest = min(cidr.max_prefixlen - 2, cidr.prefixlen + 32)
         prefixes[cidr.version] = draw(st.integers(cidr.prefixlen, longest))
+    chosen = mode or draw(st.sampled_from(Mode))
     return Network(
         name=NetworkName(draw(names)),
-        mode=mode or draw(st.sampled_from(Mode)),
+        mode=chosen,
         subnets=subnets,
         vni=Vni(draw(st.integers(1, MAX_VNI))),
-        port=draw(st.integers(1, 65535)),
+        port=draw(st.integers(1, 19999) | st.integers(30000, 65535)),
         host_prefix=prefixes[4],
         host_prefix6=prefixes[6],
         mtu_bytes=draw(st.none() | st.integers(1280, MAX_MTU_BYTES)),
         direct_routing=draw(st.booleans()),
+        fallback=chosen is Mode.VXLAN and draw(st.booleans()),
     )
 
 
@@ -140,8 +142,12 @@ POOL = (
         name=NetworkName("v4"), mode=Mode.VXLAN, subnets=(IPv4Network("10.42.0.0/16"),),
         vni=Vni(4097), port=4791, direct_routing=True,
     ),
+    Network(
+        name=NetworkName("back"), mode=Mode.VXLAN, vni=Vni(4101), fallback=True,
+        subnets=(IPv4Network("10.46.0.0/16"), IPv6Network("fd46::/48")),
+    ),
 )  # fmt: skip
-"""Few, so that two scenes have much in common; the last is the first one changed."""
+"""Few, so that two scenes have much in common; one of them is the first one changed."""
 
 
 @st.composite
@@ -181,6 +187,9 @@ def scenes(draw: st.DrawFn) -> Scene:
             host=HostId("h0"),
             subnets={n: snapshot.subnets_of(HostId("h0"), n) for n in snapshot.networks},
             expired=frozenset(draw(st.sets(st.sampled_from(ids), max_size=2))),
+            fallen=frozenset(
+                (NetworkName("back"), h) for h in draw(st.sets(st.sampled_from(ids), max_size=2))
+            ),
         ),
         Underlay(
             ip=found[HostId("h0")].underlay_ip,

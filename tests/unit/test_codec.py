@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from meshnet import codec
 from meshnet.codec import BadValueError
 from meshnet.errors import UsageError
-from meshnet.model import Claim, NetworkName, Reservation
+from meshnet.model import Claim, Mode, NetworkName, Reservation
 from tests.unit import strategies
 from tests.values import make_endpoint, make_network
 
@@ -185,3 +185,15 @@ def test_an_endpoint_needs_a_gateway_for_each_address() -> None:
     ):
         with pytest.raises(BadValueError):
             codec.decode_endpoint(codec.encode_endpoint(broken))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"mode": Mode.UDP}, "mode udp"), ({"port": 24097}, "24097")],
+)
+def test_fallbacks_that_cannot_be_had(settings: dict[str, Any], message: str) -> None:
+    network = make_network(fallback=True, **settings)
+    with pytest.raises(UsageError, match=message):
+        codec.check_network(network)
+    with pytest.raises(BadValueError, match=message):
+        codec.decode_network(codec.encode_network(network))

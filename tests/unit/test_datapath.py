@@ -12,6 +12,7 @@ import pytest
 from meshnet.kernel.tun import Tun, Underlay
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, Peer, PeerTable
+from meshnet.vtep.prober import Prober
 from meshnet.vtep.receiver import Receiver
 from meshnet.vtep.sender import Sender
 from meshnet.wire import virtio
@@ -77,7 +78,8 @@ class Ends:
         underlay = Underlay(cast("Any", self.wire), "0.0.0.1", segmenting=segmenting, trains=True)
         tun = Tun(inner.fileno(), "tu0", uso=True)
         self.sender = Sender(tun, underlay, table, self.counters, MTU)
-        self.receiver = Receiver(tun, underlay, table, self.counters, MTU)
+        self.prober = Prober(cast("Any", self.wire), table, self.counters, None)
+        self.receiver = Receiver(tun, underlay, table, self.counters, MTU, self.prober)
         # No way to anybody, so that it sends by the wire above.
         self.sender._connect = lambda peer: False  # type: ignore[method-assign]
 

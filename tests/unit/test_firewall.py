@@ -8,11 +8,11 @@ from meshnet.firewall import FirewallNetwork, render_firewall
 
 UNDERLAY = ip_address("192.0.2.1")
 PROD = FirewallNetwork(
-    ("mnb1", "mnv1"), 4789, (ip_network("10.42.0.0/16"),), (ip_network("10.42.3.0/24"),)
+    ("mnb1", "mnv1"), (4789,), (ip_network("10.42.0.0/16"),), (ip_network("10.42.3.0/24"),)
 )
 DUAL = FirewallNetwork(
     ("mnb2", "mnv2"),
-    4789,
+    (4789,),
     (ip_network("10.50.0.0/16"), ip_network("fd00:50::/48")),
     (ip_network("10.50.3.0/24"), ip_network("fd00:50:0:3::/64")),
 )
@@ -57,7 +57,7 @@ def test_what_stays_within_its_network_passes_at_one_look_up() -> None:
 
 
 def test_tunnel_packets_are_not_tracked() -> None:
-    found = lines(PROD, DUAL._replace(port=4790))
+    found = lines(PROD, DUAL._replace(ports=(4790,)))
     assert "ip daddr 192.0.2.1 udp dport { 4789, 4790 } notrack" in found
     assert "ip saddr 192.0.2.1 udp dport { 4789, 4790 } notrack" in found
 

@@ -6,7 +6,7 @@ import functools
 import json
 import timeit
 from ipaddress import ip_address, ip_network
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -18,6 +18,7 @@ from meshnet.errors import ConflictError, UsageError
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, PeerTable, parse_subnet
+from meshnet.vtep.prober import Prober
 from meshnet.wire import icmp, vxlan
 from meshnet.wire.checksum import finished, ones_sum
 from tests.unit.packets import ip_packet, tcp_packet, udp_packet
@@ -27,6 +28,10 @@ MAC = bytes.fromhex("026d0a2a0100")
 
 def table() -> PeerTable:
     return PeerTable(Own(42, MAC, 4789, 4))
+
+
+def silent(made: PeerTable) -> Prober:
+    return Prober(cast("Any", None), made, Counters(), None)
 
 
 def peer(i: int, *subnets: str, **changes: object) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def test_any_request_is_answered(
     op: str, request_: dict[str, Any], value: object, key: str
 ) -> None:
     made = table()
-    control = Control(made, Counters(), {"pid": 1}, lambda: None)
+    control = Control(made, Counters(), {"pid": 1}, lambda: None, silent(made))
     answer = json.loads(control.answer(json.dumps({"v": 1, "op": op, **request_}).encode()))
     assert answer["v"] == 1
     assert answer["ok"] or answer["error"]
@@ -147,7 +152,7 @@ def test_any_request_is_answered(
 
 @given(st.binary(max_size=200))
 def test_any_line_is_answered(line: bytes) -> None:
-    control = Control(table(), Counters(), {}, lambda: None)
+    control = Control(table(), Counters(), {}, lambda: None, silent(table()))
     assert json.loads(control.answer(line))["ok"] is False
     assert not control.quitting
 

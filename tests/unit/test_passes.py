@@ -15,6 +15,7 @@ from meshnet.diff import Table
 from meshnet.kernel.memory import MemoryKernel
 from meshnet.model import Host, HostId, MeshSnapshot, Mode, NetworkName
 from meshnet.plan import LocalView
+from meshnet.state import Nexthop
 from meshnet_agent.passes import HostView, PartInput, Passes, PassInput, PassResult
 from tests.values import IPV4, IPV6, ME, make_network, make_snapshot, underlay_ip
 
@@ -31,6 +32,11 @@ NETWORKS = {
     "dual-stack": [make_network(subnets=(IPV4, IPV6))],
     "direct": [make_network(direct_routing=True)],
     "udp": [make_network(subnets=(IPV4, IPV6), mode=Mode.UDP)],
+    "fallback": [make_network(subnets=(IPV4, IPV6), fallback=True)],
+    "fallback direct": [
+        make_network(direct_routing=True, fallback=True),
+        make_network("back", ("10.43.0.0/16",), 7, fallback=True),
+    ],
     "udp direct": [make_network(mode=Mode.UDP, direct_routing=True)],
     "two direct": [
         make_network(direct_routing=True),
@@ -41,26 +47,38 @@ NETWORKS = {
 CROWD = [HostId(f"h{i}") for i in range(2, 8)]
 
 
-def local_view(snapshot: MeshSnapshot, expired: Collection[HostId] = ()) -> LocalView:
+Fallen = tuple[NetworkName, HostId]
+
+
+def local_view(
+    snapshot: MeshSnapshot, expired: Collection[HostId] = (), fallen: Collection[Fallen] = ()
+) -> LocalView:
     return LocalView(
         host=ME,
         subnets={n: snapshot.subnets_of(ME, n) for n in snapshot.networks},
         expired=frozenset(expired),
+        fallen=frozenset(fallen),
     )
 
 
-def full(snapshot: MeshSnapshot, expired: Collection[HostId] = ()) -> PassInput:
+def full(
+    snapshot: MeshSnapshot, expired: Collection[HostId] = (), fallen: Collection[Fallen] = ()
+) -> PassInput:
     return PassInput(
-        snapshot=snapshot, local=local_view(snapshot, expired), underlay_ip=underlay_ip(1)
+        snapshot=snapshot, local=local_view(snapshot, expired, fallen), underlay_ip=underlay_ip(1)
     )
 
 
 def part(
-    snapshot: MeshSnapshot, hosts: Collection[HostId], expired: Collection[HostId] = ()
+    snapshot: MeshSnapshot,
+    hosts: Collection[HostId],
+    expired: Collection[HostId] = (),
+    fallen: Collection[Fallen] = (),
 ) -> PartInput:
     return PartInput(
         hosts={h: HostView(snapshot.hosts.get(h), snapshot.reserved_by(h)) for h in hosts},
         expired=frozenset(expired),
+        fallen=frozenset(fallen),
     )
 
 
@@ -90,6 +108,7 @@ class Mesh:
         self.reservations = {n: held.copy() for n, held in made.reservations.items()}
         self.networks = made.networks
         self.expired: set[HostId] = set()
+        self.fallen: set[Fallen] = set()
         self.touched: set[HostId] = set()
 
     def snapshot(self) -> MeshSnapshot:
@@ -111,6 +130,9 @@ class Mesh:
         elif kind == "expire":
             self.expired ^= {host}
             return
+        elif kind == "fall":
+            self.fallen ^= {(list(self.networks)[number % len(self.networks)], host)}
+            return
         else:
             for name, held in self.reservations.items():
                 for cidr in self.networks[name].subnets:
@@ -130,7 +152,7 @@ class Mesh:
 
 
 changes = st.tuples(
-    st.sampled_from(["own", "own", "move", "leave", "forget", "expire"]),
+    st.sampled_from(["own", "own", "move", "leave", "forget", "expire", "fall", "fall"]),
     st.sampled_from(CROWD),
     st.integers(2, 9),
 )
@@ -138,10 +160,10 @@ changes = st.tuples(
 
 def run(passes: Passes, kernel: MemoryKernel, mesh: Mesh, batch: Collection[HostId]) -> PassResult:
     """A pass over some hosts, or over everything where that gives up."""
-    done = passes.run_part(kernel, part(mesh.snapshot(), batch, mesh.expired))
+    done = passes.run_part(kernel, part(mesh.snapshot(), batch, mesh.expired, mesh.fallen))
     if done is None:
         mesh.touched.clear()
-        done = passes.run_all(kernel, full(mesh.snapshot(), mesh.expired))
+        done = passes.run_all(kernel, full(mesh.snapshot(), mesh.expired, mesh.fallen))
     return done
 
 
@@ -170,9 +192,9 @@ def test_parts_end_where_a_whole_ends(
     fresh = MemoryKernel(underlay_ip(1), nexthop_objects=objects)
     fresh.routed = kernel.routed
     alone = Passes()
-    settled(fresh, alone, full(mesh.snapshot(), mesh.expired))
+    settled(fresh, alone, full(mesh.snapshot(), mesh.expired, mesh.fallen))
     assert without_ids(kernel.dump()) == without_ids(fresh.dump())
-    whole = passes.run_all(kernel, full(mesh.snapshot(), mesh.expired))
+    whole = passes.run_all(kernel, full(mesh.snapshot(), mesh.expired, mesh.fallen))
     assert whole.writes == 0
     assert result.networks == whole.networks
     assert not result.failures
@@ -214,6 +236,22 @@ def test_one_host_costs_one_hosts_work(
     assert (result.writes, kernel.dumps) == (writes, 0)
     assert kernel.looked_up <= 1
     assert result.networks[PROD].peers == (99 if kind == "move" else 98)
+
+
+def test_a_peer_that_falls_costs_its_own_routes() -> None:
+    network = make_network(subnets=(IPV4, IPV6), fallback=True)
+    mesh, kernel, passes = Mesh([network], 100), CountingKernel(underlay_ip(1)), Passes()
+    settled(kernel, passes, full(mesh.snapshot()))
+    kernel.dumps = 0
+    before = kernel.dump()
+    for fallen, writes in (({(PROD, HostId("h7"))}, 4), (set(), 4)):
+        result = passes.run_part(kernel, part(mesh.snapshot(), (), fallen=fallen))
+        assert result is not None
+        # A route for each IP version, and a nexthop object that is not needed or needed again.
+        assert (result.writes, kernel.dumps) == (writes, 1)
+        ways = [r.via for r in kernel._state.routes.values() if r.via is not None]
+        assert ways == [Nexthop("mnu4097", b"")] * 2 * len(fallen)
+    assert without_ids(kernel.dump()) == without_ids(before)
 
 
 def test_a_host_that_did_not_change_after_all(crowd: tuple[Mesh, CountingKernel, Passes]) -> None:

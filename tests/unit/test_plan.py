@@ -11,8 +11,8 @@ from hypothesis import given
 
 from meshnet.backends import NexthopIds, Path
 from meshnet.errors import UsageError
-from meshnet.model import HostId, Mode, NetworkName, Reservations
-from meshnet.plan import check_mode, plan_mesh
+from meshnet.model import Datapath, HostId, Mode, NetworkName, Reservations
+from meshnet.plan import LocalView, check_mode, plan_mesh, probed_peers
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     KernelState,
@@ -170,6 +170,64 @@ def test_of_networks_that_contradict_each_other_the_older_one_counts(
     assert both.state == alone.state
     assert both.networks[PROD] == alone.networks[PROD]
     assert message in both.networks[younger.name].errors[0]
+
+
+def test_a_fallback_is_beside_the_device_and_only_fallen_peers_are_sent_to_by_it() -> None:
+    network = replace(DUAL, fallback=True)
+    snapshot = make_snapshot([network], 3)
+    state = plan_for(snapshot, make_underlay(peers=2)).state
+    plain = plan_for(make_snapshot([DUAL], 3), make_underlay(peers=2)).state
+    assert state.links["mnu4097"].vxlan == Vxlan(4097, 24097, underlay_ip(1).packed)
+    assert {m.port for m in state.members.values()} == {24097}
+    assert len(state.members) == 2
+    assert (state.routes, state.fdb) == (plain.routes, plain.fdb)
+    assert "24097" in (state.firewall or "")
+    after = plan_for(snapshot, make_underlay(peers=2), fallen=[(PROD, HostId("h2"))]).state
+    assert (after.neighbours, after.fdb, after.members) == (
+        state.neighbours, state.fdb, state.members
+    )  # fmt: skip
+    for subnet, source in (("10.42.1.0/24", bytes((10, 42, 0, 1))), ("fd00:42:0:1::/64", None)):
+        route = after.routes[key(subnet)]
+        assert route.via == Nexthop("mnu4097", b"")
+        assert source in (None, route.source)
+    assert len(after.nexthops) == 2
+
+
+def test_who_has_no_fallback() -> None:
+    network = make_network(fallback=True)
+    snapshot = make_snapshot([network], 4)
+    hosts = {**snapshot.hosts}
+    hosts[HostId("h2")] = replace(hosts[HostId("h2")], datapath=Datapath.USERSPACE)
+    hosts[HostId("h4")] = replace(hosts[HostId("h4")], underlay_ip=underlay_ip(3))
+    snapshot = replace(snapshot, hosts=hosts)
+    fallen = [(PROD, h) for h in hosts]
+    plan = plan_for(snapshot, make_underlay(peers=2), fallen=fallen)
+    assert [r.via for k, r in plan.state.routes.items() if k == key("10.42.2.0/24")] == [
+        Nexthop("mnu4097", b"")
+    ]
+    assert len([r for r in plan.state.routes.values() if r.via]) == 1
+    assert "h4" in errors_of(plan)
+    local = LocalView(host=ME, subnets={PROD: snapshot.subnets_of(ME, PROD)})
+    probed = probed_peers(network, snapshot, local, make_underlay(peers=2))
+    assert probed.keys() == {"h3", "h4"}
+    direct = replace(network, direct_routing=True)
+    assert probed_peers(direct, snapshot, local, make_underlay(peers=2)) == {}
+    assert probed_peers(make_network(), snapshot, local, make_underlay(peers=2)) == {}
+
+
+def test_a_fallback_needs_a_port_of_its_own() -> None:
+    first = make_network(fallback=True)
+    for other in (
+        make_network("b", ("10.43.0.0/16",), 14097, fallback=True),
+        make_network("b", ("10.43.0.0/16",), 7, mode=Mode.UDP, port=24097),
+        make_network("b", ("10.43.0.0/16",), 7, port=24097),
+    ):
+        plan = plan_for(make_snapshot([first, other], 2), make_underlay(peers=1))
+        assert "24097" in plan.networks[other.name].errors[0]
+        assert plan.networks[PROD].errors == ()
+    fine = make_network("b", ("10.43.0.0/16",), 4098, fallback=True)
+    plan = plan_for(make_snapshot([first, fine], 2), make_underlay(peers=1))
+    assert plan.networks[fine.name].errors == ()
 
 
 def test_modes() -> None:
