@@ -100,7 +100,9 @@ def test_a_pair_whose_port_is_blocked_moves_and_no_other(make_lab: MakeLab) -> N
     for host in lab.hosts:
         wait_in_sync(host, peers=2)
     network = meshnet(h3, "status")["networks"][0]
-    assert network["probes"]["lost"] == 0
+    assert network["fallen"] == []
+    # Some may be: its first probes may have come before the others had the network.
+    assert network["probes"]["lost"] < network["probes"]["sent"] / 10
     assert network["probes"]["rtt_ms"]["max"] < 1000
     print(f"h3's probes: {network['probes']}")
 
