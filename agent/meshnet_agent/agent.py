@@ -247,7 +247,6 @@ class Agent:
 
     def _on_snapshot(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
         self.membership.follow(snapshot)
-        self.probes.refresh()
         if self._nursery is not None and not snapshot.holes:
             for network in {e.network for e in self.endpoints.all} - snapshot.networks.keys():
                 self._nursery.start_soon(self.endpoints.remove_network, network)
@@ -258,9 +257,13 @@ class Agent:
         self._was_alive = alive
         if changes is None or changes.networks or snapshot.holes:
             self.reconciler.mark_dirty()
+            self.probes.refresh()
         else:
             # A lease alone changes nothing in the kernel, but for a host that was given up.
-            self.reconciler.touch(changes.hosts | (changes.leases & self._expired))
+            touched = changes.hosts | (changes.leases & self._expired)
+            self.reconciler.touch(touched)
+            if touched:
+                self.probes.refresh()
 
     def _on_missing_links(self, names: Collection[str]) -> None:
         known = {endpoint_link_name(e.id) for e in self.endpoints.all}

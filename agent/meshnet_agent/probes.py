@@ -9,6 +9,7 @@ free.
 from __future__ import annotations
 
 import secrets
+import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import structlog
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _TICK_S = 0.1
 _IDLE_S = 1.0
-_LOOK_S = 1.0
-"""Least time between two looks at who is to be probed."""
+_LOOK_S, _LOOK_SHARE = 1.0, 0.02
+"""Least time between two looks at who is to be probed, and the most of all time that they take."""
 _LOGGED = 20
 
 
@@ -96,12 +97,13 @@ class Probes:
         """Probe for ever."""
         if self._prober is None:
             return
-        looked_at = -_LOOK_S
+        look_at = trio.current_time()
         while True:
-            now = trio.current_time()
-            if self._stale and now - looked_at >= _LOOK_S:
-                looked_at = now
+            if self._stale and trio.current_time() >= look_at:
+                began = time.perf_counter()
                 self._follow()
+                took_s = time.perf_counter() - began
+                look_at = trio.current_time() + max(_LOOK_S, took_s / _LOOK_SHARE)
             if self._targets:
                 await self._tick(self._prober)
             await trio.sleep(_TICK_S if self._targets else _IDLE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -27,11 +28,12 @@ CLIENT = (sys.executable, "-m", "meshnet.cli.main")
 
 def block(host: LabHost, source: LabHost, port: object, *, longer_than: int = 0) -> None:
     """Drop what a host receives at a UDP port from another; in a table of the test's own."""
+    family = "ip" if source.underlay_ip.version == 4 else "ip6"
     rules = (
         "table inet blocked {\n"
         "chain input {\n"
         "type filter hook input priority -10\n"
-        f"ip saddr {source.underlay_ip} udp dport {port} udp length > {longer_than} drop\n"
+        f"{family} saddr {source.underlay_ip} udp dport {port} udp length > {longer_than} drop\n"
         "}\n}\n"
     )
     host.run(["nft", "-f", "-"], input_text=rules)
@@ -98,7 +100,9 @@ def test_a_pair_whose_port_is_blocked_moves_and_no_other(make_lab: MakeLab) -> N
     for host in lab.hosts:
         wait_in_sync(host, peers=2)
     network = meshnet(h3, "status")["networks"][0]
-    assert network["probes"]["lost"] == 0
+    assert network["fallen"] == []
+    # Some may be: its first probes may have come before the others had the network.
+    assert network["probes"]["lost"] < network["probes"]["sent"] / 10
     assert network["probes"]["rtt_ms"]["max"] < 1000
     print(f"h3's probes: {network['probes']}")
 
@@ -130,16 +134,21 @@ def test_an_agent_that_goes_moves_nobody(make_lab: MakeLab, how: str) -> None:
         assert meshnet(h1, "status")["kernel"]["writes"] == 0
 
 
-def test_a_way_that_loses_large_packets_is_left(make_lab: MakeLab) -> None:
-    lab = make_lab(2)
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_way_that_loses_large_packets_is_left(make_lab: MakeLab, family: int) -> None:
+    lab = make_lab(2, underlay_family=family)
     h1, h2 = lab.hosts
     create_network(lab, "prod", *SUBNETS, "--fallback", "auto")
-    made = containers(lab.hosts, "prod")
-    assert_all_reach_all(made)
+    (c1, _), (c2, at2) = containers(lab.hosts, "prod")
+    mtu = int(json.loads(c1.run(["ip", "-j", "link", "show", "eth0"]).stdout)[0]["mtu"])
+    largest = ("-M", "do", "-s", str(mtu - 28))
+    assert ping(c1, at2[4], *largest)
     block(h2, h1, PORT, longer_than=1000)
+    assert not ping(c1, at2[4], *largest)
     wait_until(lambda: ("h1", "h2") in fallen(lab), DEADLINE_S, "h1 moved")
     assert "full MTU" in meshnet(h1, "status")["networks"][0]["fallen"][0]["why"]
-    assert_all_reach_all(made)
+    assert ping(c1, at2[4], *largest)
+    assert transfer(c1, c2, at2[6]) > 1_000_000
     # Small packets reach h2 by VXLAN, so what h2 sends arrives.
     assert fallen(lab) == {("h1", "h2")}
 
