@@ -107,8 +107,7 @@ def test_a_pair_whose_port_is_blocked_moves_and_no_other(make_lab: MakeLab) -> N
     print(f"h3's probes: {network['probes']}")
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-def test_an_agent_that_goes_moves_nobody(make_lab: MakeLab, how: str) -> None:
+def test_an_agent_that_goes_moves_nobody(make_lab: MakeLab) -> None:
     lab = make_lab(3)
     h1, h2, _ = lab.hosts
     create_network(lab, "prod", *SUBNETS, "--fallback", "auto")
@@ -118,10 +117,7 @@ def test_an_agent_that_goes_moves_nobody(make_lab: MakeLab, how: str) -> None:
     pair = {("h1", "h2"), ("h2", "h1")}
     wait_until(lambda: fallen(lab) == pair, DEADLINE_S, "both moved")
     with lossless(c1, at2[4], at3[4]), lossless(c2, at1[6]), lossless(c3, at1[4]):
-        if how == "kill":
-            h1.kill_agent()
-        else:
-            assert h1.stop_agent() == 0
+        h1.kill_agent()
         time.sleep(7)  # longer than it takes to find a way dead
         assert set(paths(h2).items()) == {("h1", "udp"), ("h3", "vxlan")}
         assert set(paths(lab.hosts[2]).values()) == {"vxlan"}
@@ -129,7 +125,7 @@ def test_an_agent_that_goes_moves_nobody(make_lab: MakeLab, how: str) -> None:
         status = wait_in_sync(h1, peers=2)
         assert status["kernel"]["writes"] == 0
         assert fallen(lab) == pair
-        time.sleep(7)
+        time.sleep(5)
         assert fallen(lab) == pair
         assert meshnet(h1, "status")["kernel"]["writes"] == 0
 
