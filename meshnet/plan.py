@@ -178,13 +178,11 @@ def probed_peers(
     snapshot: MeshSnapshot,
     local: LocalView,
     underlay: Underlay,
-    hosts: Collection[HostId] | None = None,
 ) -> dict[HostId, Peer]:
-    """The peers (of `hosts`, or all) that may need a network's fallback: others need no probes."""
+    """The peers that may need a network's fallback: others need no probes."""
     if not network.fallback or backend_of(network, underlay) is not VXLAN:
         return {}
-    if hosts is None:
-        hosts = snapshot.reservations.get(network.name, Reservations()).hosts
+    hosts = snapshot.reservations.get(network.name, Reservations()).hosts
     peers, _ = _peers(network, snapshot, local, hosts)
     return {
         peer.host.id: peer

@@ -188,6 +188,7 @@ class Agent:
         snapshot, result = self.follower.snapshot, self.reconciler.result
         if result.underlay is None or snapshot.holes:
             return None
+        local = self._local_view()
         targets: dict[Pair, Target] = {}
         for network in snapshot.networks.values():
             outcome = result.networks.get(network.name)
@@ -197,13 +198,13 @@ class Agent:
                 return None  # the next pass has it
             if outcome.plan is None:
                 continue
-            local, mtu_bytes = self.local_view(), outcome.plan.mtu_bytes
+            mtu_bytes = outcome.plan.mtu_bytes
             for host, peer in probed_peers(network, snapshot, local, result.underlay).items():
                 target = Target(tun_name(network), str(peer.host.underlay_ip), mtu_bytes)
                 targets[network.name, host] = target
         return targets
 
-    def local_view(self) -> LocalView:
+    def _local_view(self) -> LocalView:
         """What this agent knows of its own host, now."""
         return LocalView(
             host=self.host.id,
@@ -222,7 +223,7 @@ class Agent:
         self._expired = self._find_expired()
         return PassInput(
             snapshot=self.follower.copy_snapshot(),
-            local=self.local_view(),
+            local=self._local_view(),
             underlay_ip=self.host.underlay_ip,
         )
 

@@ -11,8 +11,8 @@ from meshnet.backends import NetworkPlan
 from meshnet.errors import UsageError
 from meshnet.firewall import FirewallNetwork
 from meshnet.ipam import gateway_of
-from meshnet.state import AddressKey, Link, LinkKind, Nexthop, Route, RouteKey
-from meshnet.wire.mac import gateway_mac
+from meshnet.state import AddressKey, Link, LinkKind, Nexthop, Route, RouteKey, Vxlan
+from meshnet.wire.mac import gateway_mac, vtep_mac
 from meshnet.wire.mtu import MINIMUM_MTU_BYTES, overlay_mtu_bytes
 
 if TYPE_CHECKING:
@@ -62,6 +62,18 @@ def plan_bridge(wanted: NetworkInput, tunnel: str, state: KernelState) -> Networ
             (bridge, tunnel), (network.port,), network.subnets, wanted.subnets
         ),
         errors=tuple(errors),
+    )
+
+
+def vtep_link(wanted: NetworkInput, kind: LinkKind, mtu_bytes: int, port: int) -> Link:
+    """The link that this host's VTEP of the network is, at a UDP port."""
+    network, underlay = wanted.network, wanted.underlay
+    return Link(
+        kind,
+        mtu_bytes,
+        vtep_mac(wanted.subnets[0]),
+        vxlan=Vxlan(network.vni, port, underlay.ip.packed),
+        sysctls=link_sysctls(wanted.subnets, underlay, mtu_bytes, tunnel=True),
     )
 
 

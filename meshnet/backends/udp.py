@@ -29,15 +29,15 @@ from meshnet.backends.overlay import (
     direct_nexthop,
     is_of_other_version,
     is_self,
-    link_sysctls,
     others_cidrs,
     plan_bridge,
     route_key,
     set_way,
     sources,
+    vtep_link,
 )
 from meshnet.model import Datapath, Mode
-from meshnet.state import Link, LinkKind, Member, MemberKey, Nexthop, Route, Vxlan
+from meshnet.state import LinkKind, Member, MemberKey, Nexthop, Route
 from meshnet.wire.mac import vtep_mac
 from meshnet.wire.mtu import gso_max_bytes
 
@@ -56,14 +56,7 @@ def tun_name(network: Network) -> str:
 
 def plan_tun(wanted: NetworkInput, mtu_bytes: int, port: int, state: KernelState) -> None:
     """Add the TUN, served by a process at a UDP port, to `state`."""
-    network, underlay = wanted.network, wanted.underlay
-    state.links[tun_name(network)] = Link(
-        LinkKind.TUN,
-        mtu_bytes,
-        vtep_mac(wanted.subnets[0]),
-        vxlan=Vxlan(network.vni, port, underlay.ip.packed),
-        sysctls=link_sysctls(wanted.subnets, underlay, mtu_bytes, tunnel=True),
-    )
+    state.links[tun_name(wanted.network)] = vtep_link(wanted, LinkKind.TUN, mtu_bytes, port)
 
 
 def plan_member(

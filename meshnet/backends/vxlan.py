@@ -34,16 +34,16 @@ from meshnet.backends.overlay import (
     direct_nexthop,
     is_of_other_version,
     is_self,
-    link_sysctls,
     others_cidrs,
     plan_bridge,
     route_key,
     set_way,
     sources,
+    vtep_link,
 )
 from meshnet.backends.udp import by_name, plan_member, plan_tun, tun_name
 from meshnet.model import Datapath
-from meshnet.state import FdbKey, Link, LinkKind, NeighbourKey, Nexthop, Route, Vxlan
+from meshnet.state import FdbKey, LinkKind, NeighbourKey, Nexthop, Route
 from meshnet.wire.mac import vtep_mac
 
 if TYPE_CHECKING:
@@ -64,16 +64,10 @@ class VxlanBackend:
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
         """Bridge, VXLAN device, gateway addresses, and a stop for packets to nobody."""
-        network, underlay = wanted.network, wanted.underlay
+        network = wanted.network
         dev = vxlan_name(network)
         plan = plan_bridge(wanted, dev, state)
-        state.links[dev] = Link(
-            LinkKind.VXLAN,
-            plan.mtu_bytes,
-            vtep_mac(wanted.subnets[0]),
-            vxlan=Vxlan(network.vni, network.port, underlay.ip.packed),
-            sysctls=link_sysctls(wanted.subnets, underlay, plan.mtu_bytes, tunnel=True),
-        )
+        state.links[dev] = vtep_link(wanted, LinkKind.VXLAN, plan.mtu_bytes, network.port)
         for cidr in others_cidrs(wanted):
             # Else packets to a subnet nobody owns would leave by the host's default route.
             state.routes[route_key(cidr)] = Route(0)

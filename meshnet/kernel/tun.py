@@ -35,7 +35,7 @@ _TUNSETVNETHDRSZ = 0x4004_54D8
 _SIOCSIFMTU, _SIOCGIFMTU = 0x8922, 0x8921
 _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _IFF_UP = 0x1
-_IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x0001, 0x1000, 0x4000, 0x0100
+_IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 
 _F_CSUM, _F_TSO4, _F_TSO6, _F_TSO_ECN, _F_USO4, _F_USO6 = 0x01, 0x02, 0x04, 0x08, 0x20, 0x40
 _OFFLOADS = (
@@ -70,12 +70,8 @@ class Tun:
         self.fd, self.name, self.uso = fd, name, uso
 
 
-def open_tun(name: str, *, multi_queue: bool = False) -> Tun:
+def open_tun(name: str) -> Tun:
     """Take up the persistent TUN of that name, or make it.
-
-    Args:
-        multi_queue: several processes may open it, each gets a share of the flows; as the device
-            was made.
 
     Raises:
         NotFoundError: this kernel has no TUN.
@@ -90,7 +86,7 @@ def open_tun(name: str, *, multi_queue: bool = False) -> Tun:
             f"{DEVICE} cannot be opened ({error.strerror}): load the kernel's module 'tun', and "
             "give a container this device"
         ) from error
-    flags = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if multi_queue else 0)
+    flags = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR
     try:
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
         fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", 10))
@@ -103,19 +99,6 @@ def open_tun(name: str, *, multi_queue: bool = False) -> Tun:
         os.close(fd)
         raise _translated(error, f"TUN {name}") from error
     return Tun(fd, name, uso=bool(offloads & _F_USO4))
-
-
-def remove_tun(name: str) -> None:
-    """Remove a persistent TUN that no process has open.
-
-    Raises:
-        MeshnetError: as of `open_tun`.
-    """
-    tun = open_tun(name)
-    try:
-        fcntl.ioctl(tun.fd, _TUNSETPERSIST, 0)
-    finally:
-        os.close(tun.fd)
 
 
 def bring_up(name: str, mtu_bytes: int) -> None:

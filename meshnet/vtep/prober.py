@@ -24,6 +24,8 @@ from meshnet.wire import probe, vxlan
 from meshnet.wire.probe import ANSWER, REQUEST, Probe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import Peer, PeerTable
 
@@ -84,11 +86,17 @@ class Prober:
 
     def take(self, peer: Peer, payload: memoryview) -> None:
         """A member's probe by UDP."""
+        self._take(peer, payload, self._by_udp)
+
+    def _take(
+        self, peer: Peer, payload: memoryview | bytes, send: Callable[[Peer, bytes], None]
+    ) -> None:
+        """Note an answer; answer a request by the way it came."""
         found = probe.parse(payload)
         if found is None:
             peer.drop("bad_probe")
         elif found.kind == REQUEST:
-            self._by_udp(peer, probe.pack(found._replace(kind=ANSWER)))
+            send(peer, probe.pack(found._replace(kind=ANSWER)))
         else:
             self._note(peer, found)
 
@@ -109,13 +117,7 @@ class Prober:
             if peer is None:
                 self._counters.drop("not_member")
                 continue
-            found = probe.parse(payload)
-            if found is None:
-                peer.drop("bad_probe")
-            elif found.kind == REQUEST:
-                self._by_vxlan(peer, probe.pack(found._replace(kind=ANSWER)))
-            else:
-                self._note(peer, found)
+            self._take(peer, payload, self._by_vxlan)
 
     def _peer_of(self, mac: bytes) -> Peer | None:
         if self._known is not self._table.by_underlay:  # another table after every change
