@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
+from meshnet.backends.bridge import BRIDGE
 from meshnet.backends.overlay import direct_nexthop, route_key
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from meshnet.backends import Backend
     from meshnet.model import Endpoint, HostId, IpNetwork, MeshSnapshot, Network, NetworkName
 
-BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN, Mode.UDP: UDP}
+BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN, Mode.UDP: UDP, Mode.BRIDGE: BRIDGE}
 """The modes this version carries packets for."""
 
 
@@ -259,6 +260,8 @@ def _find_conflict(
 
 def _find_taken_port(network: Network, other: Network, underlay: Underlay) -> int | None:
     """A UDP port that both networks want, and one of them for a userspace VTEP."""
+    if not (network.mode.is_overlay and other.mode.is_overlay):
+        return None
     mine, my_kernel = _ports(network, underlay)
     theirs, their_kernel = _ports(other, underlay)
     taken = (mine & (theirs | their_kernel)) | (my_kernel & theirs)

@@ -291,12 +291,12 @@ class Agent:
                 f"network {name} is not up on this host: {reason or 'no pass has run yet'}"
             )
         subnets = self.membership.subnets.get(network.name, ())
-        if not subnets or not indices_of([outcome.plan.bridge]):
+        if not subnets or not indices_of([outcome.plan.uplink]):
             raise ConflictError(f"network {name} is not up on this host: see meshnet status")
         return ReadyNetwork(
             network=network,
             subnets=subnets,
-            bridge=outcome.plan.bridge,
+            uplink=outcome.plan.uplink,
             mtu_bytes=outcome.plan.mtu_bytes,
             gso_max_bytes=outcome.plan.gso_max_bytes,
         )

@@ -25,7 +25,8 @@ class EndpointWiring(NamedTuple):
     """How to connect a namespace: `endpoint` says with what, the rest says where to.
 
     Attributes:
-        bridge: link of the host that the host-side end becomes a port of.
+        uplink: link of the host that the endpoint hangs on: the bridge that its host-side end
+            becomes a port of.
         routes: destinations that are reached through the gateway of their IP version; used where
             the namespace keeps or gets no default route through this endpoint.
         gso_max_bytes: the largest super-packet that the namespace's link takes; None: the kernel's
@@ -33,7 +34,7 @@ class EndpointWiring(NamedTuple):
     """
 
     endpoint: Endpoint
-    bridge: str
+    uplink: str
     routes: Sequence[IpNetwork]
     gso_max_bytes: int | None = None
 
