@@ -18,6 +18,7 @@ import msgspec
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.ipam import check_host_prefix
 from meshnet.model import (
+    AddressHolder,
     AddressRange,
     Claim,
     Datapath,
@@ -63,6 +64,8 @@ _PrefixField = Annotated[int, msgspec.Meta(ge=0, le=128)]
 _PidField = Annotated[int, msgspec.Meta(ge=1, le=MAX_PID)]
 _NumberField = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _MtuField = Annotated[int, msgspec.Meta(ge=MINIMUM_MTU_BYTES[4], le=MAX_MTU_BYTES)]
+_IfnameField = Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")]
+_MacField = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}\Z")]
 
 
 class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
@@ -76,7 +79,7 @@ class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1
     mtu: _MtuField | None = None
     direct_routing: bool = False
     fallback: bool = False
-    parent: Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")] | None = None
+    parent: _IfnameField | None = None
     ranges: list[tuple[str, str]] = []
     gateways: list[str] = []
     internal: bool = False
@@ -111,15 +114,22 @@ class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=
     host: _Name
     name: _Name
     pid: _PidField
-    ifname: Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")]
+    ifname: _IfnameField
     addresses: list[str]
     gateways: list[str]
-    mac: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}\Z")]
+    mac: _MacField
     mtu: _MtuField
     default_route: bool
     netns_inode: _NumberField
     pid_start_ticks: _NumberField
     published: list[_PublishedV1] = []
+    parent: _IfnameField | None = None
+
+
+class _AddressHolderV1(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="v", tag=1):
+    host: Annotated[str, msgspec.Meta(pattern=rf"^({_NAME})?\Z")]
+    endpoint: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{12})?\Z")] = ""
+    held_by: _MacField | None = None
 
 
 _T = TypeVar("_T")
@@ -133,6 +143,7 @@ class _Format:
     reservation = msgspec.json.Decoder(_ReservationV1)
     claim = msgspec.json.Decoder(_ClaimV1)
     endpoint = msgspec.json.Decoder(_EndpointV1)
+    address_holder = msgspec.json.Decoder(_AddressHolderV1)
 
 
 def _decode(decoder: msgspec.json.Decoder[_T], raw: bytes) -> _T:
@@ -402,6 +413,7 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
                 )
                 for p in endpoint.published
             ],
+            parent=endpoint.parent,
         )
     )
 
@@ -446,7 +458,42 @@ def decode_endpoint(raw: bytes) -> Endpoint:
             )
             for p in value.published
         ),
+        parent=value.parent,
     )
+
+
+# --- addresses of pools -------------------------------------------------------------------------
+
+
+def encode_address_holder(holder: AddressHolder) -> bytes:
+    """The value of a pool address's key; network and address are in the key."""
+    held_by = holder.held_by.hex(":") if holder.held_by else None
+    return msgspec.json.encode(_AddressHolderV1(holder.host, holder.endpoint, held_by))
+
+
+def address_from_key(part: str) -> IpAddress:
+    """The address that the last part of a key names.
+
+    Raises:
+        BadValueError: not the canonical form of an address.
+    """
+    address = _address(part)
+    if str(address) != part:
+        raise BadValueError(f"{part} is not an address's canonical form ({address})")
+    return address
+
+
+def decode_address_holder(raw: bytes) -> AddressHolder:
+    """Read who has an address of a pool.
+
+    Raises:
+        BadValueError: malformed, or it has both a host and a machine outside the mesh, or neither.
+    """
+    value = _decode(_Format.address_holder, raw)
+    if bool(value.host) == (value.held_by is not None) or (value.endpoint and not value.host):
+        raise BadValueError("an address is held by a host or by a machine outside the mesh")
+    held_by = bytes.fromhex(value.held_by.replace(":", "")) if value.held_by is not None else b""
+    return AddressHolder(HostId(value.host), value.endpoint, held_by)
 
 
 # --- addresses ----------------------------------------------------------------------------------

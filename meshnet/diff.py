@@ -152,7 +152,7 @@ def needs_rebuild(desired: Link, actual: Link) -> bool:
 
     A TUN stays, with its routes, while its process is exchanged.
     """
-    if desired.kind != actual.kind:
+    if (desired.kind, desired.parent) != (actual.kind, actual.parent):
         return True
     return desired.kind is not LinkKind.TUN and desired.vxlan != actual.vxlan
 

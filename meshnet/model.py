@@ -258,6 +258,20 @@ class Claim:
     underlay_ip: IpAddress
 
 
+class AddressHolder(NamedTuple):
+    """Who has an address of an underlay network's pool.
+
+    Attributes:
+        host: the host that took it; "": nobody of the mesh.
+        endpoint: which of its endpoints; "": the host itself, or nobody of the mesh.
+        held_by: MAC of the machine outside the mesh that answered for it; b"": none did.
+    """
+
+    host: HostId
+    endpoint: str = ""
+    held_by: bytes = b""
+
+
 class Protocol(StrEnum):
     """A transport protocol whose ports can be published."""
 
@@ -295,6 +309,7 @@ class Endpoint:
         netns_inode: inode of the namespace in nsfs, to find its other processes by.
         pid_start_ticks: start time of `pid` (field 22 of /proc/PID/stat): pids are reused.
         published: ports of its host that lead to it.
+        parent: link of its host that its own is a macvlan of; None: its own is a veth's end.
     """
 
     id: EndpointId
@@ -311,6 +326,7 @@ class Endpoint:
     netns_inode: int
     pid_start_ticks: int
     published: tuple[PublishedPort, ...] = ()
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
 from meshnet.backends.bridge import BRIDGE
+from meshnet.backends.macvlan import MACVLAN
 from meshnet.backends.overlay import direct_nexthop, route_key
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
@@ -23,9 +24,22 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from meshnet.backends import Backend
-    from meshnet.model import Endpoint, HostId, IpNetwork, MeshSnapshot, Network, NetworkName
+    from meshnet.model import (
+        Endpoint,
+        HostId,
+        IpAddress,
+        IpNetwork,
+        MeshSnapshot,
+        Network,
+        NetworkName,
+    )
 
-BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN, Mode.UDP: UDP, Mode.BRIDGE: BRIDGE}
+BACKENDS: Mapping[Mode, Backend] = {
+    Mode.VXLAN: VXLAN,
+    Mode.UDP: UDP,
+    Mode.MACVLAN: MACVLAN,
+    Mode.BRIDGE: BRIDGE,
+}
 """The modes this version carries packets for."""
 
 
@@ -35,13 +49,16 @@ class LocalView:
 
     Attributes:
         subnets: the subnets it holds reservations for.
+        addresses: its own addresses of underlay networks' pools, at most one an IP version.
         expired: hosts dead for longer than the grace period.
         fallen: peers that are sent to by a network's fallback.
+        addresses: this host's own addresses of underlay networks' pools.
     """
 
     host: HostId
     subnets: Mapping[NetworkName, tuple[IpNetwork, ...]]
     endpoints: Sequence[Endpoint] = ()
+    addresses: Mapping[NetworkName, tuple[IpAddress, ...]] = field(default_factory=dict)
     expired: frozenset[HostId] = frozenset()
     fallen: frozenset[tuple[NetworkName, HostId]] = frozenset()
 
@@ -125,12 +142,14 @@ def plan_mesh(
     planned: list[NetworkPlan] = []
     for network in snapshot.networks.values():
         conflict = _find_conflict(network, outcomes, snapshot, underlay)
+        conflict = conflict or _missing_parent(network, underlay)
         if conflict is not None:
             outcomes[network.name] = NetworkOutcome(errors=(conflict,), refused=True)
             continue
         outcome = _plan_network(network, snapshot, local, underlay, ids, state)
         outcomes[network.name] = outcome
-        if outcome.plan is not None:
+        if outcome.plan is not None and not network.mode.is_underlay:
+            # Packets of the others do not pass through this host.
             planned.append(outcome.plan)
     if planned:
         state.firewall = render_firewall([p.firewall for p in planned], underlay.ip)
@@ -258,6 +277,16 @@ def _find_conflict(
     return None
 
 
+def _missing_parent(network: Network, underlay: Underlay) -> str | None:
+    """Why this host, not being on the physical network, cannot have an underlay network."""
+    if network.parent is None or network.parent in underlay.links:
+        return None
+    return (
+        f"link {network.parent}, its --parent, does not exist on this host: make it, or give the "
+        "host's link on the physical network that name"
+    )
+
+
 def _find_taken_port(network: Network, other: Network, underlay: Underlay) -> int | None:
     """A UDP port that both networks want, and one of them for a userspace VTEP."""
     if not (network.mode.is_overlay and other.mode.is_overlay):
@@ -297,6 +326,7 @@ def _plan_network(
         network=network,
         subnets=subnets,
         endpoints=endpoints,
+        host_addresses=local.addresses.get(network.name, ()),
         underlay=underlay,
         path_mtu_bytes=_narrowest(peers, underlay),
         fallen=local.fallen_in(network.name),

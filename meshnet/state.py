@@ -22,9 +22,10 @@ PackedIp = bytes
 LINK_PREFIX = "mn"
 """Every link of ours has a name that starts so."""
 
-NETWORK_LINK = re.compile(LINK_PREFIX + r"[buv][0-9]+")
+NETWORK_LINK = re.compile(LINK_PREFIX + r"[bsuv][0-9]+")
 """Names of a network's own links: ``mnb4097``, its bridge, ``mnv4097``, its VXLAN device,
-``mnu4097``, the TUN of its userspace VTEP."""
+``mnu4097``, the TUN of its userspace VTEP, ``mns4097``, the macvlan by which a host reaches its own
+endpoints."""
 
 TUN_LINK = re.compile(LINK_PREFIX + r"u[0-9]+")
 """Names of the TUNs among them."""
@@ -47,6 +48,7 @@ class LinkKind(IntEnum):
     BRIDGE = 2
     VETH = 3
     TUN = 4
+    MACVLAN = 5
 
 
 class Vxlan(NamedTuple):
@@ -71,6 +73,7 @@ class Link(NamedTuple):
         vxlan: of a VXLAN device; of a TUN, as its process serves it, None while there is none.
         sysctls: per-interface settings, as ("ipv4", "forwarding", "1"); a dump has more of them
             than are desired.
+        parent: of a macvlan: name of the link that it is on; "" if that is gone.
     """
 
     kind: LinkKind
@@ -80,6 +83,7 @@ class Link(NamedTuple):
     master: str = ""
     vxlan: Vxlan | None = None
     sysctls: tuple[tuple[str, str, str], ...] = ()
+    parent: str = ""
 
 
 class AddressKey(NamedTuple):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from meshnet.backends.macvlan import shim_name
 from meshnet.backends.overlay import bridge_name, endpoint_link_name
 from meshnet.backends.udp import tun_name
 from meshnet.backends.vxlan import vxlan_name
@@ -32,6 +33,7 @@ from meshnet_agent.identity import MeshIdentity
 from meshnet_agent.membership import Membership
 from meshnet_agent.monitor import listen
 from meshnet_agent.passes import HostView, PartInput, PassInput
+from meshnet_agent.pool import PoolAddresses
 from meshnet_agent.probes import Probes, Target
 from meshnet_agent.publish import Publisher
 from meshnet_agent.reconcile import Reconciler
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
     from meshnet.config import AgentConfig
     from meshnet.kernel import Kernel, Wiring
+    from meshnet.kernel.address_probe import AddressProber
     from meshnet.kernel.vteps import VtepProcesses
     from meshnet.model import IpAddress, MeshSnapshot
     from meshnet.store import Store
@@ -61,6 +64,7 @@ class Agent:
     Args:
         datapath: what forwards this host's packets on ``vxlan`` networks.
         vteps: its userspace VTEPs, to ask what they counted.
+        prober: asks the wire whether an address is free.
         listen: waits for the kernel's notifications (`meshnet_agent.monitor.listen`).
     """
 
@@ -73,6 +77,7 @@ class Agent:
         disk: StateDir,
         underlay_ip: IpAddress,
         event_filter: EventFilter,
+        prober: AddressProber,
         listen: Listen = listen,
         *,
         datapath: Datapath = Datapath.KERNEL,
@@ -108,7 +113,18 @@ class Agent:
             check_store=self.identity.check,
             on_change=self.reconciler.mark_dirty,
         )
-        self.endpoints = Endpoints(wiring, disk, self.host.id)
+        self.pool = PoolAddresses(
+            store,
+            self.host.id,
+            prober,
+            snapshot=lambda: self.follower.snapshot,
+            link_addresses=self._link_addresses,
+            endpoints=lambda: self.endpoints.all,
+            recorded=disk.endpoint_ids,
+            check_store=self.identity.check,
+            on_change=self.reconciler.mark_dirty,
+        )
+        self.endpoints = Endpoints(wiring, disk, self.host.id, self.pool)
         event_filter.expects_endpoint = self.endpoints.expects_link
         self.publisher = Publisher(
             self.registry,
@@ -142,6 +158,8 @@ class Agent:
                 async with trio.open_nursery() as data_plane:
                     self._nursery = data_plane
                     await data_plane.start(self.endpoints.run)
+                    await self.pool.load()
+                    store_nursery.start_soon(self.pool.run)
                     # Networks may have been removed while this agent was down.
                     self._on_snapshot(self.follower.snapshot, None)
                     await data_plane.start(
@@ -170,11 +188,17 @@ class Agent:
             underlay = self.reconciler.result.underlay
             if underlay is not None:
                 networks = self.follower.snapshot.networks.values()
+                parents = {n.parent for n in networks if n.parent is not None}
                 self._event_filter.look_at(
-                    indices_of([bridge_name(n) for n in networks]),
+                    indices_of([name(n) for n in networks for name in (bridge_name, shim_name)]),
                     indices_of([name(n) for n in networks for name in (vxlan_name, tun_name)]),
-                    indices_of(underlay.forwarding_links),
+                    indices_of([*underlay.forwarding_links, *parents]),
+                    parents,
                 )
+            self.pool.look()
+            if any(endpoint.parent is not None for endpoint in self.endpoints.all):
+                # Nothing in this namespace tells of theirs.
+                await self.endpoints.heal((), self.ready_network)
             await self.reconciler.wait_for_pass()
 
     async def _adopt_fallen(self) -> None:
@@ -210,9 +234,16 @@ class Agent:
             host=self.host.id,
             subnets=dict(self.membership.subnets),
             endpoints=self.endpoints.all,
+            addresses=dict(self.pool.host_addresses),
             expired=self._expired,
             fallen=self.probes.fallen,
         )
+
+    def _link_addresses(self, link: str) -> Collection[IpAddress] | None:
+        """This host's addresses on a link; None: there is no such link."""
+        underlay = self.reconciler.result.underlay
+        found = underlay.links.get(link) if underlay is not None else None
+        return found.addresses if found is not None else None
 
     def _next_expiry_s(self) -> float:
         """Seconds until the next dead host's grace period ends."""
@@ -255,10 +286,12 @@ class Agent:
         if alive and not self._was_alive:
             # Somebody may have removed this host, and with it what it published, in between.
             self.publisher.refresh()
+            self.pool.refresh()
         self._was_alive = alive
         if changes is None or changes.networks or snapshot.holes:
             self.reconciler.mark_dirty()
             self.probes.refresh()
+            self.pool.refresh()
         else:
             # A lease alone changes nothing in the kernel, but for a host that was given up.
             touched = changes.hosts | (changes.leases & self._expired)
@@ -298,6 +331,7 @@ class Agent:
             subnets=subnets,
             uplink=outcome.plan.uplink,
             mtu_bytes=outcome.plan.mtu_bytes,
+            endpoint_link=outcome.plan.endpoint_link,
             gso_max_bytes=outcome.plan.gso_max_bytes,
         )
 

@@ -6,6 +6,7 @@ be read is set aside as ``NAME.bad`` and reported, never deleted.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -66,26 +67,64 @@ class StateDir:
         Raises:
             KernelRefusedError: the disk refused to be read.
         """
+        found = [endpoint for _, endpoint in self._load("*.json")]
+        return found, {file.stem for file in self._endpoints.glob("*.bad")}
+
+    def load_drafts(self) -> list[Endpoint]:
+        """Endpoints that were about to be connected when the agent was killed.
+
+        Raises:
+            KernelRefusedError: the disk refused to be read.
+        """
+        drafts = self._load("*.draft")
+        return [endpoint for file, endpoint in drafts if not file.with_suffix(".json").exists()]
+
+    def _load(self, pattern: str) -> list[tuple[Path, Endpoint]]:
         found = []
         try:
-            for file in sorted(self._endpoints.glob("*.json")):
+            for file in sorted(self._endpoints.glob(pattern)):
                 try:
-                    found.append(codec.decode_endpoint(file.read_bytes()))
+                    found.append((file, codec.decode_endpoint(file.read_bytes())))
                 except BadValueError as error:
                     _log.error("endpoint file set aside", file=str(file), reason=str(error))
                     file.rename(file.with_suffix(".bad"))
         except OSError as error:
             raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
-        return found, {file.stem for file in self._endpoints.glob("*.bad")}
+        return found
 
-    def save_endpoint(self, endpoint: Endpoint) -> None:
-        """Record an endpoint; on return it survives a power cut.
+    def endpoint_ids(self) -> set[str]:
+        """Ids of all that is recorded: endpoints, drafts and files that cannot be read.
+
+        Raises:
+            KernelRefusedError: the disk refused to be read.
+        """
+        try:
+            return {name.partition(".")[0] for name in os.listdir(self._endpoints)}
+        except OSError as error:
+            raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
+
+    def save_draft(self, endpoint: Endpoint) -> None:
+        """Record what is about to be made where the host cannot find it again.
 
         Raises:
             KernelRefusedError: the disk refused.
         """
+        self._write(self._file(endpoint.id).with_suffix(".draft"), endpoint)
+
+    def save_endpoint(self, endpoint: Endpoint) -> None:
+        """Record an endpoint; on return it survives a power cut, and its draft is gone.
+
+        Raises:
+            KernelRefusedError: the disk refused.
+        """
+        file = self._file(endpoint.id)
+        self._write(file, endpoint)
+        with contextlib.suppress(OSError):  # it counts for nothing beside the record
+            file.with_suffix(".draft").unlink(missing_ok=True)
+
+    def _write(self, file: Path, endpoint: Endpoint) -> None:
         try:
-            write_whole(self._file(endpoint.id), codec.encode_endpoint(endpoint))
+            write_whole(file, codec.encode_endpoint(endpoint))
         except OSError as error:
             raise KernelRefusedError(
                 f"endpoint {endpoint.name} cannot be recorded in {self._endpoints}: "
@@ -99,7 +138,8 @@ class StateDir:
             KernelRefusedError: the disk refused.
         """
         try:
-            self._file(endpoint_id).unlink(missing_ok=True)
+            for suffix in (".draft", ".json"):
+                self._file(endpoint_id).with_suffix(suffix).unlink(missing_ok=True)
         except OSError as error:
             raise KernelRefusedError(
                 f"{self._file(endpoint_id)} stays: {error.strerror}"

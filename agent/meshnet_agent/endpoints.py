@@ -4,7 +4,8 @@ An endpoint lives as long as its namespace has a process.  When the process it w
 another process of the same namespace takes its place; when there is none, the address is freed.
 
 Attaching and detaching run one at a time in the wiring's own thread, so that neither waits for the
-reconciler.  They need neither the store nor a pass.
+reconciler.  They need neither the store nor a pass; only addresses of a pool, which many attaches
+take at the same time, are the store's (`meshnet_agent.pool`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from meshnet.kernel.netns import (
     start_ticks,
 )
 from meshnet.model import Endpoint, EndpointId
+from meshnet.state import LinkKind
 from meshnet.wire.mac import endpoint_mac
 from meshnet_agent.addresses import SubnetAddresses
 from meshnet_agent.flag import Flag
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
     from meshnet.kernel import Wiring
     from meshnet.model import HostId, IpAddress, IpInterface, IpNetwork, Network, NetworkName
+    from meshnet_agent.addresses import Addresses
     from meshnet_agent.disk import StateDir
     from meshnet_agent.worker import Worker
 
@@ -72,6 +75,7 @@ class ReadyNetwork:
     subnets: Sequence[IpNetwork]
     uplink: str
     mtu_bytes: int
+    endpoint_link: LinkKind = LinkKind.VETH
     gso_max_bytes: int | None = None
 
 
@@ -80,17 +84,24 @@ class Endpoints:
 
     Attributes:
         changed: raised when the set of endpoints changed, for whoever publishes it.
-        unhealed: endpoints whose host-side link is gone for good, and why.
+        unhealed: endpoints whose link is gone for good, and why.
+
+    Args:
+        pool: where addresses of underlay networks come from.
     """
 
-    def __init__(self, worker: Worker[Wiring], disk: StateDir, host: HostId) -> None:
+    def __init__(
+        self, worker: Worker[Wiring], disk: StateDir, host: HostId, pool: Addresses
+    ) -> None:
         self.changed = Flag()
         self.unhealed: dict[EndpointId, str] = {}
         self._worker = worker
         self._disk = disk
         self._host = host
         self._endpoints: dict[EndpointId, Endpoint] = {}
-        self._addresses = SubnetAddresses(self._addresses_in_use)
+        self._subnets = SubnetAddresses(self._addresses_in_use)
+        self._pool = pool
+        self._attaching: list[tuple[AttachRequest, int]] = []
         self._watchers: dict[EndpointId, trio.CancelScope] = {}
         self._ending: set[EndpointId] = set()
         self._lock = trio.Lock()
@@ -133,19 +144,19 @@ class Endpoints:
                     f"process {request.pid} is in this host's own network namespace: start it in "
                     "one of its own, for example with `unshare --net`"
                 )
-            async with self._lock:
-                self._check_free(request, inode)
-                addresses = self._addresses.take(ready.network, ready.subnets, request.ip)
-                try:
-                    endpoint = self._draft(request, ready, addresses, inode)
+            identity = EndpointId(secrets.token_hex(6))
+            source: Addresses = self._pool if ready.network.mode.is_underlay else self._subnets
+            with self._announced(request, inode):
+                async with (
+                    source.take(ready, identity, request.ip) as addresses,
+                    self._lock,
+                ):
+                    draft = self._draft(request, ready, addresses, inode, identity)
                     endpoint = await self._worker.run(
-                        lambda wiring: self._connect(wiring, netns_fd, endpoint, ready)
+                        lambda wiring: self._connect(wiring, netns_fd, draft, ready)
                     )
-                except BaseException:
-                    self._addresses.free(addresses)
-                    raise
-                self._endpoints[endpoint.id] = endpoint
-                self._watch(endpoint, os.dup(pid_fd))
+                    self._endpoints[endpoint.id] = endpoint
+                    self._watch(endpoint, os.dup(pid_fd))
         self.changed.set()
         return endpoint
 
@@ -172,13 +183,21 @@ class Endpoints:
             self.changed.set()
 
     async def heal(self, link_names: Collection[str], ready: Callable[[str], ReadyNetwork]) -> None:
-        """Connect endpoints again whose host-side link somebody deleted."""
+        """Connect endpoints again whose link is gone: somebody deleted it, or its parent went.
+
+        Args:
+            link_names: host-side links that a pass missed; macvlans are looked for in any case.
+        """
         async with self._lock:
             there = await self._worker.run(lambda wiring: wiring.list_endpoint_links())
             gone = set(link_names) - set(there)
-            for endpoint in [
-                e for e in self._endpoints.values() if endpoint_link_name(e.id) in gone
-            ]:
+            for endpoint in self.all:
+                if endpoint.parent is None:
+                    if endpoint_link_name(endpoint.id) not in gone:
+                        continue
+                elif await self._has_macvlan(endpoint):
+                    self.unhealed.pop(endpoint.id, None)
+                    continue
                 try:
                     with open_process(endpoint.pid) as (_, netns_fd):
                         network = ready(endpoint.network)
@@ -188,29 +207,51 @@ class Endpoints:
                     _log.warning("endpoint link was gone, made again", endpoint=endpoint.name)
                     self.unhealed.pop(endpoint.id, None)
                 except MeshnetError as error:
-                    self.unhealed[endpoint.id] = f"its link is gone and cannot be made: {error}"
-                    _log.error(
-                        "endpoint cannot be healed", endpoint=endpoint.name, reason=str(error)
-                    )
+                    reason = f"its link is gone and cannot be made: {error}"
+                    if self.unhealed.get(endpoint.id) != reason:
+                        _log.error("endpoint not healed", endpoint=endpoint.name, reason=reason)
+                    self.unhealed[endpoint.id] = reason
+
+    async def _has_macvlan(self, endpoint: Endpoint) -> bool:
+        """Whether an endpoint's macvlan is in its namespace; also if that cannot be looked at."""
+        try:
+            with open_process(endpoint.pid) as (_, netns_fd):
+                return await self._worker.run(lambda wiring: wiring.holds(netns_fd, endpoint))
+        except MeshnetError:
+            return True  # its process is ending, and with it the endpoint
 
     def _connect(
         self, wiring: Wiring, netns_fd: int, endpoint: Endpoint, ready: ReadyNetwork
     ) -> Endpoint:
-        """In the wiring's thread: kernel first, then disk; neither without the other."""
-        default = wiring.connect(
-            netns_fd,
-            EndpointWiring(
-                endpoint=endpoint,
-                uplink=ready.uplink,
-                routes=_inner_routes(ready),
-                gso_max_bytes=ready.gso_max_bytes,
-            ),
-        )
+        """In the wiring's thread: kernel first, then disk; neither without the other.
+
+        A macvlan cannot be found by who does not know of it: it is drafted on disk before.
+        """
+        new = endpoint.id not in self._endpoints
+        if new and endpoint.parent is not None:
+            self._disk.save_draft(endpoint)
+        try:
+            default = wiring.connect(
+                netns_fd,
+                EndpointWiring(
+                    endpoint=endpoint,
+                    uplink=ready.uplink,
+                    routes=_inner_routes(ready),
+                    gso_max_bytes=ready.gso_max_bytes,
+                    announce=ready.network.mode.is_underlay,
+                ),
+            )
+        except BaseException:
+            if new:
+                self._disk.remove_endpoint(endpoint.id)
+            raise
         endpoint = replace(endpoint, default_route=default)
         try:
             self._disk.save_endpoint(endpoint)
         except BaseException:
             wiring.disconnect(endpoint)
+            if new:
+                self._disk.remove_endpoint(endpoint.id)
             raise
         return endpoint
 
@@ -220,8 +261,8 @@ class Endpoints:
         ready: ReadyNetwork,
         addresses: tuple[IpInterface, ...],
         inode: int,
+        identity: EndpointId,
     ) -> Endpoint:
-        identity = EndpointId(secrets.token_hex(6))
         return Endpoint(
             id=identity,
             network=ready.network.name,
@@ -230,13 +271,29 @@ class Endpoints:
             pid=request.pid,
             ifname=request.ifname,
             addresses=addresses,
-            gateways=tuple(gateway_of(a.network) for a in addresses),
+            gateways=_gateways(ready.network, addresses),
             mac=endpoint_mac(addresses[0].ip),
             mtu_bytes=ready.mtu_bytes,
             default_route=request.default_route,
             netns_inode=inode,
             pid_start_ticks=start_ticks(request.pid),
+            parent=ready.uplink if ready.endpoint_link is LinkKind.MACVLAN else None,
         )
+
+    @contextlib.contextmanager
+    def _announced(self, request: AttachRequest, inode: int) -> Iterator[None]:
+        """While the block runs nobody else attaches the same, or by the same name.
+
+        Raises:
+            ConflictError: somebody has, or is about to.
+        """
+        self._check_free(request, inode)
+        entry = request, inode
+        self._attaching.append(entry)
+        try:
+            yield
+        finally:
+            self._attaching.remove(entry)
 
     def _check_free(self, request: AttachRequest, inode: int) -> None:
         for endpoint in self._endpoints.values():
@@ -249,6 +306,14 @@ class Endpoints:
                 raise ConflictError(
                     f"endpoint name {request.name} is taken by process {endpoint.pid} on network "
                     f"{endpoint.network}: choose another --name"
+                )
+        for other, other_inode in self._attaching:
+            if (other_inode, other.network) == (inode, request.network) or (
+                request.name is not None and other.name == request.name
+            ):
+                raise ConflictError(
+                    f"process {other.pid} is being attached to network {other.network} right now: "
+                    "wait for that, or choose another --name"
                 )
 
     def _find(self, pid: int, network: str) -> Endpoint:
@@ -270,7 +335,8 @@ class Endpoints:
         self._disk.remove_endpoint(endpoint.id)
         del self._endpoints[endpoint.id]
         self.unhealed.pop(endpoint.id, None)
-        self._addresses.free(endpoint.addresses)
+        for source in (self._subnets, self._pool):
+            source.free(endpoint.addresses)
         watcher = self._watchers.pop(endpoint.id, None)
         if watcher is not None:
             watcher.cancel()
@@ -334,6 +400,10 @@ class Endpoints:
             # One that ends before it is opened may have left children.
             with contextlib.suppress(NotFoundError), open_process(pid) as (pid_fd, netns_fd):
                 if netns_inode(netns_fd) == endpoint.netns_inode:
+                    if endpoint.parent is not None and not await self._worker.run(
+                        lambda wiring, fd=netns_fd: wiring.holds(fd, endpoint)  # type: ignore[misc]
+                    ):
+                        return None  # another namespace, which got the inode of one that is gone
                     heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
                     return heir, os.dup(pid_fd)
 
@@ -348,7 +418,9 @@ class Endpoints:
         endpoints, unreadable = self._disk.load_endpoints()
         for endpoint in endpoints:
             found = _same_process(endpoint)
-            if found is None and endpoint_link_name(endpoint.id) in link_names:
+            if found is None and (
+                endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names
+            ):
                 # The link is there, so the namespace is, and its inode still means the same one.
                 found = await self._find_heir(endpoint)
             try:
@@ -360,6 +432,13 @@ class Endpoints:
                 self._disk.remove_endpoint(endpoint.id)
             except MeshnetError as error:
                 _log.error("endpoint not taken over", endpoint=endpoint.name, reason=str(error))
+        for draft in self._disk.load_drafts():
+            _log.warning("endpoint undone, its attach was cut short", endpoint=draft.name)
+            try:
+                await self._worker.run(lambda wiring, e=draft: wiring.disconnect(e))  # type: ignore[misc]
+                self._disk.remove_endpoint(draft.id)
+            except MeshnetError as error:
+                _log.error("endpoint not undone", endpoint=draft.name, reason=str(error))
         recorded = {endpoint_link_name(identity) for identity in {*self._endpoints, *unreadable}}
         for name in link_names - recorded:
             _log.warning("unrecorded endpoint link removed", link=name)
@@ -370,6 +449,14 @@ class Endpoints:
 def _inner_routes(ready: ReadyNetwork) -> list[IpNetwork]:
     """The network's CIDRs, but for one that is this host's subnet: that is on-link."""
     return [cidr for cidr in ready.network.subnets if cidr not in ready.subnets]
+
+
+def _gateways(network: Network, addresses: Sequence[IpInterface]) -> tuple[IpAddress, ...]:
+    """By which the namespace gets out of the network."""
+    if not network.mode.is_underlay:
+        return tuple(gateway_of(a.network) for a in addresses)
+    routers = {} if network.internal else {g.version: g for g in network.gateways}
+    return tuple(routers[a.version] for a in addresses if a.version in routers)
 
 
 def _check_names(request: AttachRequest) -> None:

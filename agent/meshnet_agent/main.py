@@ -28,6 +28,7 @@ from hypercorn.trio import serve
 from meshnet.cli.parser import Parser
 from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
+from meshnet.kernel.address_probe import WireProber
 from meshnet.kernel.events import EventFilter
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
@@ -165,6 +166,7 @@ async def _run(config: AgentConfig) -> None:
                 disk,
                 underlay.ip,
                 EventFilter(await kernel.run(lambda k: k.deleted)),
+                WireProber(),
                 functools.partial(listen, own_ports=ports),
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,

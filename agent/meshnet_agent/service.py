@@ -14,6 +14,7 @@ import structlog
 import trio
 
 from meshnet.backends import Peer
+from meshnet.backends.macvlan import shim_name
 from meshnet.backends.overlay import bridge_name
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import vxlan_name
@@ -268,6 +269,7 @@ class Service:
                 errors = [str(self._agent.membership.errors[network.name]), *errors]
             mine = [e for e in self._agent.endpoints.all if e.network == network.name]
             unhealed = self._agent.endpoints.unhealed
+            errors += self._agent.pool.errors(network.name)
             errors += [f"endpoint {e.name}: {unhealed[e.id]}" for e in mine if e.id in unhealed]
             networks.append(
                 {
@@ -292,8 +294,13 @@ class Service:
                 "error": self._agent.follower.error,
             },
             "networks": networks,
+            "set_aside": [
+                {"network": name, "address": str(address), "mac": mac.hex(":")}
+                for name, address, mac in self._agent.pool.set_aside
+            ],
             "bad_values": [
-                {"key": key, "reason": reason} for key, reason in snapshot.bad_values.items()
+                {"key": key, "reason": reason}
+                for key, reason in {**snapshot.bad_values, **self._agent.pool.bad_values}.items()
             ],
             "errors": [
                 *([blocked] if blocked else []),
@@ -344,7 +351,7 @@ def _sort_failures(
 
 def _belongs(failure: Failure, network: Network) -> bool:
     op = failure.op
-    links = (bridge_name(network), vxlan_name(network), tun_name(network))
+    links = [name(network) for name in (bridge_name, vxlan_name, tun_name, shim_name)]
     if op.table is Table.LINK:
         return op.key in links
     if op.table is Table.NEXTHOP and op.value is not None:

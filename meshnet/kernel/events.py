@@ -11,13 +11,22 @@ linux/rtnetlink.h (multicast groups), linux/netfilter/nfnetlink.h and nf_tables.
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import struct
 from typing import TYPE_CHECKING
 
 from meshnet.firewall import TABLE
 from meshnet.kernel import bulk, links, rtnl
+from meshnet.kernel.bpf import (
+    EVERYTHING,
+    IF_BITS,
+    IF_EQUAL,
+    LOAD_U8,
+    LOAD_U16,
+    LOAD_U32,
+    RETURN,
+    attach_filter,
+)
 from meshnet.state import (
     ENDPOINT_LINK,
     NETWORK_LINK,
@@ -51,11 +60,6 @@ _GROUPS = (
     RTNLGRP_NEXTHOP,
 )
 _RECEIVE_BUFFER_BYTES = 8 << 20
-_SO_ATTACH_FILTER = 26
-_SOCK_FILTER = struct.Struct("=HBBI")  # code, steps to skip if true, if false, operand
-_SOCK_FPROG = struct.Struct("@HP")
-_LOAD_U32, _LOAD_U16, _LOAD_U8 = 0x20, 0x28, 0x30
-_IF_EQUAL, _IF_BITS, _RETURN = 0x15, 0x45, 0x06
 
 
 def open_route_events(own_ports: Collection[int]) -> socket.socket:
@@ -92,19 +96,17 @@ def _drop_own(events: socket.socket, own_ports: Collection[int]) -> None:
 
     A notification is one message.  The program loads big-endian, messages are in host byte order.
     """
-    program = [(_LOAD_U32, 0, 0, 12)]  # nlmsg_pid
+    program = [(LOAD_U32, 0, 0, 12)]  # nlmsg_pid
     for port in own_ports:
-        program += [(_IF_EQUAL, 0, 1, socket.htonl(port)), (_RETURN, 0, 0, 0)]
+        program += [(IF_EQUAL, 0, 1, socket.htonl(port)), (RETURN, 0, 0, 0)]
     program += [
-        *((_LOAD_U16, 0, 0, 4), (_IF_EQUAL, 0, 5, socket.htons(rtnl.RTM_NEWNEIGH))),  # nlmsg_type
-        *((_LOAD_U8, 0, 0, 16), (_IF_EQUAL, 0, 3, bulk.AF_BRIDGE)),  # ndm_family
-        *((_LOAD_U8, 0, 0, 26), (_IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
-        (_RETURN, 0, 0, 0),
-        (_RETURN, 0, 0, 0xFFFF_FFFF),
+        *((LOAD_U16, 0, 0, 4), (IF_EQUAL, 0, 5, socket.htons(rtnl.RTM_NEWNEIGH))),  # nlmsg_type
+        *((LOAD_U8, 0, 0, 16), (IF_EQUAL, 0, 3, bulk.AF_BRIDGE)),  # ndm_family
+        *((LOAD_U8, 0, 0, 26), (IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
+        (RETURN, 0, 0, 0),
+        (RETURN, 0, 0, EVERYTHING),
     ]
-    code = ctypes.create_string_buffer(b"".join(_SOCK_FILTER.pack(*step) for step in program))
-    fprog = _SOCK_FPROG.pack(len(program), ctypes.addressof(code))
-    events.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+    attach_filter(events, program)
 
 
 _LINK_LOOKS = (links.IFLA_IFNAME, links.IFLA_MTU, links.IFLA_ADDRESS, links.IFLA_MASTER)
@@ -144,17 +146,24 @@ class EventFilter:
         self._tunnels: set[int] = set()
         self._looks: dict[int, tuple[object, ...]] = {}
         self._underlay_links: set[int] = set()
+        self._awaited: set[str] = set()
 
     def look_at(
         self,
         bridges: Collection[int],
         tunnels: Collection[int],
         underlay_links: Collection[int],
+        awaited: Collection[str] = (),
     ) -> None:
-        """Name the links whose notifications matter, by ifindex."""
+        """Name the links whose notifications matter, by ifindex.
+
+        Args:
+            awaited: names of links that matter if they appear.
+        """
         self._own_links = {*bridges, *tunnels}
         self._tunnels = set(tunnels)
         self._underlay_links = set(underlay_links)
+        self._awaited = set(awaited)
         known = self._own_links | self._underlay_links
         self._looks = {i: looks for i, looks in self._looks.items() if i in known}
 
@@ -204,7 +213,7 @@ class EventFilter:
         # RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.
         if ENDPOINT_LINK.fullmatch(name):
             return message.kind == rtnl.RTM_DELLINK and self.expects_endpoint(name)
-        return bool(NETWORK_LINK.fullmatch(name))
+        return name in self._awaited or bool(NETWORK_LINK.fullmatch(name))
 
     def _neighbour(self, message: rtnl.Message) -> bool:
         # Those on a bridge are endpoints, which the host resolves by itself.

@@ -1,7 +1,7 @@
-"""Links and addresses: the few fields of a dump that meshnet looks at, and veth pairs.
+"""Links and addresses: the few fields of a dump that meshnet looks at, and endpoints' links.
 
-Dumps come before every pass of the reconciler and veth pairs are on the path of ``attach``, whose
-bound is 5 ms; both go through `meshnet.kernel.rtnl`.  The rare, rich requests (bridges, VXLAN
+Dumps come before every pass of the reconciler and endpoints' links are on the path of ``attach``,
+whose bound is 5 ms; both go through `meshnet.kernel.rtnl`.  The rare, rich requests (bridges, VXLAN
 devices) go through pyroute2 in `meshnet.kernel.netlink`.
 
 linux/if_link.h, linux/if_addr.h, linux/veth.h.
@@ -25,6 +25,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
 IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 18, 28, 26
 IFLA_GSO_MAX_SIZE = 41
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
+IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE = 1, 4
 VETH_INFO_PEER = 1
 IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE = 8, 1
 IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 15, 17
@@ -38,6 +39,7 @@ _KINDS = {
     b"bridge": LinkKind.BRIDGE,
     b"veth": LinkKind.VETH,
     b"tun": LinkKind.TUN,
+    b"macvlan": LinkKind.MACVLAN,
 }
 
 
@@ -47,6 +49,7 @@ class LinkInfo(NamedTuple):
     Attributes:
         kind: None for kinds that are never ours.
         master: ifindex of its bridge, or 0.
+        lower: of a macvlan, ifindex of the link that it is on, in that link's namespace; else 0.
     """
 
     ifindex: int
@@ -57,6 +60,7 @@ class LinkInfo(NamedTuple):
     master: int
     kind: LinkKind | None
     vxlan: Vxlan | None
+    lower: int = 0
 
 
 class AddressInfo(NamedTuple):
@@ -97,6 +101,7 @@ def decode_link(body: Body) -> LinkInfo:
         _u32(attrs.get(IFLA_MASTER)),
         kind,
         vxlan,
+        _u32(attrs.get(IFLA_LINK)) if kind is LinkKind.MACVLAN else 0,
     )
 
 
@@ -151,6 +156,30 @@ def encode_veth(
     return rtnl.Request(rtnl.RTM_NEWLINK, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
 
 
+def encode_macvlan(
+    name: str, *, lower: int, mtu_bytes: int, mac: bytes, netns_fd: int
+) -> rtnl.Request:
+    """Create a macvlan on a link of this namespace, in another namespace, down.
+
+    In bridge mode: endpoints of one host reach each other without the physical switch.
+
+    Args:
+        lower: ifindex of the link that it is on.
+    """
+    mode = rtnl.attr(IFLA_MACVLAN_MODE, rtnl.U32.pack(MACVLAN_MODE_BRIDGE))
+    info = _string(IFLA_INFO_KIND, "macvlan") + rtnl.attr(IFLA_INFO_DATA | NLA_F_NESTED, mode)
+    body = (
+        rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+        + _string(IFLA_IFNAME, name)
+        + rtnl.attr(IFLA_MTU, rtnl.U32.pack(mtu_bytes))
+        + rtnl.attr(IFLA_ADDRESS, mac)
+        + rtnl.attr(IFLA_LINK, rtnl.U32.pack(lower))
+        + rtnl.attr(IFLA_NET_NS_FD, rtnl.U32.pack(netns_fd))
+        + rtnl.attr(IFLA_LINKINFO | NLA_F_NESTED, info)
+    )
+    return rtnl.Request(rtnl.RTM_NEWLINK, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
+
+
 def encode_no_link_local(index: int) -> rtnl.Request:
     """Keep the kernel from giving a link an IPv6 link-local address."""
     mode = rtnl.attr(IFLA_INET6_ADDR_GEN_MODE, bytes((ADDR_GEN_NONE,)))
@@ -164,6 +193,12 @@ def encode_link_up(index: int) -> rtnl.Request:
     return rtnl.Request(
         rtnl.RTM_SETLINK, 0, rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, IFF_UP, IFF_UP)
     )
+
+
+def encode_link_rename(index: int, name: str) -> rtnl.Request:
+    """Give a link that is down another name."""
+    body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0) + _string(IFLA_IFNAME, name)
+    return rtnl.Request(rtnl.RTM_SETLINK, 0, body)
 
 
 def encode_link_delete(name: str) -> rtnl.Request:

@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from meshnet.backends import Path, Underlay
+from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import NotFoundError
 from meshnet.kernel.ordering import carry_out
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _ALL_IPV6 = "net/ipv6/conf/all/forwarding"
 _LINK_DEFAULTS = {
+    ("ipv4", "arp_ignore"): "0",
     ("ipv4", "forwarding"): "0",
     ("ipv4", "rp_filter"): "0",
     ("ipv6", "accept_dad"): "1",
@@ -77,6 +78,7 @@ class MemoryKernel:
 
     Attributes:
         foreign: what others hold; change it with its sets' own methods.
+        host_links: the host's links that are not ours, by name.
         routed: paths to peers that are not reached on-link by `dev`; None: no way to go.
         on_change: called, if set, after every change `by_hand`, as the kernel would notify.
     """
@@ -95,6 +97,7 @@ class MemoryKernel:
         self.underlay_ips = sorted(underlay_ips, key=lambda ip: ip.version)
         self.underlay_dev = dev
         self.underlay_mtu_bytes = mtu_bytes
+        self.host_links = {dev: HostLink(mtu_bytes, frozenset(underlay_ips))}
         self._nexthop_objects = nexthop_objects
         self._faults: list[_Fault] = []
         self._state = KernelState(
@@ -122,6 +125,7 @@ class MemoryKernel:
             ip=held[0],
             dev=dev,
             mtu_bytes=self.underlay_mtu_bytes,
+            links=dict(self.host_links),
             forwarding_links=(dev,),
             ra_links=(dev,) if listens else (),
             nexthop_objects=self._nexthop_objects,
@@ -232,6 +236,8 @@ class MemoryKernel:
         links = self._state.links
         if link.master and link.master not in links:
             raise _Refused(errno.ENODEV, f"no link {link.master}")
+        if link.parent and link.parent not in self.host_links:
+            raise _Refused(errno.ENODEV, f"no link {link.parent}")
         now = links.get(name)
         if now is None and link.kind is LinkKind.VETH:
             raise _Refused(errno.ENODEV, "the other end is in a namespace")

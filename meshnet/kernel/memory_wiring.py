@@ -30,7 +30,8 @@ class NamespaceLink:
     """One link in a namespace.
 
     Attributes:
-        peer: name of its other end on the host; "": it is no endpoint's.
+        peer: name of its other end on the host, or of the host's link that it is a macvlan on; "":
+            it is no endpoint's.
         routes: gateways by destination.
         gso_max_bytes: the largest super-packet that it takes.
     """
@@ -62,10 +63,13 @@ class MemoryWiring:
     def namespace(self, netns_fd: int) -> dict[str, NamespaceLink]:
         """The links of a namespace by name, for tests to look at and to add to.
 
-        An endpoint's link is there as long as its other end is.
+        An endpoint's link is there as long as what it hangs on is.
         """
-        links = self._namespaces.setdefault(netns_inode(netns_fd), {})
-        on_host = self._kernel.dump().links
+        return self._links(netns_inode(netns_fd))
+
+    def _links(self, inode: int) -> dict[str, NamespaceLink]:
+        links = self._namespaces.setdefault(inode, {})
+        on_host = self._kernel.dump().links.keys() | self._kernel.host_links
         for name in [n for n, link in links.items() if link.peer and link.peer not in on_host]:
             del links[name]
         return links
@@ -77,8 +81,9 @@ class MemoryWiring:
         if failure is not None:
             raise failure
         endpoint = wiring.endpoint
-        if wiring.uplink not in self._kernel.dump().links:
-            raise NotFoundError(f"bridge {wiring.uplink} is not up on this host")
+        uplinks = self._kernel.dump().links if endpoint.parent is None else self._kernel.host_links
+        if wiring.uplink not in uplinks:
+            raise NotFoundError(f"link {wiring.uplink} is not up on this host")
         links = self.namespace(netns_fd)
         if endpoint.ifname in links:
             raise ConflictError(f"process {endpoint.pid} has a link {endpoint.ifname} already")
@@ -87,17 +92,21 @@ class MemoryWiring:
             if address.ip in held:
                 raise ConflictError(f"process {endpoint.pid} holds the address {address.ip}")
         present = {target for link in links.values() for target in link.routes}
-        default = endpoint.default_route and not present & set(_DEFAULT.values())
+        default = endpoint.default_route and bool(endpoint.gateways)
+        default = default and not present & set(_DEFAULT.values())
         routes: dict[IpNetwork, IpAddress] = {}
         for gateway in endpoint.gateways:
             targets = [t for t in wiring.routes if t.version == gateway.version]
             routes |= dict.fromkeys([_DEFAULT[gateway.version]] if default else targets, gateway)
         if present & routes.keys():
             raise ConflictError(f"process {endpoint.pid} has a route that {endpoint.name} needs")
-        name = endpoint_link_name(endpoint.id)
-        self._kernel.add_endpoint_link(
-            name, Link(LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.uplink)
-        )
+        name = wiring.uplink
+        if endpoint.parent is None:
+            name = endpoint_link_name(endpoint.id)
+            host_side = Link(
+                LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.uplink
+            )
+            self._kernel.add_endpoint_link(name, host_side)
         links[endpoint.ifname] = NamespaceLink(
             endpoint.mac,
             endpoint.mtu_bytes,
@@ -110,7 +119,17 @@ class MemoryWiring:
 
     def disconnect(self, endpoint: Endpoint) -> None:
         """See `meshnet.kernel.Wiring`."""
-        self.remove_link(endpoint_link_name(endpoint.id))
+        if endpoint.parent is None:
+            self.remove_link(endpoint_link_name(endpoint.id))
+            return
+        self.writes += 1
+        links = self._links(endpoint.netns_inode)
+        for name in [n for n, link in links.items() if _is_of(link, endpoint)]:
+            del links[name]
+
+    def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        return any(_is_of(link, endpoint) for link in self.namespace(netns_fd).values())
 
     def remove_link(self, name: str) -> None:
         """See `meshnet.kernel.Wiring`."""
@@ -120,3 +139,7 @@ class MemoryWiring:
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
         return [name for name in self._kernel.dump().links if ENDPOINT_LINK.fullmatch(name)]
+
+
+def _is_of(link: NamespaceLink, endpoint: Endpoint) -> bool:
+    return link.peer == endpoint.parent and link.mac == endpoint.mac

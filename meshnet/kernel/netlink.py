@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from meshnet.backends import Path, Underlay
+from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
@@ -50,6 +50,7 @@ _ALL_IPV6 = "net/ipv6/conf/all/forwarding"
 _OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
 """Documentation addresses (RFC 5737, RFC 3849): their route is that of any address outside."""
 _LINK_SYSCTLS = (
+    ("ipv4", "arp_ignore"),
     ("ipv4", "forwarding"),
     ("ipv4", "rp_filter"),
     ("ipv6", "accept_dad"),
@@ -124,7 +125,8 @@ class NetlinkKernel:
     def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
         self._dump_links()
-        ip, link = self._find_underlay(underlay_ip, underlay_dev)
+        held = self._dump_global_addresses()
+        ip, link = _find_underlay(held, underlay_ip, underlay_dev)
         outside = [path.dev for path in self.find_paths(_OUTSIDE).values()]
         self._forwarding_links = tuple(sorted({link.name, *outside} - {"lo"}))
         listens = _read_sysctl(_ALL_IPV6) == "0"
@@ -132,6 +134,14 @@ class NetlinkKernel:
             ip=ip,
             dev=link.name,
             mtu_bytes=link.mtu_bytes,
+            links={
+                other.name: HostLink(
+                    other.mtu_bytes,
+                    frozenset(ip for ip, holder in held if holder.ifindex == other.ifindex),
+                )
+                for other in self._by_index.values()
+                if not _is_ours(other.name)
+            },
             forwarding_links=self._forwarding_links,
             ra_links=tuple(
                 dev
@@ -174,26 +184,14 @@ class NetlinkKernel:
             self._nexthop_objects = refusal != errno.EOPNOTSUPP
         return self._nexthop_objects
 
-    def _find_underlay(
-        self, wanted: IpAddress | None, dev: str | None
-    ) -> tuple[IpAddress, LinkInfo]:
-        held = []
+    def _dump_global_addresses(self) -> list[tuple[IpAddress, LinkInfo]]:
+        """All addresses of global scope and the links that hold them, IPv4 first."""
+        held: list[tuple[IpAddress, LinkInfo]] = []
         for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
             info = links.decode_address(message)
             if info.ifindex in self._by_index and info.scope == links.RT_SCOPE_UNIVERSE:
                 held.append((ip_address(info.address), self._by_index[info.ifindex]))
-        for ip, link in sorted(held, key=lambda item: item[0].version):
-            if ip == wanted or (wanted is None and link.name == dev):
-                return ip, link
-        if wanted is not None:
-            raise NotFoundError(
-                f"underlay address {wanted} is on no link of this host: "
-                "give --underlay-ip an address that `ip addr` shows"
-            )
-        raise NotFoundError(
-            f"link {dev} does not exist or has no global address: "
-            "give --underlay-dev a link that `ip addr` shows with one"
-        )
+        return sorted(held, key=lambda item: item[0].version)
 
     def _has_vxlan(self) -> bool:
         """Whether the kernel can make a VXLAN device: found out by making one, if none is there."""
@@ -227,11 +225,10 @@ class NetlinkKernel:
         everything = self._dump_links()
         names = {link.ifindex: link.name for link in everything}
         for link in everything:
-            ours = NETWORK_LINK.fullmatch(link.name) or ENDPOINT_LINK.fullmatch(link.name)
             if link.kind is LinkKind.TUN:
                 if TUN_LINK.fullmatch(link.name):
                     self._dump_vtep(state, link, names)
-            elif link.kind is not None and ours:
+            elif link.kind is not None and _is_ours(link.name):
                 state.links[link.name] = _to_link(link, names)
         self._actual = dict(state.links)
         self._dump_addresses(state, names)
@@ -441,6 +438,9 @@ class NetlinkKernel:
             raise NotFoundError(f"endpoint link {name} is gone")
         if link.kind is LinkKind.BRIDGE:
             options |= {"kind": "bridge", "br_stp_state": 0, "br_mcast_snooping": 0}
+        elif link.kind is LinkKind.MACVLAN:
+            options |= {"kind": "macvlan", "macvlan_mode": "bridge"}
+            options["link"] = self._indices[link.parent]
         elif link.vxlan is not None:
             local = "vxlan_local" if len(link.vxlan.local) == 4 else "vxlan_local6"
             options |= {
@@ -470,6 +470,27 @@ class NetlinkKernel:
         self._iproute.addr("del" if delete else "add", **options)
 
 
+def _is_ours(name: str) -> bool:
+    return bool(NETWORK_LINK.fullmatch(name) or ENDPOINT_LINK.fullmatch(name))
+
+
+def _find_underlay(
+    held: Sequence[tuple[IpAddress, LinkInfo]], wanted: IpAddress | None, dev: str | None
+) -> tuple[IpAddress, LinkInfo]:
+    for ip, link in held:
+        if ip == wanted or (wanted is None and link.name == dev):
+            return ip, link
+    if wanted is not None:
+        raise NotFoundError(
+            f"underlay address {wanted} is on no link of this host: "
+            "give --underlay-ip an address that `ip addr` shows"
+        )
+    raise NotFoundError(
+        f"link {dev} does not exist or has no global address: "
+        "give --underlay-dev a link that `ip addr` shows with one"
+    )
+
+
 def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:
     kind = info.kind or LinkKind.VETH
     master = names.get(info.master, "") if info.master else ""
@@ -480,7 +501,8 @@ def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:
             for family, key in _LINK_SYSCTLS
             if (value := _read_sysctl(f"net/{family}/conf/{info.name}/{key}"))
         )
-    return Link(kind, info.mtu_bytes, info.mac, info.up, master, info.vxlan, sysctls)
+    parent = names.get(info.lower, "")
+    return Link(kind, info.mtu_bytes, info.mac, info.up, master, info.vxlan, sysctls, parent)
 
 
 def _write_sysctls(name: str, link: Link) -> None:

@@ -1,4 +1,7 @@
-"""Endpoints: a veth pair from a namespace to a bridge of the host, all of it or nothing.
+"""Endpoints: a link in a namespace, all of it or nothing.
+
+It is one end of a veth pair whose other end is a port of a bridge of the host, or a macvlan on a
+link of the host: then nothing of it is in the host's own namespace.
 
 The order inside the namespace matters: router advertisements and duplicate address detection are
 switched off before the link goes up, so that a packet can be sent with the first scheduling of the
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +20,9 @@ from typing import TYPE_CHECKING
 from meshnet.backends.overlay import endpoint_link_name
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
-from meshnet.kernel.netns import inside
-from meshnet.state import ENDPOINT_LINK
+from meshnet.kernel.address_probe import announce
+from meshnet.kernel.netns import inside, open_by_inode
+from meshnet.state import ENDPOINT_LINK, LinkKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,31 +56,20 @@ class NetlinkWiring:
     def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
         """See `meshnet.kernel.Wiring`."""
         endpoint = wiring.endpoint
-        name = endpoint_link_name(endpoint.id)
+        self._must(self._rtnl, [_encode_link(netns_fd, wiring)], endpoint)
         try:
-            bridge = socket.if_nametoindex(wiring.uplink)
-        except OSError as error:
-            raise NotFoundError(
-                f"bridge {wiring.uplink} of network {endpoint.network} is not up on this host: "
-                "see meshnet status"
-            ) from error
-        veth = links.encode_veth(
-            name,
-            master=bridge,
-            mtu_bytes=endpoint.mtu_bytes,
-            peer_name=endpoint.ifname,
-            peer_mac=endpoint.mac,
-            peer_netns_fd=netns_fd,
-            peer_gso_max_bytes=wiring.gso_max_bytes,
-        )
-        self._must(self._rtnl, [veth], endpoint)
-        try:
-            # A courtesy that a kernel without IPv6, or a link with a small MTU, has no use for.
-            self._rtnl.send_batch([links.encode_no_link_local(socket.if_nametoindex(name))])
+            if endpoint.parent is None:
+                # A courtesy that a kernel without IPv6, or a link with a small MTU, has no use for.
+                index = socket.if_nametoindex(endpoint_link_name(endpoint.id))
+                self._rtnl.send_batch([links.encode_no_link_local(index)])
             with inside(netns_fd):
                 return self._configure(wiring)
         except BaseException as error:
-            self._rtnl.send_batch([links.encode_link_delete(name)])
+            if endpoint.parent is None:
+                self._rtnl.send_batch([links.encode_link_delete(endpoint_link_name(endpoint.id))])
+            else:
+                with inside(netns_fd):
+                    self._remove_macvlan(endpoint)
             if isinstance(error, OSError):
                 raise KernelRefusedError(
                     f"endpoint {endpoint.name} in process {endpoint.pid}: {error}"
@@ -84,7 +78,27 @@ class NetlinkWiring:
 
     def disconnect(self, endpoint: Endpoint) -> None:
         """See `meshnet.kernel.Wiring`."""
-        self.remove_link(endpoint_link_name(endpoint.id))
+        if endpoint.parent is None:
+            self.remove_link(endpoint_link_name(endpoint.id))
+            return
+        netns_fd = open_by_inode(endpoint.netns_inode)
+        if netns_fd is None:
+            return
+        try:
+            with inside(netns_fd):
+                self._remove_macvlan(endpoint)
+        except OSError as error:
+            raise KernelRefusedError(f"link of endpoint {endpoint.name}: {error}") from error
+        finally:
+            os.close(netns_fd)
+
+    def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        try:
+            with inside(netns_fd), contextlib.closing(rtnl.RtnlSocket()) as inner:
+                return _find_macvlan(inner, endpoint) is not None
+        except OSError as error:
+            raise KernelRefusedError(f"link of endpoint {endpoint.name}: {error}") from error
 
     def remove_link(self, name: str) -> None:
         """See `meshnet.kernel.Wiring`."""
@@ -99,21 +113,38 @@ class NetlinkWiring:
         names = [links.decode_link(m).name for m in messages]
         return [name for name in names if ENDPOINT_LINK.fullmatch(name)]
 
+    def _remove_macvlan(self, endpoint: Endpoint) -> None:
+        """The calling thread is in the namespace that has it."""
+        with contextlib.closing(rtnl.RtnlSocket()) as inner:
+            name = _find_macvlan(inner, endpoint)
+            if name is None:
+                return
+            self.writes += 1
+            errors = inner.send_batch([links.encode_link_delete(name)])
+            if errors and errors[0].errno != errno.ENODEV:
+                raise KernelRefusedError(f"link {name} of endpoint {endpoint.name}: {errors[0]}")
+
     def _configure(self, wiring: EndpointWiring) -> bool:
         """The half inside the namespace: the calling thread is in it."""
         endpoint = wiring.endpoint
-        index = socket.if_nametoindex(endpoint.ifname)
-        _set_ipv6(endpoint)
         with contextlib.closing(rtnl.RtnlSocket()) as inner:
+            if endpoint.parent is not None:
+                index = socket.if_nametoindex(endpoint_link_name(endpoint.id))
+                self._must(inner, [links.encode_link_rename(index, endpoint.ifname)], endpoint)
+            index = socket.if_nametoindex(endpoint.ifname)
+            _set_ipv6(endpoint)
             _check_addresses(inner, endpoint)
             requests = [links.encode_address(a, index) for a in endpoint.addresses]
             self._must(inner, [*requests, links.encode_link_up(index)], endpoint)
-            default = endpoint.default_route and not _has_default_route(inner)
+            default = endpoint.default_route and bool(endpoint.gateways)
+            default = default and not _has_default_route(inner)
             routes = []
             for gateway in endpoint.gateways:
                 targets = [r for r in wiring.routes if r.version == gateway.version]
                 routes += _encode_routes([None] if default else targets, gateway, index)
             self._must(inner, routes, endpoint)
+        if wiring.announce:
+            announce(endpoint.ifname, [a.ip for a in endpoint.addresses], endpoint.mac)
         return default
 
     def _must(
@@ -125,10 +156,49 @@ class NetlinkWiring:
             raise _translate(requests[min(errors)], errors[min(errors)], endpoint)
 
 
+def _encode_link(netns_fd: int, wiring: EndpointWiring) -> rtnl.Request:
+    endpoint = wiring.endpoint
+    try:
+        uplink = socket.if_nametoindex(wiring.uplink)
+    except OSError as error:
+        raise NotFoundError(
+            f"link {wiring.uplink} of network {endpoint.network} is not up on this host: "
+            "see meshnet status"
+        ) from error
+    if endpoint.parent is not None:
+        # By a name of ours at first: before Linux 6.14 the kernel refuses one that this namespace
+        # has, although the link is for another.
+        return links.encode_macvlan(
+            endpoint_link_name(endpoint.id),
+            lower=uplink,
+            mtu_bytes=endpoint.mtu_bytes,
+            mac=endpoint.mac,
+            netns_fd=netns_fd,
+        )
+    return links.encode_veth(
+        endpoint_link_name(endpoint.id),
+        master=uplink,
+        mtu_bytes=endpoint.mtu_bytes,
+        peer_name=endpoint.ifname,
+        peer_mac=endpoint.mac,
+        peer_netns_fd=netns_fd,
+        peer_gso_max_bytes=wiring.gso_max_bytes,
+    )
+
+
+def _find_macvlan(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> str | None:
+    """Name of an endpoint's macvlan in the namespace of a socket, which may have renamed it."""
+    for message in inner.dump(rtnl.RTM_GETLINK, links.link_dump()):
+        link = links.decode_link(message)
+        if link.kind is LinkKind.MACVLAN and link.mac == endpoint.mac:
+            return link.name
+    return None
+
+
 def _translate(request: rtnl.Request, error: rtnl.KernelError, endpoint: Endpoint) -> MeshnetError:
     """The kernel's errno in the words of whoever asked for the endpoint."""
     exists = error.errno == errno.EEXIST
-    if exists and request.kind == rtnl.RTM_NEWLINK:
+    if exists and request.kind in (rtnl.RTM_NEWLINK, rtnl.RTM_SETLINK):
         return ConflictError(
             f"process {endpoint.pid} has a link {endpoint.ifname} already: "
             "choose another name with --ifname"

@@ -7,6 +7,7 @@ Keys (docs/etcd-layout.md)::
     /meshnet/v1/mesh/alive/ID                 who runs as that host; under the host's lease
     /meshnet/v1/mesh/subnets/NAME/CIDR        whose subnet that is (a reservation)
     /meshnet/v1/endpoints/NAME/ID/ENDPOINT    an endpoint; listed on demand, never watched
+    /meshnet/v1/addresses/NAME/ADDRESS        who has it (`meshnet.store.addresses`); never watched
     /meshnet/v1/mesh-id                       random name of the mesh (`meshnet_agent.identity`)
     /meshnet/v1/serial/networks               written with every change of the set of networks
 
@@ -39,6 +40,7 @@ HOSTS = MESH + "hosts/"
 ALIVE = MESH + "alive/"
 SUBNETS = MESH + "subnets/"
 ENDPOINTS = ROOT + "endpoints/"
+ADDRESSES = ROOT + "addresses/"
 MESH_ID = ROOT + "mesh-id"
 NETWORKS_SERIAL = ROOT + "serial/networks"
 
@@ -119,7 +121,7 @@ class Mirror:
                 hosts=self._hosts,
                 alive=self._alive,
                 reservations=self._reservations,
-                bad_values={_printable(key): reason for key, reason in self._bad.items()},
+                bad_values={printable_key(key): reason for key, reason in self._bad.items()},
                 holes=frozenset(self._holes),
             )
         return self._shown
@@ -273,7 +275,7 @@ def _host_id(text: str) -> HostId:
     return HostId(sys.intern(text))
 
 
-def _printable(key: str) -> str:
+def printable_key(key: str) -> str:
     """A key as text that can be encoded: one that is not UTF-8 has surrogates in it."""
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 

@@ -16,7 +16,9 @@ from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError
 from meshnet.ipam import choose_subnet
 from meshnet.model import Endpoint, Host, HostId, NetworkName, Reservation, Reservations, Vni
 from meshnet.store import Absent, Delete, DeletePrefix, Holds, PrefixEmpty, Put, Unchanged
+from meshnet.store.addresses import addresses_of
 from meshnet.store.mirror import (
+    ADDRESSES,
     ENDPOINTS,
     MESH,
     NETWORKS_SERIAL,
@@ -97,7 +99,7 @@ class Registry:
         return [], [put]
 
     async def remove_host(self, host: HostId) -> None:
-        """Forget a host that is gone for good: its entry, reservations and endpoints.
+        """Forget a host that is gone for good: its entry, reservations, endpoints and addresses.
 
         Raises:
             NotFoundError: nothing is known of the host.
@@ -114,7 +116,7 @@ class Registry:
             raise NotFoundError(f"host {host} does not exist: meshnet hosts lists them")
         networks = snapshot.networks.keys() | snapshot.reservations.keys()
         writes: list[Write] = [DeletePrefix(f"{ENDPOINTS}{n}/{host}/") for n in sorted(networks)]
-        writes += [Delete(key) for key in owned]
+        writes += [Delete(key) for key in (*owned, *await addresses_of(self.store, host))]
         writes.append(Delete(host_key(host)))  # last: what is cut short can be asked for again
         for first in range(0, len(writes), _BATCH):
             when = [Absent(alive_key(host))]
@@ -236,6 +238,7 @@ class Registry:
             [
                 Delete(key),
                 DeletePrefix(f"{SUBNETS}{name}/"),
+                DeletePrefix(f"{ADDRESSES}{name}/"),
                 Put(NETWORKS_SERIAL, name.encode()),
             ],
         )

@@ -40,5 +40,10 @@ def endpoint_mac(address: IpAddress) -> bytes:
     return _mac(_ENDPOINT, int(address))
 
 
+def is_endpoint_mac(mac: bytes) -> bool:
+    """Whether an endpoint, of whatever mesh, has this MAC."""
+    return mac[:2] == bytes((0x02, _ENDPOINT))
+
+
 def _mac(role: int, bits: int) -> bytes:
     return bytes((0x02, role)) + (bits & 0xFFFF_FFFF).to_bytes(4, "big")

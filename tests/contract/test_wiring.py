@@ -80,6 +80,9 @@ class RealWired:
     def disconnect(self, endpoint: Endpoint) -> None:
         self._thread.call(lambda w: w.disconnect(endpoint))
 
+    def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
+        return self._thread.call(lambda w: w.holds(netns_fd, endpoint))
+
     def remove_link(self, name: str) -> None:
         self._thread.call(lambda w: w.remove_link(name))
 

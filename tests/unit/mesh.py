@@ -47,6 +47,17 @@ class InlineWorker(Generic[T]):
 
 
 @dataclass
+class MemoryProber:
+    """The wire as a test wants it: who answers for which address."""
+
+    answers: dict[IpAddress, bytes] = field(default_factory=dict)
+
+    async def probe(self, link: str, address: IpAddress) -> bytes | None:
+        await trio.sleep(0.2)
+        return self.answers.get(address)
+
+
+@dataclass
 class Node:
     """One host; what it has outlives its agent, as it does in reality."""
 
@@ -57,6 +68,7 @@ class Node:
     directory: Path
     instance: str
     agent: Agent | None = None
+    prober: MemoryProber = field(default_factory=MemoryProber)
     stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: trio.Event = field(default_factory=trio.Event)
 
@@ -83,6 +95,7 @@ class Node:
             disk,
             self.ip,
             EventFilter(),
+            self.prober,
             self._listen,
         )
         try:

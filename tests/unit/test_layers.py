@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 MESHNET = Path(meshnet.__path__[0])
 AGENT = Path(meshnet_agent.__path__[0])
 EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep")
-PURE_IN_EDGES = {"store/mirror.py", "store/registry.py", "store/__init__.py", "kernel/ordering.py"}
+PURE_IN_EDGES = {
+    "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
+    "kernel/ordering.py",
+}  # fmt: skip
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",
     "random", "secrets", "select", "shutil", "signal", "socket", "subprocess", "tempfile",

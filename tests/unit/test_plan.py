@@ -150,10 +150,10 @@ def test_networks_this_host_has_no_part_in() -> None:
     plan = plan_for(snapshot, make_underlay(), host=HostId("h2"))
     assert plan.state == KernelState()
     assert "no subnet" in errors_of(plan)
-    other_mode = make_snapshot([make_network(mode=Mode.MACVLAN)], 1)
+    other_mode = make_snapshot([make_network(mode=Mode.UNDERLAY_BRIDGE)], 1)
     plan = plan_for(other_mode, make_underlay())
     assert plan.state == KernelState()
-    assert "macvlan" in errors_of(plan)
+    assert "underlay-bridge" in errors_of(plan)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_fallback_needs_a_port_of_its_own() -> None:
 def test_modes() -> None:
     check_mode(Mode.VXLAN)
     with pytest.raises(UsageError, match="vxlan"):
-        check_mode(Mode.MACVLAN)
+        check_mode(Mode.UNDERLAY_BRIDGE)
 
 
 # --- hosts that are gone, and reservations that are wrong -----------------------------------------
