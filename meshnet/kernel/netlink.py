@@ -126,7 +126,7 @@ class NetlinkKernel:
         """See `meshnet.kernel.Kernel`."""
         self._dump_links()
         held = self._dump_global_addresses()
-        ip, link = _find_underlay(held, underlay_ip, underlay_dev)
+        ip, link = self._find_underlay(held, underlay_ip, underlay_dev)
         outside = [path.dev for path in self.find_paths(_OUTSIDE).values()]
         self._forwarding_links = tuple(sorted({link.name, *outside} - {"lo"}))
         listens = _read_sysctl(_ALL_IPV6) == "0"
@@ -185,13 +185,39 @@ class NetlinkKernel:
         return self._nexthop_objects
 
     def _dump_global_addresses(self) -> list[tuple[IpAddress, LinkInfo]]:
-        """All addresses of global scope and the links that hold them, IPv4 first."""
+        """All addresses of global scope and the links that hold them."""
         held: list[tuple[IpAddress, LinkInfo]] = []
         for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
             info = links.decode_address(message)
             if info.ifindex in self._by_index and info.scope == links.RT_SCOPE_UNIVERSE:
                 held.append((ip_address(info.address), self._by_index[info.ifindex]))
-        return sorted(held, key=lambda item: item[0].version)
+        return held
+
+    def _find_underlay(
+        self,
+        held: list[tuple[IpAddress, LinkInfo]],
+        wanted: IpAddress | None,
+        dev: str | None,
+    ) -> tuple[IpAddress, LinkInfo]:
+        for ip, link in sorted(held, key=lambda item: (item[0] != wanted, item[0].version)):
+            if ip == wanted if dev is None else self._is_or_has_port(link, dev):
+                return ip, link
+        if dev is None:
+            raise NotFoundError(
+                f"underlay address {wanted} is on no link of this host: "
+                "give --underlay-ip an address that `ip addr` shows"
+            )
+        raise NotFoundError(
+            f"link {dev} does not exist or has no global address: "
+            "give --underlay-dev a link that `ip addr` shows with one"
+        )
+
+    def _is_or_has_port(self, link: LinkInfo, dev: str) -> bool:
+        """Whether the link is `dev`, or the bridge that has `dev` for a port, and its addresses."""
+        return link.name == dev or any(
+            port.name == dev and self._by_index.get(port.master) is link
+            for port in self._by_index.values()
+        )
 
     def _has_vxlan(self) -> bool:
         """Whether the kernel can make a VXLAN device: found out by making one, if none is there."""
@@ -472,23 +498,6 @@ class NetlinkKernel:
 
 def _is_ours(name: str) -> bool:
     return bool(NETWORK_LINK.fullmatch(name) or ENDPOINT_LINK.fullmatch(name))
-
-
-def _find_underlay(
-    held: Sequence[tuple[IpAddress, LinkInfo]], wanted: IpAddress | None, dev: str | None
-) -> tuple[IpAddress, LinkInfo]:
-    for ip, link in held:
-        if ip == wanted or (wanted is None and link.name == dev):
-            return ip, link
-    if wanted is not None:
-        raise NotFoundError(
-            f"underlay address {wanted} is on no link of this host: "
-            "give --underlay-ip an address that `ip addr` shows"
-        )
-    raise NotFoundError(
-        f"link {dev} does not exist or has no global address: "
-        "give --underlay-dev a link that `ip addr` shows with one"
-    )
 
 
 def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:
