@@ -122,7 +122,7 @@ class PoolAddresses:
         endpoints: this host's.
         recorded: ids of all that are on disk, readable or not.
         check_store: raises if the store is not this host's mesh (`MeshIdentity.check`).
-        on_change: called when `host_addresses` changed.
+        on_change: called when `host_addresses` changed, or the endpoints that they are for.
 
     Attributes:
         host_addresses: what this host holds for itself, by network.
@@ -201,11 +201,17 @@ class PoolAddresses:
             yield tuple(ip_interface((a, lengths[a.version])) for a in found)
         finally:
             self._taking.discard(identity)
-            self._look.set()
+            self._note_endpoints()
 
     def free(self, addresses: Iterable[IpInterface]) -> None:
         """See `meshnet_agent.addresses.Addresses`: their endpoint is off the disk."""
+        self._note_endpoints()
+
+    def _note_endpoints(self) -> None:
+        """This host has one more or less."""
         self._look.set()
+        if self.host_addresses:
+            self._on_change()  # it reaches each of them by a route
 
     def _pool(self, network: Network) -> _Pool:
         known = self._pools.get(network.name)
