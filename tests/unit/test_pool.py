@@ -158,11 +158,11 @@ class Wire:
 
 
 @pytest.fixture
-def wire(autojump_clock: MockClock) -> Wire:
+def wire() -> Wire:
     return Wire()
 
 
-async def test_the_lowest_that_is_nobodys(wire: Wire) -> None:
+async def test_the_lowest_that_is_nobodys(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network()
     one, two = await wire.members()
     # .2 is the host's own and .3 the gateway's.
@@ -172,7 +172,7 @@ async def test_the_lowest_that_is_nobodys(wire: Wire) -> None:
     assert (await wire.holders())["10.9.8.4"] == AddressHolder(HostId("h2"), f"{2:012x}")
 
 
-async def test_both_ip_versions_in_one_transaction(wire: Wire) -> None:
+async def test_both_ip_versions_in_one_transaction(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network(V4, V6)
     (one,) = await wire.members(1)
     before = wire.store.commits
@@ -182,7 +182,9 @@ async def test_both_ip_versions_in_one_transaction(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("each", [30, 200])
-async def test_two_hosts_at_the_same_instant(wire: Wire, each: int) -> None:
+async def test_two_hosts_at_the_same_instant(
+    autojump_clock: MockClock, wire: Wire, each: int
+) -> None:
     """No duplicate, none lost, and not a transaction for every pair of attaches."""
     await wire.network(count=2 * each + 100)
     members = await wire.members()
@@ -203,7 +205,7 @@ async def test_two_hosts_at_the_same_instant(wire: Wire, each: int) -> None:
     assert wire.store.commits - before < 5 * each
 
 
-async def test_an_address_that_is_asked_for(wire: Wire) -> None:
+async def test_an_address_that_is_asked_for(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network()
     one, two = await wire.members()
     assert await one.attach(1, "10.9.8.50") == ["10.9.8.50/16"]
@@ -215,7 +217,7 @@ async def test_an_address_that_is_asked_for(wire: Wire) -> None:
     assert await wire.holders() == {"10.9.8.50": AddressHolder(HostId("h1"), f"{1:012x}")}
 
 
-async def test_a_full_pool(wire: Wire) -> None:
+async def test_a_full_pool(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network(count=5)
     one, two = await wire.members()
     async with one.running():
@@ -232,7 +234,9 @@ async def test_a_full_pool(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize(("mac", "ttl_s"), [(OUTSIDER, SET_ASIDE_S), (LEAVING, 30)])
-async def test_an_address_that_an_outsider_has(wire: Wire, mac: bytes, ttl_s: int) -> None:
+async def test_an_address_that_an_outsider_has(
+    autojump_clock: MockClock, wire: Wire, mac: bytes, ttl_s: int
+) -> None:
     network = await wire.network(V4, V6)
     one, two = await wire.members()
     taken = ip_address("10.9.8.1")
@@ -251,7 +255,9 @@ async def test_an_address_that_an_outsider_has(wire: Wire, mac: bytes, ttl_s: in
     assert (await two.attach(3, "10.9.8.1"))[0] == "10.9.8.1/16"
 
 
-async def test_an_address_that_is_asked_for_and_answered(wire: Wire) -> None:
+async def test_an_address_that_is_asked_for_and_answered(
+    autojump_clock: MockClock, wire: Wire
+) -> None:
     network = await wire.network()
     (one,) = await wire.members(1)
     wanted = ip_address("10.9.8.77")
@@ -261,7 +267,7 @@ async def test_an_address_that_is_asked_for_and_answered(wire: Wire) -> None:
     assert one.pool.set_aside == [(network.name, wanted, OUTSIDER)]
 
 
-async def test_somebody_who_answers_for_everything(wire: Wire) -> None:
+async def test_somebody_who_answers_for_everything(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network()
     (one,) = await wire.members(1)
     one.prober.answers = {ip_address(f"10.9.8.{n}"): OUTSIDER for n in range(256)}
@@ -270,7 +276,7 @@ async def test_somebody_who_answers_for_everything(wire: Wire) -> None:
     assert len(await wire.holders()) == 10
 
 
-async def test_a_wire_that_cannot_be_asked(wire: Wire) -> None:
+async def test_a_wire_that_cannot_be_asked(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network()
     (one,) = await wire.members(1)
 
@@ -284,7 +290,9 @@ async def test_a_wire_that_cannot_be_asked(wire: Wire) -> None:
 # --- nothing leaks -------------------------------------------------------------------------------
 
 
-async def test_an_agent_that_is_killed_holds_nothing_too_much_after(wire: Wire) -> None:
+async def test_an_agent_that_is_killed_holds_nothing_too_much_after(
+    autojump_clock: MockClock, wire: Wire
+) -> None:
     await wire.network()
     (one,) = await wire.members(1)
     for number in range(5):
@@ -297,7 +305,7 @@ async def test_an_agent_that_is_killed_holds_nothing_too_much_after(wire: Wire) 
     assert {h.endpoint for h in (await wire.holders()).values()} == one.recorded
 
 
-async def test_while_the_store_is_away(wire: Wire) -> None:
+async def test_while_the_store_is_away(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network()
     (one,) = await wire.members(1)
     await one.attach(1)
@@ -312,7 +320,7 @@ async def test_while_the_store_is_away(wire: Wire) -> None:
         await wire.until_held(1)
 
 
-async def test_a_write_whose_answer_was_lost(wire: Wire) -> None:
+async def test_a_write_whose_answer_was_lost(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network()
     (one,) = await wire.members(1)
     await one.pool.load()
@@ -329,7 +337,9 @@ async def test_a_write_whose_answer_was_lost(wire: Wire) -> None:
         await wire.until_held(0)
 
 
-async def test_an_attach_that_fails_later_gives_its_address_back(wire: Wire) -> None:
+async def test_an_attach_that_fails_later_gives_its_address_back(
+    autojump_clock: MockClock, wire: Wire
+) -> None:
     network = await wire.network()
     (one,) = await wire.members(1)
     ready = ReadyNetwork(network=network, subnets=network.subnets, uplink="eth0", mtu_bytes=1500)
@@ -343,7 +353,7 @@ async def test_an_attach_that_fails_later_gives_its_address_back(wire: Wire) -> 
 # --- the store -----------------------------------------------------------------------------------
 
 
-async def test_a_host_that_is_gone_for_good(wire: Wire) -> None:
+async def test_a_host_that_is_gone_for_good(autojump_clock: MockClock, wire: Wire) -> None:
     await wire.network()
     one, two = await wire.members()
     host = Host(id=one.host, underlay_ip=underlay_ip(1))
@@ -359,7 +369,7 @@ async def test_a_host_that_is_gone_for_good(wire: Wire) -> None:
     assert [h.host for h in (await wire.holders()).values()] == ["h2"]
 
 
-async def test_a_network_that_is_removed(wire: Wire) -> None:
+async def test_a_network_that_is_removed(autojump_clock: MockClock, wire: Wire) -> None:
     network = await wire.network()
     one, _ = await wire.members()
     await one.attach(1)
@@ -374,7 +384,7 @@ async def test_a_network_that_is_removed(wire: Wire) -> None:
     assert await wire.holders() == {}
 
 
-async def test_hostile_keys(wire: Wire) -> None:
+async def test_hostile_keys(autojump_clock: MockClock, wire: Wire) -> None:
     network = await wire.network()
     (one,) = await wire.members(1)
     first = address_key(network.name, ip_address("10.9.8.1"))
@@ -391,7 +401,7 @@ async def test_hostile_keys(wire: Wire) -> None:
         await list_pool(wire.store, network)
 
 
-async def test_what_the_store_lost_is_taken_again(wire: Wire) -> None:
+async def test_what_the_store_lost_is_taken_again(autojump_clock: MockClock, wire: Wire) -> None:
     network = await wire.network()
     one, two = await wire.members()
     for number in (1, 2):
@@ -413,7 +423,7 @@ def _endpoint(network: Network, member: Member, number: int, text: str) -> Endpo
     return replace(made, network=network.name, host=member.host, gateways=())
 
 
-async def test_an_address_for_the_host_itself(wire: Wire) -> None:
+async def test_an_address_for_the_host_itself(autojump_clock: MockClock, wire: Wire) -> None:
     network = await wire.network(V4, V6, host_access=True)
     (one,) = await wire.members(1)
     async with one.running():
