@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from meshnet.errors import KernelRefusedError
-from meshnet.kernel.address_probe import WireProber, announce, encode_announcement
+from meshnet.kernel.address_probe import WireProber
 from meshnet.wire import arp, nd
 from tests.contract.hosts import Inside, ip, namespace
 
@@ -85,19 +85,6 @@ def test_somebody_who_asks_for_it_at_the_same_time(wire: Wire, address: IpAddres
     finally:
         done.set()
         asking.join()
-
-
-@pytest.mark.parametrize("address", ADDRESSES, ids=str)
-def test_an_announcement(wire: Wire, address: IpAddress) -> None:
-    mac = bytes.fromhex("026500000007")
-    with wire.here.call(lambda _: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as heard:
-        kind = arp.ETHERTYPE if address.version == 4 else nd.ETHERTYPE
-        wire.here.call(lambda _: heard.bind(("here", kind)))
-        heard.settimeout(5)
-        wire.there.call(lambda _: announce("there", [address], mac))
-        while (frame := heard.recv(2000))[6:12] != mac:
-            continue
-    assert frame == encode_announcement(address, mac)
 
 
 @pytest.mark.parametrize("address", ADDRESSES, ids=str)

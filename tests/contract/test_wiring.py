@@ -6,10 +6,11 @@ import contextlib
 import errno
 import json
 import os
+import socket
 import subprocess
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pytest
 
@@ -33,13 +34,15 @@ from tests.values import IPV4, IPV6, make_endpoint, make_network, make_snapshot,
 from tests.values import underlay_ip as host_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from meshnet.kernel import Kernel, Wiring
     from meshnet.model import Endpoint
     from meshnet.state import KernelState
 
+T = TypeVar("T")
+ETH_P_ALL = 3
 BRIDGE = "mnb4097"
 NETWORK = make_network(subnets=(IPV4, IPV6))
 CIDRS = NETWORK.subnets
@@ -101,6 +104,10 @@ class RealWired:
 
     def close(self) -> None:
         self._thread.close(lambda w: w.close())
+
+    def on_host(self, call: Callable[[], T]) -> T:
+        """Call something in the host's namespace."""
+        return self._thread.call(lambda _: call())
 
     def view(self) -> View:
         links = {
@@ -435,3 +442,27 @@ def test_the_settings_of_a_macvlan(linux: RealWired) -> None:
     (link,) = json.loads(ip("-n", linux.name, "-d", "-j", "link", "show", "dev", "eth0"))
     assert link["linkinfo"]["info_kind"] == "macvlan"
     assert link["linkinfo"]["info_data"]["mode"] == "bridge"
+
+
+def test_what_the_wire_is_told(linux: RealWired) -> None:
+    """Switches learn where the MAC is, neighbours whose the addresses are."""
+    from scapy.layers.inet6 import ICMPv6ND_NA, IPv6, in6_chksum
+    from scapy.layers.l2 import ARP, Ether
+
+    endpoint = on_wire(linux)
+    mac = endpoint.mac.hex(":")
+    with linux.on_host(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as tap:
+        linux.on_host(lambda: tap.bind((UNDERLAY_DEV, ETH_P_ALL)))
+        tap.settimeout(5)
+        linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+        left = {4, 6}
+        while left:
+            frame = Ether(tap.recv(2000))
+            if ARP in frame and frame[ARP].psrc == frame[ARP].pdst == "10.42.0.2":
+                assert (frame.dst, frame.src) == ("ff:ff:ff:ff:ff:ff", mac)
+                assert frame[ARP].hwsrc == mac
+                left.discard(4)
+            elif ICMPv6ND_NA in frame and frame[ICMPv6ND_NA].tgt == "fd00:42::2":
+                assert (frame.src, frame[IPv6].dst, frame[IPv6].hlim) == (mac, "ff02::1", 255)
+                assert in6_chksum(58, frame[IPv6], bytes(frame[IPv6].payload)) == 0  # type: ignore[no-untyped-call]
+                left.discard(6)
