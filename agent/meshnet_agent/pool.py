@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import ConflictError, MeshnetError, NotFoundError, PoolExhaustedError
+from meshnet.errors import (
+    ConflictError,
+    KernelRefusedError,
+    MeshnetError,
+    NotFoundError,
+    PoolExhaustedError,
+)
 from meshnet.ipam import check_pool_address, choose_address
 from meshnet.model import AddressHolder
 from meshnet.store.addresses import (
@@ -249,7 +255,11 @@ class PoolAddresses:
                     races += 1
                     await self._list(pool, pool.begun)
                     continue
-            answers = await self._ask(link, chosen)
+            try:
+                answers = await self._ask(link, chosen)
+            except MeshnetError:
+                await self._free(pool, dict.fromkeys(chosen, holder))
+                raise
             if not answers:
                 return chosen
             await self._set_aside(pool, dict.fromkeys(chosen, holder), answers)
@@ -407,9 +417,12 @@ class PoolAddresses:
             if holder.host == self._host and holder.endpoint not in needed
         }
         if unneeded:
-            await free_addresses(self._store, pool.network.name, unneeded)
-            for address in unneeded:
-                pool.note(address, None)
+            await self._free(pool, unneeded)
+
+    async def _free(self, pool: _Pool, held: dict[IpAddress, AddressHolder]) -> None:
+        await free_addresses(self._store, pool.network.name, held)
+        for address in held:
+            pool.note(address, None)
 
     async def _restore(self, pool: _Pool) -> list[str]:
         """Take again what endpoints have and the store lost; what others have by now."""
@@ -440,7 +453,7 @@ class PoolAddresses:
         try:
             for version in {s.version for s in network.subnets} - have:
                 await self._find(pool, link, AddressHolder(self._host), [version])
-        except (ConflictError, PoolExhaustedError) as error:
+        except (ConflictError, PoolExhaustedError, KernelRefusedError) as error:
             return [f"no address for the host itself: {error}"]
         return []
 

@@ -192,8 +192,8 @@ def _encode_link(netns_fd: int, wiring: EndpointWiring) -> rtnl.Request:
             "see meshnet status"
         ) from error
     if endpoint.parent is not None:
-        # By a name of ours at first: before Linux 6.14 the kernel refuses one that this namespace
-        # has, although the link is for another.
+        # By a name of ours at first: older kernels refuse one that this namespace has, although the
+        # link is for another.
         return links.encode_macvlan(
             endpoint_link_name(endpoint.id),
             lower=uplink,
