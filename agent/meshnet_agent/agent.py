@@ -32,6 +32,7 @@ from meshnet_agent.identity import MeshIdentity
 from meshnet_agent.membership import Membership
 from meshnet_agent.monitor import listen
 from meshnet_agent.passes import HostView, PartInput, PassInput
+from meshnet_agent.ports import PublishedPorts
 from meshnet_agent.probes import Probes, Target
 from meshnet_agent.publish import Publisher
 from meshnet_agent.reconcile import Reconciler
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from meshnet.store.mirror import Changes
     from meshnet_agent.disk import StateDir
     from meshnet_agent.paths import Pair
+    from meshnet_agent.ports import HostPorts
     from meshnet_agent.worker import Worker
 
     Listen = Callable[..., Awaitable[None]]
@@ -61,6 +63,7 @@ class Agent:
     Args:
         datapath: what forwards this host's packets on ``vxlan`` networks.
         vteps: its userspace VTEPs, to ask what they counted.
+        host_ports: the ports of this host, to keep its processes off published ones.
         listen: waits for the kernel's notifications (`meshnet_agent.monitor.listen`).
     """
 
@@ -73,6 +76,7 @@ class Agent:
         disk: StateDir,
         underlay_ip: IpAddress,
         event_filter: EventFilter,
+        host_ports: HostPorts,
         listen: Listen = listen,
         *,
         datapath: Datapath = Datapath.KERNEL,
@@ -108,7 +112,9 @@ class Agent:
             check_store=self.identity.check,
             on_change=self.reconciler.mark_dirty,
         )
-        self.endpoints = Endpoints(wiring, disk, self.host.id)
+        self.endpoints = Endpoints(
+            wiring, disk, self.host.id, PublishedPorts(host_ports), self.reconciler.settle
+        )
         event_filter.expects_endpoint = self.endpoints.expects_link
         self.publisher = Publisher(
             self.registry,

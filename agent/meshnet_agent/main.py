@@ -37,6 +37,7 @@ from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.monitor import listen
 from meshnet_agent.notify import notify
+from meshnet_agent.ports import KernelPorts
 from meshnet_agent.service import Service
 from meshnet_agent.worker import open_worker
 
@@ -165,6 +166,7 @@ async def _run(config: AgentConfig) -> None:
                 disk,
                 underlay.ip,
                 EventFilter(await kernel.run(lambda k: k.deleted)),
+                KernelPorts(),
                 functools.partial(listen, own_ports=ports),
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,

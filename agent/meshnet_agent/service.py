@@ -30,9 +30,9 @@ from meshnet_agent.documents import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
-    from meshnet.model import Host, MeshSnapshot
+    from meshnet.model import Host, MeshSnapshot, PublishedPort
     from meshnet_agent.agent import Agent
     from meshnet_agent.endpoints import AttachRequest, ReadyNetwork
     from meshnet_agent.paths import Fall
@@ -133,6 +133,17 @@ class Service:
         )
         return endpoint_document(endpoint) | {"agent_ms": round(elapsed_ms, 3)}
 
+    async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Document:
+        """Publish ports of a live endpoint (`Endpoints.publish`)."""
+        network = self._agent.endpoints.find(name).network
+        ready = await self.wait_for_network(network)
+        endpoint = await self._agent.endpoints.publish(name, ports, ready.network)
+        return endpoint_document(endpoint)
+
+    async def unpublish(self, name: str, ports: Sequence[str]) -> Document:
+        """Take published ports of a live endpoint away (`Endpoints.unpublish`)."""
+        return endpoint_document(await self._agent.endpoints.unpublish(name, ports))
+
     def network_documents(self) -> list[Document]:
         """All networks."""
         return [self._network_document(n) for n in self._agent.follower.snapshot.networks.values()]
@@ -229,10 +240,11 @@ class Service:
 
     def _notes(self) -> list[str]:
         """What an operator should know, and is no error."""
+        notes = self._agent.endpoints.ports.notes()
         underlay = self._agent.reconciler.result.underlay
         if underlay is not None and not underlay.nexthop_objects:
-            return [_NO_NEXTHOP_OBJECTS]
-        return []
+            notes.append(_NO_NEXTHOP_OBJECTS)
+        return notes
 
     def _probe_fields(self, network: Network) -> Document:
         """What a network's status says of its fallback."""

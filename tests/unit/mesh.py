@@ -21,6 +21,7 @@ from meshnet.store.memory import MemoryStore
 from meshnet.store.registry import Registry
 from meshnet_agent.agent import Agent
 from meshnet_agent.disk import StateDir
+from tests.unit.host_ports import FakePorts
 from tests.values import make_network, underlay_ip
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Node:
     kernel: MemoryKernel
     directory: Path
     instance: str
+    ports: FakePorts = field(default_factory=FakePorts)
     agent: Agent | None = None
     stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: trio.Event = field(default_factory=trio.Event)
@@ -83,6 +85,7 @@ class Node:
             disk,
             self.ip,
             EventFilter(),
+            self.ports,
             self._listen,
         )
         try:
