@@ -27,7 +27,7 @@ from meshnet.model import Protocol as Transport
 from meshnet.ports import ANY_PORT, Binding, bindings_of, check_count
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from meshnet.model import Endpoint, IpAddress, PublishedPort
 
@@ -116,11 +116,9 @@ class KernelPorts:
         own = str(os.getpid())
         for pid in (e for e in os.listdir("/proc") if e.isdigit() and e != own):
             with contextlib.suppress(OSError):
-                for entry in os.scandir(f"/proc/{pid}/fd"):
-                    with contextlib.suppress(OSError):
-                        if os.readlink(entry.path) in inodes:
-                            name = Path(f"/proc/{pid}/comm").read_text().strip()
-                            return f"process {name} (pid {pid})"
+                if not inodes.isdisjoint(_descriptors(pid)):
+                    name = Path(f"/proc/{pid}/comm").read_text().strip()
+                    return f"process {name} (pid {pid})"
         return None
 
 
@@ -262,6 +260,13 @@ def _describe(binding: Binding) -> str:
 
 def _name(endpoint: Endpoint) -> str:
     return f"endpoint {endpoint.name} of network {endpoint.network}"
+
+
+def _descriptors(pid: str) -> Iterator[str]:
+    """What the open files of a process link to."""
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            yield os.readlink(f"/proc/{pid}/fd/{fd}")
 
 
 def _socket_inodes(binding: Binding) -> list[str]:
