@@ -175,7 +175,11 @@ class Endpoints:
                 self._endpoints[endpoint.id] = endpoint
                 self._watch(endpoint, os.dup(pid_fd))
                 if published:
-                    await self._settle_or(lambda: self._remove(endpoint))
+                    try:
+                        await self._settle()
+                    except MeshnetError:
+                        await self._remove(endpoint)
+                        raise
         self.changed.set()
         return endpoint
 
@@ -209,9 +213,10 @@ class Endpoints:
             try:
                 after = replace(before, published=(*before.published, *taken))
                 self._record(after)
-                await self._settle_or(lambda: self._record_again(before))
-            except BaseException:
+                await self._settle()
+            except MeshnetError:
                 self.ports.free(before, taken)
+                self._record(before)
                 raise
         self.changed.set()
         return after
@@ -236,7 +241,11 @@ class Endpoints:
                 gone.update(found)
             after = replace(before, published=tuple(p for p in before.published if p not in gone))
             self._record(after)
-            await self._settle_or(lambda: self._record_again(before))
+            try:
+                await self._settle()
+            except MeshnetError:
+                self._record(before)
+                raise
             self.ports.free(before, gone)
         self.changed.set()
         return after
@@ -255,21 +264,9 @@ class Endpoints:
         )
 
     def _record(self, endpoint: Endpoint) -> None:
-        """Disk first: what the kernel has more or less after a crash, the next pass mends."""
+        """Disk first: after a crash the next agent's first pass makes of it what is recorded."""
         self._disk.save_endpoint(endpoint)
         self._endpoints[endpoint.id] = endpoint
-
-    async def _record_again(self, endpoint: Endpoint) -> None:
-        self._record(endpoint)
-
-    async def _settle_or(self, undo: Callable[[], Awaitable[None]]) -> None:
-        """Have the kernel follow, or undo what it should have followed."""
-        try:
-            await self._settle()
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await undo()
-            raise
 
     async def remove_network(self, network: NetworkName) -> None:
         """Free what is left on a network that is gone from the store."""
