@@ -176,7 +176,7 @@ class Endpoints:
                 self._watch(endpoint, os.dup(pid_fd))
                 if published:
                     try:
-                        await self._settle()
+                        await self._bring_to_kernel(endpoint, published)
                     except MeshnetError:
                         await self._remove(endpoint)
                         raise
@@ -213,7 +213,7 @@ class Endpoints:
             try:
                 after = replace(before, published=(*before.published, *taken))
                 self._record(after)
-                await self._settle()
+                await self._bring_to_kernel(after, taken)
             except MeshnetError:
                 self.ports.free(before, taken)
                 self._record(before)
@@ -242,7 +242,7 @@ class Endpoints:
             after = replace(before, published=tuple(p for p in before.published if p not in gone))
             self._record(after)
             try:
-                await self._settle()
+                await self._bring_to_kernel(before, gone)
             except MeshnetError:
                 self._record(before)
                 raise
@@ -267,6 +267,13 @@ class Endpoints:
         """Disk first: after a crash the next agent's first pass makes of it what is recorded."""
         self._disk.save_endpoint(endpoint)
         self._endpoints[endpoint.id] = endpoint
+
+    async def _bring_to_kernel(
+        self, endpoint: Endpoint, changed: Collection[PublishedPort]
+    ) -> None:
+        """On return packets to ports that came or went go where they should now."""
+        await self._settle()
+        await self.ports.redirect(endpoint, changed)
 
     async def remove_network(self, network: NetworkName) -> None:
         """Free what is left on a network that is gone from the store."""
@@ -380,7 +387,7 @@ class Endpoints:
         if endpoint.published:
             # Its ports must lead nowhere before somebody else has its address.
             try:
-                await self._settle()
+                await self._bring_to_kernel(endpoint, endpoint.published)
             except MeshnetError as error:
                 _log.error("ports stay published", endpoint=endpoint.name, reason=str(error))
             self.ports.free(endpoint, endpoint.published)

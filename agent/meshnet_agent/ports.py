@@ -23,11 +23,12 @@ import structlog
 import trio
 
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
+from meshnet.kernel.conntrack import forget_udp_flows
 from meshnet.model import Protocol as Transport
 from meshnet.ports import ANY_PORT, Binding, bindings_of, check_count
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from meshnet.model import Endpoint, IpAddress, PublishedPort
 
@@ -64,6 +65,14 @@ class HostPorts(Protocol):
 
     def find_user(self, binding: Binding) -> str | None:
         """Who has a port, in words; None: no process that can be looked at."""
+        ...
+
+    def forget_flows(self, bindings: Collection[Binding]) -> None:
+        """Have UDP flows to ports look for their way anew.
+
+        Raises:
+            OSError: the kernel refused.
+        """
         ...
 
 
@@ -121,6 +130,10 @@ class KernelPorts:
                     return f"process {name} (pid {pid})"
         return None
 
+    def forget_flows(self, bindings: Collection[Binding]) -> None:
+        """See `HostPorts`."""
+        forget_udp_flows(bindings)
+
 
 class PublishedPorts:
     """All published ports of this host's endpoints.
@@ -176,6 +189,18 @@ class PublishedPorts:
                     held = self._held.pop(binding, None)
                     if held is not None:
                         held.close()
+
+    async def redirect(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
+        """Have UDP flows follow rules that have just changed; those of TCP go on as they are."""
+        bindings = [
+            b for p in ports if p.protocol is Transport.UDP for b in bindings_of(endpoint, p)
+        ]
+        if not bindings:
+            return
+        try:
+            await trio.to_thread.run_sync(self._host.forget_flows, bindings)
+        except OSError as error:
+            _log.warning("old UDP flows go on", endpoint=endpoint.name, reason=str(error))
 
     def notes(self) -> list[str]:
         """What an operator should know: ports that a process took while the agent was away.
