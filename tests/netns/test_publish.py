@@ -130,6 +130,8 @@ def test_hot_changes_and_taken_ports(make_lab: MakeLab) -> None:
         # The connection goes on without its publication, and no new one comes about.
         assert endpoint("unpublish", document["id"], "8080:80")["published"] == ["8081:80/udp"]
         assert is_closed(outside, address, 8080)
+        assert _complete(host, "meshnet endpoint publish ") == ["web"]
+        assert _complete(host, "meshnet endpoint unpublish web ") == ["8081:80/udp"]
         chosen = endpoint("publish", "web", "80")["published"][-1]
         assert ask(outside, address, int(chosen.partition(":")[0])).name == "web"
 
@@ -155,6 +157,14 @@ def test_hot_changes_and_taken_ports(make_lab: MakeLab) -> None:
         listener.wait(timeout=10)
         # A process that comes later is told that the port is taken.
         attach(other, host, "local", "--name", "other", "--publish", "7000:80")
+        # A UDP client that never pauses follows the port to its next owner.
+        with connected(outside, address, 8081, "udp") as client:
+            assert client.ask().name == "web"
+            endpoint("unpublish", "web", "8081/udp")
+            with pytest.raises(OSError, match=r"refused|timed out"):
+                client.ask(0.3)
+            endpoint("publish", "other", "8081:80/udp")
+            assert client.ask().name == "other"
         late = host.run(["python3", "-m", "http.server", "7000"], check=False)
         assert "Address already in use" in late.stderr
         assert ask(outside, address, 7000).name == "other"
@@ -165,6 +175,16 @@ def test_hot_changes_and_taken_ports(make_lab: MakeLab) -> None:
     other.end()
     wait_until(lambda: len(endpoint("ls")) == 1, 5, "its endpoint is gone")
     wait_until(lambda: _is_free(host, 7000), 5, "the port is free")
+
+
+def _complete(host: LabHost, line: str) -> list[str]:
+    """What bash offers at the end of a line."""
+    script = (
+        f'source /dev/stdin; COMP_LINE="{line}"; COMP_POINT=${{#COMP_LINE}}; '
+        "_python_argcomplete meshnet; echo ${COMPREPLY[@]}"
+    )
+    code = host.run(["meshnet", "completion", "bash"]).stdout
+    return host.run(["bash", "-c", script], input_text=code).stdout.split()
 
 
 def _is_free(host: LabHost, port: int) -> bool:
