@@ -130,8 +130,8 @@ def test_hot_changes_and_taken_ports(make_lab: MakeLab) -> None:
         # The connection goes on without its publication, and no new one comes about.
         assert endpoint("unpublish", document["id"], "8080:80")["published"] == ["8081:80/udp"]
         assert is_closed(outside, address, 8080)
-        assert _complete(host, "meshnet endpoint publish ") == ["web"]
-        assert _complete(host, "meshnet endpoint unpublish web ") == ["8081:80/udp"]
+        assert "web" in _complete(host, "meshnet endpoint publish ")
+        assert "8081:80/udp" in _complete(host, "meshnet endpoint unpublish web ")
         chosen = endpoint("publish", "web", "80")["published"][-1]
         assert ask(outside, address, int(chosen.partition(":")[0])).name == "web"
 
