@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from meshnet.diff import Table
+from meshnet.errors import KernelRefusedError
 from meshnet.model import HostId, NetworkName
 from meshnet.state import FdbKey
 from meshnet.store import CompactedError, Delete, Put
@@ -230,6 +231,34 @@ async def test_the_underlay_address_goes_and_comes_back(
         node.kernel.underlay_ips.append(address)
         await until(lambda: node.essence() == before, "it goes on", RESYNC_S)
         await until(lambda: node.running.reconciler.in_sync, "and says so", 5)
+
+
+async def test_settling_waits_for_a_pass_that_began_later(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 2)
+        node = mesh.nodes[0]
+        reconciler = node.running.reconciler
+        key, route = next(iter(node.state().routes.items()))
+
+        def somebody_breaks_it() -> None:
+            del node.kernel._state.routes[key]  # without a word: `by_hand` would set off a pass
+
+        passes = reconciler.full_passes
+        async with trio.open_nursery() as nursery:
+            reconciler.mark_dirty()
+            await trio.lowlevel.checkpoint()  # a pass is under way
+            somebody_breaks_it()
+            for _ in range(3):
+                nursery.start_soon(reconciler.settle)
+        assert node.state().routes[key] == route
+        assert reconciler.full_passes <= passes + 3  # one serves all who wait
+        address = node.kernel.underlay_ips.pop()
+        with pytest.raises(KernelRefusedError, match="no pass can run on this host"):
+            await reconciler.settle()
+        node.kernel.underlay_ips.append(address)
+        await reconciler.settle()
 
 
 async def test_a_link_that_is_refused_for_ever_is_tried_ever_more_rarely(
