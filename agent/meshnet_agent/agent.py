@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from meshnet.backends.overlay import bridge_name, endpoint_link_name
+from meshnet.backends.overlay import bridge_name
 from meshnet.backends.udp import tun_name
 from meshnet.backends.vxlan import vxlan_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
 from meshnet.model import Claim, Datapath, Host, HostId, NetworkName
 from meshnet.plan import LocalView, fallen_peers, probed_peers
+from meshnet.state import endpoint_link_name
 from meshnet.store.registry import Registry
 from meshnet_agent.endpoints import Endpoints, ReadyNetwork
 from meshnet_agent.follow import Follower

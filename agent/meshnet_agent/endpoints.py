@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.backends.overlay import endpoint_link_name
 from meshnet.codec import IFNAME_PATTERN, check_name
 from meshnet.errors import (
     ConflictError,
@@ -38,6 +37,7 @@ from meshnet.kernel.netns import (
 )
 from meshnet.model import Endpoint, EndpointId
 from meshnet.ports import select_published
+from meshnet.state import endpoint_link_name
 from meshnet.wire.mac import endpoint_mac
 from meshnet_agent.addresses import SubnetAddresses
 from meshnet_agent.flag import Flag
@@ -347,7 +347,7 @@ class Endpoints:
             gateways=tuple(gateway_of(a.network) for a in addresses),
             mac=endpoint_mac(addresses[0].ip),
             mtu_bytes=ready.mtu_bytes,
-            default_route=request.default_route,
+            default_route=request.default_route and not ready.network.internal,
             netns_inode=inode,
             pid_start_ticks=start_ticks(request.pid),
         )
@@ -474,6 +474,7 @@ class Endpoints:
                 found = await self._find_heir(endpoint)
             try:
                 if found is not None:
+                    await self._worker.run(lambda wiring, e=endpoint: wiring.adopt(e))  # type: ignore[misc]
                     self._adopt(*found)
                     await self.ports.take_again(endpoint)
                     continue

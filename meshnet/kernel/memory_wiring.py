@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from meshnet.backends.overlay import endpoint_link_name
+from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.firewall.elements import source_elements
+from meshnet.firewall.rules import COUNTERS
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.netns import netns_inode
-from meshnet.state import ENDPOINT_LINK, Link, LinkKind
+from meshnet.state import ENDPOINT_LINK, Link, LinkKind, endpoint_link_name
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class MemoryWiring:
     def __init__(self, kernel: MemoryKernel) -> None:
         self.writes = 0
         self._kernel = kernel
+        kernel.wired = WiredElements()  # a new process knows of none
         self._namespaces: dict[int, dict[str, NamespaceLink]] = {}
         self._failure: MeshnetError | None = None
 
@@ -98,6 +102,9 @@ class MemoryWiring:
         self._kernel.add_endpoint_link(
             name, Link(LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.uplink)
         )
+        elements = source_elements(endpoint)
+        self._kernel.wired.add(elements)
+        self._kernel.write_elements([Op(Table.ELEMENT, k, v, False) for k, v in elements.items()])
         links[endpoint.ifname] = NamespaceLink(
             endpoint.mac,
             endpoint.mtu_bytes,
@@ -111,6 +118,17 @@ class MemoryWiring:
     def disconnect(self, endpoint: Endpoint) -> None:
         """See `meshnet.kernel.Wiring`."""
         self.remove_link(endpoint_link_name(endpoint.id))
+        elements = source_elements(endpoint)
+        self._kernel.wired.remove(elements)
+        self._kernel.write_elements([Op(Table.ELEMENT, key, None, True) for key in elements])
+
+    def adopt(self, endpoint: Endpoint) -> None:
+        """See `meshnet.kernel.Wiring`."""
+        self._kernel.wired.add(source_elements(endpoint))
+
+    def drops(self) -> dict[str, int]:
+        """See `meshnet.kernel.Wiring`."""
+        return dict.fromkeys(COUNTERS, 0) if self._kernel.dump().firewall else {}
 
     def remove_link(self, name: str) -> None:
         """See `meshnet.kernel.Wiring`."""
