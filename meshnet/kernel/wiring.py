@@ -89,8 +89,10 @@ class NetlinkWiring:
         self._must(self._rtnl, [veth], endpoint)
         is_new = False
         try:
+            index = socket.if_nametoindex(name)
             # A courtesy that a kernel without IPv6, or a link with a small MTU, has no use for.
-            self._rtnl.send_batch([links.encode_no_link_local(socket.if_nametoindex(name))])
+            self._rtnl.send_batch([links.encode_no_link_local(index)])
+            self._must(self._rtnl, [links.encode_hairpin(index)], endpoint)
             is_new = self._allow(endpoint)
             with inside(netns_fd):
                 return self._configure(wiring)
