@@ -76,7 +76,7 @@ def bindings_of(endpoint: Endpoint, port: PublishedPort) -> list[Binding]:
 
 
 def parse_published(text: str) -> tuple[PublishedPort, ...]:
-    """The ports that a text such as ``8080:80``, ``[::1]:5353:53/udp`` or ``80-89`` stands for.
+    """The ports that a text such as ``8080:80``, ``[fd00::7]:5353:53/udp`` or ``80-89`` stands for.
 
     Raises:
         UsageError: it stands for none.
@@ -163,6 +163,8 @@ def _host_address(text: str, words: str) -> IpAddress:
         raise _bad(text, "brackets are for IPv6 addresses")
     if address.is_unspecified:
         raise _bad(text, f"{address} would be all addresses: leave it out")
+    if address.version == 6 and address.is_loopback:
+        raise _bad(text, "Linux does not translate what is for ::1: publish at 127.0.0.1")
     mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
     if address.is_multicast or mapped or (address.version == 6 and address.is_link_local):
         raise _bad(text, f"{address} cannot be published at")
@@ -172,5 +174,5 @@ def _host_address(text: str, words: str) -> IpAddress:
 def _bad(text: str, reason: str) -> UsageError:
     return UsageError(
         f"published port {text!r} is not usable ({reason}): give [[IP:]HOST:]CONTAINER[/tcp|udp], "
-        "such as 8080:80, 127.0.0.1:8080:80 or [::1]:5353:53/udp"
+        "such as 8080:80, 127.0.0.1:8080:80 or [fd00::7]:5353:53/udp"
     )

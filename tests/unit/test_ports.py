@@ -45,7 +45,7 @@ OTHER = make_endpoint(["10.42.0.3/24"], identity="ba9876543210")
         ("8080:80/tcp", [PublishedPort(TCP, 8080, 80)]),
         ("5353:53/UDP", [PublishedPort(UDP, 5353, 53)]),
         ("127.0.0.1:8080:80", [PublishedPort(TCP, 8080, 80, ip_address("127.0.0.1"))]),
-        ("[::1]:8080:80", [PublishedPort(TCP, 8080, 80, ip_address("::1"))]),
+        ("[fd00::7]:8080:80", [PublishedPort(TCP, 8080, 80, ip_address("fd00::7"))]),
         ("80", [PublishedPort(TCP, 0, 80)]),
         (":80", [PublishedPort(TCP, 0, 80)]),
         ("0:80", [PublishedPort(TCP, 0, 80)]),
@@ -82,6 +82,7 @@ def test_what_people_write(text: str, ports: list[PublishedPort]) -> None:
         ("224.0.0.1:8080:80", "cannot be published at"),
         ("0.0.0.0:8080:80", "leave it out"),
         ("[::]:8080:80", "leave it out"),
+        ("[::1]:8080:80", "does not translate what is for ::1: publish at 127.0.0.1"),
         ("localhost:8080:80", "does not appear to be"),
         ("8080:80\n", "not of that form"),
         ("٨٠:80", "not of that form"),
@@ -163,7 +164,7 @@ def test_bindings() -> None:
     ]
     assert len(bindings_of(OTHER, PublishedPort(TCP, 80, 80))) == 1
     with pytest.raises(UsageError, match="network prod has none of that version"):
-        bindings_of(OTHER, PublishedPort(TCP, 80, 80, ip_address("::1")))
+        bindings_of(OTHER, PublishedPort(TCP, 80, 80, ip_address("fd00::7")))
 
 
 # --- who has which -------------------------------------------------------------------------------
