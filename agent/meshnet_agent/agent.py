@@ -87,6 +87,7 @@ class Agent:
         self.ready = False
         self.vteps = vteps
         self._kernel = kernel
+        self._wiring = wiring
         self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip, datapath=datapath)
         self.registry = Registry(store)
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
@@ -277,6 +278,10 @@ class Agent:
         known = {endpoint_link_name(e.id) for e in self.endpoints.all}
         if self._nursery is not None and known & set(names):
             self._nursery.start_soon(self.endpoints.heal, names, self.ready_network)
+
+    async def drops(self) -> dict[str, int]:
+        """Packets that this host's firewall dropped, by reason."""
+        return await self._wiring.run(lambda wiring: wiring.drops())
 
     def ready_network(self, name: str) -> ReadyNetwork:
         """A network that is up on this host now.

@@ -223,7 +223,7 @@ class _Handlers:
         return {"id": request.path_params["id"]}
 
     async def status(self, _request: Request) -> object:
-        return self._service.status_document()
+        return await self._service.status_document()
 
 
 def _guard(

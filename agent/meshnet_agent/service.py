@@ -265,7 +265,7 @@ class Service:
             },
         }
 
-    def status_document(self) -> Document:
+    async def status_document(self) -> Document:
         """How this host is doing."""
         snapshot = self._agent.follower.snapshot
         result = self._agent.reconciler.result
@@ -313,6 +313,7 @@ class Service:
                 *_some([str(f) for f in other]),
             ],
             "notes": self._notes(),
+            "drops": await self._agent.drops(),
             "kernel": {
                 "passes": self._agent.reconciler.passes,
                 "full_passes": self._agent.reconciler.full_passes,

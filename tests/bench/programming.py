@@ -2,7 +2,8 @@
 
 Each time in a fresh namespace that already has the devices.  Ours is a whole pass of the agent:
 look at the underlay, dump, plan, diff, and write a nexthop object, a route, a neighbour, an FDB
-entry and an element of the firewall a host.  The peer: `tests.bench.classic`.  A whole agent, with etcd: `tests.bench.scale`.
+entry and an element of the firewall a host.  The peer: `tests.bench.classic`.  A whole agent, with
+etcd: `tests.bench.scale`.
 """
 
 from __future__ import annotations

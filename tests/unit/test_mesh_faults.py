@@ -10,7 +10,7 @@ import trio
 from meshnet.diff import Table
 from meshnet.errors import KernelRefusedError
 from meshnet.model import HostId, NetworkName
-from meshnet.state import FdbKey
+from meshnet.state import ElementKey, FdbKey, Ruleset
 from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
@@ -148,7 +148,7 @@ async def test_each_kernel_operation_fails_once(tmp_path: Path, autojump_clock: 
             await mesh.registry.remove_host(HostId(node.id))
 
 
-@pytest.mark.parametrize("table", [t for t in Table if t is not Table.MEMBER])
+@pytest.mark.parametrize("table", [t for t in Table if t not in (Table.ELEMENT, Table.MEMBER)])
 async def test_a_failure_that_lasts_holds_nothing_else_up(
     tmp_path: Path, autojump_clock: MockClock, table: Table
 ) -> None:
@@ -178,6 +178,8 @@ async def test_what_is_broken_by_hand_is_mended(
         node = mesh.nodes[0]
         before = node.essence()
         (entry, *_), (neighbour, *_) = before.fdb, before.neighbours
+        element = ElementKey("members4", mesh.nodes[1].ip.packed)
+        assert element in before.elements
         breakages = [
             (Table.LINK, "mnv4097", None),
             (Table.LINK, "mnb4097", None),
@@ -187,7 +189,10 @@ async def test_what_is_broken_by_hand_is_mended(
             (Table.FDB, FdbKey("mnv4097", bytes(6)), bytes((10, 9, 0, 99))),
             (Table.NEIGHBOUR, neighbour, None),
             (Table.NEXTHOP, min(node.state().nexthops), None),
-            (Table.FIREWALL, "", ""),
+            (Table.FIREWALL, "", Ruleset("", {})),
+            (Table.FIREWALL, "", None),
+            (Table.ELEMENT, element, None),
+            (Table.ELEMENT, ElementKey("members4", bytes((10, 9, 0, 99))), b""),
             (Table.SYSCTL, "net/ipv4/conf/eth0/forwarding", "0"),
         ]
         if not notified:
@@ -224,7 +229,7 @@ async def test_the_underlay_address_goes_and_comes_back(
         node = mesh.nodes[0]
         before = node.essence()
         address = node.kernel.underlay_ips.pop()
-        node.kernel.by_hand(Table.FIREWALL, "", "")
+        node.kernel.by_hand(Table.FIREWALL, "", Ruleset("", {}))
         await trio.sleep(2 * RESYNC_S)
         assert not node.running.reconciler.in_sync
         assert node.essence().routes == before.routes
