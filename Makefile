@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 PACKAGES := etcd-server etcd-client ethtool iperf3 iproute2 iputils-ping nftables openssl procps \
 	python3-venv tcpdump util-linux
 BENCH_PACKAGES := fastd gcc libc6-dev wireguard-go wireguard-tools
+PUBLISHED_PACKAGES := docker.io gcc libc6-dev
 SETUP := $(VENV)/.ready
 SCALE := build/scale.json
 DATAPATH := build/datapath.json
+PUBLISHED := build/published.json
 
-.PHONY: demo test lint type bench bench-scale bench-datapath setup constraints clean
+.PHONY: demo test lint type bench bench-scale bench-datapath bench-published setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
@@ -40,6 +42,11 @@ bench-datapath: $(VENV)/.bench  ## TCP, small packets, ping and CPU, tunnel besi
 	mkdir -p $(dir $(DATAPATH))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench datapath --json $(DATAPATH)
 	$(BIN)/python -m tests.bench.plot_datapath $(DATAPATH) docs/images/datapath.png
+
+bench-published: $(SETUP)  ## ten published ports beside those of Docker's own network
+	$(call install,$(PUBLISHED_PACKAGES))
+	mkdir -p $(dir $(PUBLISHED))
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench published --json $(PUBLISHED)
 
 setup: $(SETUP)
 

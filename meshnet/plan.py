@@ -16,7 +16,7 @@ from meshnet.backends.overlay import direct_nexthop, route_key
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
 from meshnet.errors import UsageError
-from meshnet.firewall import render_firewall
+from meshnet.firewall import elements, render_rules
 from meshnet.model import Mode, Reservations
 from meshnet.state import KernelState
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from meshnet.backends import Backend
+    from meshnet.firewall import FirewallNetwork
     from meshnet.model import (
         Endpoint,
         HostId,
@@ -152,7 +153,7 @@ def plan_mesh(
             # Packets of the others do not pass through this host.
             planned.append(outcome.plan)
     if planned:
-        state.firewall = render_firewall([p.firewall for p in planned], underlay.ip)
+        _plan_firewall([p.firewall for p in planned], underlay, state)
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)
 
@@ -190,6 +191,7 @@ def plan_hosts(
         backend = backend_of(network, underlay)
         if backend is not None:
             errors[name] |= backend.plan_peers(wanted, peers, state, ids)
+        _plan_members(network, peers, underlay, state)
     return HostsPlan(state=state, peers=counts, errors=errors)
 
 
@@ -333,6 +335,7 @@ def _plan_network(
     )
     plan = backend.plan_host(wanted, state)
     errors |= backend.plan_peers(wanted, peers, state, ids)
+    _plan_members(network, peers, underlay, state)
     return NetworkOutcome(
         plan=plan,
         peers=len(peers),
@@ -388,6 +391,28 @@ def _peers(
         if good:
             peers.append(Peer(host, good))
     return peers, errors
+
+
+def _plan_members(
+    network: Network, peers: Iterable[Peer], underlay: Underlay, state: KernelState
+) -> None:
+    """Tunnel packets are accepted of every host that has a part in a network."""
+    if not network.mode.is_overlay:
+        return
+    for peer in peers:
+        if peer.host.underlay_ip.version == underlay.ip.version:
+            state.elements[elements.member(peer.host.underlay_ip)] = b""
+
+
+def _plan_firewall(
+    networks: Sequence[FirewallNetwork], underlay: Underlay, state: KernelState
+) -> None:
+    """The rules of this host's networks, and what stays within each."""
+    state.firewall = render_rules(networks, underlay.ip)
+    for network in networks:
+        for here in network.links:
+            for there in network.links:
+                state.elements[elements.path(here, there)] = b""
 
 
 def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:

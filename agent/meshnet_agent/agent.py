@@ -21,13 +21,14 @@ import structlog
 import trio
 
 from meshnet.backends.macvlan import shim_name
-from meshnet.backends.overlay import bridge_name, endpoint_link_name
+from meshnet.backends.overlay import bridge_name
 from meshnet.backends.udp import tun_name
 from meshnet.backends.vxlan import vxlan_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
 from meshnet.model import Claim, Datapath, Host, HostId, NetworkName
 from meshnet.plan import LocalView, fallen_peers, probed_peers
+from meshnet.state import endpoint_link_name
 from meshnet.store.registry import Registry
 from meshnet_agent.endpoints import Endpoints, ReadyNetwork
 from meshnet_agent.flag import Flag
@@ -37,6 +38,7 @@ from meshnet_agent.membership import Membership
 from meshnet_agent.monitor import listen
 from meshnet_agent.passes import HostView, PartInput, PassInput
 from meshnet_agent.pool import PoolAddresses
+from meshnet_agent.ports import PublishedPorts
 from meshnet_agent.probes import Probes, Target
 from meshnet_agent.publish import Publisher
 from meshnet_agent.reconcile import Reconciler
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from meshnet.store.mirror import Changes
     from meshnet_agent.disk import StateDir
     from meshnet_agent.paths import Pair
+    from meshnet_agent.ports import HostPorts
     from meshnet_agent.worker import Worker
 
     Listen = Callable[..., Awaitable[None]]
@@ -69,6 +72,7 @@ class Agent:
         datapath: what forwards this host's packets on ``vxlan`` networks.
         vteps: its userspace VTEPs, to ask what they counted.
         prober: asks the wire whether an address is free.
+        host_ports: the ports of this host, to keep its processes off published ones.
         listen: waits for the kernel's notifications (`meshnet_agent.monitor.listen`).
     """
 
@@ -82,6 +86,7 @@ class Agent:
         underlay_ip: IpAddress,
         event_filter: EventFilter,
         prober: AddressProber,
+        host_ports: HostPorts,
         listen: Listen = listen,
         *,
         datapath: Datapath = Datapath.KERNEL,
@@ -91,6 +96,7 @@ class Agent:
         self.ready = False
         self.vteps = vteps
         self._kernel = kernel
+        self._wiring = wiring
         self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip, datapath=datapath)
         self.registry = Registry(store)
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
@@ -128,7 +134,14 @@ class Agent:
             check_store=self.identity.check,
             on_change=self.reconciler.mark_dirty,
         )
-        self.endpoints = Endpoints(wiring, disk, self.host.id, self.pool)
+        self.endpoints = Endpoints(
+            wiring,
+            disk,
+            self.host.id,
+            self.pool,
+            PublishedPorts(host_ports),
+            self.reconciler.settle,
+        )
         event_filter.expects_endpoint = self.endpoints.expects_link
         self.publisher = Publisher(
             self.registry,
@@ -329,6 +342,10 @@ class Agent:
         known = {endpoint_link_name(e.id) for e in self.endpoints.all}
         if self._nursery is not None and known & set(names):
             self._nursery.start_soon(self.endpoints.heal, names, self.ready_network)
+
+    async def drops(self) -> dict[str, int]:
+        """Packets that this host's firewall dropped, by reason."""
+        return await self._wiring.run(lambda wiring: wiring.drops())
 
     def ready_network(self, name: str) -> ReadyNetwork:
         """A network that is up on this host now.

@@ -36,6 +36,7 @@ from meshnet.model import (
     Vni,
     default_port,
 )
+from meshnet.ports import parse_all_published
 from meshnet_agent.endpoints import AttachRequest
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class EndpointRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ip: str | None = None
     name: str | None = None
     default_route: bool = True
+    publish: list[str] = []
 
 
 class DetachRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -98,6 +100,13 @@ class DetachRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     pid: _Pid
     network: str
+
+
+class PublishRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/publish`` and of ``POST /v1/unpublish``."""
+
+    endpoint: str
+    ports: list[str]
 
 
 _T = TypeVar("_T")
@@ -125,6 +134,8 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
             route("/v1/networks/{name}", "DELETE", handlers.remove_network),
             route("/v1/attach", "POST", handlers.attach),
             route("/v1/detach", "POST", handlers.detach),
+            route("/v1/publish", "POST", handlers.publish),
+            route("/v1/unpublish", "POST", handlers.unpublish),
             route("/v1/endpoints", "GET", handlers.list_endpoints),
             route("/v1/hosts", "GET", handlers.list_hosts),
             route("/v1/hosts/{id}", "DELETE", handlers.remove_host),
@@ -185,12 +196,21 @@ class _Handlers:
                 ip=_address(wanted.ip) if wanted.ip is not None else None,
                 name=wanted.name,
                 default_route=wanted.default_route,
+                publish=parse_all_published(wanted.publish),
             )
         )
 
     async def detach(self, request: Request) -> object:
         wanted = await _body(request, DetachRequest)
         return await self._service.detach(wanted.pid, wanted.network)
+
+    async def publish(self, request: Request) -> object:
+        wanted = await _body(request, PublishRequest)
+        return await self._service.publish(wanted.endpoint, parse_all_published(wanted.ports))
+
+    async def unpublish(self, request: Request) -> object:
+        wanted = await _body(request, PublishRequest)
+        return await self._service.unpublish(wanted.endpoint, wanted.ports)
 
     async def list_endpoints(self, _request: Request) -> object:
         return await self._service.endpoint_documents()
@@ -203,7 +223,7 @@ class _Handlers:
         return {"id": request.path_params["id"]}
 
     async def status(self, _request: Request) -> object:
-        return self._service.status_document()
+        return await self._service.status_document()
 
 
 def _guard(

@@ -54,6 +54,7 @@ def endpoint_document(endpoint: Endpoint) -> Document:
         "mac": endpoint.mac.hex(":"),
         "mtu": endpoint.mtu_bytes,
         "default_route": endpoint.default_route,
+        "published": [str(port) for port in endpoint.published],
     }
     if len(endpoint.addresses) > 1:
         document["address6"] = str(endpoint.addresses[1])

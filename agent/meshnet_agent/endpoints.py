@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.backends.overlay import endpoint_link_name
 from meshnet.codec import IFNAME_PATTERN, check_name
 from meshnet.errors import (
     ConflictError,
@@ -38,18 +37,28 @@ from meshnet.kernel.netns import (
     start_ticks,
 )
 from meshnet.model import Endpoint, EndpointId
-from meshnet.state import LinkKind
+from meshnet.ports import select_published
+from meshnet.state import LinkKind, endpoint_link_name
 from meshnet.wire.mac import endpoint_mac
 from meshnet_agent.addresses import SubnetAddresses
 from meshnet_agent.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 
     from meshnet.kernel import Wiring
-    from meshnet.model import HostId, IpAddress, IpInterface, IpNetwork, Network, NetworkName
+    from meshnet.model import (
+        HostId,
+        IpAddress,
+        IpInterface,
+        IpNetwork,
+        Network,
+        NetworkName,
+        PublishedPort,
+    )
     from meshnet_agent.addresses import Addresses
     from meshnet_agent.disk import StateDir
+    from meshnet_agent.ports import PublishedPorts
     from meshnet_agent.worker import Worker
 
 _log = structlog.get_logger()
@@ -65,6 +74,7 @@ class AttachRequest:
     ip: IpAddress | None = None
     name: str | None = None
     default_route: bool = True
+    publish: tuple[PublishedPort, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,18 +93,28 @@ class Endpoints:
     """All endpoints of this host.
 
     Attributes:
-        changed: raised when the set of endpoints changed, for whoever publishes it.
+        changed: raised when an endpoint came, went or changed, for whoever publishes them.
         unhealed: endpoints whose link is gone for good, and why.
+        ports: who has which published port.
 
     Args:
         pool: where addresses of underlay networks come from.
+        settle: brings the kernel's rules to what the endpoints now are, or raises.
     """
 
     def __init__(
-        self, worker: Worker[Wiring], disk: StateDir, host: HostId, pool: Addresses
+        self,
+        worker: Worker[Wiring],
+        disk: StateDir,
+        host: HostId,
+        pool: Addresses,
+        ports: PublishedPorts,
+        settle: Callable[[], Awaitable[None]],
     ) -> None:
         self.changed = Flag()
         self.unhealed: dict[EndpointId, str] = {}
+        self.ports = ports
+        self._settle = settle
         self._worker = worker
         self._disk = disk
         self._host = host
@@ -137,6 +157,8 @@ class Endpoints:
             MeshnetError: nothing was changed; the class says why.
         """
         _check_names(request)
+        if request.publish:
+            _check_publishable(ready.network)
         with open_process(request.pid) as (pid_fd, netns_fd):
             inode = netns_inode(netns_fd)
             if inode in host_netns_inodes():
@@ -152,11 +174,22 @@ class Endpoints:
                     self._lock,
                 ):
                     draft = self._draft(request, ready, addresses, inode, identity)
-                    endpoint = await self._worker.run(
-                        lambda wiring: self._connect(wiring, netns_fd, draft, ready)
-                    )
+                    with contextlib.ExitStack() as undo:
+                        published = await self.ports.take(draft, request.publish)
+                        undo.callback(self.ports.free, draft, published)
+                        draft = replace(draft, published=published)
+                        endpoint = await self._worker.run(
+                            lambda wiring: self._connect(wiring, netns_fd, draft, ready)
+                        )
+                        undo.pop_all()
                     self._endpoints[endpoint.id] = endpoint
                     self._watch(endpoint, os.dup(pid_fd))
+                    if published:
+                        try:
+                            await self._bring_to_kernel(endpoint, published)
+                        except MeshnetError:
+                            await self._remove(endpoint)
+                            raise
         self.changed.set()
         return endpoint
 
@@ -171,6 +204,86 @@ class Endpoints:
             await self._remove(endpoint)
         self.changed.set()
         return endpoint
+
+    async def publish(
+        self, name: str, wanted: Sequence[PublishedPort], network: Network
+    ) -> Endpoint:
+        """Publish further ports of an endpoint; on return they work and are on disk.
+
+        Args:
+            network: the endpoint's.
+
+        Raises:
+            MeshnetError: nothing was changed; the class says why.
+        """
+        _check_publishable(network)
+        async with self._lock:
+            before = self.find(name)
+            taken = await self.ports.take(before, wanted)
+            try:
+                after = replace(before, published=(*before.published, *taken))
+                self._record(after)
+                await self._bring_to_kernel(after, taken)
+            except MeshnetError:
+                self.ports.free(before, taken)
+                self._record(before)
+                raise
+        self.changed.set()
+        return after
+
+    async def unpublish(self, name: str, texts: Sequence[str]) -> Endpoint:
+        """Take published ports of an endpoint away; connections that are open go on.
+
+        Raises:
+            NotFoundError: there is no such endpoint, or it has no such port.
+            UsageError: a text stands for no port.
+        """
+        async with self._lock:
+            before = self.find(name)
+            gone: set[PublishedPort] = set()
+            for text in texts:
+                found = select_published(before.published, text)
+                if not found:
+                    have = ", ".join(map(str, before.published)) or "none"
+                    raise NotFoundError(
+                        f"endpoint {before.name} has no published port {text}: it has {have}"
+                    )
+                gone.update(found)
+            after = replace(before, published=tuple(p for p in before.published if p not in gone))
+            self._record(after)
+            try:
+                await self._bring_to_kernel(before, gone)
+            except MeshnetError:
+                self._record(before)
+                raise
+            self.ports.free(before, gone)
+        self.changed.set()
+        return after
+
+    def find(self, name: str) -> Endpoint:
+        """The endpoint of a name or id.
+
+        Raises:
+            NotFoundError: this host has none.
+        """
+        for endpoint in self._endpoints.values():
+            if name in (endpoint.name, endpoint.id):
+                return endpoint
+        raise NotFoundError(
+            f"endpoint {name} does not exist on this host: meshnet endpoint ls lists them"
+        )
+
+    def _record(self, endpoint: Endpoint) -> None:
+        """Disk first: after a crash the next agent's first pass makes of it what is recorded."""
+        self._disk.save_endpoint(endpoint)
+        self._endpoints[endpoint.id] = endpoint
+
+    async def _bring_to_kernel(
+        self, endpoint: Endpoint, changed: Collection[PublishedPort]
+    ) -> None:
+        """On return packets to ports that came or went go where they should now."""
+        await self._settle()
+        await self.ports.redirect(endpoint, changed)
 
     async def remove_network(self, network: NetworkName) -> None:
         """Free what is left on a network that is gone from the store."""
@@ -277,7 +390,7 @@ class Endpoints:
             gateways=_gateways(ready.network, addresses),
             mac=endpoint_mac(addresses[0].ip),
             mtu_bytes=ready.mtu_bytes,
-            default_route=request.default_route,
+            default_route=request.default_route and not ready.network.internal,
             netns_inode=inode,
             pid_start_ticks=start_ticks(request.pid),
             parent=ready.uplink if ready.endpoint_link is LinkKind.MACVLAN else None,
@@ -338,6 +451,13 @@ class Endpoints:
         self._disk.remove_endpoint(endpoint.id)
         del self._endpoints[endpoint.id]
         self.unhealed.pop(endpoint.id, None)
+        if endpoint.published:
+            # Its ports must lead nowhere before somebody else has its address.
+            try:
+                await self._bring_to_kernel(endpoint, endpoint.published)
+            except MeshnetError as error:
+                _log.error("ports stay published", endpoint=endpoint.name, reason=str(error))
+            self.ports.free(endpoint, endpoint.published)
         for source in (self._subnets, self._pool):
             source.free(endpoint.addresses)
         watcher = self._watchers.pop(endpoint.id, None)
@@ -428,7 +548,9 @@ class Endpoints:
                     # The link is there, so the namespace is, and its inode still means that one.
                     found = await self._find_heir(endpoint)
                 if found is not None:
+                    await self._worker.run(lambda wiring, e=endpoint: wiring.adopt(e))  # type: ignore[misc]
                     self._adopt(*found)
+                    await self.ports.take_again(endpoint)
                     continue
                 _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
                 await self._worker.run(lambda wiring, e=endpoint: wiring.disconnect(e))  # type: ignore[misc]
@@ -470,6 +592,19 @@ def _check_names(request: AttachRequest) -> None:
         )
     if request.name is not None:
         check_name("endpoint", request.name)
+
+
+def _check_publishable(network: Network) -> None:
+    if network.mode.is_underlay:
+        raise UsageError(
+            f"network {network.name} is of mode {network.mode}, and its endpoints are reached by "
+            "their own addresses on the physical network: leave --publish out"
+        )
+    if network.internal:
+        raise PolicyRefusedError(
+            f"network {network.name} is internal, which nothing from outside may enter: publish on "
+            "another network of the process"
+        )
 
 
 def _same_process(endpoint: Endpoint) -> tuple[Endpoint, int] | None:

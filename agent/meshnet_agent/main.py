@@ -29,6 +29,7 @@ from meshnet.cli.parser import Parser
 from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.kernel.address_probe import WireProber
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.events import EventFilter
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
@@ -38,6 +39,7 @@ from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.monitor import listen
 from meshnet_agent.notify import notify
+from meshnet_agent.ports import KernelPorts
 from meshnet_agent.service import Service
 from meshnet_agent.worker import open_worker
 
@@ -137,7 +139,7 @@ async def _run(config: AgentConfig) -> None:
 
     def make_kernel() -> NetlinkKernel:
         return NetlinkKernel(
-            disk.path / "firewall.json", vteps=vteps, vxlan=_USES_VXLAN[config.vxlan]
+            disk.path / "firewall.json", wired, vteps=vteps, vxlan=_USES_VXLAN[config.vxlan]
         )
 
     with contextlib.ExitStack() as stack:
@@ -146,9 +148,10 @@ async def _run(config: AgentConfig) -> None:
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
         vteps = VtepProcesses(Path(config.run_dir, "vtep"))
+        wired = WiredElements()
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
-            open_worker("wiring", NetlinkWiring, NetlinkWiring.close) as wiring,
+            open_worker("wiring", lambda: NetlinkWiring(wired), NetlinkWiring.close) as wiring,
             _open_store(config) as store,
         ):
             underlay = await kernel.run(
@@ -157,6 +160,10 @@ async def _run(config: AgentConfig) -> None:
             ports = [
                 await kernel.run(lambda k: k.port_id),
                 await wiring.run(lambda w: w.port_id),
+            ]
+            nft_ports = [
+                await kernel.run(lambda k: k.nft_port_id),
+                await wiring.run(lambda w: w.nft_port_id),
             ]
             agent = Agent(
                 config,
@@ -167,7 +174,8 @@ async def _run(config: AgentConfig) -> None:
                 underlay.ip,
                 EventFilter(await kernel.run(lambda k: k.deleted)),
                 WireProber(),
-                functools.partial(listen, own_ports=ports),
+                KernelPorts(),
+                functools.partial(listen, own_ports=ports, own_nft_ports=nft_ports),
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )

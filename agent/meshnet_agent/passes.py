@@ -227,10 +227,13 @@ class Passes:
         with stages.timed("plan"):
             self._ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
             plan = plan_mesh(snapshot, local, underlay, self._ids)
+            if snapshot.holes:
+                # Design decision D5: deletions need a complete snapshot.  The firewall is loaded
+                # with all that its sets hold.
+                plan.state.elements = actual.elements | plan.state.elements
         with stages.timed("diff"):
             ops = diff(plan.state, actual)
             if snapshot.holes:
-                # Design decision D5: deletions need a complete snapshot.
                 ops = [op for op in ops if op.value is not None or op.key in plan.state.links]
         failures = self._apply(kernel, ops, stages)
         refused = {f.op.key for f in failures if f.op.table is Table.LINK}
@@ -355,13 +358,15 @@ def _concerns_others(
     """Whether it takes a dump to know what an operation would do.
 
     That is so where the last operation on the same object failed, where a nexthop on the underlay
-    comes or goes that another host at the same address has a part in, and where there is another
-    host at the address of a userspace VTEP's member: which of them is one depends on both.
+    comes or goes that another host at the same address has a part in, where the firewall forgets an
+    address that another host is at, and where there is another host at the address of a userspace
+    VTEP's member: which of them is one depends on both.
     """
     if any((op.table, op.key) in applied.failures for op in ops):
         return True
     differ = set(before.nexthops.values()) ^ set(after.nexthops.values())
     addresses = {n.gateway for n in differ if not NETWORK_LINK.fullmatch(n.dev)}
+    addresses |= {key.key for key in before.elements.keys() - after.elements.keys()}
     addresses |= {key.underlay_ip for key in (*before.members, *after.members)}
     return bool(addresses) and applied.shares(addresses, touched)
 

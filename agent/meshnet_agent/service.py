@@ -31,9 +31,9 @@ from meshnet_agent.documents import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
-    from meshnet.model import Host, MeshSnapshot
+    from meshnet.model import Host, MeshSnapshot, PublishedPort
     from meshnet_agent.agent import Agent
     from meshnet_agent.endpoints import AttachRequest, ReadyNetwork
     from meshnet_agent.paths import Fall
@@ -134,6 +134,17 @@ class Service:
         )
         return endpoint_document(endpoint) | {"agent_ms": round(elapsed_ms, 3)}
 
+    async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Document:
+        """Publish ports of a live endpoint (`Endpoints.publish`)."""
+        network = self._agent.endpoints.find(name).network
+        ready = await self.wait_for_network(network)
+        endpoint = await self._agent.endpoints.publish(name, ports, ready.network)
+        return endpoint_document(endpoint)
+
+    async def unpublish(self, name: str, ports: Sequence[str]) -> Document:
+        """Take published ports of a live endpoint away (`Endpoints.unpublish`)."""
+        return endpoint_document(await self._agent.endpoints.unpublish(name, ports))
+
     def network_documents(self) -> list[Document]:
         """All networks."""
         return [self._network_document(n) for n in self._agent.follower.snapshot.networks.values()]
@@ -230,10 +241,11 @@ class Service:
 
     def _notes(self) -> list[str]:
         """What an operator should know, and is no error."""
+        notes = self._agent.endpoints.ports.notes()
         underlay = self._agent.reconciler.result.underlay
         if underlay is not None and not underlay.nexthop_objects:
-            return [_NO_NEXTHOP_OBJECTS]
-        return []
+            notes.append(_NO_NEXTHOP_OBJECTS)
+        return notes
 
     def _probe_fields(self, network: Network) -> Document:
         """What a network's status says of its fallback."""
@@ -254,7 +266,7 @@ class Service:
             },
         }
 
-    def status_document(self) -> Document:
+    async def status_document(self) -> Document:
         """How this host is doing."""
         snapshot = self._agent.follower.snapshot
         result = self._agent.reconciler.result
@@ -308,6 +320,7 @@ class Service:
                 *_some([str(f) for f in other]),
             ],
             "notes": self._notes(),
+            "drops": await self._agent.drops(),
             "kernel": {
                 "passes": self._agent.reconciler.passes,
                 "full_passes": self._agent.reconciler.full_passes,

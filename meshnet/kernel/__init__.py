@@ -100,6 +100,8 @@ class Wiring(Protocol):
     def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
         """Bring an endpoint up in a namespace, or leave everything as it was.
 
+        Before its link is up the firewall knows what it may send from.
+
         Returns:
             Whether the namespace's default route leads through the endpoint: what
             `endpoint.default_route` asked for, unless the namespace had one already.
@@ -127,12 +129,20 @@ class Wiring(Protocol):
         """
         ...
 
+    def adopt(self, endpoint: Endpoint) -> None:
+        """Take over an endpoint that an earlier agent connected; writes nothing."""
+        ...
+
     def remove_link(self, name: str) -> None:
         """Remove an endpoint link by name.  Idempotent."""
         ...
 
     def list_endpoint_links(self) -> list[str]:
         """Names of all endpoint links on this host, whoever made them."""
+        ...
+
+    def drops(self) -> dict[str, int]:
+        """Packets that the firewall dropped, by reason; empty without our tables."""
         ...
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from meshnet.firewall import TABLE
+from meshnet.firewall.elements import TABLE
 from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.bpf import (
     EVERYTHING,
@@ -27,6 +27,7 @@ from meshnet.kernel.bpf import (
     RETURN,
     attach_filter,
 )
+from meshnet.kernel.nftnl import NETLINK_NETFILTER, NFNL_SUBSYS_NFTABLES
 from meshnet.state import (
     ENDPOINT_LINK,
     NETWORK_LINK,
@@ -43,8 +44,8 @@ RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 5, 7
 RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE = 9, 11
 RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF, RTNLGRP_NEXTHOP = 24, 25, 32
 NFNLGRP_NFTABLES = 7
-NETLINK_NETFILTER, NETLINK_ADD_MEMBERSHIP = 12, 1
-NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN = 10, 15
+NETLINK_ADD_MEMBERSHIP = 1
+NFT_MSG_NEWGEN = 15
 NFTA_TABLE_NAME = 1
 NETCONFA_IFINDEX = 1
 
@@ -71,17 +72,20 @@ def open_route_events(own_ports: Collection[int]) -> socket.socket:
     return _open(socket.NETLINK_ROUTE, _GROUPS, own_ports)
 
 
-def open_nftables_events() -> socket.socket:
-    """A socket that receives nf_tables notifications of the calling thread's namespace."""
-    return _open(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), ())
+def open_nftables_events(own_ports: Collection[int]) -> socket.socket:
+    """A socket that receives nf_tables notifications of the calling thread's namespace.
+
+    Args:
+        own_ports: as of `open_route_events`, but of sockets for nftables.
+    """
+    return _open(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), own_ports)
 
 
 def _open(protocol: int, groups: Collection[int], own_ports: Collection[int]) -> socket.socket:
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
     try:
         rtnl.set_receive_buffer(events, _RECEIVE_BUFFER_BYTES)
-        if protocol == socket.NETLINK_ROUTE:
-            _drop_own(events, own_ports)
+        _drop_own(events, own_ports, _FDB_OF_OURS if protocol == socket.NETLINK_ROUTE else ())
         events.bind((0, 0))
         for group in groups:
             events.setsockopt(rtnl.SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
@@ -91,22 +95,27 @@ def _open(protocol: int, groups: Collection[int], own_ports: Collection[int]) ->
     return events
 
 
-def _drop_own(events: socket.socket, own_ports: Collection[int]) -> None:
+_FDB_OF_OURS = (
+    *((LOAD_U16, 0, 0, 4), (IF_EQUAL, 0, 5, socket.htons(rtnl.RTM_NEWNEIGH))),  # nlmsg_type
+    *((LOAD_U8, 0, 0, 16), (IF_EQUAL, 0, 3, bulk.AF_BRIDGE)),  # ndm_family
+    *((LOAD_U8, 0, 0, 26), (IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
+    (RETURN, 0, 0, 0),
+)
+"""Steps that drop an FDB entry that was set with the mark of ours."""
+
+
+def _drop_own(
+    events: socket.socket, own_ports: Collection[int], more: Collection[tuple[int, int, int, int]]
+) -> None:
     """Attach a classic BPF program to a netlink socket, as zebra does (``netlink_install_filter``).
 
-    A notification is one message.  The program loads big-endian, messages are in host byte order.
+    A notification is one message, or those of one sender.  The program loads big-endian, messages
+    are in host byte order.
     """
     program = [(LOAD_U32, 0, 0, 12)]  # nlmsg_pid
     for port in own_ports:
         program += [(IF_EQUAL, 0, 1, socket.htonl(port)), (RETURN, 0, 0, 0)]
-    program += [
-        *((LOAD_U16, 0, 0, 4), (IF_EQUAL, 0, 5, socket.htons(rtnl.RTM_NEWNEIGH))),  # nlmsg_type
-        *((LOAD_U8, 0, 0, 16), (IF_EQUAL, 0, 3, bulk.AF_BRIDGE)),  # ndm_family
-        *((LOAD_U8, 0, 0, 26), (IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
-        (RETURN, 0, 0, 0),
-        (RETURN, 0, 0, EVERYTHING),
-    ]
-    attach_filter(events, program)
+    attach_filter(events, [*program, *more, (RETURN, 0, 0, EVERYTHING)])
 
 
 _LINK_LOOKS = (links.IFLA_IFNAME, links.IFLA_MTU, links.IFLA_ADDRESS, links.IFLA_MASTER)
@@ -240,7 +249,7 @@ class EventFilter:
 
 
 def nftables_concerns_us(data: bytes) -> bool:
-    """Whether any nf_tables message of a datagram is about our table."""
+    """Whether any nf_tables message of a datagram is about a table of ours."""
     for message in rtnl.split_messages(data):
         subsystem, kind = message.kind >> 8, message.kind & 0xFF
         if subsystem != NFNL_SUBSYS_NFTABLES or kind == NFT_MSG_NEWGEN:

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
     from meshnet.kernel.rtnl import Body
 
+AF_BRIDGE = 7  # linux/socket.h
 IFF_UP, IFF_RUNNING, IFF_LOWER_UP = 0x1, 0x40, 0x10000
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
-IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 18, 28, 26
+IFLA_PROTINFO, IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 12, 18, 28, 26
+IFLA_BRPORT_MODE = 4
 IFLA_GSO_MAX_SIZE = 41
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE = 1, 4
@@ -186,6 +188,18 @@ def encode_no_link_local(index: int) -> rtnl.Request:
     spec = rtnl.attr(socket.AF_INET6 | NLA_F_NESTED, mode)
     body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0)
     return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.attr(IFLA_AF_SPEC | NLA_F_NESTED, spec))
+
+
+def encode_hairpin(index: int) -> rtnl.Request:
+    """Let a port of a bridge get back what came from it.
+
+    Where bridges pass their packets to nftables (``bridge-nf-call-iptables``), what an endpoint
+    sends to a port that is published for itself is translated in the bridge, and has to go back by
+    the port that it came from.
+    """
+    port = rtnl.attr(IFLA_BRPORT_MODE, b"\1")
+    body = rtnl.IFINFO.pack(AF_BRIDGE, 0, index, 0, 0)
+    return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.attr(IFLA_PROTINFO | NLA_F_NESTED, port))
 
 
 def encode_link_up(index: int) -> rtnl.Request:

@@ -9,6 +9,7 @@ the agent's back.  Place: tests only; never in production.  Endpoints: `memory_w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import NotFoundError
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.ordering import carry_out
 from meshnet.state import KernelState, Link, LinkKind
 
@@ -24,13 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from meshnet.model import IpAddress
-    from meshnet.state import AddressKey, Nexthop, Route, RouteKey
+    from meshnet.state import AddressKey, ElementKey, Nexthop, Route, RouteKey
 
 _ALL_IPV6 = "net/ipv6/conf/all/forwarding"
 _LINK_DEFAULTS = {
     ("ipv4", "arp_ignore"): "0",
     ("ipv4", "forwarding"): "0",
     ("ipv4", "rp_filter"): "0",
+    ("ipv4", "route_localnet"): "0",
     ("ipv6", "accept_dad"): "1",
     ("ipv6", "accept_ra"): "1",
     ("ipv6", "addr_gen_mode"): "0",
@@ -80,6 +83,7 @@ class MemoryKernel:
         foreign: what others hold; change it with its sets' own methods.
         host_links: the host's links that are not ours, by name.
         routed: paths to peers that are not reached on-link by `dev`; None: no way to go.
+        wired: elements of connected endpoints, for its `MemoryWiring`.
         on_change: called, if set, after every change `by_hand`, as the kernel would notify.
     """
 
@@ -93,6 +97,7 @@ class MemoryKernel:
         self.foreign = Foreign()
         self.routed: dict[IpAddress, Path | None] = {}
         self.on_change: Callable[[], None] | None = None
+        self.wired = WiredElements()
         self.writes = 0
         self.underlay_ips = sorted(underlay_ips, key=lambda ip: ip.version)
         self.underlay_dev = dev
@@ -175,8 +180,10 @@ class MemoryKernel:
         if self.on_change is not None:
             self.on_change()
 
-    def _write_run(self, _table: Table, ops: Sequence[Op]) -> list[Failure]:
+    def _write_run(self, table: Table, ops: Sequence[Op]) -> list[Failure]:
         failures = []
+        if table is Table.ELEMENT:
+            ops = self.wired.still_right(ops)
         for op in ops:
             self.writes += 1
             try:
@@ -202,8 +209,15 @@ class MemoryKernel:
     def _write(self, op: Op) -> None:
         state, key, value = self._state, op.key, op.value
         match op.table:
+            case Table.FIREWALL if value is None:
+                state.firewall, state.elements = None, {}
             case Table.FIREWALL:
-                state.firewall = value
+                text, elements = self.wired.bring_up_to_date(value)
+                state.firewall, state.elements = text, dict(elements)
+            case Table.ELEMENT if value is None:
+                _pop(state.elements, key, errno.ENOENT)
+            case Table.ELEMENT:
+                self._set_element(key, value)
             case Table.SYSCTL:
                 state.sysctls[key] = value
             case Table.LINK if value is None:
@@ -230,6 +244,11 @@ class MemoryKernel:
                 self._set_route(key, value, exists=op.exists)
 
     # --- links and what hangs on them ---------------------------------------------------------
+
+    def _set_element(self, key: ElementKey, value: bytes) -> None:
+        if self._state.firewall is None:
+            raise _Refused(errno.ENOENT)
+        self._state.elements[key] = value
 
     def _set_link(self, name: str, link: Link) -> None:
         if name in self.foreign.links:
@@ -258,6 +277,12 @@ class MemoryKernel:
             for address in [a for a in self._state.addresses if a.dev == name]:
                 if len(address.address) == 16:
                     self._delete_address(address)
+
+    def write_elements(self, ops: Sequence[Op]) -> None:
+        """For `MemoryWiring`: elements of an endpoint; without tables there is nothing to do."""
+        for op in ops:
+            with contextlib.suppress(_Refused):
+                self._write(op)
 
     def add_endpoint_link(self, name: str, link: Link) -> None:
         """For `MemoryWiring`: the host's half of a veth pair comes up."""

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from meshnet.backends.overlay import endpoint_link_name
+from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.firewall.elements import source_elements
+from meshnet.firewall.rules import COUNTERS
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.netns import netns_inode
-from meshnet.state import ENDPOINT_LINK, Link, LinkKind
+from meshnet.state import ENDPOINT_LINK, Link, LinkKind, endpoint_link_name
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class MemoryWiring:
     def __init__(self, kernel: MemoryKernel) -> None:
         self.writes = 0
         self._kernel = kernel
+        kernel.wired = WiredElements()  # a new process knows of none
         self._namespaces: dict[int, dict[str, NamespaceLink]] = {}
         self._failure: MeshnetError | None = None
 
@@ -107,6 +111,11 @@ class MemoryWiring:
                 LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.uplink
             )
             self._kernel.add_endpoint_link(name, host_side)
+            elements = source_elements(endpoint)
+            self._kernel.wired.add(elements)
+            self._kernel.write_elements(
+                [Op(Table.ELEMENT, k, v, False) for k, v in elements.items()]
+            )
         links[endpoint.ifname] = NamespaceLink(
             endpoint.mac,
             endpoint.mtu_bytes,
@@ -121,6 +130,9 @@ class MemoryWiring:
         """See `meshnet.kernel.Wiring`."""
         if endpoint.parent is None:
             self.remove_link(endpoint_link_name(endpoint.id))
+            elements = source_elements(endpoint)
+            self._kernel.wired.remove(elements)
+            self._kernel.write_elements([Op(Table.ELEMENT, key, None, True) for key in elements])
             return
         self.writes += 1
         links = self._links(endpoint.netns_inode)
@@ -130,6 +142,14 @@ class MemoryWiring:
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         """See `meshnet.kernel.Wiring`."""
         return any(_is_of(link, endpoint) for link in self.namespace(netns_fd).values())
+
+    def adopt(self, endpoint: Endpoint) -> None:
+        """See `meshnet.kernel.Wiring`."""
+        self._kernel.wired.add(source_elements(endpoint))
+
+    def drops(self) -> dict[str, int]:
+        """See `meshnet.kernel.Wiring`."""
+        return dict.fromkeys(COUNTERS, 0) if self._kernel.dump().firewall else {}
 
     def remove_link(self, name: str) -> None:
         """See `meshnet.kernel.Wiring`."""

@@ -22,7 +22,8 @@ from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
-from meshnet.kernel.nft import NftTable
+from meshnet.kernel.nft import NftTables
+from meshnet.kernel.nftnl import NftSocket
 from meshnet.kernel.ordering import carry_out
 from meshnet.state import (
     ENDPOINT_LINK,
@@ -39,10 +40,12 @@ from meshnet.state import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from meshnet.kernel.elements import WiredElements
     from meshnet.kernel.events import NeighbourId
     from meshnet.kernel.links import LinkInfo
     from meshnet.kernel.vteps import VtepProcesses
     from meshnet.model import IpAddress
+    from meshnet.state import Ruleset
 
 _PROC_SYS = FilePath("/proc/sys")
 _PROBE = "mnprobe"
@@ -53,6 +56,7 @@ _LINK_SYSCTLS = (
     ("ipv4", "arp_ignore"),
     ("ipv4", "forwarding"),
     ("ipv4", "rp_filter"),
+    ("ipv4", "route_localnet"),
     ("ipv6", "accept_dad"),
     ("ipv6", "accept_ra"),
     ("ipv6", "addr_gen_mode"),
@@ -71,7 +75,8 @@ class NetlinkKernel:
     """`meshnet.kernel.Kernel` on Linux.
 
     Args:
-        firewall_memory: file that remembers the nftables table as loaded (`NftTable`).
+        firewall_memory: file that remembers the nftables tables as loaded (`NftTables`).
+        wired: elements of the endpoints that this host's wiring has connected.
         vteps: userspace VTEPs; None: this host has none.
         vxlan: None: find out whether the kernel has VXLAN; False: do not use it.
         nexthop_objects: None: find out whether the kernel has them; False: do as if it had none,
@@ -88,18 +93,21 @@ class NetlinkKernel:
     def __init__(
         self,
         firewall_memory: FilePath,
+        wired: WiredElements,
         *,
         vteps: VtepProcesses | None = None,
         vxlan: bool | None = None,
         nexthop_objects: bool | None = None,
     ) -> None:
         self._rtnl = rtnl.RtnlSocket()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._rtnl.close)
+            self._nft_socket = NftSocket()
+            undo.callback(self._nft_socket.close)
             self._iproute: Any = IPRoute()
-        except BaseException:
-            self._rtnl.close()
-            raise
-        self._nft = NftTable(firewall_memory)
+            undo.pop_all()
+        self._nft = NftTables(firewall_memory)
+        self._wired = wired
         self._vteps = vteps
         self._vxlan = vxlan
         self._nexthop_objects = nexthop_objects
@@ -113,12 +121,18 @@ class NetlinkKernel:
     def close(self) -> None:
         """See `meshnet.kernel.Kernel`."""
         self._rtnl.close()
+        self._nft_socket.close()
         self._iproute.close()
 
     @property
     def port_id(self) -> int:
         """Netlink address of the bulk socket: the sender in notifications of its own writes."""
         return self._rtnl.port_id
+
+    @property
+    def nft_port_id(self) -> int:
+        """The same of nftables' elements."""
+        return self._nft_socket.port_id
 
     # --- looking ------------------------------------------------------------------------------
 
@@ -274,6 +288,7 @@ class NetlinkKernel:
         for path in self._sysctl_paths():
             state.sysctls[path] = _read_sysctl(path)
         state.firewall = self._nft.read()
+        state.elements = self._nft_socket.dump_elements()
         return state
 
     def _dump_vtep(self, state: KernelState, info: LinkInfo, names: dict[int, str]) -> None:
@@ -320,8 +335,21 @@ class NetlinkKernel:
     def _write_run(self, table: Table, ops: Sequence[Op]) -> list[Failure]:
         if table is Table.MEMBER:
             return self._write_members(ops)
+        if table is Table.ELEMENT:
+            return self._write_elements(ops)
         encode = _BULK_ENCODERS.get(table)
         return self._write_each(ops) if encode is None else self._write_bulk(encode, ops)
+
+    def _write_elements(self, ops: Sequence[Op]) -> list[Failure]:
+        with self._wired.lock:
+            right = self._wired.still_right(ops)
+            self.writes += len(right)
+            return self._nft_socket.write_elements(right)
+
+    def _load_firewall(self, ruleset: Ruleset) -> None:
+        with self._wired.lock:
+            counts = self._nft_socket.dump_counters()
+            self._nft.load(self._wired.bring_up_to_date(ruleset), counts)
 
     def _write_members(self, ops: Sequence[Op]) -> list[Failure]:
         """Tell the userspace VTEPs, each all it is to know in one request."""
@@ -408,7 +436,7 @@ class NetlinkKernel:
             case Table.FIREWALL if op.value is None:
                 self._nft.delete()
             case _:
-                self._nft.load(op.value)
+                self._load_firewall(op.value)
 
     def _delete_link(self, name: str) -> None:
         index = self._indices.pop(name, None)

@@ -139,14 +139,17 @@ def set_receive_buffer(target: socket.socket, size_bytes: int) -> None:
 
 
 class RtnlSocket:
-    """A blocking NETLINK_ROUTE socket of the calling thread's network namespace.
+    """A blocking netlink socket of the calling thread's network namespace.
+
+    Args:
+        protocol: NETLINK_ROUTE, or that of another part of the kernel.
 
     Every answer is waited for at most `timeout_s` seconds (the kernel answers at once; this is
     for bugs, not for load).
     """
 
-    def __init__(self, timeout_s: float = 30.0) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    def __init__(self, timeout_s: float = 30.0, *, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
         try:
             # The kernel's own timeout: Python's costs a poll(2) before each recv(2).
             seconds, rest = divmod(timeout_s, 1)
@@ -180,25 +183,27 @@ class RtnlSocket:
         """The number that the next message to send must have."""
         return self._sequence + 1
 
-    def dump(self, kind: int, body: bytes) -> list[Body]:
+    def dump(self, kind: int, body: bytes, *, answer: int | None = None) -> list[Body]:
         """All messages of a dump; repeated from the start when the tables changed under it.
+
+        Args:
+            answer: type of the messages that answer; None: RTM_NEW… to RTM_GET…, which is 2 more.
 
         Raises:
             OSError: the kernel refused the dump (errno says why).
             InterruptedError: ten dumps in a row were interrupted by changes.
         """
         for _ in range(10):
-            found = self._dump_once(kind, body)
+            found = self._dump_once(kind, body, kind - 2 if answer is None else answer)
             if found is not None:
                 return found
         raise InterruptedError(errno.EINTR, f"dump of type {kind} was interrupted ten times")
 
-    def _dump_once(self, kind: int, body: bytes) -> list[Body] | None:
+    def _dump_once(self, kind: int, body: bytes, answer: int) -> list[Body] | None:
         """All messages of a dump; None: it was interrupted."""
         sequence = self.next_sequence
         self._sequence = sequence
         self._socket.send(pack_request(Request(kind, NLM_F_DUMP, body), sequence))
-        answer = kind - 2  # RTM_GET… is RTM_NEW… + 2
         found: list[Body] = []
         interrupted = False
         unpack = NLMSG_HEADER.unpack_from
@@ -264,6 +269,33 @@ class RtnlSocket:
                 if not error.errno:
                     return errors
                 errors[message.sequence] = error
+
+    def transact(
+        self, begin: Request, requests: Sequence[Request], end: Request
+    ) -> dict[int, KernelError]:
+        """Send a transaction (nfnetlink's batch): all of it or nothing.
+
+        Returns:
+            The errors by index; -1: one of the transaction as a whole.
+        """
+        base = self.next_sequence
+        last = base + len(requests)
+        self._sequence = last + 1
+        messages = [pack_request(r, n) for n, r in enumerate((begin, *requests[:-1]), base)]
+        kind, flags, body = requests[-1]
+        # That of the transaction's end is acknowledged from Linux 6.10 on only.
+        messages.append(pack_request(Request(kind, flags | NLM_F_ACK, body), last))
+        self._socket.send(b"".join(messages) + pack_request(end, last + 1))
+        errors: dict[int, KernelError] = {}
+        while True:
+            for message in split_messages(self._receive()):
+                if message.kind != NLMSG_ERROR or message.sequence < base:
+                    continue
+                error = _parse_error(message.data, message.start, message.end, message.flags)
+                if error.errno:
+                    errors[message.sequence - base - 1] = error
+                if message.sequence in (base, last):
+                    return errors
 
     def ask(self, messages: Sequence[bytes]) -> list[bytes | KernelError]:
         """Send whole messages, numbered from `next_sequence` on, each of which has one answer.

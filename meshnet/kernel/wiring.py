@@ -19,17 +19,20 @@ from ipaddress import IPv6Interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet.backends.overlay import endpoint_link_name
+from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
+from meshnet.firewall.elements import source_elements
 from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.address_probe import announce
 from meshnet.kernel.netns import inside, open_by_inode
-from meshnet.state import ENDPOINT_LINK, LinkKind
+from meshnet.kernel.nftnl import NftSocket
+from meshnet.state import ENDPOINT_LINK, LinkKind, endpoint_link_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from meshnet.kernel import EndpointWiring
+    from meshnet.kernel.elements import WiredElements
     from meshnet.model import Endpoint, IpAddress, IpNetwork
 
 RTPROT_STATIC = 4
@@ -39,32 +42,50 @@ _MAC_TRIES, _MAC_PAUSE_S = 40, 0.05
 class NetlinkWiring:
     """`meshnet.kernel.Wiring` on Linux; use it from the thread that made it.
 
+    Args:
+        wired: told of the endpoints that are connected; shared with the host's `NetlinkKernel`.
+
     Raises:
         OSError: a netlink socket cannot be had.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wired: WiredElements) -> None:
         self._rtnl = rtnl.RtnlSocket()
+        try:
+            self._nft = NftSocket()
+        except BaseException:
+            self._rtnl.close()
+            raise
+        self._wired = wired
         self.writes = 0
 
     def close(self) -> None:
         """See `meshnet.kernel.Wiring`."""
         self._rtnl.close()
+        self._nft.close()
 
     @property
     def port_id(self) -> int:
         """Netlink address of its socket: the sender in notifications of its own writes."""
         return self._rtnl.port_id
 
+    @property
+    def nft_port_id(self) -> int:
+        """The same of nftables' elements."""
+        return self._nft.port_id
+
     def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
         """See `meshnet.kernel.Wiring`."""
         endpoint = wiring.endpoint
         self._must(self._rtnl, [_encode_link(netns_fd, wiring)], endpoint)
+        is_new = False
         try:
             if endpoint.parent is None:
-                # A courtesy that a kernel without IPv6, or a link with a small MTU, has no use for.
                 index = socket.if_nametoindex(endpoint_link_name(endpoint.id))
+                # A courtesy that a kernel without IPv6, or a link with a small MTU, has no use for.
                 self._rtnl.send_batch([links.encode_no_link_local(index)])
+                self._must(self._rtnl, [links.encode_hairpin(index)], endpoint)
+                is_new = self._allow(endpoint)
             with inside(netns_fd):
                 return self._configure(wiring)
         except BaseException as error:
@@ -73,6 +94,8 @@ class NetlinkWiring:
             else:
                 with inside(netns_fd):
                     self._remove_macvlan(endpoint)
+            if is_new:
+                self._forbid(endpoint)
             if isinstance(error, OSError):
                 raise KernelRefusedError(
                     f"endpoint {endpoint.name} in process {endpoint.pid}: {error}"
@@ -83,6 +106,7 @@ class NetlinkWiring:
         """See `meshnet.kernel.Wiring`."""
         if endpoint.parent is None:
             self.remove_link(endpoint_link_name(endpoint.id))
+            self._forbid(endpoint)
             return
         netns_fd = open_by_inode(endpoint.netns_inode)
         if netns_fd is None:
@@ -102,6 +126,11 @@ class NetlinkWiring:
                 return _find_macvlan(inner, endpoint) is not None
         except OSError as error:
             raise KernelRefusedError(f"link of endpoint {endpoint.name}: {error}") from error
+
+    def adopt(self, endpoint: Endpoint) -> None:
+        """See `meshnet.kernel.Wiring`."""
+        with self._wired.lock:
+            self._wired.add(source_elements(endpoint))
 
     def remove_link(self, name: str) -> None:
         """See `meshnet.kernel.Wiring`."""
@@ -126,6 +155,34 @@ class NetlinkWiring:
             errors = inner.send_batch([links.encode_link_delete(name)])
             if errors and errors[0].errno != errno.ENODEV:
                 raise KernelRefusedError(f"link {name} of endpoint {endpoint.name}: {errors[0]}")
+
+    def drops(self) -> dict[str, int]:
+        """See `meshnet.kernel.Wiring`."""
+        return {name: count.packets for name, count in self._nft.dump_counters().items()}
+
+    def _allow(self, endpoint: Endpoint) -> bool:
+        """Let an endpoint send from what is its own; returns whether that is news."""
+        elements = source_elements(endpoint)
+        with self._wired.lock:
+            is_new = self._wired.add(elements)
+            self._write_elements(
+                [Op(Table.ELEMENT, key, value, False) for key, value in elements.items()]
+            )
+        return is_new
+
+    def _forbid(self, endpoint: Endpoint) -> None:
+        elements = source_elements(endpoint)
+        with self._wired.lock:
+            self._wired.remove(elements)
+            self._write_elements([Op(Table.ELEMENT, key, None, True) for key in elements])
+
+    def _write_elements(self, ops: Sequence[Op]) -> None:
+        self.writes += len(ops)
+        for failure in self._nft.write_elements(ops):
+            # Without tables there is nothing to add to or delete from: the pass that loads them
+            # loads what is connected then.
+            if failure.errno != errno.ENOENT:
+                raise KernelRefusedError(str(failure))
 
     def _configure(self, wiring: EndpointWiring) -> bool:
         """The half inside the namespace: the calling thread is in it."""
@@ -246,6 +303,8 @@ def _set_ipv6(endpoint: Endpoint) -> None:
         return
     (settings / "accept_ra").write_text("0")
     (settings / "accept_dad").write_text("0")
+    # The link-local address that the firewall expects is the one made of the MAC.
+    (settings / "addr_gen_mode").write_text("0")
     if any(a.version == 6 for a in endpoint.addresses):
         # Docker and others start namespaces with IPv6 off.
         (settings / "disable_ipv6").write_text("0")

@@ -13,6 +13,7 @@ from meshnet.state import (
     Nexthop,
     Route,
     RouteKey,
+    Ruleset,
 )
 from tests.contract.hosts import UNDERLAY_DEV
 
@@ -135,5 +136,5 @@ CHANGES = [
     ByHand("table deleted", "nft delete table inet meshnet", _set(T.FIREWALL, "", None),
            {T.FIREWALL}),
     ByHand("rule added", "nft add rule inet meshnet postrouting counter accept",
-           _set(T.FIREWALL, "", ""), {T.FIREWALL}),
+           _set(T.FIREWALL, "", Ruleset("", {})), {T.FIREWALL}),
 ]  # fmt: skip

@@ -136,7 +136,7 @@ def test_others_writes_do(host: tuple[RealHost, int], command: str) -> None:
 def test_a_load_of_our_rules_is_still_told(host: tuple[RealHost, int]) -> None:
     real, fd = host
     with inside(fd):
-        events = open_nftables_events()
+        events = open_nftables_events([real.nft_port_id])
     with events:
         real.shell("nft add rule inet meshnet postrouting counter")
         assert any(nftables_concerns_us(m.data) for m in drain(events))

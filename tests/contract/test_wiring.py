@@ -81,7 +81,7 @@ class RealWired:
         self.netns_fd = netns_fd
         self.name = name
         self.host = host
-        self._thread = Inside(host_fd, NetlinkWiring)
+        self._thread = Inside(host_fd, lambda: NetlinkWiring(host.wired))
         self.wiring: Wiring = self
 
     @property
@@ -102,6 +102,12 @@ class RealWired:
 
     def list_endpoint_links(self) -> list[str]:
         return self._thread.call(lambda w: w.list_endpoint_links())
+
+    def adopt(self, endpoint: Endpoint) -> None:
+        self._thread.call(lambda w: w.adopt(endpoint))
+
+    def drops(self) -> dict[str, int]:
+        return self._thread.call(lambda w: w.drops())
 
     def close(self) -> None:
         self._thread.close(lambda w: w.close())

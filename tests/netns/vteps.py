@@ -19,12 +19,11 @@ import sys
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
-from meshnet.backends.vxlan import link_local_of
 from meshnet.kernel.netns import inside
 from meshnet.lab.poll import wait_until
 from meshnet.lab.underlay import Underlay
 from meshnet.state import format_ip, format_mac
-from meshnet.wire.mac import vtep_mac
+from meshnet.wire.mac import link_local_of, vtep_mac
 
 if TYPE_CHECKING:
     import subprocess

@@ -21,6 +21,7 @@ from meshnet.store.memory import MemoryStore
 from meshnet.store.registry import Registry
 from meshnet_agent.agent import Agent
 from meshnet_agent.disk import StateDir
+from tests.unit.host_ports import FakePorts
 from tests.values import make_network, underlay_ip
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Node:
     kernel: MemoryKernel
     directory: Path
     instance: str
+    ports: FakePorts = field(default_factory=FakePorts)
     agent: Agent | None = None
     prober: MemoryProber = field(default_factory=MemoryProber)
     stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -100,6 +102,7 @@ class Node:
             self.ip,
             EventFilter(),
             self.prober,
+            self.ports,
             self._listen,
         )
         try:
