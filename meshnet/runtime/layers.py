@@ -30,7 +30,7 @@ import stat
 import zlib
 from dataclasses import dataclass
 from enum import Enum
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError
 from meshnet.runtime.oci import BadImageError, Digest
@@ -39,6 +39,7 @@ from meshnet.runtime.tarstream import CHUNK_BYTES, Budget, HashingReader, TarStr
 if TYPE_CHECKING:
     import tarfile
     from collections.abc import Iterator
+    from io import BufferedReader
     from pathlib import Path
 
 OPAQUE = "trusted.overlay.opaque"
@@ -73,11 +74,11 @@ class Unpacked:
     entries: int
 
 
-def unpack(blob: IO[bytes], directory: Path, budget: Budget) -> Unpacked:
+def unpack(blob: BufferedReader, directory: Path, budget: Budget) -> Unpacked:
     """Unpack a layer into an empty directory.  The caller removes it after an error.
 
     Args:
-        blob: the layer's tar, compressed by gzip or zstd or not; must have ``peek`` to be.
+        blob: the layer's tar, or one compressed by gzip or zstd.
         budget: what it may take; counts down.
 
     Raises:

@@ -22,6 +22,7 @@ from meshnet.runtime.oci import BadImageError, Digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import BufferedReader
 
 CHUNK_BYTES = 64 * 1024
 _MAX_HEADER_BYTES = 1 << 20
@@ -33,8 +34,12 @@ _HEADER_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+}
 
 
 class Readable(Protocol):
@@ -119,6 +124,7 @@ class TarStream:
     """
 
     def __init__(self, stream: Readable) -> None:
+        self._stream = stream
         with _damage():
             # The stream is the caller's to close.
             self._archive = tarfile.open(  # noqa: SIM115
@@ -154,6 +160,16 @@ class TarStream:
             left -= len(chunk)
             yield chunk
 
+    def drain(self, budget: Budget) -> None:
+        """Read on to the end of the stream, whatever comes after the archive.
+
+        Raises:
+            PolicyRefusedError: it is more than the budget has.
+        """
+        with _damage():
+            while chunk := self._stream.read(CHUNK_BYTES):
+                budget.spend(size=len(chunk))
+
 
 @contextmanager
 def _damage() -> Iterator[None]:
@@ -167,8 +183,13 @@ def _damage() -> Iterator[None]:
         )
 
 
+def compression(start: bytes) -> str:
+    """How a stream is compressed, by its first bytes; empty: not at all."""
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "")
+
+
 @contextmanager
-def decompressed(stream: IO[bytes]) -> Iterator[Readable]:
+def decompressed(stream: BufferedReader) -> Iterator[Readable]:
     """A stream with its compression, which its first bytes tell, taken off.
 
     Zstandard is left to the program ``zstd``, which needs a real file.
@@ -177,22 +198,20 @@ def decompressed(stream: IO[bytes]) -> Iterator[Readable]:
         BadImageError: it is compressed in another way.
         KernelRefusedError: ``zstd`` is not installed.
     """
-    peek = getattr(stream, "peek", None)
-    start = bytes(peek(8)[:8]) if peek is not None else b""
-    for magic, name in _OTHERS.items():
-        if start.startswith(magic):
-            raise BadImageError(f"it is compressed by {name}: only gzip and zstd are read")
-    if start.startswith(_GZIP):
-        yield gzip.GzipFile(fileobj=stream)
-    elif start.startswith(_ZSTD):
-        with _zstd(stream) as unpacked:
-            yield unpacked
-    else:
-        yield stream
+    match compression(stream.peek(8)):
+        case "":
+            yield stream
+        case "gzip":
+            yield gzip.GzipFile(fileobj=stream)
+        case "zstd":
+            with _zstd(stream) as unpacked:
+                yield unpacked
+        case other:
+            raise BadImageError(f"it is compressed by {other}: only gzip and zstd are read")
 
 
 @contextmanager
-def _zstd(stream: IO[bytes]) -> Iterator[Readable]:
+def _zstd(stream: BufferedReader) -> Iterator[Readable]:
     if shutil.which("zstd") is None:
         raise KernelRefusedError("a layer is compressed by zstd: install the package zstd")
     if not stream.seekable():
