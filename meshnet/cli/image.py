@@ -121,7 +121,7 @@ def _upload(client: Client, path: str, name: str | None) -> list[dict[str, Any]]
 
 def _open(path: str) -> IO[bytes]:
     try:
-        return open(path, "rb")  # noqa: SIM115  (the caller closes it)
+        return open(path, "rb")
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} does not exist: give a file or a directory") from error
     except OSError as error:
@@ -132,14 +132,16 @@ def _open(path: str) -> IO[bytes]:
 
 def _pack(directory: str, output: IO[bytes]) -> None:
     """Write an image layout as a tar: what belongs to it, and nothing else that is there."""
-    with tarfile.open(fileobj=output, mode="w|", bufsize=1 << 18) as tar:
-        for name in ("oci-layout", "index.json", "blobs"):
-            try:
+    try:
+        with tarfile.open(fileobj=output, mode="w|", bufsize=1 << 18) as tar:
+            for name in ("oci-layout", "index.json", "blobs"):
                 tar.add(os.path.join(directory, name), name)
-            except FileNotFoundError as error:
-                raise UsageError(
-                    f"{directory} is no OCI image layout, it has no {name}: give one, or a file"
-                ) from error
+    except ConnectionError:
+        raise  # the agent's
+    except OSError as error:
+        raise UsageError(
+            f"{directory} cannot be read as an OCI image layout ({error}): give one, or a file"
+        ) from error
 
 
 def _ls(args: argparse.Namespace) -> int:

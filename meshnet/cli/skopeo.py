@@ -29,8 +29,7 @@ def skopeo(source: str, target: str, image: str, insecure: bool) -> None:
     options = [f"--{registry}-tls-verify=false"] if insecure else []
     try:
         done = subprocess.run(
-            # Whom to trust is for the user to say, by name and digest; not every host has a policy.
-            ["skopeo", "--insecure-policy", "copy", "--quiet", *options, "--", source, target],
+            ["skopeo", "copy", "--quiet", *options, "--", source, target],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

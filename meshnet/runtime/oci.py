@@ -347,7 +347,7 @@ def parse_reference(text: str) -> Reference:
     name, at, digest = text.partition("@")
     head, colon, tag = name.rpartition(":")
     if not colon or "/" in tag:
-        head, tag = name, ""
+        head, colon, tag = name, "", ""
     registry, slash, repository = head.partition("/")
     if not slash or not (set(".:") & set(registry) or registry == "localhost"):
         registry, repository = DEFAULT_REGISTRY, head
@@ -355,13 +355,13 @@ def parse_reference(text: str) -> Reference:
         registry = DEFAULT_REGISTRY
     if registry == DEFAULT_REGISTRY and "/" not in repository:
         repository = f"{_DEFAULT_FOLDER}/{repository}"
-    if not tag and not at and not name.endswith(":"):
+    if not colon and not at:
         tag = "latest"
     if not (
         _REGISTRY.fullmatch(registry)
         and all(_COMPONENT.fullmatch(part) for part in repository.split("/"))
         and len(registry) + len(repository) < _MAX_NAME
-        and (_TAG.fullmatch(tag) or (at and not tag))
+        and (_TAG.fullmatch(tag) or (at and not colon))
         and (not at or _DIGEST.fullmatch(digest))
     ):
         raise BadImageError(

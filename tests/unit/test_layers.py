@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 MESHNET = Path(meshnet.__path__[0])
 AGENT = Path(meshnet_agent.__path__[0])
 EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep")
-PURE_IN_EDGES = {"store/mirror.py", "store/registry.py", "store/__init__.py", "kernel/ordering.py"}
+PURE_IN_EDGES = {
+    "store/mirror.py", "store/registry.py", "store/__init__.py", "kernel/ordering.py",
+    "runtime/oci.py",
+}  # fmt: skip
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",
     "random", "secrets", "select", "shutil", "signal", "socket", "subprocess", "tempfile",
@@ -81,7 +84,7 @@ def test_the_library_does_not_know_the_agent(name: str) -> None:
     assert not [m for m in imports(MESHNET / name) if m.startswith("meshnet_agent")]
 
 
-@pytest.mark.parametrize("edge", ["store", "kernel"])
+@pytest.mark.parametrize("edge", ["store", "kernel", "runtime"])
 def test_edges_do_not_know_each_other(edge: str) -> None:
     others = tuple(f"meshnet.{other}" for other in EDGES if other != edge)
     for name, path in modules(MESHNET / edge).items():
@@ -116,7 +119,7 @@ def test_each_third_party_library_has_its_place() -> None:
         "pyroute2": {"kernel/netlink.py"},
         "etcd3": {"store/etcd.py", "store/_etcd_rpc.py", "store/_etcd_messages.py",
                   "store/_etcd_watch.py", "store/_etcd_config.py"},
-        "msgspec": {"codec.py", "store/__init__.py"},
+        "msgspec": {"codec.py", "store/__init__.py", "runtime/oci.py"},
     }  # fmt: skip
     for library, allowed in places.items():
         users = {
