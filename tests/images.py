@@ -8,10 +8,15 @@ import io
 import json
 import os
 import tarfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from meshnet.runtime.oci import platform_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from io import BufferedReader
 
 HOST = platform_of(os.uname().machine)
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
@@ -87,6 +92,13 @@ def config_of(layers: tuple[bytes, ...], **config: object) -> bytes:
             "config": config,
         }
     )
+
+
+@contextmanager
+def stream_of(raw: bytes) -> Iterator[BufferedReader]:
+    """Bytes as what a store loads from."""
+    with io.BufferedReader(io.BytesIO(raw)) as stream:
+        yield cast("BufferedReader", stream)
 
 
 def files_tar(files: dict[str, bytes]) -> bytes:
