@@ -231,8 +231,9 @@ class _Handlers:
         return await self._service.images.remove(request.path_params["image"])
 
     async def export_image(self, request: Request) -> object:
-        image = await self._service.images.inspect(request.path_params["image"])
-        return _ArchiveResponse(self._service.images, image["id"])
+        image = request.path_params["image"]
+        await self._service.images.inspect(image)  # or the error, while there is still time
+        return _ArchiveResponse(self._service.images, image)
 
 
 class _ArchiveResponse(Response):

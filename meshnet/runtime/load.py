@@ -1,7 +1,8 @@
 """``python -m meshnet.runtime.load``: takes an image archive from standard input into the store.
 
 A process of its own: unpacking keeps Python busy for seconds to minutes, and the agent answers
-within milliseconds meanwhile.  It gives way to whatever else wants the CPU.  Killing it is safe.
+within milliseconds meanwhile.  It gives way to whatever else wants the CPU.  Killing it is
+safe: what it leaves is collected later.
 Prints one JSON document: ``{"ids": […]}``, or ``{"error": {"kind", "message"}}``.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +31,8 @@ def main() -> int:
     parser.add_argument("--name")
     args = parser.parse_args()
     os.nice(_NICE)
+    # Cancelled: what was written is cleaned up on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     budget = Budget(args.max_bytes, args.max_entries)
     document: dict[str, object]
     try:
