@@ -153,7 +153,7 @@ def _ls(args: argparse.Namespace) -> int:
         ("NAME", "ID", "CREATED", "LAYERS", "SIZE", "IN USE"),
         (
             (
-                joined(d["names"]),
+                name,
                 _short(d["id"]),
                 (d["created"] or "-")[:10],
                 d["layers"],
@@ -161,6 +161,7 @@ def _ls(args: argparse.Namespace) -> int:
                 "yes" if d["in_use"] else "no",
             )
             for d in documents
+            for name in d["names"] or ["-"]
         ),
     )
     return 0

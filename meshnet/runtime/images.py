@@ -19,7 +19,6 @@ removal or start of an agent collects.  Any number of processes may use a store 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import io
@@ -43,6 +42,7 @@ from meshnet.errors import (
 )
 from meshnet.runtime import oci
 from meshnet.runtime.archive import Archive
+from meshnet.runtime.files import sync, sync_filesystem, try_lock, write_whole
 from meshnet.runtime.layers import unpack
 from meshnet.runtime.oci import BadImageError, Descriptor, Digest, Index
 
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 
 _LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 _ID = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +153,8 @@ class ImageStore:
             holds = self._holds / _hex(entries[0].id)
             holds.mkdir(exist_ok=True)
             (holds / container).touch(mode=0o600)
-            _sync(holds)
-            _sync(self._holds)
+            sync(holds)
+            sync(self._holds)
             return self._image(entries)
 
     def release(self, image: Digest, container: str) -> None:
@@ -198,7 +197,7 @@ class ImageStore:
                 )
             while True:
                 self._unpack_missing(staging, found, for_layers)
-                _sync_filesystem(staging)
+                sync_filesystem(staging)
                 with self._locked():
                     if not list(self._missing(staging, found)):
                         return self._commit(staging, found, wanted)
@@ -305,8 +304,8 @@ class ImageStore:
                     os.rename(staging / _hex(diff_id), self._layer(diff_id))
             names = [str(name) for name in ([wanted] if wanted is not None else image.names)]
             entries += [_Entry(image.id, image.manifest, name) for name in names or [""]]
-        _sync(self._blobs)
-        _sync(self._layers)
+        sync(self._blobs)
+        sync(self._layers)
         self._write(_tidied(entries))
         entries = self._entries()
         ids = dict.fromkeys(image.id for image in images)
@@ -340,13 +339,7 @@ class ImageStore:
             )
             for e in entries
         )
-        draft = self._root / "index.json.new"
-        with open(draft, "wb") as file:
-            file.write(oci.encode(Index(manifests=manifests)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self._root / "index.json")
-        _sync(self._root)
+        write_whole(self._root / "index.json", oci.encode(Index(manifests=manifests)))
 
     def _image(self, entries: list[_Entry]) -> Image:
         """The image that entries are of; the first tells its manifest."""
@@ -427,11 +420,11 @@ class ImageStore:
         with _refusals(self._root), contextlib.ExitStack() as stack:
             with self._locked():
                 staging = Path(tempfile.mkdtemp(dir=self._tmp))
-                stack.callback(os.close, _try_lock(staging))
+                stack.callback(os.close, try_lock(staging))
                 stack.callback(shutil.rmtree, staging, ignore_errors=True)
                 for other in self._tmp.iterdir():
                     with contextlib.suppress(BlockingIOError):
-                        os.close(_try_lock(other))
+                        os.close(try_lock(other))
                         os.rename(other, staging / f"left-{other.name}")
             yield staging
 
@@ -474,35 +467,6 @@ def _hex(digest: Digest) -> str:
 
 def _short(digest: Digest) -> str:
     return _hex(digest)[:12]
-
-
-def _try_lock(directory: Path) -> int:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_filesystem(directory: Path) -> None:
-    """Like fsync(2) for all files at once: syncfs(2), which Python lacks."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if _libc.syncfs(fd) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(directory))
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
