@@ -24,26 +24,25 @@ import fcntl
 import io
 import json
 import os
-import re
 import shutil
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING
 
 from meshnet.codec import check_name
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
     MeshnetError,
-    NotFoundError,
     UsageError,
 )
 from meshnet.runtime import oci
 from meshnet.runtime.archive import Archive
 from meshnet.runtime.files import sync, sync_filesystem, try_lock, write_whole
 from meshnet.runtime.layers import unpack
+from meshnet.runtime.names import Entry, canonical, find, hex_of, short, tidied
 from meshnet.runtime.oci import BadImageError, Descriptor, Digest, Index
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
     from meshnet.runtime.tarstream import Budget
 
 _LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
-_ID = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +84,6 @@ class Removed:
     id: Digest
     untagged: tuple[str, ...]
     deleted: bool
-
-
-class _Entry(NamedTuple):
-    """A line of the index: an image by one of its names; no name: it has none."""
-
-    id: Digest
-    manifest: Descriptor
-    name: str
 
 
 class ImageStore:
@@ -129,7 +119,7 @@ class ImageStore:
             UsageError: several ids begin so, or it is no name.
         """
         with self._locked():
-            return self._image(_find(self._entries(), text))
+            return self._image(find(self._entries(), text))
 
     def lowerdirs(self, image: Image) -> tuple[Path, ...]:
         """The image's layers as overlayfs wants them: the uppermost first, none twice.
@@ -149,8 +139,8 @@ class ImageStore:
         """
         check_name("container", container)
         with self._locked():
-            entries = _find(self._entries(), text)
-            holds = self._holds / _hex(entries[0].id)
+            entries = find(self._entries(), text)
+            holds = self._holds / hex_of(entries[0].id)
             holds.mkdir(exist_ok=True)
             (holds / container).touch(mode=0o600)
             sync(holds)
@@ -161,7 +151,7 @@ class ImageStore:
         """Let go of an image that the container held.  Idempotent."""
         check_name("container", container)
         with self._locked():
-            holds = self._holds / _hex(image)
+            holds = self._holds / hex_of(image)
             (holds / container).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 holds.rmdir()  # stays while others hold the image
@@ -212,12 +202,12 @@ class ImageStore:
         """
         with self._staging() as staging, self._locked():
             entries = self._entries()
-            same = _find(entries, text)
+            same = find(entries, text)
             names = [e.name for e in same if e.name]
-            by_name = bool(names) and names[0] == _canonical(text)
+            by_name = bool(names) and names[0] == canonical(text)
             if len(names) > 1 and not by_name:
                 raise ConflictError(
-                    f"image {_short(same[0].id)} has {len(names)} names ({', '.join(names)}): "
+                    f"image {short(same[0].id)} has {len(names)} names ({', '.join(names)}): "
                     "remove them by name"
                 )
             going = same[:1] if by_name else same
@@ -240,11 +230,11 @@ class ImageStore:
         """
         with self._staging() as staging:
             with self._locked():
-                image = self._image(_find(self._entries(), text))
+                image = self._image(find(self._entries(), text))
                 blobs = sorted(self._blobs_of(image.manifest))
                 for digest in blobs:
                     # A link: the image may be removed while it is written.
-                    os.link(self._blob(digest), staging / _hex(digest))
+                    os.link(self._blob(digest), staging / hex_of(digest))
             index = oci.encode(Index(manifests=(image.manifest,)))
             with tarfile.open(fileobj=output, mode="w|") as tar:
                 for name, content in (("oci-layout", _LAYOUT), ("index.json", index)):
@@ -252,7 +242,7 @@ class ImageStore:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                 for digest in blobs:
-                    tar.add(staging / _hex(digest), f"blobs/sha256/{_hex(digest)}")
+                    tar.add(staging / hex_of(digest), f"blobs/sha256/{hex_of(digest)}")
 
     def collect(self) -> None:
         """Remove what killed processes left."""
@@ -267,14 +257,14 @@ class ImageStore:
         """Layers that are neither in the store nor unpacked in `staging`."""
         for image in images:
             for diff_id, blob in image.layers:
-                if not (self._layer(diff_id).exists() or (staging / _hex(diff_id)).exists()):
+                if not (self._layer(diff_id).exists() or (staging / hex_of(diff_id)).exists()):
                     yield diff_id, blob
 
     def _unpack_missing(
         self, staging: Path, images: Iterable[ArchivedImage], budget: Budget
     ) -> None:
         for diff_id, blob in self._missing(staging, images):
-            directory = staging / _hex(diff_id)
+            directory = staging / hex_of(diff_id)
             (directory / "diff").mkdir(parents=True)
             (directory / "diff").chmod(0o755)
             try:
@@ -286,7 +276,7 @@ class ImageStore:
                         "changed or damaged, get it anew"
                     )
             except MeshnetError as error:
-                raise type(error)(f"layer {_short(diff_id)}: {error}") from error
+                raise type(error)(f"layer {short(diff_id)}: {error}") from error
             facts = {"size_bytes": unpacked.size_bytes, "entries": unpacked.entries}
             (directory / "layer.json").write_text(json.dumps(facts))
 
@@ -301,26 +291,26 @@ class ImageStore:
                     os.rename(blob.path, self._blob(blob.digest))
             for diff_id, _ in image.layers:
                 if not self._layer(diff_id).exists():
-                    os.rename(staging / _hex(diff_id), self._layer(diff_id))
+                    os.rename(staging / hex_of(diff_id), self._layer(diff_id))
             names = [str(name) for name in ([wanted] if wanted is not None else image.names)]
-            entries += [_Entry(image.id, image.manifest, name) for name in names or [""]]
+            entries += [Entry(image.id, image.manifest, name) for name in names or [""]]
         sync(self._blobs)
         sync(self._layers)
-        self._write(_tidied(entries))
+        self._write(tidied(entries))
         entries = self._entries()
         ids = dict.fromkeys(image.id for image in images)
         return [self._image([e for e in entries if e.id == i]) for i in ids]
 
     # --- the index ------------------------------------------------------------------------------
 
-    def _entries(self) -> list[_Entry]:
+    def _entries(self) -> list[Entry]:
         try:
             raw = (self._root / "index.json").read_bytes()
         except FileNotFoundError:
             return []
         index = oci.decode_index(raw, str(self._root / "index.json"))
         return [
-            _Entry(
+            Entry(
                 self._manifest(d).config.digest,
                 Descriptor(media_type=d.media_type, digest=d.digest, size=d.size),
                 (d.annotations or {}).get(oci.REF_NAME, ""),
@@ -328,7 +318,7 @@ class ImageStore:
             for d in index.manifests
         ]
 
-    def _write(self, entries: Iterable[_Entry]) -> None:
+    def _write(self, entries: Iterable[Entry]) -> None:
         """Replace the index, atomically and durably."""
         manifests = tuple(
             Descriptor(
@@ -341,7 +331,7 @@ class ImageStore:
         )
         write_whole(self._root / "index.json", oci.encode(Index(manifests=manifests)))
 
-    def _image(self, entries: list[_Entry]) -> Image:
+    def _image(self, entries: list[Entry]) -> Image:
         """The image that entries are of; the first tells its manifest."""
         first = entries[0]
         document = oci.decode_config(self._blob(first.id).read_bytes(), f"config {first.id}")
@@ -361,7 +351,7 @@ class ImageStore:
 
     def _containers(self, image: Digest) -> tuple[str, ...]:
         try:
-            return tuple(sorted(os.listdir(self._holds / _hex(image))))
+            return tuple(sorted(os.listdir(self._holds / hex_of(image))))
         except FileNotFoundError:
             return ()
 
@@ -376,19 +366,19 @@ class ImageStore:
     # --- the disk -------------------------------------------------------------------------------
 
     def _blob(self, digest: Digest) -> Path:
-        return self._blobs / _hex(digest)
+        return self._blobs / hex_of(digest)
 
     def _layer(self, diff_id: Digest) -> Path:
-        return self._layers / _hex(diff_id)
+        return self._layers / hex_of(diff_id)
 
     def _collect(self, staging: Path) -> None:
         """Move everything that the index does not lead to into `staging`, which goes."""
         blobs: set[str] = set()
         layers: set[str] = set()
         for entry in self._entries():
-            blobs |= set(map(_hex, self._blobs_of(entry.manifest)))
+            blobs |= set(map(hex_of, self._blobs_of(entry.manifest)))
             config = self._blob(entry.id).read_bytes()
-            layers |= set(map(_hex, oci.decode_config(config, entry.id).rootfs.diff_ids))
+            layers |= set(map(hex_of, oci.decode_config(config, entry.id).rootfs.diff_ids))
         for directory, kept in ((self._blobs, blobs), (self._layers, layers)):
             for name in set(os.listdir(directory)) - kept:
                 os.rename(directory / name, staging / f"{directory.name}-{name}")
@@ -423,50 +413,11 @@ class ImageStore:
                 stack.callback(os.close, try_lock(staging))
                 stack.callback(shutil.rmtree, staging, ignore_errors=True)
                 for other in self._tmp.iterdir():
-                    with contextlib.suppress(BlockingIOError):
+                    # Somebody works there, or has just finished.
+                    with contextlib.suppress(BlockingIOError, FileNotFoundError):
                         os.close(try_lock(other))
                         os.rename(other, staging / f"left-{other.name}")
             yield staging
-
-
-def _find(entries: list[_Entry], text: str) -> list[_Entry]:
-    """All entries of the image that `text` means, the one with that name first."""
-    name = _canonical(text)
-    found = [e for e in entries if e.name == name]
-    match = _ID.fullmatch(text)
-    if not found and match:
-        found = [e for e in entries if _hex(e.id).startswith(match[1])]
-        if len({e.id for e in found}) > 1:
-            raise UsageError(f"image id {text} is the beginning of several: give more digits")
-    if not found:
-        if name is None and not match:
-            oci.parse_reference(text)  # says what is wrong with it
-        raise NotFoundError(f"image {text} is not on this host: meshnet image ls lists them")
-    return [*found, *(e for e in entries if e.id == found[0].id and e not in found)]
-
-
-def _canonical(text: str) -> str | None:
-    try:
-        return str(oci.parse_reference(text))
-    except BadImageError:
-        return None
-
-
-def _tidied(entries: Iterable[_Entry]) -> list[_Entry]:
-    """The last one who took a name has it; an image without one keeps an entry all the same."""
-    entries = list(entries)
-    by_name = {e.name: e for e in entries if e.name}
-    named = {e.id for e in by_name.values()}
-    nameless = {e.id: e._replace(name="") for e in entries if e.id not in named}
-    return [*by_name.values(), *nameless.values()]
-
-
-def _hex(digest: Digest) -> str:
-    return digest.removeprefix("sha256:")
-
-
-def _short(digest: Digest) -> str:
-    return _hex(digest)[:12]
 
 
 @contextlib.contextmanager
