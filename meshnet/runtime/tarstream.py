@@ -71,8 +71,8 @@ class Budget:
         ):
             if left < 0:
                 raise PolicyRefusedError(
-                    f"the image exceeds the agent's setting {setting} once unpacked: raise it if "
-                    "you trust the image"
+                    f"the image exceeds the agent's setting {setting}: raise it if you trust the "
+                    "image"
                 )
 
 
