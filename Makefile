@@ -17,7 +17,7 @@ demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
 
 test: $(SETUP)  ## all tests
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 2
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -314,14 +314,6 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BadValue:
-    """A key of the store whose value was refused, and why."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MeshSnapshot:
     """All that the store says of the mesh, as of one revision.
 

@@ -7,6 +7,7 @@ has a lease again, and keeps its subnets as long as nobody else was given them.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -146,6 +147,12 @@ class Membership:
             name not in self.subnets and name not in self.errors for name in self._snapshot.networks
         ):
             await self._progress.wait()
+
+    def move(self, host: Host) -> None:
+        """Publish this host anew: its underlay address is another."""
+        self.host = host
+        self._claim = replace(self._claim, underlay_ip=host.underlay_ip)
+        self._look.set()
 
     def follow(self, snapshot: MeshSnapshot) -> None:
         """Take in what the store says now; reservations follow in `reserve`."""

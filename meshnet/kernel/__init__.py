@@ -51,8 +51,9 @@ class Kernel(Protocol):
         """Look at the underlay: the link that holds `underlay_ip`; `paths` stays empty.
 
         Args:
-            underlay_ip: the address tunnels start from; None: the first global one of
-                `underlay_dev`.
+            underlay_ip: the address tunnels start from.
+            underlay_dev: the link that it is on, or a port of that one: as long as it has
+                `underlay_ip`, that, else its first global one.  None: whichever link it is on.
 
         Raises:
             NotFoundError: no link holds the address, or the link does not exist or has none.
