@@ -40,7 +40,7 @@ from meshnet.model import (
 from meshnet_agent.endpoints import AttachRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
@@ -218,11 +218,7 @@ class _Handlers:
         return await self._service.images.documents()
 
     async def load_images(self, request: Request) -> object:
-        name = request.query_params.get("name")
-        try:
-            return await self._service.images.load(request.stream(), name)
-        except ClientDisconnect as error:
-            raise UsageError("the archive was cut off while it was sent: send it again") from error
+        return await self._service.images.load(_chunks(request), request.query_params.get("name"))
 
     async def inspect_image(self, request: Request) -> object:
         return await self._service.images.inspect(request.path_params["image"])
@@ -312,6 +308,14 @@ async def _body(request: Request, kind: type[_T]) -> _T:
         return msgspec.json.decode(bytes(raw), type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UsageError(f"request body of {request.url.path}: {error}") from error
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect as error:
+        raise UsageError("the archive was cut off while it was sent: send it again") from error
 
 
 def _cidr(text: str) -> IpNetwork:

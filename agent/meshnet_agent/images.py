@@ -65,12 +65,16 @@ class Images:
     async def load(self, archive: AsyncIterator[bytes], name: str | None) -> list[Document]:
         """Take in an archive (`ImageStore.load`).
 
+        Args:
+            archive: what it raises, a `MeshnetError`, ends the load.
+
         Reads all of `archive` also where the load fails early: who sends it listens only then.
-        Cancelling kills the load; what it left is collected later.
+        Cancelling ends the process.
         """
         command = [sys.executable, "-P", "-m", "meshnet.runtime.load", f"--store={self._path}"]
         command += [*self._limits, *([f"--name={name}"] if name is not None else [])]
         output = bytearray()
+        cut_off: MeshnetError | None = None
         async with self._loads, trio.open_nursery() as nursery:
             run = functools.partial(
                 trio.run_process,
@@ -81,7 +85,13 @@ class Images:
             )
             process: trio.Process = await nursery.start(run)
             nursery.start_soon(_gather, process, output)
-            await _feed(process, archive)
+            try:
+                await _feed(process, archive)
+            except MeshnetError as error:
+                cut_off = error  # raised here, it would come out of the nursery in a group
+                process.terminate()
+        if cut_off is not None:
+            raise cut_off
         try:
             answer = json.loads(output)
         except ValueError as error:

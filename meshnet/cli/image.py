@@ -201,9 +201,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _text(value: object) -> str:
+    """What an image says of itself, as one line that does nothing to a terminal."""
     if isinstance(value, dict):
-        return joined(f"{key}={text}" for key, text in value.items())
-    return " ".join(map(str, value)) or "-" if isinstance(value, list) else str(value) or "-"
+        value = [f"{key}={text}" for key, text in value.items()]
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(letter if letter.isprintable() else "?" for letter in text) or "-"
 
 
 def _rm(args: argparse.Namespace) -> int:

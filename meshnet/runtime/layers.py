@@ -352,7 +352,7 @@ def _xattrs(member: tarfile.TarInfo) -> Iterator[tuple[str, bytes]]:
         if key == record:
             continue
         if key.startswith(_OVERLAYS_OWN):
-            raise BadImageError(f"it has the extended attribute {key}, which is overlayfs's own")
+            raise BadImageError(f"it has the extended attribute {key!r}, which is overlayfs's own")
         # The kernel has user.* on these alone, see xattr(7).
         holds_any = member.isreg() or member.isdir()
         if (key.startswith("user.") and holds_any) or (

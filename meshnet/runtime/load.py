@@ -40,12 +40,17 @@ def main() -> int:
             images = ImageStore(args.store).load(archive, args.name, budget)
         document = {"ids": [image.id for image in images]}
     except MeshnetError as error:
-        document = {"error": {"kind": kind_of(error), "message": str(error)}}
+        document = {"error": {"kind": _kind_of(error), "message": _printable(str(error))}}
     json.dump(document, sys.stdout)
     return 0
 
 
-def kind_of(error: MeshnetError) -> str:
+def _printable(message: str) -> str:
+    """One line that does nothing to a terminal, whatever it quotes."""
+    return "".join(letter if letter.isprintable() else "?" for letter in message)
+
+
+def _kind_of(error: MeshnetError) -> str:
     """The class of the error that callers know: `meshnet.errors.error_classes`."""
     return next(c.__name__ for c in type(error).__mro__ if MeshnetError in c.__bases__)
 

@@ -42,6 +42,8 @@ FULL_NAME = "io.containerd.image.name"
 """Annotation by Docker and containerd: the image's whole name."""
 
 _DigestField = Annotated[Digest, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+_Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{0,64}\Z")]
+_Time = Annotated[str, msgspec.Meta(pattern=r"^[0-9TtZz:.+-]{0,64}\Z")]
 _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -55,9 +57,9 @@ class BadImageError(UsageError):
 class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an image runs on; names as Go has them (``GOOS``, ``GOARCH``)."""
 
-    os: str
-    architecture: str
-    variant: str = ""
+    os: _Word
+    architecture: _Word
+    variant: _Word = ""
 
     def __str__(self) -> str:
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
@@ -148,13 +150,17 @@ class ImageConfig(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class ImageDocument(msgspec.Struct, frozen=True):
-    """An image's configuration (config.md); its digest is the image's id."""
+    """An image's configuration (config.md); its digest is the image's id.
 
-    architecture: str
-    os: str
+    Attributes:
+        created: RFC 3339 §5.6.
+    """
+
+    architecture: _Word
+    os: _Word
     rootfs: RootFs
-    variant: str = ""
-    created: str | None = None
+    variant: _Word = ""
+    created: _Time | None = None
     config: ImageConfig | None = None
 
     @property

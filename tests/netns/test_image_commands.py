@@ -103,9 +103,12 @@ def test_image_commands(make_lab: MakeLab, tmp_path: Path, monkeypatch: pytest.M
     assert details["config"]["exposed_ports"] == ["80/tcp"]
     assert details["diff_ids"] == [digest(BASE)]
 
+    hostile = tmp_path / "hostile.tar"
+    hostile.write_bytes(docker_save("one:2", tar(Member("a\x1b[2J\udcff/../x"))))
     for arguments, status, words in (
         (["inspect", "nothere"], 4, "image nothere is not on this host"),
         (["rm", "NO"], 2, "image name 'NO' is none"),
+        (["load", hostile], 2, "member 'a\\x1b[2J\\udcff/../x'"),
         (["load", tmp_path / "nothere"], 4, "does not exist"),
         (["load", tmp_path], 2, "cannot be read as an OCI image layout"),
         (["load", saved, "--name", "A B"], 2, "'A B' is none"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,6 +127,16 @@ def test_config_is_typed() -> None:
 def test_bad_configs(config: dict[str, object]) -> None:
     with pytest.raises(BadImageError, match="config x"):
         oci.decode_config(config_of((), **config), "config x")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("created", "\x1b[2J"), ("os", "linux\n"), ("architecture", "a/b"), ("rootfs", {"type": "x"})],
+)
+def test_bad_documents(field: str, value: object) -> None:
+    raw = dumps(json.loads(config_of(())) | {field: value})
+    with pytest.raises(BadImageError, match="config x"):
+        oci.decode_config(raw, "config x")
 
 
 @pytest.mark.parametrize(
