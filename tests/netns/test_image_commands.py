@@ -175,6 +175,7 @@ def test_the_agent_answers_while_images_are_sent(make_lab: MakeLab) -> None:
         sender.connect(str(host.socket_path))
         sender.sendall(head + raw[:-1000])
     wait_until(lambda: not os.listdir(host.state_dir / "images/tmp"), 10, "the load to end")
+    assert "request failed" not in host.log_path.read_text()
     assert [d["names"] for d in document(host, "ls")] == [
         ["docker.io/library/one:1"],
         ["docker.io/library/two:1"],
