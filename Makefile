@@ -5,7 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := etcd-server etcd-client ethtool iperf3 iproute2 iputils-ping nftables openssl procps \
-	python3-venv tcpdump util-linux
+	python3-venv tcpdump util-linux zstd
 BENCH_PACKAGES := fastd gcc libc6-dev wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io gcc libc6-dev
 SETUP := $(VENV)/.ready

@@ -63,6 +63,8 @@ SETTINGS = (
     Setting(
         "vxlan", "MODE", "what forwards packets", "auto", choices=("auto", "kernel", "userspace")
     ),
+    Setting("image-max-bytes", "N", "most that an image may take once unpacked", str(32 << 30)),
+    Setting("image-max-entries", "N", "most files that an image may have", "1000000"),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
     Setting("etcd-cert", "FILE", "client certificate for etcd (PEM)"),
     Setting("etcd-key", "FILE", "key of the client certificate (PEM)"),
@@ -94,6 +96,8 @@ class AgentConfig:
     grace_s: float
     resync_s: float
     vxlan: str
+    image_max_bytes: int
+    image_max_entries: int
     etcd_ca: str | None
     etcd_cert: str | None
     etcd_key: str | None
@@ -206,6 +210,12 @@ def _check(
         "lease_ttl_s": int(_number(values, sources, "lease-ttl", 2, 3600)),
         "grace_s": _number(values, sources, "grace", 0, 365 * 86400),
         "resync_s": _number(values, sources, "resync", 1, 86400),
+        "image_max_bytes": int(
+            _number(values, sources, "image-max-bytes", 1, 1 << 50, unit="bytes")
+        ),
+        "image_max_entries": int(
+            _number(values, sources, "image-max-entries", 1, 1 << 40, unit="a number")
+        ),
     }
     for gone in ("lease_ttl", "grace", "resync"):
         del text[gone]
@@ -213,7 +223,13 @@ def _check(
 
 
 def _number(
-    values: Mapping[str, str | None], sources: Mapping[str, str], name: str, least: int, most: int
+    values: Mapping[str, str | None],
+    sources: Mapping[str, str],
+    name: str,
+    least: int,
+    most: int,
+    *,
+    unit: str = "seconds",
 ) -> float:
     try:
         number = float(values[name] or "")
@@ -221,7 +237,7 @@ def _number(
         number = float("nan")
     if not least <= number <= most:
         raise UsageError(
-            f"{name} is {values[name]!r} ({sources[name]}): give seconds from {least} to {most}"
+            f"{name} is {values[name]!r} ({sources[name]}): give {unit} from {least} to {most}"
         )
     return number
 

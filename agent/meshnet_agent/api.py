@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import msgspec
 import structlog
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -40,10 +41,12 @@ from meshnet.ports import parse_all_published
 from meshnet_agent.endpoints import AttachRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
+    from meshnet_agent.images import Images
     from meshnet_agent.service import Service
 
 _log = structlog.get_logger()
@@ -140,6 +143,12 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
             route("/v1/hosts", "GET", handlers.list_hosts),
             route("/v1/hosts/{id}", "DELETE", handlers.remove_host),
             route("/v1/status", "GET", handlers.status),
+            route("/v1/images", "GET", handlers.list_images),
+            route("/v1/images", "POST", handlers.load_images),
+            # Names of images have slashes.
+            route("/v1/images/{image:path}", "GET", handlers.inspect_image),
+            route("/v1/images/{image:path}", "DELETE", handlers.remove_image),
+            route("/v1/archives/{image:path}", "GET", handlers.export_image),
         ],
         exception_handlers={404: _no_such_route, 405: _no_such_route},
     )
@@ -225,6 +234,43 @@ class _Handlers:
     async def status(self, _request: Request) -> object:
         return await self._service.status_document()
 
+    async def list_images(self, _request: Request) -> object:
+        return await self._service.images.documents()
+
+    async def load_images(self, request: Request) -> object:
+        return await self._service.images.load(_chunks(request), request.query_params.get("name"))
+
+    async def inspect_image(self, request: Request) -> object:
+        return await self._service.images.inspect(request.path_params["image"])
+
+    async def remove_image(self, request: Request) -> object:
+        return await self._service.images.remove(request.path_params["image"])
+
+    async def export_image(self, request: Request) -> object:
+        image = request.path_params["image"]
+        await self._service.images.inspect(image)  # or the error, while there is still time
+        return _ArchiveResponse(self._service.images, image)
+
+
+class _ArchiveResponse(Response):
+    """Streams an image as a tar."""
+
+    media_type = "application/x-tar"
+
+    def __init__(self, images: Images, image: str) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._images = images
+        self._image = image
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        async def write(chunk: bytes) -> None:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._images.export(self._image, write)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
 
 def _guard(
     handler: Callable[[Request], Awaitable[object]], is_ready: Callable[[], bool]
@@ -234,7 +280,8 @@ def _guard(
         try:
             if not is_ready():
                 raise StoreUnavailableError("the agent is still starting: try again in a moment")
-            return _json(await handler(request))
+            answer = await handler(request)
+            return answer if isinstance(answer, Response) else _json(answer)
         except MeshnetError as error:
             return _error(error)
         except Exception:
@@ -281,6 +328,14 @@ async def _body(request: Request, kind: type[_T]) -> _T:
         return msgspec.json.decode(bytes(raw), type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UsageError(f"request body of {request.url.path}: {error}") from error
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect as error:
+        raise UsageError("the archive was cut off while it was sent: send it again") from error
 
 
 def _cidr(text: str) -> IpNetwork:

@@ -36,6 +36,7 @@ from meshnet.model import Datapath
 from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
 from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
+from meshnet_agent.images import Images
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.monitor import listen
 from meshnet_agent.notify import notify
@@ -182,7 +183,13 @@ async def _run(config: AgentConfig) -> None:
             socket_path = Path(config.run_dir) / SOCKET_NAME
             # Ours alone: the run directory is locked.
             stack.callback(socket_path.unlink, missing_ok=True)
-            await _serve(agent, socket_path)
+            images = Images(
+                disk.path / "images",
+                max_bytes=config.image_max_bytes,
+                max_entries=config.image_max_entries,
+            )
+            await images.collect()
+            await _serve(Service(agent, images), agent, socket_path)
 
 
 @contextlib.asynccontextmanager
@@ -223,7 +230,7 @@ def _path(text: str | None) -> Path | None:
     return Path(text) if text is not None else None
 
 
-async def _serve(agent: Agent, socket_path: Path) -> None:
+async def _serve(service: Service, agent: Agent, socket_path: Path) -> None:
     """Run agent and API until a signal; the agent, the inner one, stops first."""
     listener = _listen(socket_path)
     hypercorn = HypercornConfig()
@@ -231,7 +238,7 @@ async def _serve(agent: Agent, socket_path: Path) -> None:
     hypercorn.graceful_timeout = 1.0
     hypercorn.loglevel = "ERROR"
     stopping = trio.Event()
-    app = make_app(Service(agent), lambda: agent.ready and not stopping.is_set())
+    app = make_app(service, lambda: agent.ready and not stopping.is_set())
 
     async def serve_api(task_status: trio.TaskStatus[list[str]]) -> None:
         await serve(

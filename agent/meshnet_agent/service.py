@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from meshnet.model import Host, MeshSnapshot, PublishedPort
     from meshnet_agent.agent import Agent
     from meshnet_agent.endpoints import AttachRequest, ReadyNetwork
+    from meshnet_agent.images import Images
     from meshnet_agent.paths import Fall
 
 _log = structlog.get_logger()
@@ -50,10 +51,15 @@ _NO_NEXTHOP_OBJECTS = (
 
 
 class Service:
-    """The operations of the API on one agent."""
+    """The operations of the API on one agent.
 
-    def __init__(self, agent: Agent) -> None:
+    Attributes:
+        images: this host's images, which need neither the mesh nor the kernel's tables.
+    """
+
+    def __init__(self, agent: Agent, images: Images) -> None:
         self._agent = agent
+        self.images = images
 
     async def wait_for_network(self, name: str) -> ReadyNetwork:
         """A network, once it is up on this host.

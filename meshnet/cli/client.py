@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
-from typing import Any
-from urllib.parse import quote
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any, cast
+from urllib.parse import quote, urlencode
 
 from meshnet.errors import (
     AgentUnreachableError,
@@ -16,13 +18,16 @@ from meshnet.errors import (
     error_classes,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 DEFAULT_SOCKET = "/run/meshnet/agent.sock"
 _TIMEOUT_S = 60.0
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("meshnet", timeout=_TIMEOUT_S)
+    def __init__(self, path: str, timeout_s: float | None) -> None:
+        super().__init__("meshnet", timeout=timeout_s)
         self._path = path
 
     def connect(self) -> None:
@@ -53,16 +58,41 @@ class Client:
         """Remove a resource."""
         return self._call("DELETE", parts, None)
 
+    def upload(self, *parts: str, query: dict[str, str], write: Callable[[IO[bytes]], None]) -> Any:  # noqa: ANN401
+        """Send a stream of any length, which `write` writes.  Waits for the answer for ever."""
+        with self._connected(parts, query, timeout_s=None) as (connection, url):
+            connection.putrequest("POST", url)
+            connection.putheader("Transfer-Encoding", "chunked")
+            connection.endheaders()
+            write(cast("IO[bytes]", _Chunks(connection)))
+            connection.send(b"0\r\n\r\n")
+            return _document(connection.getresponse())
+
+    def download(self, *parts: str, output: IO[bytes]) -> None:
+        """Write a resource that is no document to a file."""
+        with self._connected(parts, {}, timeout_s=None) as (connection, url):
+            connection.request("GET", url)
+            response = connection.getresponse()
+            if response.status >= 400:
+                _document(response)
+            shutil.copyfileobj(response, output)
+
     def _call(self, method: str, parts: tuple[str, ...], body: dict[str, Any] | None) -> Any:  # noqa: ANN401
+        payload = json.dumps(body).encode() if body is not None else None
+        with self._connected(parts, {}) as (connection, url):
+            connection.request(method, url, payload, {"Content-Type": "application/json"})
+            return _document(connection.getresponse())
+
+    @contextmanager
+    def _connected(
+        self, parts: tuple[str, ...], query: dict[str, str], timeout_s: float | None = _TIMEOUT_S
+    ) -> Iterator[tuple[_UnixConnection, str]]:
         if "" in parts:
             raise UsageError("the name is empty: give one")
-        connection = _UnixConnection(self._path)
+        connection = _UnixConnection(self._path, timeout_s)
         url = "/v1/" + "/".join(quote(part, safe="") for part in parts)
-        payload = json.dumps(body).encode() if body is not None else None
         try:
-            connection.request(method, url, payload, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            document = json.loads(response.read())
+            yield connection, f"{url}?{urlencode(query)}" if query else url
         except PermissionError as error:
             raise PolicyRefusedError(
                 f"socket {self._path} may not be opened by this user: use sudo, or join the group "
@@ -75,9 +105,26 @@ class Client:
             ) from error
         finally:
             connection.close()
-        if response.status >= 400:
-            raise _error_of(document)
-        return document
+
+
+class _Chunks:
+    """A file that sends what is written to it, in HTTP's chunked coding (RFC 9112 §7.1)."""
+
+    def __init__(self, connection: _UnixConnection) -> None:
+        self._connection = connection
+
+    def write(self, data: bytes) -> int:
+        """Send some bytes."""
+        if data:  # an empty chunk would be the end
+            self._connection.send(b"%x\r\n%b\r\n" % (len(data), data))
+        return len(data)
+
+
+def _document(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401
+    document = json.loads(response.read())
+    if response.status >= 400:
+        raise _error_of(document)
+    return document
 
 
 def _error_of(document: Any) -> MeshnetError:  # noqa: ANN401

@@ -75,3 +75,8 @@ def _ask(parsed_args: argparse.Namespace, what: str) -> Any:  # noqa: ANN401
         return Client(parsed_args.socket).get(what)
     except MeshnetError:
         return None
+
+
+def complete_images(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
+    """Names of images, or none while no agent answers."""
+    return [str(name) for d in _ask(parsed_args, "images") or [] for name in d["names"]]

@@ -21,6 +21,7 @@ EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep")
 PURE_IN_EDGES = {
     "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
     "kernel/ordering.py",
+    "runtime/oci.py", "runtime/names.py",
 }  # fmt: skip
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",
@@ -75,7 +76,9 @@ def test_the_core_does_no_io_and_knows_no_edge(name: str) -> None:
         assert not module.startswith("meshnet_agent")
         if module.startswith("meshnet."):
             below = module.split(".")[1:]
-            allowed = below[0] not in EDGES or (below[0] == "store" and name.startswith("store/"))
+            allowed = below[0] not in EDGES or (
+                below[0] in ("store", "runtime") and name.startswith(f"{below[0]}/")
+            )
             assert allowed, f"{name} imports {module}"
 
 
@@ -84,7 +87,7 @@ def test_the_library_does_not_know_the_agent(name: str) -> None:
     assert not [m for m in imports(MESHNET / name) if m.startswith("meshnet_agent")]
 
 
-@pytest.mark.parametrize("edge", ["store", "kernel"])
+@pytest.mark.parametrize("edge", ["store", "kernel", "runtime"])
 def test_edges_do_not_know_each_other(edge: str) -> None:
     others = tuple(f"meshnet.{other}" for other in EDGES if other != edge)
     for name, path in modules(MESHNET / edge).items():
@@ -119,7 +122,7 @@ def test_each_third_party_library_has_its_place() -> None:
         "pyroute2": {"kernel/netlink.py"},
         "etcd3": {"store/etcd.py", "store/_etcd_rpc.py", "store/_etcd_messages.py",
                   "store/_etcd_watch.py", "store/_etcd_config.py"},
-        "msgspec": {"codec.py", "store/__init__.py"},
+        "msgspec": {"codec.py", "store/__init__.py", "runtime/oci.py"},
     }  # fmt: skip
     for library, allowed in places.items():
         users = {
