@@ -163,6 +163,11 @@ class Receiver:
         self._flush()
         return count
 
+    def take(self, peer: Peer, datagram: bytes) -> None:
+        """Carry a datagram that another received from a member."""
+        self._data[: len(datagram)] = datagram
+        self._datagram(peer, 0, len(datagram), hold=False)
+
     def _flush(self) -> None:
         """Write what is held."""
         if self._waiting is not None:

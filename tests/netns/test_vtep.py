@@ -16,6 +16,8 @@ import pytest
 
 from meshnet.kernel.tun import SOL_UDP, UDP_SEGMENT
 from meshnet.lab.poll import wait_until
+from meshnet.vtep.engine import ENGINES
+from meshnet.vtep.native import library
 from meshnet.wire import vxlan
 from tests.bench.common import scratch
 from tests.netns.mesh import PingStream, ping
@@ -30,10 +32,18 @@ PAIRS = list(itertools.permutations(HOSTS, 2))
 FUZZ = int(os.environ.get("MESHNET_FUZZ", "100000"))
 
 
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Both pass the same tests."""
+    if request.param == "native":
+        library.build()
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory, engine: str) -> Iterator[Site]:
     with scratch() as spaces:
-        made = Site(spaces, tmp_path_factory.mktemp("vtep"))
+        made = Site(spaces, tmp_path_factory.mktemp("vtep"), engine)
         yield made
         for vtep in made.vteps.values():
             vtep.ask(op="quit")
@@ -384,11 +394,11 @@ def test_garbage_neither_kills_nor_fattens(site: Site) -> None:
     transfer(site.container(2), site.container(1), address(1), 1_000_000)
 
 
-def test_ipv6_underlay(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_ipv6_underlay(tmp_path_factory: pytest.TempPathFactory, engine: str) -> None:
     with scratch() as spaces:
         # The kernel device leaves checksums unfinished, too.
         directory = tmp_path_factory.mktemp("vtep6")
-        site = Site(spaces, directory, family=6, vxlan="remcsumtx remcsumrx")
+        site = Site(spaces, directory, engine, family=6, vxlan="remcsumtx remcsumrx")
         for a, b in PAIRS:
             assert ping(site.container(a), address(b, 4))
             options = ("-M", "do", "-s", str(MTU - 48))

@@ -56,15 +56,16 @@ def address(i: int, version: int = 4) -> str:
 class Vtep:
     """A process and its control socket."""
 
-    def __init__(self, host: Namespace, local: str, i: int, run_dir: Path) -> None:
+    def __init__(self, host: Namespace, local: str, i: int, run_dir: Path, engine: str) -> None:
         self._host, self._local, self._i, self.run_dir = host, local, i, run_dir
+        self._engine = engine
         self.process = self.start()
 
     def argv(self) -> list[str]:
         return [
             sys.executable, "-m", "meshnet.vtep", "--tun", "tu0", "--vni", str(VNI), "--port",
             str(PORT), "--local", self._local, "--mac", format_mac(mac(self._i)), "--mtu", str(MTU),
-            "--run-dir", str(self.run_dir),
+            "--engine", self._engine, "--run-dir", str(self.run_dir),
         ]  # fmt: skip
 
     def start(self) -> subprocess.Popen[str]:
@@ -116,9 +117,14 @@ class Site:
     """The hosts."""
 
     def __init__(
-        self, spaces: Scratch, directory: Path, family: Family = 4, vxlan: str = "remcsumrx"
+        self,
+        spaces: Scratch,
+        directory: Path,
+        engine: str,
+        family: Family = 4,
+        vxlan: str = "remcsumrx",
     ) -> None:
-        self.spaces = spaces
+        self.spaces, self._engine = spaces, engine
         self._vxlan_options = vxlan
         self.underlay = Underlay(family=family, mtu_bytes=MTU + (50 if family == 4 else 70),
                                  gateway=False)  # fmt: skip
@@ -202,7 +208,7 @@ class Site:
             ],
         )
         if i in USERSPACE:
-            self.vteps[i] = Vtep(host, own, i, directory / f"run{i}")
+            self.vteps[i] = Vtep(host, own, i, directory / f"run{i}", self._engine)
             routes = ["10.48.0.0/16", "fd00:48::/32"]
             self.spaces.ip(f"h{i}", [f"route add {cidr} dev tu0" for cidr in routes])
         else:
