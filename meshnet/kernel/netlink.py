@@ -251,12 +251,14 @@ class NetlinkKernel:
         return state
 
     def _dump_vtep(self, state: KernelState, info: LinkInfo, names: dict[int, str]) -> None:
-        """A TUN of ours is what its process makes of it."""
+        """A TUN of ours is what its process makes of it, if that is one as we would start."""
         link = _to_link(info, names)
-        vtep = self._vteps.look(info.name) if self._vteps is not None else None
-        if self._vteps is not None and vtep is not None and vtep.mtu_bytes == link.mtu_bytes:
+        vteps = self._vteps
+        vtep = vteps.look(info.name) if vteps is not None else None
+        wanted = vteps and (link.mtu_bytes, vteps.engine)
+        if vteps is not None and vtep is not None and (vtep.mtu_bytes, vtep.engine) == wanted:
             link = link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
-            state.members |= self._vteps.members(info.name)
+            state.members |= vteps.members(info.name)
         state.links[info.name] = link
 
     def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:
