@@ -4,20 +4,23 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := etcd-server etcd-client ethtool iperf3 iproute2 iputils-ping nftables openssl procps \
-	python3-venv tcpdump util-linux
-BENCH_PACKAGES := fastd gcc libc6-dev wireguard-go wireguard-tools
+PACKAGES := etcd-server etcd-client ethtool gcc iperf3 iproute2 iputils-ping libc6-dev nftables \
+	openssl procps python3-venv tcpdump util-linux
+BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 SETUP := $(VENV)/.ready
 SCALE := build/scale.json
 DATAPATH := build/datapath.json
 
-.PHONY: demo test lint type bench bench-scale bench-datapath setup constraints clean
+.PHONY: demo test native lint type bench bench-scale bench-datapath setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
 
-test: $(SETUP)  ## all tests
+test: native  ## all tests
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest
+
+native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
+	@$(BIN)/python -m meshnet.vtep.native
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

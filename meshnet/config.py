@@ -63,6 +63,10 @@ SETTINGS = (
     Setting(
         "vxlan", "MODE", "what forwards packets", "auto", choices=("auto", "kernel", "userspace")
     ),
+    Setting(
+        "vtep-engine", "ENGINE", "what carries the packets of a userspace VTEP", "python",
+        choices=("python", "native"),
+    ),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
     Setting("etcd-cert", "FILE", "client certificate for etcd (PEM)"),
     Setting("etcd-key", "FILE", "key of the client certificate (PEM)"),
@@ -94,6 +98,7 @@ class AgentConfig:
     grace_s: float
     resync_s: float
     vxlan: str
+    vtep_engine: str
     etcd_ca: str | None
     etcd_cert: str | None
     etcd_key: str | None

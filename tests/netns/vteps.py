@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from ipaddress import ip_network
@@ -259,6 +260,43 @@ c.sendall(data)
 c.close()
 print(len(data), hashlib.sha256(data).hexdigest())
 """
+
+
+STREAM = """
+import hashlib, random, signal, socket, sys, time
+stopped = []
+signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+data = random.Random(7).randbytes(1 << 16)
+c = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=15)
+print("connected", flush=True)
+h, n = hashlib.sha256(), 0
+while not stopped:
+    block = n.to_bytes(8, "big") + data
+    c.sendall(block)
+    h.update(block); n += len(block)
+    time.sleep(0.001)
+c.close()
+print(n, h.hexdigest())
+"""
+
+
+@contextlib.contextmanager
+def going_on(source: Namespace, target: Namespace, to: str) -> Iterator[None]:
+    """Assert that one TCP connection goes on while the block runs, and that all of it arrives."""
+    server = target.popen([sys.executable, "-S", "-c", SERVER, to])
+    assert server.stdout is not None
+    port = server.stdout.readline().strip()
+    client = source.popen([sys.executable, "-S", "-c", STREAM, to, port])
+    assert client.stdout is not None
+    assert client.stdout.readline() == "connected\n"
+    try:
+        yield
+    finally:
+        client.send_signal(signal.SIGINT)
+        sent, _ = client.communicate(timeout=20)
+    received, _ = server.communicate(timeout=20)
+    assert received == sent
+    assert int(sent.split()[0]) > 10_000_000
 
 
 def transfer(source: Namespace, target: Namespace, to: str, size: int) -> None:

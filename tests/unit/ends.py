@@ -217,6 +217,13 @@ class NativeEnds(_Ends):
         if known:
             self.engine.members_changed()
 
+    def set_members(self, documents: list[dict[str, Any]]) -> PeerTable:
+        """Make these the members; nobody listens there."""
+        self.engine.collect()
+        self._table.replace(documents)
+        self.engine.members_changed()
+        return self._table
+
     @property
     def peer(self) -> Peer:
         """The other host, as the engine's process knows it."""
