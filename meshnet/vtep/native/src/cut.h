@@ -23,8 +23,7 @@ struct cutter {
 /* Cut the packet of `length` bytes that `header` describes; `prefix` is its encapsulation.  With
  * `remote` checksums stay unfinished, and `prefix` says so.  Returns false, with nothing to send,
  * if it is not what its header says, or has more segments than there is room for. */
-EXPORT bool mn_cut(struct cutter *cutter, uint8_t *packet, size_t length,
-                   const struct virtio *header, const uint8_t prefix[ENCAPSULATION_BYTES],
-                   bool remote);
+bool mn_cut(struct cutter *cutter, uint8_t *packet, size_t length, const struct virtio *header,
+            const uint8_t prefix[ENCAPSULATION_BYTES], bool remote);
 
 #endif

@@ -56,14 +56,16 @@ static bool is_partial(const uint8_t *packet, const struct inner *inner)
 }
 
 /* Write one packet as it came; its checksum is right, or said to be unfinished, or its receiver's
- * to refuse.  False: it is larger than the MTU, and no TCP of a kernel peer over a veth. */
+ * to refuse.  False: it is larger than the MTU, and no super-packet of a kernel peer over a veth. */
 static bool write_alone(struct joiner *joiner, int peer, uint8_t *packet,
-                        const struct inner *inner, size_t head, bool unfinished)
+                        const struct inner *inner, size_t head, bool unfinished, size_t segment)
 {
-    const bool large = inner->length > joiner->mtu, tcp = inner->protocol == TCP;
+    const bool large = inner->length > joiner->mtu || segment, tcp = inner->protocol == TCP;
     struct virtio header = {0};
 
-    if (large && (!tcp || !head || head >= joiner->mtu || head >= inner->length))
+    if (large && (!head || head >= joiner->mtu || head >= inner->length))
+        return false;
+    if (large && !tcp && !(segment && joiner->uso && is_partial(packet, inner)))
         return false;
     if (head && (large || unfinished || is_partial(packet, inner))) {
         header.flags = NEEDS_CSUM;
@@ -71,7 +73,10 @@ static bool write_alone(struct joiner *joiner, int peer, uint8_t *packet,
         header.start = (uint16_t)inner->transport;
         header.offset = (uint16_t)check_offset(inner);
     }
-    if (large) {
+    if (large && !tcp) {
+        header.type = GSO_UDP_L4;
+        header.size = (uint16_t)segment;
+    } else if (large) {
         /* The segment size is lost on the way: ours serves as well. */
         header.type = inner->version == 4 ? GSO_TCPV4 : GSO_TCPV6;
         if (packet[inner->transport + TCP_FLAGS] & CWR)
@@ -92,7 +97,7 @@ static void write_run(struct joiner *joiner, struct run *run)
     uint8_t *packet = run->first, *transport = packet + inner->transport;
 
     if (run->count == 1) {
-        write_alone(joiner, run->peer, packet, inner, run->head, run->unfinished);
+        write_alone(joiner, run->peer, packet, inner, run->head, run->unfinished, 0);
         return;
     }
     set_length(packet, inner->transport, run->length);
@@ -248,7 +253,7 @@ static struct run *open_run(struct joiner *joiner, int peer, uint8_t *packet,
 }
 
 bool mn_join(struct joiner *joiner, int peer, uint8_t *packet, const struct inner *inner,
-             bool unfinished)
+             bool unfinished, size_t segment)
 {
     const size_t head = head_of(packet, inner);
     struct run *run = NULL;
@@ -256,15 +261,15 @@ bool mn_join(struct joiner *joiner, int peer, uint8_t *packet, const struct inne
     if (!head) {
         if (!inner->protocol)
             mn_join_flush(joiner); /* a fragment: of which flow is not known */
-        return write_alone(joiner, peer, packet, inner, head, unfinished);
+        return write_alone(joiner, peer, packet, inner, head, unfinished, 0);
     }
     for (int i = joiner->open; i-- > 0 && !run;)
         if (same_flow(&joiner->runs[i], packet, inner))
             run = &joiner->runs[i];
-    if (!joinable(joiner, packet, inner, head)) {
+    if (segment || !joinable(joiner, packet, inner, head)) {
         if (run)
             close_run(joiner, run);
-        return write_alone(joiner, peer, packet, inner, head, unfinished);
+        return write_alone(joiner, peer, packet, inner, head, unfinished, segment);
     }
     if (run && continues(run, packet, inner, head)) {
         /* The first one is looked at when there is a second: alone, it is its receiver's. */

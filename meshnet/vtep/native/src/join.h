@@ -56,12 +56,13 @@ struct joiner {
 /* Locate; false: it is no IP packet, or is cut short.  Reads nothing after `available` bytes. */
 bool mn_locate(struct inner *inner, const uint8_t *packet, size_t available);
 
-/* Take a packet, which has VIRTIO_BYTES of room before it.  Returns false, with nothing written, if
- * it is larger than the MTU and cannot be carried on. */
-EXPORT bool mn_join(struct joiner *joiner, int peer, uint8_t *packet, const struct inner *inner,
-                    bool unfinished);
+/* Take a packet, which has VIRTIO_BYTES of room before it; `segment` is the size of the datagrams in a
+ * UDP super-packet, else 0.  Returns false, with nothing of it written, if it is larger than the MTU
+ * and cannot be carried on. */
+bool mn_join(struct joiner *joiner, int peer, uint8_t *packet, const struct inner *inner,
+             bool unfinished, size_t segment);
 
 /* Write whatever is held. */
-EXPORT void mn_join_flush(struct joiner *joiner);
+void mn_join_flush(struct joiner *joiner);
 
 #endif

@@ -39,6 +39,17 @@ enum { TCP_SEQ = 4, TCP_ACK = 8, TCP_OFFSET = 12, TCP_FLAGS = 13, TCP_WINDOW = 1
        TCP_URGENT = 18, TCP_BYTES = 20 };
 enum { UDP_LENGTH = 4, UDP_CHECK = 6, UDP_BYTES = 8 };
 
+/* VXLAN and Ethernet (meshnet.wire.vxlan has the picture). */
+enum {
+    VXLAN_BYTES = 8,
+    ETHERTYPE_AT = VXLAN_BYTES + 2 * MAC_BYTES,
+    ETHERTYPE_IPV4 = 0x0800,
+    ETHERTYPE_IPV6 = 0x86dd,
+    REMOTE_CHECKSUM_UDP = 0x80,
+};
+#define FLAG_VNI 0x08000000u
+#define FLAG_REMOTE_CHECKSUM 0x00200000u
+
 /* linux/virtio_net.h, struct virtio_net_hdr; in the machine's byte order. */
 struct virtio {
     uint8_t flags;
