@@ -257,6 +257,7 @@ def test_a_killed_process_is_followed_by_another(site: Site) -> None:
     assert 0 < lost < min(sent, 1000)  # a ping a millisecond: less than a second
 
 
+@both_engines
 def test_it_ends_on_sigterm_and_the_device_stays(site: Site) -> None:
     vtep = site.vteps[2]
     os.kill(vtep.process.pid, signal.SIGTERM)

@@ -29,6 +29,8 @@ _ERROR = struct.Struct("=i")
 _PEER, _ROUTE = struct.Struct("=16s6sHiI"), struct.Struct("=16sIII")
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _COUNTERS = ("rx_packets", "rx_bytes", "rx_calls", "tx_packets", "tx_bytes", "tx_calls")
+_COUNTED = struct.Struct(f"={len(_COUNTERS)}Q")
+_NOTHING = bytes(_COUNTED.size)
 
 
 class NativeEngine:
@@ -65,17 +67,14 @@ class NativeEngine:
 
     def collect(self) -> None:
         """See `Engine.collect`."""
-        width, count = len(_COUNTERS), len(self._peers)
-        counted = (ctypes.c_uint64 * (width * count)).from_address(
-            self._library.mn_counters(self._engine)
-        )
-        values = list(counted)
+        start, size = self._library.mn_counters(self._engine), _COUNTED.size
+        counted = ctypes.string_at(start, size * len(self._peers))
         for i, peer in enumerate(self._peers):
-            its = values[width * i : width * (i + 1)]
-            if any(its):
-                for name, value in zip(_COUNTERS, its, strict=True):
+            its = counted[i * size : (i + 1) * size]
+            if its != _NOTHING:
+                for name, value in zip(_COUNTERS, _COUNTED.unpack(its), strict=True):
                     setattr(peer, name, getattr(peer, name) + value)
-        ctypes.memset(counted, 0, ctypes.sizeof(counted))
+        ctypes.memset(start, 0, len(counted))
         not_member, receive_errors = ctypes.c_uint64(), ctypes.c_uint64()
         self._library.mn_take_drops(
             self._engine, ctypes.byref(not_member), ctypes.byref(receive_errors)

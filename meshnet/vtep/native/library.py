@@ -10,9 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 from meshnet.errors import KernelRefusedError, NotFoundError
@@ -69,6 +66,11 @@ def _digest() -> str:
 
 
 def _compile() -> None:
+    # Imported here: a process that only loads the library starts sooner.
+    import shutil
+    import subprocess
+    import tempfile
+
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         raise NotFoundError("there is no C compiler: install one (Debian: gcc libc6-dev)")

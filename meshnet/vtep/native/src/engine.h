@@ -17,11 +17,11 @@ enum {
 
 /* What Python is to know.  Kinds and layout are in meshnet.vtep.native.engine, too. */
 enum note_kind {
-    FROM_TUN = 1,  /* a packet, virtio header first, that this does not take */
-    FROM_PEER,     /* a datagram of `peer` that this does not take */
-    WANTS_SOCKET,  /* `peer` has none of its own */
-    NOT_SENT,      /* `value` packets to `peer`, for the errno that follows */
-    NOT_WRITTEN,   /* the TUN refused a packet of `peer` */
+    FROM_TUN = 1, /* a packet, virtio header first, that this does not take */
+    FROM_PEER,    /* a datagram of `peer` that this does not take */
+    WANTS_SOCKET, /* `peer` has none of its own */
+    NOT_SENT,     /* `value` packets to `peer`, for the errno that follows */
+    NOT_WRITTEN,  /* the TUN refused a packet of `peer` */
 };
 struct note {
     uint32_t kind;

@@ -104,7 +104,7 @@ bool carry_received(struct engine *engine)
             engine->not_member += total ? (total + size - 1) / size : 1;
             continue;
         }
-        if (size < total && is_super_packet(data, total)) {
+        if (size < total && engine->next_at == 0 && is_super_packet(data, total)) {
             segment = size;
             size = total;
         }
