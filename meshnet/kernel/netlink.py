@@ -254,11 +254,11 @@ class NetlinkKernel:
         """A TUN of ours is what its process makes of it, if that is one as we would start."""
         link = _to_link(info, names)
         vteps = self._vteps
-        vtep = vteps.look(info.name) if vteps is not None else None
-        wanted = vteps and (link.mtu_bytes, vteps.engine)
-        if vteps is not None and vtep is not None and (vtep.mtu_bytes, vtep.engine) == wanted:
-            link = link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
-            state.members |= vteps.members(info.name)
+        if vteps is not None:
+            vtep, wanted = vteps.look(info.name), (link.mtu_bytes, vteps.engine)
+            if vtep is not None and (vtep.mtu_bytes, vtep.engine) == wanted:
+                link = link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
+                state.members |= vteps.members(info.name)
         state.links[info.name] = link
 
     def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.vtep.native import library
-from meshnet.wire import vxlan
+from meshnet.wire import probe, vxlan
+from meshnet.wire.probe import ANSWER, REQUEST, Probe
 from tests.unit.ends import NativeEnds
 from tests.unit.packets import MACS, VNI, prefix, tcp_packet, udp_packet
 
@@ -96,6 +97,16 @@ def test_the_longest_prefix_wins(
         chosen = [peer for peer in table.by_underlay.values() if peer.tx_packets]
         expected = table.find(version, address)
         assert chosen == ([] if expected is None else [expected])
+
+
+def test_a_probe_is_answered(ends: NativeEnds) -> None:
+    """Handed back, and answered by the process's prober."""
+    front = vxlan.pack(VNI, MACS[0], MACS[1], probe.ETHERTYPE, None)
+    ends.hand(front + probe.pack(Probe(REQUEST, 7, 1), 1000))
+    ends.carry_in()
+    ((answer, _),) = ends.take_sent()
+    assert answer[:20] == vxlan.pack(VNI, MACS[1], MACS[0], probe.ETHERTYPE, None)[:20]
+    assert probe.parse(answer[22:]) == Probe(ANSWER, 7, 1)
 
 
 @given(st.lists(st.binary(max_size=90), min_size=1, max_size=8), st.booleans(), st.integers(0, 3))
