@@ -18,6 +18,7 @@ import msgspec
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.ipam import check_host_prefix
 from meshnet.model import (
+    AddressRange,
     Claim,
     Datapath,
     Endpoint,
@@ -27,6 +28,8 @@ from meshnet.model import (
     Mode,
     Network,
     NetworkName,
+    Protocol,
+    PublishedPort,
     Reservation,
     Vni,
 )
@@ -43,6 +46,8 @@ MAX_VNI = (1 << 24) - 1
 MAX_MTU_BYTES = 65_535
 MAX_PID = 1 << 22
 """PID_MAX_LIMIT of linux/threads.h."""
+_LEAST_ADDRESSES = 4
+"""Of a network that is not cut into host subnets: its own, the gateway's, one, the broadcast."""
 
 
 class BadValueError(MeshnetError):
@@ -71,6 +76,11 @@ class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1
     mtu: _MtuField | None = None
     direct_routing: bool = False
     fallback: bool = False
+    parent: Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")] | None = None
+    ranges: list[tuple[str, str]] = []
+    gateways: list[str] = []
+    internal: bool = False
+    host_access: bool = False
 
 
 class _HostV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
@@ -88,6 +98,13 @@ class _ClaimV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
     underlay_ip: str
 
 
+class _PublishedV1(msgspec.Struct, frozen=True):
+    protocol: Protocol
+    host_port: _PortField
+    port: _PortField
+    host_ip: str | None = None
+
+
 class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
     id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{12}\Z")]
     network: _Name
@@ -102,6 +119,7 @@ class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=
     default_route: bool
     netns_inode: _NumberField
     pid_start_ticks: _NumberField
+    published: list[_PublishedV1] = []
 
 
 _T = TypeVar("_T")
@@ -143,6 +161,11 @@ def encode_network(network: Network) -> bytes:
             mtu=network.mtu_bytes,
             direct_routing=network.direct_routing,
             fallback=network.fallback,
+            parent=network.parent,
+            ranges=[(str(r.first), str(r.last)) for r in network.ranges],
+            gateways=[str(g) for g in network.gateways],
+            internal=network.internal,
+            host_access=network.host_access,
         )
     )
 
@@ -165,6 +188,11 @@ def decode_network(raw: bytes) -> Network:
         mtu_bytes=value.mtu,
         direct_routing=value.direct_routing,
         fallback=value.fallback,
+        parent=value.parent,
+        ranges=tuple(AddressRange(_address(first), _address(last)) for first, last in value.ranges),
+        gateways=tuple(_address(g) for g in value.gateways),
+        internal=value.internal,
+        host_access=value.host_access,
     )
     try:
         check_network(network)
@@ -178,7 +206,7 @@ def check_network(network: Network) -> None:
 
     Raises:
         UsageError: bad name, VNI, port or MTU, no or too many CIDRs, CIDRs that host subnets do
-            not fit into, or a fallback that cannot be had.
+            not fit into, or a setting that the mode does not have or misses.
     """
     check_name("network", network.name)
     if not 1 <= network.vni <= MAX_VNI:
@@ -196,7 +224,10 @@ def check_network(network: Network) -> None:
             raise UsageError(
                 f"{cidr} cannot be routed: choose a private CIDR, such as 10.42.0.0/16"
             )
-        check_host_prefix(cidr, network.host_prefix_of(cidr.version))
+        if network.mode.is_overlay:
+            check_host_prefix(cidr, network.host_prefix_of(cidr.version))
+        elif cidr.num_addresses < _LEAST_ADDRESSES:
+            raise UsageError(f"{cidr} has no room for endpoints: choose a shorter prefix")
     if network.mtu_bytes is not None:
         least = MINIMUM_MTU_BYTES[versions[-1]]
         if not least <= network.mtu_bytes <= MAX_MTU_BYTES:
@@ -204,12 +235,58 @@ def check_network(network: Network) -> None:
                 f"MTU {network.mtu_bytes} is out of range for IPv{versions[-1]}: "
                 f"choose {least} to {MAX_MTU_BYTES}"
             )
-    if network.fallback and network.mode is not Mode.VXLAN:
-        raise UsageError(f"mode {network.mode} has no fallback: it is for mode vxlan")
+    _check_mode_settings(network)
     if network.fallback and network.port == network.fallback_port:
         raise UsageError(
             f"port {network.port} is that of the fallback of VNI {network.vni}: choose another"
         )
+
+
+def _check_mode_settings(network: Network) -> None:
+    """Refuse what a network's mode does not have, and what it cannot do without."""
+    mode = network.mode
+    if network.fallback and mode is not Mode.VXLAN:
+        raise UsageError(f"mode {mode} has no fallback: it is for mode vxlan")
+    if network.direct_routing and not mode.is_overlay:
+        raise UsageError(f"mode {mode} has no direct routing: it is for modes vxlan and udp")
+    if network.host_access and mode is not Mode.MACVLAN:
+        raise UsageError(f"mode {mode} needs no --host-access: it is for mode macvlan")
+    if not mode.is_underlay:
+        for setting, given in (
+            ("--parent", network.parent),
+            ("--range", network.ranges),
+            ("--gateway", network.gateways),
+        ):
+            if given:
+                raise UsageError(
+                    f"mode {mode} has no {setting}: it is for modes macvlan and underlay-bridge"
+                )
+        return
+    if network.parent is None or not IFNAME_PATTERN.fullmatch(network.parent):
+        raise UsageError(
+            f"mode {mode} needs --parent, the hosts' link on the physical network, such as eth0"
+        )
+    for kind, versions in (
+        ("--range", [r.version for r in network.ranges]),
+        ("--gateway", [g.version for g in network.gateways]),
+    ):
+        if len(versions) > len(set(versions)):
+            raise UsageError(f"network {network.name} has two of {kind} for one IP version")
+    cidrs: dict[int, IpNetwork] = {c.version: c for c in network.subnets}
+    for gateway in network.gateways:
+        if gateway.version not in cidrs or gateway not in cidrs[gateway.version]:
+            raise UsageError(
+                f"gateway {gateway} is not within {', '.join(map(str, network.subnets))}: give the "
+                "router of the physical network"
+            )
+    for addresses in network.ranges:
+        cidr = cidrs.get(addresses.version)
+        ordered = int(addresses.first) <= int(addresses.last)
+        if cidr is None or not (ordered and addresses.first in cidr and addresses.last in cidr):
+            raise UsageError(
+                f"range {addresses} is not within {', '.join(map(str, network.subnets))}: give the "
+                "first and the last address for endpoints, such as 192.0.2.100-192.0.2.199"
+            )
 
 
 def check_name(kind: str, name: str) -> None:
@@ -316,6 +393,15 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
             default_route=endpoint.default_route,
             netns_inode=endpoint.netns_inode,
             pid_start_ticks=endpoint.pid_start_ticks,
+            published=[
+                _PublishedV1(
+                    p.protocol,
+                    p.host_port,
+                    p.port,
+                    str(p.host_ip) if p.host_ip is not None else None,
+                )
+                for p in endpoint.published
+            ],
         )
     )
 
@@ -334,8 +420,9 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         gateways = tuple(ip_address(g) for g in value.gateways)
     except ValueError as error:
         raise BadValueError(str(error)) from error
-    if not addresses or [a.version for a in addresses] != [g.version for g in gateways]:
-        raise BadValueError("an endpoint needs one gateway for each of its addresses")
+    led = [g.version for g in gateways]
+    if not addresses or led != sorted(set(led) & {a.version for a in addresses}):
+        raise BadValueError("an endpoint has at most one gateway for each of its addresses")
     return Endpoint(
         id=EndpointId(value.id),
         network=NetworkName(value.network),
@@ -350,6 +437,15 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         default_route=value.default_route,
         netns_inode=value.netns_inode,
         pid_start_ticks=value.pid_start_ticks,
+        published=tuple(
+            PublishedPort(
+                p.protocol,
+                p.host_port,
+                p.port,
+                _address(p.host_ip) if p.host_ip is not None else None,
+            )
+            for p in value.published
+        ),
     )
 
 
@@ -382,6 +478,13 @@ def parse_address(text: str) -> IpAddress:
 def _network(text: str) -> IpNetwork:
     try:
         return parse_network(text)
+    except ValueError as error:
+        raise BadValueError(str(error)) from error
+
+
+def _address(text: str) -> IpAddress:
+    try:
+        return parse_address(text)
     except ValueError as error:
         raise BadValueError(str(error)) from error
 

@@ -19,7 +19,7 @@ from ipaddress import (
     IPv6Interface,
     IPv6Network,
 )
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, NamedTuple, NewType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, KeysView
@@ -49,6 +49,16 @@ class Mode(StrEnum):
     UNDERLAY_BRIDGE = "underlay-bridge"
     BRIDGE = "bridge"
 
+    @property
+    def is_overlay(self) -> bool:
+        """Whether every host has a subnet of its own, and a tunnel leads to the others'."""
+        return self in (Mode.VXLAN, Mode.UDP)
+
+    @property
+    def is_underlay(self) -> bool:
+        """Whether endpoints sit on the physical network, with addresses from one pool of all."""
+        return self in (Mode.MACVLAN, Mode.UNDERLAY_BRIDGE)
+
 
 class Datapath(StrEnum):
     """What forwards a host's overlay packets."""
@@ -66,6 +76,26 @@ def default_port(mode: Mode, vni: Vni) -> int:
     return 20000 + vni % 10000 if mode is Mode.UDP else VXLAN_PORT
 
 
+class AddressRange(NamedTuple):
+    """Addresses of one IP version from the first to the last, both included."""
+
+    first: IpAddress
+    last: IpAddress
+
+    @property
+    def version(self) -> int:
+        """IP version: 4 or 6."""
+        return self.first.version
+
+    def __contains__(self, address: object) -> bool:
+        if not isinstance(address, IPv4Address | IPv6Address) or address.version != self.version:
+            return False
+        return int(self.first) <= int(address) <= int(self.last)
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """A named container network.
@@ -79,6 +109,12 @@ class Network:
         direct_routing: reach on-link peers by a plain route, without encapsulation.
         fallback: peers that VXLAN does not reach are sent to by the userspace VTEP, which listens
             at `fallback_port`.
+        parent: link of each host that is on the physical network (underlay modes).
+        ranges: what endpoints' addresses are taken from (underlay modes), at most one an IP
+            version; an IP version without one has its whole CIDR.
+        gateways: routers of the physical network (underlay modes), at most one an IP version.
+        internal: endpoints have no way out of the network.
+        host_access: a host reaches its own endpoints (mode macvlan, which else forbids it).
     """
 
     name: NetworkName
@@ -91,6 +127,11 @@ class Network:
     mtu_bytes: int | None = None
     direct_routing: bool = False
     fallback: bool = False
+    parent: str | None = None
+    ranges: tuple[AddressRange, ...] = ()
+    gateways: tuple[IpAddress, ...] = ()
+    internal: bool = False
+    host_access: bool = False
 
     @property
     def fallback_port(self) -> int:
@@ -107,7 +148,9 @@ class Network:
         Args:
             kernel_vxlan: on a host whose kernel has VXLAN.
         """
-        if self.mode is Mode.UDP or (self.mode is Mode.VXLAN and not kernel_vxlan):
+        if not self.mode.is_overlay:
+            return set(), set()
+        if self.mode is Mode.UDP or not kernel_vxlan:
             return {self.port}, set()
         return ({self.fallback_port} if self.fallback else set()), {self.port}
 
@@ -242,15 +285,43 @@ class Claim:
     underlay_ip: IpAddress
 
 
+class Protocol(StrEnum):
+    """A transport protocol whose ports can be published."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class PublishedPort(NamedTuple):
+    """A port of the host that leads to one of an endpoint.
+
+    Attributes:
+        host_ip: address of the host that it is published at; None: all of them.
+    """
+
+    protocol: Protocol
+    host_port: int
+    port: int
+    host_ip: IpAddress | None = None
+
+    def __str__(self) -> str:
+        at = "" if self.host_ip is None else f"{self.host_ip}:"
+        if self.host_ip is not None and self.host_ip.version == 6:
+            at = f"[{self.host_ip}]:"
+        return f"{at}{self.host_port}:{self.port}/{self.protocol}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """One attachment of one network namespace to one network.
 
     Attributes:
-        addresses: its addresses with the host subnet's prefix length, IPv4 first.
+        addresses: its addresses with the prefix length of what is on-link, IPv4 first.
+        gateways: at most one for each address, IPv4 first.
         default_route: whether the namespace's default route leads through it.
         netns_inode: inode of the namespace in nsfs, to find its other processes by.
         pid_start_ticks: start time of `pid` (field 22 of /proc/PID/stat): pids are reused.
+        published: ports of its host that lead to it.
     """
 
     id: EndpointId
@@ -266,14 +337,7 @@ class Endpoint:
     default_route: bool
     netns_inode: int
     pid_start_ticks: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BadValue:
-    """A key of the store whose value was refused, and why."""
-
-    key: str
-    reason: str
+    published: tuple[PublishedPort, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
+from meshnet.backends.bridge import BRIDGE
 from meshnet.backends.overlay import direct_nexthop, route_key
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from meshnet.backends import Backend
     from meshnet.model import Endpoint, HostId, IpNetwork, MeshSnapshot, Network, NetworkName
 
-BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN, Mode.UDP: UDP}
+BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN, Mode.UDP: UDP, Mode.BRIDGE: BRIDGE}
 """The modes this version carries packets for."""
 
 

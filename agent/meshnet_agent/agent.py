@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import structlog
 import trio
 
 from meshnet.backends.overlay import bridge_name, endpoint_link_name
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
     Listen = Callable[..., Awaitable[None]]
 
+_log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
 
 
@@ -169,6 +172,7 @@ class Agent:
             self.probes.refresh()  # which peers are on-link may have changed
             underlay = self.reconciler.result.underlay
             if underlay is not None:
+                self._follow_address(underlay.ip)
                 networks = self.follower.snapshot.networks.values()
                 self._event_filter.look_at(
                     indices_of([bridge_name(n) for n in networks]),
@@ -176,6 +180,18 @@ class Agent:
                     indices_of(underlay.forwarding_links),
                 )
             await self.reconciler.wait_for_pass()
+
+    def _follow_address(self, underlay_ip: IpAddress) -> None:
+        """Publish where this host is now, if its link was given another address."""
+        if underlay_ip != self.host.underlay_ip:
+            _log.warning(
+                "underlay address changed",
+                before=str(self.host.underlay_ip),
+                now=str(underlay_ip),
+            )
+            self.host = replace(self.host, underlay_ip=underlay_ip)
+            self.membership.move(self.host)
+            self.probes.refresh()
 
     async def _adopt_fallen(self) -> None:
         """Start from the ways that the kernel sends by: a restart moves nobody."""
@@ -225,6 +241,7 @@ class Agent:
             snapshot=self.follower.copy_snapshot(),
             local=self._local_view(),
             underlay_ip=self.host.underlay_ip,
+            underlay_dev=self.config.underlay_dev,
         )
 
     def _gather_part(self, hosts: Collection[HostId]) -> PartInput | None:
@@ -291,12 +308,12 @@ class Agent:
                 f"network {name} is not up on this host: {reason or 'no pass has run yet'}"
             )
         subnets = self.membership.subnets.get(network.name, ())
-        if not subnets or not indices_of([outcome.plan.bridge]):
+        if not subnets or not indices_of([outcome.plan.uplink]):
             raise ConflictError(f"network {name} is not up on this host: see meshnet status")
         return ReadyNetwork(
             network=network,
             subnets=subnets,
-            bridge=outcome.plan.bridge,
+            uplink=outcome.plan.uplink,
             mtu_bytes=outcome.plan.mtu_bytes,
             gso_max_bytes=outcome.plan.gso_max_bytes,
         )

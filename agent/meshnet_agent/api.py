@@ -26,7 +26,16 @@ from meshnet.errors import (
     StoreUnavailableError,
     UsageError,
 )
-from meshnet.model import IpAddress, IpNetwork, Mode, Network, NetworkName, Vni, default_port
+from meshnet.model import (
+    AddressRange,
+    IpAddress,
+    IpNetwork,
+    Mode,
+    Network,
+    NetworkName,
+    Vni,
+    default_port,
+)
 from meshnet_agent.endpoints import AttachRequest
 
 if TYPE_CHECKING:
@@ -66,6 +75,11 @@ class NetworkRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     mtu: int | None = None
     direct_routing: bool = False
     fallback: Literal["auto", "never"] = "never"
+    parent: str | None = None
+    ranges: list[str] = []
+    gateways: list[str] = []
+    internal: bool = False
+    host_access: bool = False
 
 
 class EndpointRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -145,6 +159,11 @@ class _Handlers:
                 mtu_bytes=wanted.mtu,
                 direct_routing=wanted.direct_routing,
                 fallback=wanted.fallback == "auto",
+                parent=wanted.parent,
+                ranges=tuple(sorted(map(_range, wanted.ranges), key=lambda r: r.version)),
+                gateways=tuple(sorted(map(_address, wanted.gateways), key=lambda g: g.version)),
+                internal=wanted.internal,
+                host_access=wanted.host_access,
             )
 
         return await self._service.create_network(build, wanted.vni)
@@ -250,6 +269,17 @@ def _cidr(text: str) -> IpNetwork:
     except ValueError as error:
         raise UsageError(
             f"subnet {text!r} is not usable ({error}): give a CIDR such as 10.42.0.0/16"
+        ) from error
+
+
+def _range(text: str) -> AddressRange:
+    first, _, last = text.partition("-")
+    try:
+        return AddressRange(parse_address(first), parse_address(last))
+    except ValueError as error:
+        raise UsageError(
+            f"range {text!r} is not usable ({error}): give the first and the last address, such as "
+            "192.0.2.100-192.0.2.199"
         ) from error
 
 

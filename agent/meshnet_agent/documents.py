@@ -25,12 +25,17 @@ def network_document(network: Network, mtu_bytes: int | None) -> Document:
         "mode": network.mode,
         "subnets": [str(s) for s in network.subnets],
         "vni": network.vni,
-        "port": network.port,
+        "port": network.port if network.mode.is_overlay else None,
         "mtu": network.mtu_bytes if network.mtu_bytes is not None else mtu_bytes,
         "host_prefix": network.host_prefix if has_ipv4 else network.host_prefix6,
         "host_prefix6": network.host_prefix6,
         "direct_routing": network.direct_routing,
         "fallback": "auto" if network.fallback else "never",
+        "parent": network.parent,
+        "ranges": [str(r) for r in network.ranges],
+        "gateways": [str(g) for g in network.gateways],
+        "internal": network.internal,
+        "host_access": network.host_access,
     }
 
 

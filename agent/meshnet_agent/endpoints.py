@@ -13,7 +13,6 @@ import contextlib
 import os
 import secrets
 from dataclasses import dataclass, replace
-from ipaddress import ip_interface
 from typing import TYPE_CHECKING
 
 import structlog
@@ -28,17 +27,18 @@ from meshnet.errors import (
     PolicyRefusedError,
     UsageError,
 )
-from meshnet.ipam import AddressPool, gateway_of
+from meshnet.ipam import gateway_of
 from meshnet.kernel import EndpointWiring
 from meshnet.kernel.netns import (
     find_process,
     host_netns_inodes,
     netns_inode,
-    open_netns,
+    open_process,
     start_ticks,
 )
 from meshnet.model import Endpoint, EndpointId
 from meshnet.wire.mac import endpoint_mac
+from meshnet_agent.addresses import SubnetAddresses
 from meshnet_agent.flag import Flag
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class ReadyNetwork:
 
     network: Network
     subnets: Sequence[IpNetwork]
-    bridge: str
+    uplink: str
     mtu_bytes: int
     gso_max_bytes: int | None = None
 
@@ -90,7 +90,7 @@ class Endpoints:
         self._disk = disk
         self._host = host
         self._endpoints: dict[EndpointId, Endpoint] = {}
-        self._pools: dict[IpNetwork, AddressPool] = {}
+        self._addresses = SubnetAddresses(self._addresses_in_use)
         self._watchers: dict[EndpointId, trio.CancelScope] = {}
         self._ending: set[EndpointId] = set()
         self._lock = trio.Lock()
@@ -105,6 +105,9 @@ class Endpoints:
     def all(self) -> list[Endpoint]:
         """The endpoints, oldest first."""
         return list(self._endpoints.values())
+
+    def _addresses_in_use(self) -> list[IpInterface]:
+        return [a for e in self._endpoints.values() for a in e.addresses]
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take over what is on disk, then watch processes for ever."""
@@ -123,7 +126,7 @@ class Endpoints:
             MeshnetError: nothing was changed; the class says why.
         """
         _check_names(request)
-        with _open_process(request.pid) as (pid_fd, netns_fd):
+        with open_process(request.pid) as (pid_fd, netns_fd):
             inode = netns_inode(netns_fd)
             if inode in host_netns_inodes():
                 raise PolicyRefusedError(
@@ -132,13 +135,14 @@ class Endpoints:
                 )
             async with self._lock:
                 self._check_free(request, inode)
-                endpoint = self._draft(request, ready, inode)
+                addresses = self._addresses.take(ready.network, ready.subnets, request.ip)
                 try:
+                    endpoint = self._draft(request, ready, addresses, inode)
                     endpoint = await self._worker.run(
                         lambda wiring: self._connect(wiring, netns_fd, endpoint, ready)
                     )
                 except BaseException:
-                    self._free_addresses(endpoint)
+                    self._addresses.free(addresses)
                     raise
                 self._endpoints[endpoint.id] = endpoint
                 self._watch(endpoint, os.dup(pid_fd))
@@ -176,7 +180,7 @@ class Endpoints:
                 e for e in self._endpoints.values() if endpoint_link_name(e.id) in gone
             ]:
                 try:
-                    with _open_process(endpoint.pid) as (_, netns_fd):
+                    with open_process(endpoint.pid) as (_, netns_fd):
                         network = ready(endpoint.network)
                         await self._worker.run(
                             lambda w, fd=netns_fd, e=endpoint, n=network: self._connect(w, fd, e, n)  # type: ignore[misc]
@@ -197,7 +201,7 @@ class Endpoints:
             netns_fd,
             EndpointWiring(
                 endpoint=endpoint,
-                bridge=ready.bridge,
+                uplink=ready.uplink,
                 routes=_inner_routes(ready),
                 gso_max_bytes=ready.gso_max_bytes,
             ),
@@ -210,9 +214,13 @@ class Endpoints:
             raise
         return endpoint
 
-    def _draft(self, request: AttachRequest, ready: ReadyNetwork, inode: int) -> Endpoint:
-        ticks = start_ticks(request.pid)
-        addresses = self._take_addresses(request, ready)
+    def _draft(
+        self,
+        request: AttachRequest,
+        ready: ReadyNetwork,
+        addresses: tuple[IpInterface, ...],
+        inode: int,
+    ) -> Endpoint:
         identity = EndpointId(secrets.token_hex(6))
         return Endpoint(
             id=identity,
@@ -227,41 +235,8 @@ class Endpoints:
             mtu_bytes=ready.mtu_bytes,
             default_route=request.default_route,
             netns_inode=inode,
-            pid_start_ticks=ticks,
+            pid_start_ticks=start_ticks(request.pid),
         )
-
-    def _take_addresses(
-        self, request: AttachRequest, ready: ReadyNetwork
-    ) -> tuple[IpInterface, ...]:
-        if request.ip is not None and request.ip.version not in {s.version for s in ready.subnets}:
-            raise UsageError(
-                f"address {request.ip} is IPv{request.ip.version}, network {ready.network.name} "
-                f"has {', '.join(map(str, ready.subnets))} here: choose one within it"
-            )
-        taken: list[tuple[AddressPool, IpAddress]] = []
-        try:
-            for subnet in ready.subnets:
-                pool = self._pool(ready.network.name, subnet)
-                matches = request.ip is not None and request.ip.version == subnet.version
-                taken.append((pool, pool.take(request.ip if matches else None)))
-        except MeshnetError:
-            for pool, address in taken:
-                pool.free(address)
-            raise
-        return tuple(ip_interface((a, pool.subnet.prefixlen)) for pool, a in taken)
-
-    def _pool(self, network: NetworkName, subnet: IpNetwork) -> AddressPool:
-        if subnet not in self._pools:
-            in_use = [
-                a.ip for e in self._endpoints.values() for a in e.addresses if a.network == subnet
-            ]
-            self._pools[subnet] = AddressPool(network, subnet, in_use)
-        return self._pools[subnet]
-
-    def _free_addresses(self, endpoint: Endpoint) -> None:
-        for address in endpoint.addresses:
-            if address.network in self._pools:
-                self._pools[address.network].free(address.ip)
 
     def _check_free(self, request: AttachRequest, inode: int) -> None:
         for endpoint in self._endpoints.values():
@@ -295,7 +270,7 @@ class Endpoints:
         self._disk.remove_endpoint(endpoint.id)
         del self._endpoints[endpoint.id]
         self.unhealed.pop(endpoint.id, None)
-        self._free_addresses(endpoint)
+        self._addresses.free(endpoint.addresses)
         watcher = self._watchers.pop(endpoint.id, None)
         if watcher is not None:
             watcher.cancel()
@@ -357,7 +332,7 @@ class Endpoints:
             if pid is None:
                 return None
             # One that ends before it is opened may have left children.
-            with contextlib.suppress(NotFoundError), _open_process(pid) as (pid_fd, netns_fd):
+            with contextlib.suppress(NotFoundError), open_process(pid) as (pid_fd, netns_fd):
                 if netns_inode(netns_fd) == endpoint.netns_inode:
                     heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
                     return heir, os.dup(pid_fd)
@@ -407,30 +382,10 @@ def _check_names(request: AttachRequest) -> None:
         check_name("endpoint", request.name)
 
 
-@contextlib.contextmanager
-def _open_process(pid: int) -> Iterator[tuple[int, int]]:
-    """Descriptors of a process and of its network namespace.
-
-    Raises:
-        NotFoundError: there is no such process, or it has ended (a zombie has no namespace).
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            pid_fd = os.pidfd_open(pid)
-        except (ProcessLookupError, OSError) as error:
-            raise NotFoundError(
-                f"process {pid} does not exist: give the pid of a running process"
-            ) from error
-        stack.callback(os.close, pid_fd)
-        netns_fd = open_netns(pid)
-        stack.callback(os.close, netns_fd)
-        yield pid_fd, netns_fd
-
-
 def _same_process(endpoint: Endpoint) -> tuple[Endpoint, int] | None:
     """The endpoint with a pidfd, if the very process it was attached to still runs."""
     try:
-        with _open_process(endpoint.pid) as (pid_fd, netns_fd):
+        with open_process(endpoint.pid) as (pid_fd, netns_fd):
             if (
                 start_ticks(endpoint.pid) == endpoint.pid_start_ticks
                 and netns_inode(netns_fd) == endpoint.netns_inode

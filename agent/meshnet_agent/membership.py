@@ -1,4 +1,4 @@
-"""This host's part in the mesh: its lease, its entry, its subnets.
+"""This host's part in the mesh: its lease, its entry, its subnets of overlay networks.
 
 Losing the lease, or etcd, changes nothing in the kernel: the host is shown dead to others until it
 has a lease again, and keeps its subnets as long as nobody else was given them.
@@ -7,6 +7,7 @@ has a lease again, and keeps its subnets as long as nobody else was given them.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -147,6 +148,12 @@ class Membership:
         ):
             await self._progress.wait()
 
+    def move(self, host: Host) -> None:
+        """Publish this host anew: its underlay address is another."""
+        self.host = host
+        self._claim = replace(self._claim, underlay_ip=host.underlay_ip)
+        self._look.set()
+
     def follow(self, snapshot: MeshSnapshot) -> None:
         """Take in what the store says now; reservations follow in `reserve`."""
         self._snapshot = snapshot
@@ -159,6 +166,12 @@ class Membership:
             del self.errors[name]
         self._reserved = {k: s for k, s in self._reserved.items() if k[0] in snapshot.networks}
         for name, network in snapshot.networks.items():
+            if not network.mode.is_overlay:
+                # Nobody owns a part of it: every host has the whole.
+                if self.subnets.get(name) != network.subnets:
+                    self.subnets[name] = network.subnets
+                    changed = True
+                continue
             held = snapshot.subnets_of(self.host.id, name)
             kept = self.subnets.get(name, ())
             mine = self._merge(network, held, kept, snapshot)
@@ -233,6 +246,8 @@ class Membership:
             if not self._is_published(snapshot):
                 await self.join()
         for name, network in snapshot.networks.items():
+            if not network.mode.is_overlay:
+                continue
             held = snapshot.subnets_of(self.host.id, name)
             for cidr in network.subnets:
                 if cidr.version not in {s.version for s in held}:

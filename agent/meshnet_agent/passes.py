@@ -38,11 +38,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassInput:
-    """What a pass over everything works on: values, safe to hand to the kernel's thread."""
+    """What a pass over everything works on: values, safe to hand to the kernel's thread.
+
+    Attributes:
+        underlay_ip: the host's address on the underlay so far.
+        underlay_dev: the link whose address it is, if that may change.
+    """
 
     snapshot: MeshSnapshot
     local: LocalView
     underlay_ip: IpAddress
+    underlay_dev: str | None = None
 
 
 class HostView(NamedTuple):
@@ -214,7 +220,7 @@ class Passes:
         snapshot, local = given.snapshot, given.local
         with stages.timed("observe"):
             peers = {h.underlay_ip for h in snapshot.hosts.values() if h.id != local.host}
-            underlay = kernel.observe(given.underlay_ip, None)
+            underlay = kernel.observe(given.underlay_ip, given.underlay_dev)
             underlay = replace(underlay, paths=kernel.find_paths(peers))
         with stages.timed("dump"):
             actual = kernel.dump()

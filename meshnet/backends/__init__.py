@@ -126,13 +126,13 @@ class NetworkPlan:
 
     Attributes:
         mtu_bytes: MTU of its endpoints on this host.
-        bridge: link that endpoints become ports of.
+        uplink: link of the host that endpoints hang on.
         gso_max_bytes: the largest super-packet that endpoints should send; None: any.
         errors: settings that cannot be had on this host, in words.
     """
 
     mtu_bytes: int
-    bridge: str
+    uplink: str
     firewall: FirewallNetwork
     gso_max_bytes: int | None = None
     errors: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What the overlay modes have in common: bridge, addresses, MTU, and the way without a tunnel.
+"""What the modes with a bridge of ours have in common, and the way to a peer without a tunnel.
 
 A backend plans its tunnel beside it (`meshnet.backends.vxlan`, `meshnet.backends.udp`).
 """
@@ -33,15 +33,18 @@ def endpoint_link_name(endpoint_id: str) -> str:
     return f"mne{endpoint_id}"
 
 
-def plan_bridge(wanted: NetworkInput, tunnel: str, state: KernelState) -> NetworkPlan:
+def plan_bridge(wanted: NetworkInput, tunnel: str | None, state: KernelState) -> NetworkPlan:
     """Add the network's bridge with its gateway addresses and endpoints to `state`.
 
     Args:
-        tunnel: name of the network's tunnel device, which the backend adds.
+        tunnel: name of the network's tunnel device, which the backend adds; None: it has none.
     """
     network = wanted.network
     errors: list[str] = []
-    mtu = _overlay_mtu(wanted, errors)
+    if tunnel is not None:
+        mtu = _overlay_mtu(wanted, errors)
+    else:
+        mtu = network.mtu_bytes if network.mtu_bytes is not None else wanted.underlay.mtu_bytes
     bridge = bridge_name(network)
     state.links[bridge] = Link(
         LinkKind.BRIDGE,
@@ -57,9 +60,12 @@ def plan_bridge(wanted: NetworkInput, tunnel: str, state: KernelState) -> Networ
         )
     return NetworkPlan(
         mtu_bytes=mtu,
-        bridge=bridge,
+        uplink=bridge,
         firewall=FirewallNetwork(
-            (bridge, tunnel), (network.port,), network.subnets, wanted.subnets
+            (bridge,) if tunnel is None else (bridge, tunnel),
+            () if tunnel is None else (network.port,),
+            network.subnets,
+            wanted.subnets,
         ),
         errors=tuple(errors),
     )

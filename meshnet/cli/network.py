@@ -89,6 +89,34 @@ def _add_create(actions: Subparsers) -> None:
         help="auto: send to peers that VXLAN does not reach by a userspace VTEP on another port "
         "(default: never)",
     )
+    create.add_argument(
+        "--parent",
+        metavar="IF",
+        help="the hosts' link on the physical network (modes macvlan and underlay-bridge)",
+    )
+    create.add_argument(
+        "--range",
+        metavar="FIRST-LAST",
+        action="append",
+        default=[],
+        help="endpoints get addresses from these of the physical network; twice for IPv4 and IPv6 "
+        "(default: the whole CIDR)",
+    )
+    create.add_argument(
+        "--gateway",
+        metavar="IP",
+        action="append",
+        default=[],
+        help="the physical network's router; twice for IPv4 and IPv6",
+    )
+    create.add_argument(
+        "--internal", action="store_true", help="endpoints have no way out of the network"
+    )
+    create.add_argument(
+        "--host-access",
+        action="store_true",
+        help="let a host reach its own endpoints, which macvlan else forbids",
+    )
     create.add_argument("--json", action="store_true", help="print one JSON document")
     create.set_defaults(run=_create)
 
@@ -108,6 +136,11 @@ def _create(args: argparse.Namespace) -> int:
             "mtu": args.mtu,
             "direct_routing": args.direct_routing or None,
             "fallback": args.fallback if args.fallback != "never" else None,
+            "parent": args.parent,
+            "ranges": args.range or None,
+            "gateways": args.gateway or None,
+            "internal": args.internal or None,
+            "host_access": args.host_access or None,
         },
     )
     return print_either(args.json, document, document["name"])
@@ -126,7 +159,7 @@ def _ls(args: argparse.Namespace) -> int:
                 d["mode"],
                 joined(d["subnets"]),
                 d["vni"],
-                d["port"],
+                d["port"] or "-",
                 d["mtu"] or "-",
                 "yes" if d["direct_routing"] else "no",
             )

@@ -25,7 +25,8 @@ class EndpointWiring(NamedTuple):
     """How to connect a namespace: `endpoint` says with what, the rest says where to.
 
     Attributes:
-        bridge: link of the host that the host-side end becomes a port of.
+        uplink: link of the host that the endpoint hangs on: the bridge that its host-side end
+            becomes a port of.
         routes: destinations that are reached through the gateway of their IP version; used where
             the namespace keeps or gets no default route through this endpoint.
         gso_max_bytes: the largest super-packet that the namespace's link takes; None: the kernel's
@@ -33,7 +34,7 @@ class EndpointWiring(NamedTuple):
     """
 
     endpoint: Endpoint
-    bridge: str
+    uplink: str
     routes: Sequence[IpNetwork]
     gso_max_bytes: int | None = None
 
@@ -50,8 +51,9 @@ class Kernel(Protocol):
         """Look at the underlay: the link that holds `underlay_ip`; `paths` stays empty.
 
         Args:
-            underlay_ip: the address tunnels start from; None: the first global one of
-                `underlay_dev`.
+            underlay_ip: the address tunnels start from.
+            underlay_dev: the link that it is on, or a port of that one: as long as it has
+                `underlay_ip`, that, else its first global one.  None: whichever link it is on.
 
         Raises:
             NotFoundError: no link holds the address, or the link does not exist or has none.

@@ -113,8 +113,9 @@ class MemoryKernel:
     def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
         dev = self.underlay_dev
-        held = [ip for ip in self.underlay_ips if underlay_ip in (None, ip)]
-        if not held or (underlay_ip is None and underlay_dev != dev):
+        held = [ip for ip in self.underlay_ips if underlay_dev == dev or underlay_ip == ip]
+        held.sort(key=lambda ip: ip != underlay_ip)
+        if not held or underlay_dev not in (None, dev):
             raise NotFoundError(f"underlay {underlay_ip or underlay_dev} is not on this host")
         sysctls = self._state.sysctls
         listens = sysctls[_ALL_IPV6] == "0" and sysctls[f"net/ipv6/conf/{dev}/accept_ra"] == "1"

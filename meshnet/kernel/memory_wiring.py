@@ -77,8 +77,8 @@ class MemoryWiring:
         if failure is not None:
             raise failure
         endpoint = wiring.endpoint
-        if wiring.bridge not in self._kernel.dump().links:
-            raise NotFoundError(f"bridge {wiring.bridge} is not up on this host")
+        if wiring.uplink not in self._kernel.dump().links:
+            raise NotFoundError(f"bridge {wiring.uplink} is not up on this host")
         links = self.namespace(netns_fd)
         if endpoint.ifname in links:
             raise ConflictError(f"process {endpoint.pid} has a link {endpoint.ifname} already")
@@ -96,7 +96,7 @@ class MemoryWiring:
             raise ConflictError(f"process {endpoint.pid} has a route that {endpoint.name} needs")
         name = endpoint_link_name(endpoint.id)
         self._kernel.add_endpoint_link(
-            name, Link(LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.bridge)
+            name, Link(LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.uplink)
         )
         links[endpoint.ifname] = NamespaceLink(
             endpoint.mac,

@@ -182,10 +182,11 @@ class NetlinkKernel:
             info = links.decode_address(message)
             if info.ifindex in self._by_index and info.scope == links.RT_SCOPE_UNIVERSE:
                 held.append((ip_address(info.address), self._by_index[info.ifindex]))
-        for ip, link in sorted(held, key=lambda item: item[0].version):
-            if ip == wanted or (wanted is None and link.name == dev):
+        held.sort(key=lambda item: (item[0] != wanted, item[0].version))
+        for ip, link in held:
+            if ip == wanted if dev is None else self._is_or_has_port(link, dev):
                 return ip, link
-        if wanted is not None:
+        if dev is None:
             raise NotFoundError(
                 f"underlay address {wanted} is on no link of this host: "
                 "give --underlay-ip an address that `ip addr` shows"
@@ -193,6 +194,13 @@ class NetlinkKernel:
         raise NotFoundError(
             f"link {dev} does not exist or has no global address: "
             "give --underlay-dev a link that `ip addr` shows with one"
+        )
+
+    def _is_or_has_port(self, link: LinkInfo, dev: str) -> bool:
+        """Whether the link is `dev`, or the bridge that has `dev` for a port, and its addresses."""
+        return link.name == dev or any(
+            port.name == dev and self._by_index.get(port.master) is link
+            for port in self._by_index.values()
         )
 
     def _has_vxlan(self) -> bool:

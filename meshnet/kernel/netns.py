@@ -113,3 +113,23 @@ def _setns(fd: int) -> None:
     if _libc.setns(fd, CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"setns: {os.strerror(code)}")
+
+
+@contextlib.contextmanager
+def open_process(pid: int) -> Iterator[tuple[int, int]]:
+    """Descriptors of a process and of its network namespace.
+
+    Raises:
+        NotFoundError: there is no such process, or it has ended (a zombie has no namespace).
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            pid_fd = os.pidfd_open(pid)
+        except (ProcessLookupError, OSError) as error:
+            raise NotFoundError(
+                f"process {pid} does not exist: give the pid of a running process"
+            ) from error
+        stack.callback(os.close, pid_fd)
+        netns_fd = open_netns(pid)
+        stack.callback(os.close, netns_fd)
+        yield pid_fd, netns_fd

@@ -53,10 +53,10 @@ class NetlinkWiring:
         endpoint = wiring.endpoint
         name = endpoint_link_name(endpoint.id)
         try:
-            bridge = socket.if_nametoindex(wiring.bridge)
+            bridge = socket.if_nametoindex(wiring.uplink)
         except OSError as error:
             raise NotFoundError(
-                f"bridge {wiring.bridge} of network {endpoint.network} is not up on this host: "
+                f"bridge {wiring.uplink} of network {endpoint.network} is not up on this host: "
                 "see meshnet status"
             ) from error
         veth = links.encode_veth(

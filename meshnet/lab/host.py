@@ -204,12 +204,14 @@ class LabHost(Namespace):
         extra_args: Sequence[str] = (),
         *,
         wait: bool = True,
+        by_link: bool = False,
         deadline_s: float = AGENT_READY_DEADLINE_S,
     ) -> None:
         """Start the host's agent, with the lab's and these options.
 
         Args:
             extra_args: further options, after the lab's `agent_args`.
+            by_link: tell it the underlay's link instead of the address on it.
             wait: return only when it is ready; else call `wait_agent_ready`.
             deadline_s: see `wait_agent_ready`.
 
@@ -225,7 +227,7 @@ class LabHost(Namespace):
             )
         options = [
             *("--etcd", self._context.etcd_url),
-            *("--underlay-ip", str(self.underlay_ip)),
+            *(("--underlay-dev", "eth0") if by_link else ("--underlay-ip", str(self.underlay_ip))),
             *("--host-id", self.name),
             *("--run-dir", str(self.run_dir)),
             *("--state-dir", str(self.state_dir)),

@@ -262,11 +262,14 @@ class Lab:
         self._children.reap_all()
         return removed
 
-    def add_host(self, name: str) -> LabHost:
+    def add_host(self, name: str, *, agent: bool = True) -> LabHost:
         """Add a host to a running lab; its agent is started if those of `up` were.
 
         A host ``hN`` gets the underlay address that ``hN`` always has, also when it was removed
         and comes back; with the state directory that `remove_host` kept, if it did.
+
+        Args:
+            agent: False: a machine on the same switch that is not of the mesh.
 
         Raises:
             UsageError: no host can have that name.
@@ -288,7 +291,7 @@ class Lab:
             add_netns([host.netns])
             ip_batch(self.underlay.port_commands(name, host.netns), netns=self._netns(SWITCH))
             ip_batch(self.underlay.host_commands(host.underlay_ip), netns=host.netns)
-            if self._start_agents:
+            if agent and self._start_agents:
                 host.start_agent()
         except BaseException:
             self.remove_host(name)

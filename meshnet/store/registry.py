@@ -381,6 +381,8 @@ def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
                         f"subnet {mine} overlaps {theirs} of network {other.name}: "
                         "choose another CIDR"
                     )
+    if network.mode.is_underlay:
+        return  # its endpoints are the hosts' neighbours
     for host in snapshot.hosts.values():
         for mine in network.subnets:
             if host.underlay_ip.version == mine.version and host.underlay_ip in mine:

@@ -80,6 +80,9 @@ def test_the_underlay(host: HostUnderTest) -> None:
     assert seen.paths == {}
     assert host.kernel.observe(None, UNDERLAY_DEV).ip == underlay_ip(1)
     assert host.kernel.observe(underlay_ip(1, 6), None).ip == underlay_ip(1, 6)
+    # With a link to look at, the address so far is what to prefer as long as it is there.
+    assert host.kernel.observe(underlay_ip(1, 6), UNDERLAY_DEV).ip == underlay_ip(1, 6)
+    assert host.kernel.observe(underlay_ip(77), UNDERLAY_DEV).ip == underlay_ip(1)
     with pytest.raises(NotFoundError):
         host.kernel.observe(underlay_ip(77), None)
     with pytest.raises(NotFoundError):

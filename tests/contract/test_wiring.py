@@ -201,7 +201,7 @@ def _bring_up(kernel: Kernel, desired: KernelState) -> None:
 
 
 def wiring_of(endpoint: Endpoint, bridge: str = BRIDGE) -> EndpointWiring:
-    return EndpointWiring(endpoint=endpoint, bridge=bridge, routes=CIDRS)
+    return EndpointWiring(endpoint=endpoint, uplink=bridge, routes=CIDRS)
 
 
 def assert_nothing_left(wired: Wired, before: View) -> None:

@@ -12,6 +12,7 @@ from meshnet.backends import Path, Underlay
 from meshnet.codec import MAX_MTU_BYTES, MAX_PID, MAX_VNI
 from meshnet.ipam import choose_subnet
 from meshnet.model import (
+    AddressRange,
     Claim,
     Datapath,
     Endpoint,
@@ -59,6 +60,7 @@ def networks(draw: st.DrawFn, *, mode: Mode | None = None) -> Network:
         longest = min(cidr.max_prefixlen - 2, cidr.prefixlen + 32)
         prefixes[cidr.version] = draw(st.integers(cidr.prefixlen, longest))
     chosen = mode or draw(st.sampled_from(Mode))
+    physical: list[IpNetwork] = list(subnets) if chosen.is_underlay else []
     return Network(
         name=NetworkName(draw(names)),
         mode=chosen,
@@ -68,8 +70,13 @@ def networks(draw: st.DrawFn, *, mode: Mode | None = None) -> Network:
         host_prefix=prefixes[4],
         host_prefix6=prefixes[6],
         mtu_bytes=draw(st.none() | st.integers(1280, MAX_MTU_BYTES)),
-        direct_routing=draw(st.booleans()),
+        direct_routing=chosen.is_overlay and draw(st.booleans()),
         fallback=chosen is Mode.VXLAN and draw(st.booleans()),
+        parent="eth0" if physical else None,
+        ranges=tuple(AddressRange(s[1], s[2]) for s in physical if draw(st.booleans())),
+        gateways=tuple(s[1] for s in physical if draw(st.booleans())),
+        internal=draw(st.booleans()),
+        host_access=chosen is Mode.MACVLAN and draw(st.booleans()),
     )
 
 
