@@ -4,22 +4,26 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := etcd-server etcd-client ethtool iperf3 iproute2 iputils-ping nftables openssl procps \
-	python3-venv tcpdump util-linux zstd
-BENCH_PACKAGES := fastd gcc libc6-dev wireguard-go wireguard-tools
-PUBLISHED_PACKAGES := docker.io gcc libc6-dev
+PACKAGES := etcd-server etcd-client ethtool gcc iperf3 iproute2 iputils-ping libc6-dev nftables \
+	openssl procps python3-venv tcpdump util-linux zstd
+BENCH_PACKAGES := fastd wireguard-go wireguard-tools
+PUBLISHED_PACKAGES := docker.io
 SETUP := $(VENV)/.ready
 SCALE := build/scale.json
 DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
 
-.PHONY: demo test lint type bench bench-scale bench-datapath bench-published setup constraints clean
+.PHONY: demo test native lint type bench bench-scale bench-datapath bench-published setup \
+	constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
 
-test: $(SETUP)  ## all tests
+test: native  ## all tests
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 2
+
+native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
+	@$(BIN)/python -m meshnet.vtep.native
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

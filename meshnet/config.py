@@ -63,6 +63,10 @@ SETTINGS = (
     Setting(
         "vxlan", "MODE", "what forwards packets", "auto", choices=("auto", "kernel", "userspace")
     ),
+    Setting(
+        "vtep-engine", "ENGINE", "what carries the packets of a userspace VTEP", "python",
+        choices=("python", "native"),
+    ),
     Setting("image-max-bytes", "N", "most that an image may take once unpacked", str(32 << 30)),
     Setting("image-max-entries", "N", "most files that an image may have", "1000000"),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
@@ -96,6 +100,7 @@ class AgentConfig:
     grace_s: float
     resync_s: float
     vxlan: str
+    vtep_engine: str
     image_max_bytes: int
     image_max_entries: int
     etcd_ca: str | None

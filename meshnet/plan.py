@@ -17,7 +17,7 @@ from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
 from meshnet.errors import UsageError
 from meshnet.firewall import elements, render_rules
-from meshnet.model import Mode, Reservations
+from meshnet.model import Mode, Reservations, find_taken_port
 from meshnet.state import KernelState
 
 if TYPE_CHECKING:
@@ -265,12 +265,11 @@ def _find_conflict(
         other = snapshot.networks[name]
         if other.vni == network.vni:
             return f"VNI {network.vni} belongs to network {name}: remove this network"
-        taken = _find_taken_port(network, other, underlay)
+        taken = find_taken_port(network, other, kernel_vxlan=underlay.kernel_vxlan)
         if taken is not None:
-            remedy = "--vni" if network.fallback and taken == network.fallback_port else "--port"
             return (
                 f"UDP port {taken} is network {name}'s, and a userspace VTEP needs one of its own: "
-                f"create this network anew with another {remedy}"
+                f"create this network anew with another {network.option_of_port(taken)}"
             )
         for mine in network.subnets:
             for theirs in other.subnets:
@@ -287,23 +286,6 @@ def _missing_parent(network: Network, underlay: Underlay) -> str | None:
         f"link {network.parent}, its --parent, does not exist on this host: make it, or give the "
         "host's link on the physical network that name"
     )
-
-
-def _find_taken_port(network: Network, other: Network, underlay: Underlay) -> int | None:
-    """A UDP port that both networks want, and one of them for a userspace VTEP."""
-    if not (network.mode.is_overlay and other.mode.is_overlay):
-        return None
-    mine, my_kernel = _ports(network, underlay)
-    theirs, their_kernel = _ports(other, underlay)
-    taken = (mine & (theirs | their_kernel)) | (my_kernel & theirs)
-    return min(taken, default=None)
-
-
-def _ports(network: Network, underlay: Underlay) -> tuple[set[int], set[int]]:
-    """A network's UDP ports: those of userspace VTEPs, and those of the kernel's."""
-    if backend_of(network, underlay) is UDP:
-        return {network.port}, set()
-    return ({network.fallback_port} if network.fallback else set()), {network.port}
 
 
 def _plan_network(

@@ -33,6 +33,7 @@ from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.events import EventFilter
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
+from meshnet.vtep.native import library
 from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
 from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
@@ -148,7 +149,9 @@ async def _run(config: AgentConfig) -> None:
         stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
-        vteps = VtepProcesses(Path(config.run_dir, "vtep"))
+        if config.vtep_engine == "native":
+            library.load()  # to say now, and not of each network, that it is not built
+        vteps = VtepProcesses(Path(config.run_dir, "vtep"), config.vtep_engine)
         wired = WiredElements()
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,

@@ -292,12 +292,14 @@ class NetlinkKernel:
         return state
 
     def _dump_vtep(self, state: KernelState, info: LinkInfo, names: dict[int, str]) -> None:
-        """A TUN of ours is what its process makes of it."""
+        """A TUN of ours is what its process makes of it, if that is one as we would start."""
         link = _to_link(info, names)
-        vtep = self._vteps.look(info.name) if self._vteps is not None else None
-        if self._vteps is not None and vtep is not None and vtep.mtu_bytes == link.mtu_bytes:
-            link = link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
-            state.members |= self._vteps.members(info.name)
+        vteps = self._vteps
+        if vteps is not None:
+            vtep, wanted = vteps.look(info.name), (link.mtu_bytes, vteps.engine)
+            if vtep is not None and (vtep.mtu_bytes, vtep.engine) == wanted:
+                link = link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
+                state.members |= vteps.members(info.name)
         state.links[info.name] = link
 
     def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:

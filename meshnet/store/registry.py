@@ -14,7 +14,16 @@ from meshnet import codec
 from meshnet.codec import BadValueError
 from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError
 from meshnet.ipam import choose_subnet
-from meshnet.model import Endpoint, Host, HostId, NetworkName, Reservation, Reservations, Vni
+from meshnet.model import (
+    Endpoint,
+    Host,
+    HostId,
+    NetworkName,
+    Reservation,
+    Reservations,
+    Vni,
+    find_taken_port,
+)
 from meshnet.store import Absent, Delete, DeletePrefix, Holds, PrefixEmpty, Put, Unchanged
 from meshnet.store.addresses import addresses_of
 from meshnet.store.mirror import (
@@ -201,7 +210,7 @@ class Registry:
 
         Raises:
             UsageError: the network cannot work (`codec.check_network`).
-            ConflictError: its name, VNI or addresses are in use.
+            ConflictError: its name, VNI, UDP port or addresses are in use.
         """
         for _ in range(_TRIES):
             serial = await self._revision_of(NETWORKS_SERIAL)
@@ -360,6 +369,13 @@ def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
             raise ConflictError(
                 f"VNI {network.vni} belongs to network {other.name}: leave --vni out to get a "
                 "free one"
+            )
+        # On hosts with the kernel's VXLAN; those without it have more such networks, and say so.
+        taken = find_taken_port(network, other, kernel_vxlan=True)
+        if taken is not None:
+            raise ConflictError(
+                f"UDP port {taken} is network {other.name}'s, and a userspace VTEP needs one of "
+                f"its own: choose another {network.option_of_port(taken)}"
             )
         for mine in network.subnets:
             for theirs in other.subnets:
