@@ -175,8 +175,6 @@ def find_taken_port(one: Network, other: Network, *, kernel_vxlan: bool) -> int 
 
     The kernel tells its VXLAN networks apart by VNI; a userspace VTEP has a port to itself.
     """
-    if not (one.mode.is_overlay and other.mode.is_overlay):
-        return None
     mine, my_kernel = one.udp_ports(kernel_vxlan=kernel_vxlan)
     theirs, their_kernel = other.udp_ports(kernel_vxlan=kernel_vxlan)
     taken = (mine & (theirs | their_kernel)) | (my_kernel & theirs)
