@@ -58,7 +58,7 @@ COUNTERS = {
 """Why packets are dropped (docs/firewall.md), and the family of the table that counts them."""
 
 _FAMILY = {4: "ip", 6: "ip6"}
-_LOOPBACK = {4: "127.0.0.0/8", 6: "::1"}
+_LOOPBACK = "127.0.0.0/8"
 _MULTICAST = {4: "224.0.0.0/4", 6: "ff00::/8"}
 
 
@@ -151,7 +151,7 @@ def _raw(links: Sequence[str], ports: Sequence[int], underlay_ip: IpAddress) -> 
         before.append(f"{ip} daddr {underlay_ip} udp dport {numbers} notrack")
         out.append(f"{ip} saddr {underlay_ip} udp dport {numbers} notrack")
     if links:
-        before.append(f"ip daddr {_LOOPBACK[4]} iifname {_quoted(links)} {_drop('loopback')}")
+        before.append(f"ip daddr {_LOOPBACK} iifname {_quoted(links)} {_drop('loopback')}")
     return _chain("raw_prerouting", before, "filter hook prerouting priority raw") + _chain(
         "raw_output", out, "filter hook output priority raw"
     )
@@ -252,14 +252,19 @@ def _forward(
 
 def _nat(networks: Sequence[FirewallNetwork]) -> str:
     """Published ports, and masquerading: for what leaves the networks, and where else an answer to
-    a published port would not come back by this host."""
+    a published port would not come back by this host.
+
+    Linux takes no answer to ::1 from a link that is not loopback (``rt6_need_strict`` in
+    net/ipv6/route.c), so nothing is published there.
+    """
     publish = [
-        f"meta nfproto {nfproto} fib daddr type local dnat {ip} to {key}meta l4proto . th dport "
+        f"{which} fib daddr type local dnat {ip} to {key}meta l4proto . th dport "
         f"map @{names[version]}"
-        for version, ip, nfproto in ((4, "ip", "ipv4"), (6, "ip6", "ipv6"))
+        for version, ip, which in ((4, "ip", "meta nfproto ipv4"), (6, "ip6", "ip6 daddr != ::1"))
         for names, key in ((elements.PUBLISHED_AT, f"{ip} daddr . "), (elements.PUBLISHED, ""))
     ]
-    answer, masquerade = [], ["ct status dnat jump answer"]
+    answer = [f"ip saddr {_LOOPBACK} masquerade fully-random"]
+    masquerade = ["ct status dnat jump answer"]
     all_cidrs = _cidrs(networks)
     for version, ip in _FAMILY.items():
         subnets = [s for n in networks for s in n.subnets if s.version == version]
@@ -267,7 +272,6 @@ def _nat(networks: Sequence[FirewallNetwork]) -> str:
         if subnets:
             hairpin = _braces(f"{s} . {s}" for s in subnets)
             answer += [
-                f"{ip} saddr {_LOOPBACK[version]} masquerade fully-random",
                 f"{ip} saddr . {ip} daddr {hairpin} masquerade fully-random",
                 f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random",
             ]
