@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -136,10 +137,15 @@ class PassResult:
 
 @dataclass(slots=True)
 class _Applied:
-    """What the kernel was last brought to, and what that was planned from."""
+    """What the kernel was last brought to, and what that was planned from.
+
+    Attributes:
+        at: how many hosts are at each underlay address (packed).
+    """
 
     snapshot: MeshSnapshot
     hosts: dict[HostId, Host]
+    at: Counter[bytes]
     reservations: dict[NetworkName, Reservations]
     local: LocalView
     underlay: Underlay
@@ -164,9 +170,12 @@ class _Applied:
     def take(self, given: PartInput, paths: Mapping[IpAddress, Path]) -> None:
         """Remember what the hosts are now."""
         for host, view in given.hosts.items():
-            self.hosts.pop(host, None)
+            before = self.hosts.pop(host, None)
+            if before is not None:
+                self.at[before.underlay_ip.packed] -= 1
             if view.host is not None:
                 self.hosts[host] = view.host
+                self.at[view.host.underlay_ip.packed] += 1
             for name in {*self.reservations, *view.subnets}:
                 held = self.reservations.setdefault(name, Reservations())
                 held.assign(host, view.subnets.get(name, ()))
@@ -175,14 +184,9 @@ class _Applied:
 
     def shares(self, addresses: Collection[bytes], touched: Collection[HostId]) -> bool:
         """Whether a host that did not change is at one of some underlay addresses, or two hosts."""
-        seen: set[bytes] = set()
-        for host in self.hosts.values():
-            packed = host.underlay_ip.packed
-            if packed in addresses:
-                if host.id not in touched or packed in seen:
-                    return True
-                seen.add(packed)
-        return False
+        known = (self.hosts[host] for host in touched if host in self.hosts)
+        changed = Counter(host.underlay_ip.packed for host in known)
+        return any(self.at[a] > min(1, changed[a]) for a in addresses)
 
 
 class Passes:
@@ -322,6 +326,7 @@ def _remember(
     return _Applied(
         snapshot=MeshSnapshot(networks=snapshot.networks, hosts=hosts, reservations=reservations),
         hosts=hosts,
+        at=Counter(host.underlay_ip.packed for host in hosts.values()),
         reservations=reservations,
         local=local,
         underlay=replace(underlay, paths=paths),
