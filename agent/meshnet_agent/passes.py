@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from meshnet.backends import NexthopIds
 from meshnet.diff import Failure, Table, diff, missing_endpoint_links
+from meshnet.firewall.elements import SETS
 from meshnet.model import MeshSnapshot, Reservations
 from meshnet.plan import LocalView, NetworkOutcome, plan_hosts, plan_mesh
 from meshnet.state import NETWORK_LINK
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from meshnet.kernel import Kernel
     from meshnet.model import Host, HostId, IpAddress, IpNetwork, NetworkName
     from meshnet.plan import HostsPlan
-    from meshnet.state import KernelState
+    from meshnet.state import ElementKey, KernelState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,13 +227,19 @@ class Passes:
             self._ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
             plan = plan_mesh(snapshot, local, underlay, self._ids)
             if snapshot.holes:
-                # Design decision D5: deletions need a complete snapshot.  The firewall is loaded
-                # with all that its sets hold.
-                plan.state.elements = actual.elements | plan.state.elements
+                # Design decision D5: deletions need a complete snapshot.  The firewall may be loaded
+                # anew, so what is to stay must be wanted.
+                plan.state.elements = _kept_elements(actual) | plan.state.elements
         with stages.timed("diff"):
             ops = diff(plan.state, actual)
             if snapshot.holes:
-                ops = [op for op in ops if op.value is not None or op.key in plan.state.links]
+                ops = [
+                    op
+                    for op in ops
+                    if op.value is not None
+                    or op.table is Table.ELEMENT
+                    or op.key in plan.state.links
+                ]
         failures = self._apply(kernel, ops, stages)
         refused = {f.op.key for f in failures if f.op.table is Table.LINK}
         if not snapshot.holes:
@@ -310,6 +317,12 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def _kept_elements(actual: KernelState) -> dict[ElementKey, bytes]:
+    """Elements that may stand for what the snapshot lacks: not those of this host's endpoints, nor
+    one for everything else, which is never ours."""
+    return {k: v for k, v in actual.elements.items() if k.key and not SETS[k.set_name].wired}
 
 
 def _remember(

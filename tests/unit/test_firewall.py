@@ -156,6 +156,13 @@ def test_tunnel_packets() -> None:
     assert found["leave"][0] == ("udp dport { 4789, 4790 } counter name tunnel_from_endpoint drop")
 
 
+def test_tunnel_packets_of_an_ipv6_underlay() -> None:
+    text = render_rules([PROD], ip_address("2001:db8::1"))
+    assert "@th,96,24 { 1 } ip6 saddr != @members6 counter name tunnel_not_a_member drop" in text
+    assert "ip6 daddr 2001:db8::1 udp dport { 4789 } notrack" in text
+    assert "@members4 " not in text
+
+
 def test_only_what_leaves_the_networks_is_masqueraded() -> None:
     rules = chains(PROD, DUAL)["postrouting"]
     for family, subnets, cidrs, multicast in (
