@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from meshnet.backends import NexthopIds
 from meshnet.diff import Failure, Table, diff, missing_endpoint_links
+from meshnet.firewall.elements import SETS
 from meshnet.model import MeshSnapshot, Reservations
 from meshnet.plan import LocalView, NetworkOutcome, plan_hosts, plan_mesh
 from meshnet.state import NETWORK_LINK
@@ -225,14 +226,9 @@ class Passes:
         with stages.timed("plan"):
             self._ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
             plan = plan_mesh(snapshot, local, underlay, self._ids)
-            if snapshot.holes:
-                # Design decision D5: deletions need a complete snapshot.  The firewall is loaded
-                # with all that its sets hold.
-                plan.state.elements = actual.elements | plan.state.elements
         with stages.timed("diff"):
-            ops = diff(plan.state, actual)
-            if snapshot.holes:
-                ops = [op for op in ops if op.value is not None or op.key in plan.state.links]
+            find_ops = _diff_over_holes if snapshot.holes else diff
+            ops = find_ops(plan.state, actual)
         failures = self._apply(kernel, ops, stages)
         refused = {f.op.key for f in failures if f.op.table is Table.LINK}
         if not snapshot.holes:
@@ -310,6 +306,22 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def _diff_over_holes(desired: KernelState, actual: KernelState) -> list[Op]:
+    """The difference where the snapshot lacks something: nothing is deleted for not being in it.
+
+    (Design decision D5.)  Elements of the firewall that may stand for what it lacks become wanted,
+    since the firewall may be loaded anew.  Not so those of this host's endpoints, which are known,
+    nor one for everything else, which is never ours.
+    """
+    kept = {k: v for k, v in actual.elements.items() if k.key and not SETS[k.set_name].wired}
+    desired = replace(desired, elements=kept | desired.elements)
+    return [
+        op
+        for op in diff(desired, actual)
+        if op.value is not None or op.table is Table.ELEMENT or op.key in desired.links
+    ]
 
 
 def _remember(

@@ -185,22 +185,23 @@ def _tunnel(
 
 
 def _isolate(networks: Sequence[FirewallNetwork]) -> str:
-    """What comes from a network may enter none but its own, not even another's gateway."""
-    rules = []
+    """What comes from a network may enter none but its own, not even another's gateway.
+
+    A packet that goes to no network is through after one look-up.
+    """
+    if len(networks) < 2:
+        return ""
+    chains, isolate = "", []
     for version, cidrs in _cidrs(networks).items():
-        own = (
-            f'"{link}" . {cidr}'
-            for n in networks
-            for link in n.links
-            for cidr in n.cidrs
-            if cidr.version == version
-        )
         ip = _FAMILY[version]
-        rules.append(
-            f"{ip} daddr {_braces(map(str, cidrs))} iifname . {ip} daddr != {_braces(own)} "
-            f"{_drop('other_network')}"
-        )
-    return _chain("isolate", rules if len(networks) > 1 else [])
+        rules = []
+        for network in networks:
+            own = [c for c in network.cidrs if c.version == version]
+            but = f" {ip} daddr != {_braces(map(str, own))}" if own else ""
+            rules.append(f"iifname {_quoted(network.links)}{but} {_drop('other_network')}")
+        chains += _chain(f"isolate{version}", rules)
+        isolate.append(f"{ip} daddr {_braces(map(str, cidrs))} jump isolate{version}")
+    return chains + _chain("isolate", isolate)
 
 
 def _isolate_peers(network: FirewallNetwork, networks: Sequence[FirewallNetwork]) -> Iterable[str]:
@@ -270,11 +271,8 @@ def _nat(networks: Sequence[FirewallNetwork]) -> str:
         subnets = [s for n in networks for s in n.subnets if s.version == version]
         outward = [s for n in networks if not n.internal for s in n.subnets if s in subnets]
         if subnets:
-            hairpin = _braces(f"{s} . {s}" for s in subnets)
-            answer += [
-                f"{ip} saddr . {ip} daddr {hairpin} masquerade fully-random",
-                f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random",
-            ]
+            answer += [f"{ip} saddr {s} {ip} daddr {s} masquerade fully-random" for s in subnets]
+            answer.append(f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random")
         if outward:
             masquerade.append(
                 f"{ip} saddr {_braces(map(str, outward))} "

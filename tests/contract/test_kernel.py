@@ -432,7 +432,8 @@ def test_deleting_what_is_gone_is_no_failure(host: HostUnderTest) -> None:
         (Table.NEIGHBOUR, NeighbourKey(TUNNEL, bytes((10, 42, 77, 0)))),
         (Table.ADDRESS, AddressKey(BRIDGE, bytes((10, 42, 0, 77)), 24)),
         (Table.LINK, "mnb77"),
-        (Table.FIREWALL, "inet meshnet"),
-        (Table.FIREWALL, "inet meshnet"),
+        (Table.ELEMENT, member(underlay_ip(77))),
+        (Table.FIREWALL, "meshnet"),
+        (Table.FIREWALL, "meshnet"),
     ]
     assert host.kernel.apply([Op(table, key, None, True) for table, key in keys]) == []
