@@ -185,22 +185,23 @@ def _tunnel(
 
 
 def _isolate(networks: Sequence[FirewallNetwork]) -> str:
-    """What comes from a network may enter none but its own, not even another's gateway."""
-    rules = []
+    """What comes from a network may enter none but its own, not even another's gateway.
+
+    A packet that goes to no network is through after one look-up.
+    """
+    if len(networks) < 2:
+        return ""
+    chains, isolate = "", []
     for version, cidrs in _cidrs(networks).items():
-        own = (
-            f'"{link}" . {cidr}'
-            for n in networks
-            for link in n.links
-            for cidr in n.cidrs
-            if cidr.version == version
-        )
         ip = _FAMILY[version]
-        rules.append(
-            f"{ip} daddr {_braces(map(str, cidrs))} iifname . {ip} daddr != {_braces(own)} "
-            f"{_drop('other_network')}"
-        )
-    return _chain("isolate", rules if len(networks) > 1 else [])
+        rules = []
+        for network in networks:
+            own = [c for c in network.cidrs if c.version == version]
+            but = f" {ip} daddr != {_braces(map(str, own))}" if own else ""
+            rules.append(f"iifname {_quoted(network.links)}{but} {_drop('other_network')}")
+        chains += _chain(f"isolate{version}", rules)
+        isolate.append(f"{ip} daddr {_braces(map(str, cidrs))} jump isolate{version}")
+    return chains + _chain("isolate", isolate)
 
 
 def _isolate_peers(network: FirewallNetwork, networks: Sequence[FirewallNetwork]) -> Iterable[str]:
@@ -254,28 +255,24 @@ def _nat(networks: Sequence[FirewallNetwork]) -> str:
     """Published ports, and masquerading: for what leaves the networks, and where else an answer to
     a published port would not come back by this host.
 
-    Linux takes no answer for ::1 from a link (``rt6_need_strict``), so nothing is sent on that was
-    meant for it: a client that is refused goes on to 127.0.0.1.
+    Linux takes no answer to ::1 from a link that is not loopback (``rt6_need_strict`` in
+    net/ipv6/route.c), so nothing is published there.
     """
     publish = [
-        f"{some} fib daddr type local dnat {ip} to {key}meta l4proto . th dport "
+        f"{which} fib daddr type local dnat {ip} to {key}meta l4proto . th dport "
         f"map @{names[version]}"
-        for version, ip, some in ((4, "ip", "meta nfproto ipv4"), (6, "ip6", "ip6 daddr != ::1"))
+        for version, ip, which in ((4, "ip", "meta nfproto ipv4"), (6, "ip6", "ip6 daddr != ::1"))
         for names, key in ((elements.PUBLISHED_AT, f"{ip} daddr . "), (elements.PUBLISHED, ""))
     ]
-    answer, masquerade = [], ["ct status dnat jump answer"]
+    answer = [f"ip saddr {_LOOPBACK} masquerade fully-random"]
+    masquerade = ["ct status dnat jump answer"]
     all_cidrs = _cidrs(networks)
     for version, ip in _FAMILY.items():
         subnets = [s for n in networks for s in n.subnets if s.version == version]
         outward = [s for n in networks if not n.internal for s in n.subnets if s in subnets]
         if subnets:
-            hairpin = _braces(f"{s} . {s}" for s in subnets)
-            if version == 4:
-                answer.append(f"ip saddr {_LOOPBACK} masquerade fully-random")
-            answer += [
-                f"{ip} saddr . {ip} daddr {hairpin} masquerade fully-random",
-                f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random",
-            ]
+            answer += [f"{ip} saddr {s} {ip} daddr {s} masquerade fully-random" for s in subnets]
+            answer.append(f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random")
         if outward:
             masquerade.append(
                 f"{ip} saddr {_braces(map(str, outward))} "

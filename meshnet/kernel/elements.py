@@ -17,10 +17,15 @@ from meshnet.firewall.elements import SETS
 from meshnet.state import Ruleset
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from meshnet.diff import Op
     from meshnet.state import ElementKey
+
+
+def are_wired(ops: Iterable[Op]) -> bool:
+    """Whether any operation is on an element of an endpoint's link."""
+    return any(SETS[op.key.set_name].wired for op in ops)
 
 
 class WiredElements:

@@ -173,8 +173,8 @@ class MemoryKernel:
     def by_hand(self, table: Table, key: Any, value: Any) -> None:  # noqa: ANN401
         """Set an object (or with None delete it) as another program would; then notify.
 
-        A firewall of "" is a table that is not as it was loaded.  A link that another link's
-        `Link` value is given for changes as it says; ``up=False`` sets it down.
+        A ruleset with the text "" is tables that are not as they were loaded.  A link that another
+        link's `Link` value is given for changes as it says; ``up=False`` sets it down.
         """
         self._write(Op(table, key, value, True))
         if self.on_change is not None:

@@ -22,6 +22,7 @@ from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
+from meshnet.kernel.elements import are_wired
 from meshnet.kernel.nft import NftTables
 from meshnet.kernel.nftnl import NftSocket
 from meshnet.kernel.ordering import carry_out
@@ -343,7 +344,8 @@ class NetlinkKernel:
         return self._write_each(ops) if encode is None else self._write_bulk(encode, ops)
 
     def _write_elements(self, ops: Sequence[Op]) -> list[Failure]:
-        with self._wired.lock:
+        # Thousands of members must not hold up an attach.
+        with self._wired.lock if are_wired(ops) else contextlib.nullcontext():
             right = self._wired.still_right(ops)
             self.writes += len(right)
             return self._nft_socket.write_elements(right)

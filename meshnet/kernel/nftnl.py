@@ -30,7 +30,8 @@ NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, NFNL_SUBSYS_NFTABLES = 16, 17, 10
 NFT_MSG_NEWSETELEM, NFT_MSG_GETSETELEM, NFT_MSG_DELSETELEM = 12, 13, 14
 NFT_MSG_NEWOBJ, NFT_MSG_GETOBJ = 18, 19
 NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
-NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_DATA_VALUE = 1, 1, 2, 1
+NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_FLAGS = 1, 1, 2, 3
+NFTA_DATA_VALUE, NFT_SET_ELEM_CATCHALL = 1, 2
 NFTA_OBJ_TABLE, NFTA_OBJ_NAME, NFTA_OBJ_TYPE, NFTA_OBJ_DATA = 1, 2, 3, 4
 NFT_OBJECT_COUNTER, NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS = 1, 1, 2
 NLA_F_NESTED = 0x8000
@@ -61,9 +62,15 @@ _SIZES = {name: (key_size(named.key), key_size(named.value)) for name, named in 
 
 
 def encode_element(op: Op) -> list[rtnl.Request]:
-    """Add or delete an element; a changed value is both, since elements cannot be replaced."""
+    """Add or delete an element; a changed value is both, since elements cannot be replaced.
+
+    An empty key is that of "everything else", an element that only others make.
+    """
     set_name, key = op.key
-    element = _nested(NFTA_SET_ELEM_KEY, rtnl.attr(NFTA_DATA_VALUE, key))
+    if key:
+        element = _nested(NFTA_SET_ELEM_KEY, rtnl.attr(NFTA_DATA_VALUE, key))
+    else:
+        element = rtnl.attr(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_CATCHALL.to_bytes(4, "big"))
     requests = []
     if op.exists:
         requests.append(_element_request(NFT_MSG_DELSETELEM, 0, set_name, element))
@@ -90,7 +97,7 @@ def decode_elements(set_name: str, bodies: Sequence[Body]) -> dict[ElementKey, b
             for _, begin, stop in _attributes(data, first, last):
                 element = rtnl.parse_attrs(data, begin, stop)
                 # Each holds one attribute, the value, behind its header.
-                key = element[NFTA_SET_ELEM_KEY][4 : 4 + key_bytes]
+                key = element.get(NFTA_SET_ELEM_KEY, b"")[4 : 4 + key_bytes]
                 value = element.get(NFTA_SET_ELEM_DATA, b"")[4 : 4 + value_bytes]
                 found[ElementKey(set_name, key)] = value
     return found

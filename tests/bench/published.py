@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from meshnet.lab.host import LabHost
     from tests.bench.common import Run
 
-ROUNDS = 9
+ROUNDS = 15
 _PORTS = range(8081, 8091)
 _UNDER_WAY = 16
-_LOAD_MS = 1000
+_LOAD_MS = 500
 _STACKS = ("meshnet", "docker")
 _KINDS = {"new connection": "0", "keep-alive": "1"}
 _UNITS = {"requests": "/s", "p50": "µs", "p99": "µs"}
 
 
 class Load(NamedTuple):
-    """What a second of load came to; fields are named as in `_UNITS`."""
+    """What a load came to; fields are named as in `_UNITS`."""
 
     requests: float
     p50: float

@@ -107,6 +107,11 @@ class HostUnderTest(Protocol):
 
     kernel: Kernel
 
+    @property
+    def wired(self) -> WiredElements:
+        """What its wiring would tell it of endpoints."""
+        ...
+
     def by_hand(self, *commands: str, in_memory: Callable[[MemoryKernel], None]) -> None:
         """Change something as another program would."""
         ...
@@ -195,6 +200,10 @@ class MemoryHost:
     def __init__(self, *, nexthop_objects: bool = True) -> None:
         self.memory = MemoryKernel(*UNDERLAY_IPS, dev=UNDERLAY_DEV, nexthop_objects=nexthop_objects)
         self.kernel: Kernel = self.memory
+
+    @property
+    def wired(self) -> WiredElements:
+        return self.memory.wired
 
     def by_hand(self, *commands: str, in_memory: Callable[[MemoryKernel], None]) -> None:
         in_memory(self.memory)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from meshnet.cli.client import Client
 from meshnet.lab.poll import wait_until
 from tests.netns.mesh import (
     Document,
@@ -38,10 +39,10 @@ OTHER = ("--subnet", "172.31.0.0/24", "--subnet", "fd00:31::/64", "--mode", "bri
 OVERLAY = ("--subnet", "10.42.0.0/16", "--subnet", "fd00:42::/48")
 
 
-def published(host: LabHost, name: str) -> list[str]:
-    """The published ports of an endpoint, as they are listed."""
-    documents: list[Document] = meshnet(host, "endpoint", "ls")
-    return next(d["published"] for d in documents if d["name"] == name)
+def endpoints(host: LabHost) -> dict[str, Document]:
+    """The endpoints by name, without the cost of a command."""
+    documents = Client(str(host.socket_path)).get("endpoints")["endpoints"]
+    return {document["name"]: document for document in documents}
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -119,9 +120,9 @@ def test_hot_changes_and_taken_ports(make_lab: MakeLab) -> None:
     endpoint = functools.partial(meshnet, host, "endpoint")
 
     def refused(status: int, words: str, *arguments: object) -> None:
-        before, free = endpoint("ls"), _is_free(host, 7000)
+        before, free = endpoints(host), _is_free(host, 7000)
         assert words in meshnet(host, *arguments, status=status)
-        assert (endpoint("ls"), _is_free(host, 7000)) == (before, free)
+        assert (endpoints(host), _is_free(host, 7000)) == (before, free)
 
     with (
         serving((web, "web"), (other, "other")),
@@ -131,7 +132,7 @@ def test_hot_changes_and_taken_ports(make_lab: MakeLab) -> None:
         assert is_closed(outside, address, 8081)
         document = endpoint("publish", "web", "8081:80", "8081-8082:80-81/udp")
         wanted = ["8080:80/tcp", "8081:80/tcp", "8081:80/udp", "8082:81/udp"]
-        assert document["published"] == published(host, "web") == wanted
+        assert document["published"] == endpoints(host)["web"]["published"] == wanted
         for protocol in ("tcp", "udp"):
             assert ask(outside, address, 8081, protocol).name == "web"
             assert ask(host, "127.0.0.1", 8081, protocol).name == "web"
@@ -187,7 +188,7 @@ def test_hot_changes_and_taken_ports(make_lab: MakeLab) -> None:
         assert _is_free(host, 7000)
     attach(other, host, "local", "--publish", "7000:80")
     other.end()
-    wait_until(lambda: len(endpoint("ls")) == 1, 5, "its endpoint is gone")
+    wait_until(lambda: endpoints(host).keys() == {"web"}, 5, "its endpoint is gone")
     wait_until(lambda: _is_free(host, 7000), 5, "the port is free")
 
 
@@ -211,8 +212,7 @@ def _is_free(host: LabHost, port: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-def test_publications_outlive_the_agent(make_lab: MakeLab, how: str) -> None:
+def test_publications_outlive_the_agent(make_lab: MakeLab) -> None:
     lab = make_lab(1)
     (host,) = lab.hosts
     outside = lab.add_host("outside", agent=False)
@@ -227,14 +227,12 @@ def test_publications_outlive_the_agent(make_lab: MakeLab, how: str) -> None:
         none_lost(steady.ask, *new),
     ):
         before = host.run(["nft", "list", "table", "inet", "meshnet"]).stdout
-        if how == "kill":
-            host.kill_agent()
-        else:
-            assert host.stop_agent() == 0
-        host.start_agent()
-        assert wait_in_sync(host)["kernel"]["writes"] == 0
-        assert published(host, "web") == ["8080:80/tcp", "8080:80/udp"]
-        assert host.run(["nft", "list", "table", "inet", "meshnet"]).stdout == before
+        for end in (host.kill_agent, host.stop_agent):
+            end()
+            host.start_agent()
+            assert wait_in_sync(host)["kernel"]["writes"] == 0
+            assert endpoints(host)["web"]["published"] == ["8080:80/tcp", "8080:80/udp"]
+            assert host.run(["nft", "list", "table", "inet", "meshnet"]).stdout == before
         late = host.run(["python3", "-m", "http.server", "8080"], check=False)
         assert "Address already in use" in late.stderr
         # Somebody takes the port while no agent runs: the endpoint has the packets all the same.
@@ -270,8 +268,8 @@ def test_several_networks(make_lab: MakeLab) -> None:
     """One namespace on two networks, while packets flow: each comes, goes and publishes alone."""
     lab = make_lab(2)
     h1, h2 = lab.hosts
-    outside = lab.add_host("outside", agent=False)
     create_network(lab, "prod", *OVERLAY)
+    outside = lab.add_host("outside", agent=False)
     meshnet(h1, "network", "create", "local", *LOCAL)
     address = str(h1.underlay_ip)
     both, far = h1.spawn_container(), h2.spawn_container()
@@ -323,24 +321,21 @@ def test_two_processes_in_one_namespace(make_lab: MakeLab) -> None:
     wait_until(lambda: first.run(served).stdout, 10, "it serves")
     os.kill(first.pid, 9)
     remaining = {second.pid, listener.pid}
-    wait_until(lambda: _pid_of(host, "web") in remaining, 5, "another process has the endpoint")
+    wait_until(
+        lambda: endpoints(host)["web"]["pid"] in remaining, 5, "another process has the endpoint"
+    )
     with connected(outside, address, 8080):
         pass
     second.kill()
     second.wait(timeout=5)
-    wait_until(lambda: _pid_of(host, "web") == listener.pid, 5, "the last one has it")
+    wait_until(lambda: endpoints(host)["web"]["pid"] == listener.pid, 5, "the last one has it")
     with connected(outside, address, 8080):
         pass
     listener.kill()
     listener.wait(timeout=5)
-    wait_until(lambda: meshnet(host, "endpoint", "ls") == [], 5, "the endpoint is gone")
+    wait_until(lambda: not endpoints(host), 5, "the endpoint is gone")
     assert is_closed(outside, address, 8080)
 
 
 def _netns(pid: int) -> int:
     return os.stat(f"/proc/{pid}/ns/net").st_ino
-
-
-def _pid_of(host: LabHost, name: str) -> int:
-    documents: list[Document] = meshnet(host, "endpoint", "ls")
-    return next(int(d["pid"]) for d in documents if d["name"] == name)

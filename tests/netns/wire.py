@@ -50,12 +50,16 @@ class Wire:
 
     def has_seen(self, marker: bytes) -> bool:
         """Whether a frame with these bytes in it arrived, since the link was opened."""
+        return bool(self.seen(marker))
+
+    def seen(self, marker: bytes) -> list[bytes]:
+        """The frames with these bytes in them that arrived."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 data, (_, _, packet_type, *_) = self._socket.recvfrom(1 << 16)
                 if packet_type != socket.PACKET_OUTGOING:
                     self._seen.append(data)
-        return any(marker in data for data in self._seen)
+        return [data for data in self._seen if marker in data]
 
 
 def _in_namespace(namespace: Namespace, ifname: str) -> socket.socket:

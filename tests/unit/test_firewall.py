@@ -86,7 +86,7 @@ def test_intervals_never_overlap() -> None:
     within = PROD._replace(cidrs=(ip_network("10.42.7.0/24"),))
     beside = PROD._replace(cidrs=(ip_network("10.43.0.0/16"),))
     (rule,) = chains(within, PROD, PROD, beside)["isolate"]
-    assert rule.startswith("ip daddr { 10.42.0.0/15 }")
+    assert rule == "ip daddr { 10.42.0.0/15 } jump isolate4"
 
 
 def test_what_stays_within_its_network_passes_at_one_look_up() -> None:
@@ -103,13 +103,20 @@ def test_a_single_network_has_no_isolation_to_pay_for() -> None:
 
 def test_networks_are_kept_apart() -> None:
     found = chains(PROD, DUAL)
-    # Nor may an IPv4 network's containers reach another's IPv6 addresses.
     assert found["isolate"] == [
-        "ip daddr { 10.42.0.0/16, 10.50.0.0/16 } iifname . ip daddr != "
-        '{ "mnb1" . 10.42.0.0/16, "mnv1" . 10.42.0.0/16, "mnb2" . 10.50.0.0/16, '
-        '"mnv2" . 10.50.0.0/16 } counter name other_network drop',
-        "ip6 daddr { fd00:50::/48 } iifname . ip6 daddr != "
-        '{ "mnb2" . fd00:50::/48, "mnv2" . fd00:50::/48 } counter name other_network drop',
+        "ip daddr { 10.42.0.0/16, 10.50.0.0/16 } jump isolate4",
+        "ip6 daddr { fd00:50::/48 } jump isolate6",
+    ]
+    prod, dual = 'iifname { "mnb1", "mnv1" }', 'iifname { "mnb2", "mnv2" }'
+    drop = "counter name other_network drop"
+    assert found["isolate4"] == [
+        f"{prod} ip daddr != {{ 10.42.0.0/16 }} {drop}",
+        f"{dual} ip daddr != {{ 10.50.0.0/16 }} {drop}",
+    ]
+    # Nor may an IPv4 network's containers reach another's IPv6 addresses.
+    assert found["isolate6"] == [
+        f"{prod} {drop}",
+        f"{dual} ip6 daddr != {{ fd00:50::/48 }} {drop}",
     ]
     # Both through the host and into it.
     assert found["leave"][-1] == "jump isolate"
@@ -154,6 +161,13 @@ def test_tunnel_packets() -> None:
         "@th,96,24 { 1, 2 } ip saddr != @members4 counter name tunnel_not_a_member drop",
     ]
     assert found["leave"][0] == ("udp dport { 4789, 4790 } counter name tunnel_from_endpoint drop")
+
+
+def test_tunnel_packets_of_an_ipv6_underlay() -> None:
+    text = render_rules([PROD], ip_address("2001:db8::1"))
+    assert "@th,96,24 { 1 } ip6 saddr != @members6 counter name tunnel_not_a_member drop" in text
+    assert "ip6 daddr 2001:db8::1 udp dport { 4789 } notrack" in text
+    assert "@members4 " not in text
 
 
 def test_only_what_leaves_the_networks_is_masqueraded() -> None:

@@ -298,6 +298,9 @@ async def test_a_grace_period_that_ends_over_a_hole_deletes_nothing(
         before = node.essence()
         await trio.sleep(2 * GRACE_S)
         assert node.essence() == before
+        # Nor does loading the firewall again.
+        node.kernel.by_hand(Table.FIREWALL, "", Ruleset("", before.elements))
+        await until(lambda: node.essence() == before, "the firewall is mended", 5)
         await mesh.store.commit([], [Delete(hole)])
         await until(lambda: len(node.state().fdb) == 1, "then it does", RESYNC_S)
 
