@@ -41,6 +41,7 @@ def network_document(network: Network, mtu_bytes: int | None) -> Document:
 
 def endpoint_document(endpoint: Endpoint) -> Document:
     """An endpoint; `address6` where it has both IP versions."""
+    gateways = {g.version: str(g) for g in endpoint.gateways}
     document: Document = {
         "id": endpoint.id,
         "network": endpoint.network,
@@ -49,14 +50,14 @@ def endpoint_document(endpoint: Endpoint) -> Document:
         "pid": endpoint.pid,
         "ifname": endpoint.ifname,
         "address": str(endpoint.addresses[0]),
-        "gateway": str(endpoint.gateways[0]),
+        "gateway": gateways.get(endpoint.addresses[0].version),
         "mac": endpoint.mac.hex(":"),
         "mtu": endpoint.mtu_bytes,
         "default_route": endpoint.default_route,
     }
     if len(endpoint.addresses) > 1:
         document["address6"] = str(endpoint.addresses[1])
-        document["gateway6"] = str(endpoint.gateways[1])
+        document["gateway6"] = gateways.get(6)
     return document
 
 

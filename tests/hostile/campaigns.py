@@ -1,0 +1,13 @@
+"""All campaigns."""
+
+from __future__ import annotations
+
+from tests.hostile import netlink, settings, store
+
+CAMPAIGNS = (
+    store.VALUES,
+    store.STORE,
+    settings.SETTINGS_FILES,
+    netlink.ANSWERS,
+    netlink.NOTIFICATIONS,
+)
