@@ -178,8 +178,8 @@ class NetlinkKernel:
         self, wanted: IpAddress | None, dev: str | None
     ) -> tuple[IpAddress, LinkInfo]:
         held = []
-        for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
-            info = links.decode_address(message)
+        messages = self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
+        for info in links.decode_addresses(messages):
             if info.ifindex in self._by_index and info.scope == links.RT_SCOPE_UNIVERSE:
                 held.append((ip_address(info.address), self._by_index[info.ifindex]))
         held.sort(key=lambda item: (item[0] != wanted, item[0].version))
@@ -268,8 +268,8 @@ class NetlinkKernel:
         state.links[info.name] = link
 
     def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:
-        for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
-            info = links.decode_address(message)
+        messages = self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
+        for info in links.decode_addresses(messages):
             if info.scope != links.RT_SCOPE_UNIVERSE:
                 continue
             dev = names.get(info.ifindex, "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.hostile import netlink, settings, store
+from tests.hostile import datapath, disk, netlink, settings, store
 
 CAMPAIGNS = (
     store.VALUES,
@@ -10,4 +10,7 @@ CAMPAIGNS = (
     settings.SETTINGS_FILES,
     netlink.ANSWERS,
     netlink.NOTIFICATIONS,
+    datapath.DATAGRAMS,
+    datapath.CONTROL,
+    disk.DISK,
 )

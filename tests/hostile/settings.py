@@ -28,7 +28,7 @@ log-format = "json"
 _VALUES = (
     *('"eth0"', "1", "-1", "1e400", "nan", "true", "[]", "{}", "[1]", "1979-05-27", "0x" + "f" * 5000),
     *("9" * 5000, "[" * 3000, '"\\u0000"', '"\\uD800"', '"""', "'''x\n'''", '"' + "x" * 5000 + '"'),
-    *("[[1]]", '"http://user:hunter2@h"', '"http://[::1"', '"http://h:99999"', "inf", f'["{_SECRET}"]'),
+    *("[[1]]", '"http://[::1"', '"http://h:99999"', "inf", f'["{_SECRET}"]'),
     '"http://ä.example\\u001b[2J"',
 )  # fmt: skip
 
@@ -38,6 +38,8 @@ def _make(random: Random) -> bytes:
     lines = _GOOD.splitlines()
     for _ in range(random.randrange(3)):
         name, value = random.choice(_NAMES), random.choice(_VALUES)
+        if name == "etcd" and random.randrange(2):
+            value = f'"http://user:{_SECRET}@h"'
         line = f"{name} = {value}".encode("utf-8", "surrogatepass")
         at = random.randrange(len(lines))
         lines[at : at + random.randrange(2)] = [line]
