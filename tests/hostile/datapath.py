@@ -127,8 +127,9 @@ def check_datagrams(data: bytes, tun: socket.socket, inner: socket.socket) -> st
     """Every datagram is written to the TUN, or counted as dropped, once; or is a probe."""
     (budget, *_), *reads = unpack(data) or [b"\1"]
     waiting = [
-        (read[5:], int.from_bytes(read[1:5], "big"), (_MEMBERS[1], _STRANGER)[read[0] & 1])
+        (read[5:], int.from_bytes(read[1:5], "big"), (_MEMBERS[0], _STRANGER)[read[0] & 1])
         for read in reads
+        if read[5:]
     ]
     table, counters = make_table(), Counters()
     wire = cast("Any", _Socket(waiting))
@@ -149,8 +150,8 @@ def check_datagrams(data: bytes, tun: socket.socket, inner: socket.socket) -> st
         else:
             receiver.one()
         written += _drain(tun)
-    drops = dict(table.by_underlay[_MEMBERS[1]].drops)
-    accepted = table.by_underlay[_MEMBERS[1]].rx_packets
+    drops = dict(table.by_underlay[_MEMBERS[0]].drops)
+    accepted = table.by_underlay[_MEMBERS[0]].rx_packets
     late = sum(drops.pop(reason, 0) for reason in ("rx_too_big", "tun_refused"))
     drops.pop("bad_probe", 0)
     assert counters.drops.get("not_member", 0) == strangers

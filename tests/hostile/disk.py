@@ -109,9 +109,9 @@ def _same_json(file: Path, content: bytes) -> bool:
     try:
         before = json.loads(content)
         now = json.loads(file.read_bytes())
-    except ValueError:
+    except (OSError, ValueError):
         return False
-    return bool((now["id"], now["revision"]) == (before["id"], before["revision"]))
+    return bool(now == {"id": before["id"], "revision": before["revision"]})
 
 
 @asynccontextmanager
