@@ -11,13 +11,17 @@ SETUP := $(VENV)/.ready
 SCALE := build/scale.json
 DATAPATH := build/datapath.json
 
-.PHONY: demo test lint type bench bench-scale bench-datapath setup constraints clean
+.PHONY: demo test fuzz lint type bench bench-scale bench-datapath setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
 
 test: $(SETUP)  ## all tests
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 2
+
+MINUTES := 3
+fuzz: $(SETUP)  ## campaigns of hostile input, MINUTES in all
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile --minutes $(MINUTES)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

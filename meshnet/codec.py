@@ -95,9 +95,7 @@ class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1
     direct_routing: bool = False
     fallback: bool = False
     parent: Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")] | None = None
-    ranges: Annotated[
-        list[tuple[_AddressField, _AddressField]], msgspec.Meta(max_length=2)
-    ] = []
+    ranges: Annotated[list[tuple[_AddressField, _AddressField]], msgspec.Meta(max_length=2)] = []
     gateways: Annotated[list[_AddressField], msgspec.Meta(max_length=2)] = []
     internal: bool = False
     host_access: bool = False

@@ -1,9 +1,8 @@
-"""``python -m tests.hostile``: every campaign in turn, for ``MINUTES`` in all."""
+"""``python -m tests.hostile``: every campaign in turn, for ``--minutes`` in all."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import secrets
 import sys
 
@@ -23,7 +22,7 @@ def _drop(*_: object) -> structlog.typing.EventDict:
 def main() -> int:
     """Run; the exit status is 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=float(os.environ.get("MINUTES", "3")))
+    parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--keep", action="store_true", help="add what finds something to corpus/")
     parser.add_argument("campaigns", nargs="*", help=f"of {', '.join(c.name for c in CAMPAIGNS)}")

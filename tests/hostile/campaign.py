@@ -187,8 +187,10 @@ def damage_document(random: Random, document: Any) -> Any:  # noqa: ANN401
         return changed_list
     if isinstance(document, str) and document and random.randrange(3):
         at = random.randrange(len(document))
-        return document[:at] + random.choice(("", "0", "9", "/", ":", "\0", "%", "é")) + (
-            document[at + random.randrange(2) :]
+        return (
+            document[:at]
+            + random.choice(("", "0", "9", "/", ":", "\0", "%", "é"))
+            + (document[at + random.randrange(2) :])
         )
     return hostile_value(random)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.hostile import datapath, disk, netlink, settings, store
+from tests.hostile import api, datapath, disk, netlink, settings, store
 
 CAMPAIGNS = (
     store.VALUES,
@@ -13,4 +13,5 @@ CAMPAIGNS = (
     datapath.DATAGRAMS,
     datapath.CONTROL,
     disk.DISK,
+    api.API,
 )

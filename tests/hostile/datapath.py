@@ -135,7 +135,9 @@ def check_datagrams(data: bytes, tun: socket.socket, inner: socket.socket) -> st
     wire = cast("Any", _Socket(waiting))
     underlay = Underlay(wire, "0.0.0.1", segmenting=True, trains=True)
     prober = _CountingProber(wire, table, counters, None)
-    receiver = Receiver(Tun(inner.fileno(), "tu0", uso=True), underlay, table, counters, MTU, prober)
+    receiver = Receiver(
+        Tun(inner.fileno(), "tu0", uso=True), underlay, table, counters, MTU, prober
+    )
     strangers = members = 0
     whole = True
     for content, size, source in list(waiting):

@@ -109,9 +109,9 @@ def _same_json(file: Path, content: bytes) -> bool:
     try:
         before = json.loads(content)
         now = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        return bool(now == {"id": before["id"], "revision": before["revision"]})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-    return bool(now == {"id": before["id"], "revision": before["revision"]})
 
 
 @asynccontextmanager
@@ -124,4 +124,4 @@ async def _open() -> AsyncIterator[Check]:
         yield run
 
 
-DISK = Campaign("disk", _make, _open, 120)
+DISK = Campaign("disk", _make, _open, 40)

@@ -51,9 +51,7 @@ def _samples() -> list[bytes]:
         found += bulk.encode_neighbours(
             [_op(Table.NEIGHBOUR, NeighbourKey(_DEV, address), mac)], _INDICES, _SEQUENCE
         )
-        found += bulk.encode_fdb(
-            [_op(Table.FDB, FdbKey(_DEV, mac), address)], _INDICES, _SEQUENCE
-        )
+        found += bulk.encode_fdb([_op(Table.FDB, FdbKey(_DEV, mac), address)], _INDICES, _SEQUENCE)
         found += bulk.encode_nexthops(
             [_op(Table.NEXTHOP, NEXTHOP_ID_FIRST, Nexthop(_DEV, address))], _INDICES, _SEQUENCE
         )
