@@ -11,7 +11,6 @@ from urllib.parse import quote
 from meshnet.errors import (
     AgentUnreachableError,
     MeshnetError,
-    PolicyRefusedError,
     UsageError,
     error_classes,
 )
@@ -64,7 +63,7 @@ class Client:
             response = connection.getresponse()
             document = json.loads(response.read())
         except PermissionError as error:
-            raise PolicyRefusedError(
+            raise AgentUnreachableError(
                 f"socket {self._path} may not be opened by this user: use sudo, or join the group "
                 "meshnet"
             ) from error
