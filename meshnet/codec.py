@@ -316,8 +316,8 @@ def check_name(kind: str, name: str) -> None:
     """
     if not NAME_PATTERN.fullmatch(name):
         raise UsageError(
-            f"{kind} name {name[:80]!r} is not usable: take 1 to 63 letters, digits, '_', '.' or '-', "
-            "starting with a letter or digit"
+            f"{kind} name {name[:80]!r} is not usable: take 1 to 63 letters, digits, '_', '.' or "
+            "'-', starting with a letter or digit"
         )
 
 

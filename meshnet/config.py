@@ -85,7 +85,7 @@ CLIENT_VARIABLES = frozenset(("MESHNET_SOCKET", "MESHNET_ETCD"))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
-    """Checked settings.  `__repr__` keeps the password, and whatever a URL may hold, out of logs."""
+    """Checked settings.  `__repr__` keeps the password, and what a URL may hold, out of logs."""
 
     etcd: tuple[str, ...]
     underlay_ip: IpAddress | None
@@ -247,7 +247,8 @@ def _number(
         number = float("nan")
     if not least <= number <= most:
         raise UsageError(
-            f"{name} is {_shown(values[name])} ({sources[name]}): give seconds from {least} to {most}"
+            f"{name} is {_shown(values[name])} ({sources[name]}): "
+            f"give seconds from {least} to {most}"
         )
     return number
 

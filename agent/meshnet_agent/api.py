@@ -236,7 +236,7 @@ def _guard(
 async def _no_such_route(request: Request, _error_of_starlette: Exception) -> Response:
     return _error(
         NotFoundError(
-            f"{printable(request.method, 20)} {_path(request)} is no request of this API: see docs/api.md"
+            f"{request.method} {_path(request)} is no request of this API: see docs/api.md"
         )
     )
 
@@ -285,7 +285,7 @@ def _cidr(text: str) -> IpNetwork:
         return parse_network(text)
     except ValueError as error:
         raise UsageError(
-            f"subnet {text[:_SHOWN]!r} is not usable ({str(error)[:_SHOWN]}): give a CIDR such as 10.42.0.0/16"
+            f"subnet {text!r} is not usable ({error}): give a CIDR such as 10.42.0.0/16"
         ) from error
 
 
@@ -295,7 +295,7 @@ def _range(text: str) -> AddressRange:
         return AddressRange(parse_address(first), parse_address(last))
     except ValueError as error:
         raise UsageError(
-            f"range {text[:_SHOWN]!r} is not usable ({str(error)[:_SHOWN]}): give the first and the last address, such as "
+            f"range {text!r} is not usable ({error}): give the first and the last address, such as "
             "192.0.2.100-192.0.2.199"
         ) from error
 
@@ -305,5 +305,5 @@ def _address(text: str) -> IpAddress:
         return parse_address(text)
     except ValueError as error:
         raise UsageError(
-            f"address {text[:_SHOWN]!r} is not an IP address: give one such as 10.42.1.7"
+            f"address {text!r} is not an IP address: give one such as 10.42.1.7"
         ) from error

@@ -1,7 +1,8 @@
 """What the agent keeps on disk: its instance name and its endpoints.
 
 Files are replaced whole: written beside, synced, renamed, the directory synced.  A file that cannot
-be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if there is one) and reported, never deleted.
+be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never
+deleted.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Pairs of functions between the values of `meshnet.state` and messages of `meshnet.kernel.rtnl`.
 `encode_…` gives whole messages, one an operation, numbered from `first` on; `decode_…` reads the
-bodies of a dump, which are as long as their headers (`rtnl.RtnlSocket.dump` sees to that), and leaves
-out objects that are not ours or that have an address of an impossible length.
+bodies of a dump, none shorter than its header (`rtnl.RtnlSocket.dump` sees to that), and leaves out
+objects that are not ours, or whose addresses are of an impossible length.
 
 With 10,000 hosts there are 40,000 messages each way, so a message is one ``pack``: its shape has
 the attributes in it.  Decoding looks first whether a message has the attributes in the order that

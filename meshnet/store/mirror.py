@@ -277,7 +277,7 @@ def _host_id(text: str) -> HostId:
 
 
 def _printable(key: str) -> str:
-    """A key as text that can be shown: keys are any bytes, and those that are no UTF-8 surrogates."""
+    """A key as text that can be shown: keys are bytes, and what is no UTF-8 is surrogates here."""
     text = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return codec.printable(text, _SHOWN_CHARACTERS)
 

@@ -138,7 +138,7 @@ async def join(registry: Registry, host: HostId) -> str:
 async def assert_refused(registry: Registry, *writes: Write) -> None:
     """Each write is refused by etcd, in one line that says whose credentials these are."""
     for write in writes:
-        with pytest.raises(PolicyRefusedError, match="user that --etcd-cert names.*permission"):
+        with pytest.raises(PolicyRefusedError, match=r"user that --etcd-cert names.*permission"):
             await registry.store.commit([], [write])
 
 
@@ -190,7 +190,9 @@ async def test_hosts_reserve(server: EtcdServer, registry_of: RegistryOf) -> Non
     assert await reserve(h1, H1) != await reserve(h2, H2)
     await assert_keeps_out(h1, endpoint)
     theirs = subnet_key(PROD.name, await reserve(h2, H2))
-    stolen = Put(theirs, codec.encode_reservation(Reservation(network=PROD.name, subnet=SECOND, host=H1)))
+    stolen = Put(
+        theirs, codec.encode_reservation(Reservation(network=PROD.name, subnet=SECOND, host=H1))
+    )
     assert (await h1.store.commit([], [stolen])).succeeded
     await admin.publish({}, [endpoint, endpoint.replace("/h2/", "/h1/")])
     with pytest.raises(PolicyRefusedError):

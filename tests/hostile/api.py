@@ -1,4 +1,4 @@
-"""Requests to the agent's API: the real application on an agent whose store and kernel are fakes."""
+"""Requests to the agent's API: the real application, its agent on fakes."""
 
 from __future__ import annotations
 
@@ -162,9 +162,17 @@ async def _exchange(
         sent.append(message)
 
     scope = {
-        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method},
-        **{"scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b""},
-        **{"root_path": "", "headers": headers or [], "server": ("agent.sock", None)},
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers or [],
+        "server": ("agent.sock", None),
         "client": None,
     }
     await app(scope, receive, send)

@@ -25,7 +25,8 @@ from tests.hostile.campaign import (
     pack,
     unpack,
 )
-from tests.hostile.datapath import DOCUMENTS, VNI, make_table
+from tests.hostile.datapath import DOCUMENTS, make_table
+from tests.unit.packets import VNI
 from tests.values import make_endpoint
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from random import Random
 
 _NAMES = [s.name for s in SETTINGS]
-_SECRET = "hunter2"  # noqa: S105
+_SECRET = "hunter2"
 _GOOD = f"""\
 etcd = ["http://192.0.2.1:2379", "https://[fd00::1]"]
 underlay-dev = "eth0"
@@ -26,8 +26,8 @@ etcd-password = "{_SECRET}"
 log-format = "json"
 """.encode()
 _VALUES = (
-    *('"eth0"', "1", "-1", "1e400", "nan", "true", "[]", "{}", "[1]", "1979-05-27", "0x" + "f" * 5000),
-    *("9" * 5000, "[" * 3000, '"\\u0000"', '"\\uD800"', '"""', "'''x\n'''", '"' + "x" * 5000 + '"'),
+    *('"eth0"', "1", "-1", "1e400", "nan", "true", "[]", "{}", "[1]", "1979-05-27"),
+    *("0x" + "f" * 5000, "9" * 5000, "[" * 3000, '"\\u0000"', '"\\uD800"', '"""', "'''x\n'''", '"' + "x" * 5000 + '"'),
     *("[[1]]", '"http://[::1"', '"http://h:99999"', "inf", f'["{_SECRET}"]'),
     '"http://ä.example\\u001b[2J"',
 )  # fmt: skip
@@ -74,8 +74,7 @@ def check(data: bytes) -> str:
             password=config.etcd_password if config.etcd_user else None,
         )
     except UsageError as error:
-        assert_clear(str(error))
-        assert _SECRET not in str(error)
+        assert_clear(str(error).replace(_SECRET, "\0"))  # which is not clear
         return "refused"
     assert _SECRET not in repr(etcd)
     for name in (*config.etcd, config.run_dir, config.state_dir, config.etcd_password or ""):

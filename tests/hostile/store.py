@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from meshnet import codec
 from meshnet.backends import NexthopIds
 from meshnet.codec import BadValueError
-from meshnet.model import HostId, NetworkName, Reservation
+from meshnet.model import AddressRange, HostId, Mode, NetworkName, Reservation
 from meshnet.plan import LocalView, plan_mesh
 from meshnet.store import Change, WatchBatch
 from meshnet.store.mirror import MESH, Mirror, alive_key, host_key, network_key, subnet_key
@@ -61,12 +62,16 @@ def _decode_reservation(raw: bytes) -> Reservation:
     return codec.decode_reservation(PROD, "10.42.3.0-24", raw)
 
 
-_UNDERLAY_NETWORK = msgspec.json.encode(
-    {
-        **{"v": 1, "name": "lan", "mode": "macvlan", "subnets": ["192.0.2.0/24"], "vni": 9},
-        **{"port": 4789, "host_prefix": 24, "host_prefix6": 64, "parent": "eth0"},
-        **{"ranges": [["192.0.2.10", "192.0.2.20"]], "gateways": ["192.0.2.1"]},
-    }
+_UNDERLAY_NETWORK = codec.encode_network(
+    make_network(
+        "lan",
+        ("192.0.2.0/24",),
+        9,
+        mode=Mode.MACVLAN,
+        parent="eth0",
+        ranges=(AddressRange(ip_address("192.0.2.10"), ip_address("192.0.2.20")),),
+        gateways=(ip_address("192.0.2.1"),),
+    )
 )
 KINDS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], Any], Callable[[Any], bytes]], ...] = (
     (
