@@ -124,7 +124,7 @@ def _description() -> dict[str, Any]:
     app = make_app(Service(None), lambda: True)  # type: ignore[arg-type]
 
     async def ask() -> Any:  # noqa: ANN401
-        return (await _exchange(app, "GET", "/openapi.json"))[1]
+        return (await exchange(app, "GET", "/openapi.json"))[1]
 
     document: dict[str, Any] = trio.run(ask)
     return document
@@ -137,7 +137,7 @@ def _reference(operation: dict[str, Any]) -> str | None:
     return reference.rpartition("/")[2]
 
 
-async def _exchange(
+async def exchange(
     app: Starlette,
     method: str,
     path: str,
@@ -194,12 +194,12 @@ async def _try(mesh: Mesh, app: Starlette, data: bytes) -> str:
         raw = base64.b64decode(request["value"])
         await mesh.store.commit([], [Put(request["key"], raw)])
         await trio.sleep(_SETTLED_S)  # by the clock that jumps
-        status, document = await _exchange(app, "GET", "/v1/status")
+        status, document = await exchange(app, "GET", "/v1/status")
         assert status == 200, document
         return "put"
     await wait_all_tasks_blocked()
     before = _state(node)
-    status, document = await _exchange(
+    status, document = await exchange(
         app,
         request["method"],
         request["path"],
