@@ -148,9 +148,10 @@ def _check_text(name: str, value: str, source: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"{name} ({source}) is not UTF-8: correct it") from error
-    if "\0" in value or len(value) > _LONGEST:
+    if "\0" in value or "\n" in value or len(value) > _LONGEST:
         raise UsageError(
-            f"{name} ({source}) has a NUL in it or more than {_LONGEST} characters: correct it"
+            f"{name} ({source}) has a NUL, a line break or more than {_LONGEST} characters: "
+            "correct it"
         )
 
 
