@@ -196,7 +196,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
             and variable != "MESHNET_CONFIG"
         ):
             raise UsageError(
-                f"environment variable {variable[:_SHOWN]!r} is unknown: settings are "
+                f"environment variable {printable(variable, _SHOWN)} is unknown: settings are "
                 f"{', '.join(sorted(by_variable))}"
             )
     return values
