@@ -13,7 +13,7 @@ SCALE := build/scale.json
 DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
 
-.PHONY: demo test native lint type bench bench-scale bench-datapath bench-published setup \
+.PHONY: demo test native fuzz lint type bench bench-scale bench-datapath bench-published setup \
 	constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
@@ -24,6 +24,10 @@ test: native  ## all tests
 
 native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
 	@$(BIN)/python -m meshnet.vtep.native
+
+MINUTES := 3
+fuzz: $(SETUP)  ## campaigns of hostile input, MINUTES in all
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile --minutes $(MINUTES)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

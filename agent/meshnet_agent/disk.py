@@ -1,13 +1,15 @@
 """What the agent keeps on disk: its instance name and its endpoints.
 
 Files are replaced whole: written beside, synced, renamed, the directory synced.  A file that cannot
-be read is set aside as ``NAME.bad`` and reported, never deleted.
+be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never
+deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -61,9 +63,14 @@ class StateDir:
 
     def _load_instance(self, random_name: Callable[[], str]) -> str:
         file = self.path / "instance"
-        if not file.exists() or not file.read_text().strip():
-            write_whole(file, random_name().encode())
-        return file.read_text().strip()
+        if file.exists():
+            name = file.read_bytes().strip().decode("ascii", "replace")
+            if codec.NAME_PATTERN.fullmatch(name):
+                return name
+            set_aside(file, f"{name[:80]!r} is no name")
+        name = random_name()
+        write_whole(file, name.encode())
+        return name
 
     def load_endpoints(self) -> tuple[list[Endpoint], set[str]]:
         """All endpoints that were saved and not removed, and the ids of those unreadable.
@@ -72,7 +79,7 @@ class StateDir:
             KernelRefusedError: the disk refused to be read.
         """
         found = [endpoint for _, endpoint in self._load("*.json")]
-        return found, {file.stem for file in self._endpoints.glob("*.bad")}
+        return found, {file.name.partition(".")[0] for file in self._endpoints.glob("*.bad*")}
 
     def load_drafts(self) -> list[Endpoint]:
         """Endpoints that were about to be connected when the agent was killed.
@@ -88,10 +95,12 @@ class StateDir:
         try:
             for file in sorted(self._endpoints.glob(pattern)):
                 try:
-                    found.append((file, codec.decode_endpoint(file.read_bytes())))
-                except BadValueError as error:
-                    _log.error("endpoint file set aside", file=str(file), reason=str(error))
-                    file.rename(file.with_suffix(".bad"))
+                    endpoint = codec.decode_endpoint(file.read_bytes())
+                    if endpoint.id != file.stem:
+                        raise BadValueError(f"it is of endpoint {endpoint.id}")
+                    found.append((file, endpoint))
+                except (BadValueError, IsADirectoryError) as error:
+                    set_aside(file, str(error))
         except OSError as error:
             raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
         return found
@@ -106,7 +115,7 @@ class StateDir:
             files = [file for file in self._endpoints.iterdir() if file.suffix != _UNFINISHED]
         except OSError as error:
             raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
-        return {file.stem for file in files}
+        return {file.name.partition(".")[0] for file in files}
 
     def save_draft(self, endpoint: Endpoint) -> None:
         """Record what is about to be made where the host cannot find it again.
@@ -200,6 +209,17 @@ def _hold(file: Path, what: str) -> int:
             f"{what} is in use by another meshnet-agent: stop that one, or choose another directory"
         ) from error
     return fd
+
+
+def set_aside(file: Path, reason: str) -> None:
+    """Rename a file that cannot be used, over none that was set aside before."""
+    bad = file.with_suffix(".bad")
+    for number in itertools.count(1):
+        if not bad.exists():
+            break
+        bad = file.with_suffix(f".bad.{number}")
+    _log.error("file set aside", file=str(file), to=bad.name, reason=reason)
+    file.rename(bad)
 
 
 def write_whole(file: Path, content: bytes) -> None:

@@ -109,7 +109,13 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
     parser.add_argument(
         "--version", action="version", version=f"meshnet-agent {version('meshnet')}"
     )
-    parsed = vars(parser.parse_args(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    for setting in SETTINGS:
+        if setting.secret and f"--{setting.name}" in {word.partition("=")[0] for word in given}:
+            raise UsageError(  # the parser's own message would repeat it
+                f"--{setting.name} is no option, for ps would show it: use --{setting.name}-file"
+            )
+    parsed = vars(parser.parse_args(given))
     path = parsed.pop("config") or os.environ.get("MESHNET_CONFIG")
     text = None
     if path is not None:
@@ -117,13 +123,17 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"config file {path} cannot be read: {error}") from error
-    return load_config(
+    config = load_config(
         {s.name: parsed.get(s.field) for s in SETTINGS},
         os.environ,
         text,
         hostname=socket.gethostname(),
         toml_name=path or "",
     )
+    for setting in SETTINGS:
+        if setting.secret:
+            os.environ.pop(setting.variable, None)  # userspace VTEPs would inherit it
+    return config
 
 
 async def _run(config: AgentConfig) -> None:
@@ -223,10 +233,13 @@ def _read_password(config: AgentConfig) -> str | None:
         return config.etcd_password
     try:
         return Path(config.etcd_password_file).read_text().splitlines()[0]
-    except (OSError, IndexError) as error:
-        raise UsageError(
-            f"etcd-password-file {config.etcd_password_file} cannot be read: {error}"
-        ) from error
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"  # and the error quotes it
+    except IndexError:
+        reason = "it is empty"
+    except OSError as error:
+        reason = str(error)
+    raise UsageError(f"etcd-password-file {config.etcd_password_file} cannot be read: {reason}")
 
 
 def _path(text: str | None) -> Path | None:

@@ -78,7 +78,7 @@ def forget_udp_flows(bindings: Collection[Binding]) -> int:
 def _own_addresses() -> set[IpAddress]:
     with contextlib.closing(rtnl.RtnlSocket()) as opened:
         messages = opened.dump(rtnl.RTM_GETADDR, links.address_dump())
-    return {ip_address(links.decode_address(m).address) for m in messages}
+    return {ip_address(info.address) for info in links.decode_addresses(messages)}
 
 
 def _dump_udp(table: rtnl.RtnlSocket, version: int, port: int) -> list[_Flow]:

@@ -16,6 +16,7 @@ from meshnet.kernel import rtnl
 from meshnet.state import LinkKind, Vxlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from ipaddress import IPv4Interface, IPv6Interface
 
     from meshnet.kernel.rtnl import Body
@@ -90,7 +91,7 @@ def decode_link(body: Body) -> LinkInfo:
     if kind is LinkKind.VXLAN:
         own = _nested(info.get(IFLA_INFO_DATA, b""))
         vxlan = Vxlan(
-            _u32(own.get(IFLA_VXLAN_ID)),
+            rtnl.number_in(own, IFLA_VXLAN_ID),
             int.from_bytes(own.get(IFLA_VXLAN_PORT, b""), "big"),
             own.get(IFLA_VXLAN_LOCAL) or own.get(IFLA_VXLAN_LOCAL6, b""),
         )
@@ -98,12 +99,12 @@ def decode_link(body: Body) -> LinkInfo:
         index,
         attrs.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
         bool(flags & IFF_UP),
-        _u32(attrs.get(IFLA_MTU)),
+        rtnl.number_in(attrs, IFLA_MTU),
         attrs.get(IFLA_ADDRESS, b""),
-        _u32(attrs.get(IFLA_MASTER)),
+        rtnl.number_in(attrs, IFLA_MASTER),
         kind,
         vxlan,
-        _u32(attrs.get(IFLA_LINK)) if kind is LinkKind.MACVLAN else 0,
+        rtnl.number_in(attrs, IFLA_LINK) if kind is LinkKind.MACVLAN else 0,
     )
 
 
@@ -112,13 +113,14 @@ def address_dump() -> bytes:
     return rtnl.IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
 
 
-def decode_address(body: Body) -> AddressInfo:
-    """One address of a dump."""
-    data, start, end = body
-    _, length, _, scope, index = rtnl.IFADDR.unpack_from(data, start)
-    attrs = rtnl.parse_attrs(data, start + 8, end)
-    address = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS, b"")
-    return AddressInfo(index, address, length, scope)
+def decode_addresses(bodies: Iterable[Body]) -> Iterator[AddressInfo]:
+    """The IP addresses of a dump; one of all families has others' too (MCTP, Phonet)."""
+    for data, start, end in bodies:
+        _, length, _, scope, index = rtnl.IFADDR.unpack_from(data, start)
+        attrs = rtnl.parse_attrs(data, start + 8, end)
+        address = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS, b"")
+        if len(address) in (4, 16):
+            yield AddressInfo(index, address, length, scope)
 
 
 def encode_veth(
@@ -237,10 +239,6 @@ def encode_address(interface: IPv4Interface | IPv6Interface, index: int) -> rtnl
 
 def _nested(data: bytes) -> dict[int, bytes]:
     return rtnl.parse_attrs(data, 0, len(data))
-
-
-def _u32(raw: bytes | None) -> int:
-    return int(rtnl.U32.unpack(raw)[0]) if raw is not None and len(raw) == 4 else 0
 
 
 def _string(kind: int, text: str) -> bytes:

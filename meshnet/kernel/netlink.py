@@ -205,8 +205,8 @@ class NetlinkKernel:
     def _dump_global_addresses(self) -> list[tuple[IpAddress, LinkInfo]]:
         """All addresses of global scope and the links that hold them."""
         held: list[tuple[IpAddress, LinkInfo]] = []
-        for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
-            info = links.decode_address(message)
+        messages = self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
+        for info in links.decode_addresses(messages):
             if info.ifindex in self._by_index and info.scope == links.RT_SCOPE_UNIVERSE:
                 held.append((ip_address(info.address), self._by_index[info.ifindex]))
         return held
@@ -304,8 +304,8 @@ class NetlinkKernel:
         state.links[info.name] = link
 
     def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:
-        for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
-            info = links.decode_address(message)
+        messages = self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
+        for info in links.decode_addresses(messages):
             if info.scope != links.RT_SCOPE_UNIVERSE:
                 continue
             dev = names.get(info.ifindex, "")

@@ -118,5 +118,5 @@ def _read(memory: Path) -> tuple[str, str]:
     try:
         document = json.loads(memory.read_text())
         return str(document["text"]), str(document["listing_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "", ""

@@ -18,7 +18,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 NLMSG_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
 ATTR_HEADER = struct.Struct("=HH")  # length, type
@@ -48,6 +48,15 @@ NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 10, 11, 12
 NLMSGERR_ATTR_MSG = 1
 NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
 
+_LEAST_BODY_BYTES = {
+    RTM_NEWLINK: IFINFO.size,
+    RTM_NEWADDR: IFADDR.size,
+    RTM_NEWROUTE: RTMSG.size,
+    RTM_NEWNEIGH: NDMSG.size,
+    RTM_NEWNEXTHOP: NHMSG.size,
+}
+_MAX_ERRNO = 4095
+"""linux/err.h"""
 BATCH_MESSAGES = 500
 """Messages a ``send``: bounds what the kernel may answer before we read."""
 RECEIVE_BYTES = 256 * 1024
@@ -88,6 +97,12 @@ def parse_attrs(data: bytes, start: int, end: int) -> dict[int, bytes]:
         found[kind & 0x3FFF] = data[start + 4 : start + length]
         start += (length + 3) & ~3
     return found
+
+
+def number_in(attrs: Mapping[int, bytes], kind: int) -> int:
+    """An attribute that is a number of 32 bits; 0 where it is missing or of another length."""
+    raw = attrs.get(kind, b"")
+    return int(U32.unpack(raw)[0]) if len(raw) == 4 else 0
 
 
 class Message(NamedTuple):
@@ -190,7 +205,7 @@ class RtnlSocket:
             answer: type of the messages that answer; None: RTM_NEW… to RTM_GET…, which is 2 more.
 
         Raises:
-            OSError: the kernel refused the dump (errno says why).
+            OSError: the kernel refused the dump (errno says why), or its answer is malformed.
             InterruptedError: ten dumps in a row were interrupted by changes.
         """
         for _ in range(10):
@@ -204,6 +219,7 @@ class RtnlSocket:
         sequence = self.next_sequence
         self._sequence = sequence
         self._socket.send(pack_request(Request(kind, NLM_F_DUMP, body), sequence))
+        least = 16 + _LEAST_BODY_BYTES.get(answer, 0)
         found: list[Body] = []
         interrupted = False
         unpack = NLMSG_HEADER.unpack_from
@@ -220,9 +236,11 @@ class RtnlSocket:
                     if flags & NLM_F_DUMP_INTR:
                         interrupted = True
                     if got == answer:
+                        if length < least:
+                            raise _malformed()
                         found.append((data, start + 16, end))
                     elif got == NLMSG_DONE:
-                        code = -NLMSGERR.unpack_from(data, start + 16)[0] if end > start + 19 else 0
+                        code = _read_errno(data, start + 16) if end > start + 19 else 0
                         if interrupted or code == errno.EINTR:
                             return None
                         if code > 0 and code != errno.ENOENT:  # a table that was never made
@@ -263,7 +281,7 @@ class RtnlSocket:
         errors: dict[int, KernelError] = {}
         while True:
             for message in split_messages(self._receive()):
-                if message.kind != NLMSG_ERROR or message.sequence < base:
+                if message.kind != NLMSG_ERROR or not base <= message.sequence <= self._sequence:
                     continue
                 error = _parse_error(message.data, message.start, message.end, message.flags)
                 if not error.errno:
@@ -315,11 +333,13 @@ class RtnlSocket:
         answers: dict[int, bytes | KernelError] = {}
         while len(answers) < len(messages):
             data = self._receive()  # one answer: each comes as it was made
+            if len(data) < 16:
+                raise _malformed()
             length, kind, flags, sequence, _ = NLMSG_HEADER.unpack_from(data)
-            if sequence < base:
+            if not base <= sequence <= self._sequence:
                 continue
             if kind == NLMSG_ERROR:
-                answers[sequence] = _parse_error(data, 16, length, flags)
+                answers[sequence] = _parse_error(data, 16, min(length, len(data)), flags)
             else:
                 answers[sequence] = data[16:length]
         return [answers[base + i] for i in range(len(messages))]
@@ -337,14 +357,33 @@ class RtnlSocket:
         return bytes(self._buffer[:size])
 
 
+def _malformed() -> OSError:
+    """What to raise for an answer that Linux never gives."""
+    return OSError(errno.EBADMSG, "the kernel's answer is malformed")
+
+
+def _read_errno(data: bytes, at: int) -> int:
+    """The errno of a message, where it stands negative.
+
+    Raises:
+        OSError: it is none.
+    """
+    code = -NLMSGERR.unpack_from(data, at)[0]
+    if not 0 <= code <= _MAX_ERRNO:
+        raise _malformed()
+    return int(code)
+
+
 def _parse_error(data: bytes, start: int, end: int, flags: int) -> KernelError:
     """NLMSG_ERROR: negative errno (0: acknowledgement), the request's header, attributes."""
-    code = -NLMSGERR.unpack_from(data, start)[0]
+    if end < start + 4 + 16:
+        raise _malformed()
+    code = _read_errno(data, start)
     text = ""
     if code and flags & NLM_F_ACK_TLVS:
         skip = 4 + 16
         if not flags & NLM_F_CAPPED:
-            skip += NLMSG_HEADER.unpack_from(data, start + 4)[0] - 16
+            skip += max(0, NLMSG_HEADER.unpack_from(data, start + 4)[0] - 16)
         raw = parse_attrs(data, start + skip, end).get(NLMSGERR_ATTR_MSG)
         text = raw.rstrip(b"\0").decode(errors="replace") if raw else ""
     return KernelError(code, text)

@@ -313,7 +313,7 @@ def _set_ipv6(endpoint: Endpoint) -> None:
 def _check_addresses(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> None:
     """The kernel itself lets two links of a namespace have one address."""
     messages = inner.dump(rtnl.RTM_GETADDR, links.address_dump())
-    held = {links.decode_address(m).address for m in messages}
+    held = {info.address for info in links.decode_addresses(messages)}
     for address in endpoint.addresses:
         if address.ip.packed in held:
             raise ConflictError(

@@ -43,6 +43,8 @@ ENDPOINTS = ROOT + "endpoints/"
 ADDRESSES = ROOT + "addresses/"
 MESH_ID = ROOT + "mesh-id"
 NETWORKS_SERIAL = ROOT + "serial/networks"
+_SHOWN_CHARACTERS = 400
+"""Of a bad key; those that can be right are shorter."""
 
 
 @dataclass(slots=True)
@@ -122,7 +124,7 @@ class Mirror:
                 alive=self._alive,
                 reservations=self._reservations,
                 bad_values={printable_key(key): reason for key, reason in self._bad.items()},
-                holes=frozenset(self._holes),
+                holes=frozenset(map(printable_key, self._holes)),
             )
         return self._shown
 
@@ -166,6 +168,7 @@ class Mirror:
             case "hosts":
                 self._put_host(codec.decode_host(value), rest)
             case "alive":
+                codec.check_key_name(rest)
                 self._alive[_host_id(rest)] = codec.decode_claim(value)
                 self._changes.leases.add(_host_id(rest))
             case "subnets":
@@ -276,8 +279,9 @@ def _host_id(text: str) -> HostId:
 
 
 def printable_key(key: str) -> str:
-    """A key as text that can be encoded: one that is not UTF-8 has surrogates in it."""
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A key as text that can be shown: keys are bytes, and what is no UTF-8 is surrogates here."""
+    text = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return codec.printable(text, _SHOWN_CHARACTERS)
 
 
 def _check_name(inside: str, in_key: str) -> None:

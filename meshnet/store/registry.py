@@ -274,12 +274,14 @@ class Registry:
     # --- endpoints ----------------------------------------------------------------------------
 
     async def list_endpoints(self, network: NetworkName | None = None) -> Sequence[Endpoint]:
-        """Published endpoints of all hosts; unreadable ones are left out."""
+        """Published endpoints of all hosts; those unreadable, or not their key's, are left out."""
         prefix = ENDPOINTS + (f"{network}/" if network is not None else "")
         found = []
         for item in (await self.store.list_prefix(prefix)).items:
             with contextlib.suppress(BadValueError):
-                found.append(codec.decode_endpoint(item.value))
+                endpoint = codec.decode_endpoint(item.value)
+                if endpoint_key(endpoint) == item.key:
+                    found.append(endpoint)
         return found
 
     async def list_published(self, network: NetworkName, host: HostId) -> dict[str, bytes]:

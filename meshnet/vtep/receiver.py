@@ -113,6 +113,7 @@ class Receiver:
                 peer.rx_calls += 1
                 return 1
         self._carry(got, controls, address[0], hold=False)
+        self._flush()  # a train that is no one packet is held in part
         return 1
 
     def _quick(self, peer: Peer, at: int, length: int) -> bool:
