@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
+from meshnet.diff import Table
 from meshnet.errors import KernelRefusedError, MeshnetError
 from meshnet_agent.flag import Flag
 from meshnet_agent.passes import PartInput, Passes, PassInput, PassResult
@@ -124,7 +125,8 @@ class Reconciler:
         """Have a pass over everything that begins after this call, and wait until it has ended.
 
         Raises:
-            KernelRefusedError: it could not run; it is tried again.
+            KernelRefusedError: it could not run, or the firewall is not as it should be; both are
+                tried again.
         """
         self.mark_dirty()
         next_one = self._begun + 1
@@ -132,6 +134,9 @@ class Reconciler:
             await self._tried.wait()
         if self.blocked is not None:
             raise KernelRefusedError(f"no pass can run on this host: {self.blocked}")
+        for failure in self.result.failures:
+            if failure.op.table in (Table.FIREWALL, Table.ELEMENT):
+                raise KernelRefusedError(f"the firewall cannot be changed: {failure}")
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run passes for ever; started after the first one.

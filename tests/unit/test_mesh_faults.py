@@ -264,6 +264,11 @@ async def test_settling_waits_for_a_pass_that_began_later(
             await reconciler.settle()
         node.kernel.underlay_ips.append(address)
         await reconciler.settle()
+        node.kernel.by_hand(Table.FIREWALL, "", None)
+        node.kernel.fail_next(Table.FIREWALL)
+        with pytest.raises(KernelRefusedError, match="the firewall cannot be changed"):
+            await reconciler.settle()
+        await reconciler.settle()
 
 
 async def test_a_link_that_is_refused_for_ever_is_tried_ever_more_rarely(
