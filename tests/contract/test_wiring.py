@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pytest
 
-from meshnet.diff import Table, diff
+from meshnet.diff import Op, Table, diff
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
+from meshnet.firewall.elements import source_elements
+from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel import EndpointWiring
 from meshnet.kernel.memory_wiring import MemoryWiring, NamespaceLink
 from meshnet.kernel.netns import netns_inode
 from meshnet.kernel.wiring import NetlinkWiring
+from meshnet.state import Ruleset
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 from tests.contract.hosts import (
     UNDERLAY_DEV,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meshnet.kernel import Kernel, Wiring
+    from meshnet.kernel.elements import WiredElements
     from meshnet.model import Endpoint
     from meshnet.state import KernelState
 
@@ -64,6 +68,11 @@ class Wired(Protocol):
     wiring: Wiring
     netns_fd: int
 
+    @property
+    def known(self) -> WiredElements:
+        """What it told the kernel of endpoints; a new process begins without."""
+        ...
+
     def view(self) -> View: ...
 
     def gso_max_bytes(self, link: str) -> int:
@@ -83,6 +92,10 @@ class RealWired:
         self.host = host
         self._thread = Inside(host_fd, lambda: NetlinkWiring(host.wired))
         self.wiring: Wiring = self
+
+    @property
+    def known(self) -> WiredElements:
+        return self.host.wired
 
     @property
     def writes(self) -> int:
@@ -156,7 +169,7 @@ class RealWired:
 
 class MemoryWired:
     def __init__(self, netns_fd: int) -> None:
-        host = MemoryHost()
+        host = self._host = MemoryHost()
         self.kernel: Kernel = host.kernel
         self.memory = MemoryWiring(host.memory)
         self.wiring: Wiring = self.memory
@@ -171,6 +184,10 @@ class MemoryWired:
             },
             {str(t): str(g) for link in links.values() for t, g in link.routes.items()},
         )
+
+    @property
+    def known(self) -> WiredElements:
+        return self._host.memory.wired
 
     def gso_max_bytes(self, link: str) -> int:
         return self.memory.namespace(self.netns_fd)[link].gso_max_bytes
@@ -234,6 +251,7 @@ def wiring_of(endpoint: Endpoint, bridge: str = BRIDGE) -> EndpointWiring:
 def assert_nothing_left(wired: Wired, before: View) -> None:
     assert wired.view() == before
     assert wired.wiring.list_endpoint_links() == []
+    assert diff(desired_for(wired.kernel), wired.kernel.dump()) == []  # nor in the firewall
 
 
 def test_connect_and_disconnect(wired: Wired) -> None:
@@ -250,6 +268,32 @@ def test_connect_and_disconnect(wired: Wired) -> None:
     for _ in range(2):  # idempotent
         wired.wiring.disconnect(endpoint)
         assert_nothing_left(wired, before)
+
+
+def test_an_endpoint_that_an_earlier_agent_connected(wired: Wired) -> None:
+    endpoint = make_endpoint(DUAL)
+    wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
+    desired = desired_for(wired.kernel, endpoint)
+    wired.known.remove(source_elements(endpoint))
+    writes = wired.wiring.writes
+    wired.wiring.adopt(endpoint)
+    assert wired.wiring.writes == writes
+    # A load that was planned without it does not cut it off.
+    without = desired_for(wired.kernel)
+    load = Op(Table.FIREWALL, "meshnet", Ruleset(without.firewall or "", without.elements), False)
+    assert wired.kernel.apply([load]) == []
+    assert diff(desired, wired.kernel.dump()) == []
+
+
+def test_an_endpoint_is_connected_also_where_somebody_deleted_the_tables(wired: Wired) -> None:
+    assert wired.kernel.apply([Op(Table.FIREWALL, "meshnet", None, True)]) == []
+    assert wired.wiring.drops() == {}
+    endpoint = make_endpoint(DUAL)
+    wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
+    without = desired_for(wired.kernel)
+    assert wired.kernel.apply(diff(without, wired.kernel.dump())) == []
+    assert diff(desired_for(wired.kernel, endpoint), wired.kernel.dump()) == []
+    assert wired.wiring.drops() == dict.fromkeys(COUNTERS, 0)
 
 
 def test_a_second_endpoint_does_not_steal_the_default_route(wired: Wired) -> None:
