@@ -8,6 +8,7 @@ Pure: imports no socket, file, clock or trio.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -199,6 +200,10 @@ class Reservation:
     host: HostId
 
 
+def _by_address(subnet: IpNetwork) -> tuple[int, int]:
+    return subnet.version, int(subnet.network_address)
+
+
 class Reservations(Mapping[IpNetwork, HostId]):
     """Who owns which subnet of one network, looked up either way in constant time."""
 
@@ -235,14 +240,10 @@ class Reservations(Mapping[IpNetwork, HostId]):
             if before is not None:
                 self.remove(subnet)
             self._owners[subnet] = host
-            owned = self._subnets.get(host)
-            self._subnets[host] = (
-                (subnet,)
-                if owned is None
-                else tuple(
-                    sorted((*owned, subnet), key=lambda s: (s.version, int(s.network_address)))
-                )
-            )
+            owned = self._subnets.get(host, ())
+            # Not sorted anew: a host may own all of a large network.
+            at = bisect(owned, _by_address(subnet), key=_by_address)
+            self._subnets[host] = (*owned[:at], subnet, *owned[at:])
         return before
 
     def remove(self, subnet: IpNetwork) -> HostId | None:
