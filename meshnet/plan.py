@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from meshnet.backends import Backend
-    from meshnet.firewall import FirewallNetwork
     from meshnet.model import (
         Endpoint,
         HostId,
@@ -153,7 +152,7 @@ def plan_mesh(
             # Packets of the others do not pass through this host.
             planned.append(outcome.plan)
     if planned:
-        _plan_firewall([p.firewall for p in planned], underlay, state)
+        state.firewall = render_rules([p.firewall for p in planned], underlay.ip)
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)
 
@@ -384,17 +383,6 @@ def _plan_members(
     for peer in peers:
         if peer.host.underlay_ip.version == underlay.ip.version:
             state.elements[elements.member(peer.host.underlay_ip)] = b""
-
-
-def _plan_firewall(
-    networks: Sequence[FirewallNetwork], underlay: Underlay, state: KernelState
-) -> None:
-    """The rules of this host's networks, and what stays within each."""
-    state.firewall = render_rules(networks, underlay.ip)
-    for network in networks:
-        for here in network.links:
-            for there in network.links:
-                state.elements[elements.path(here, there)] = b""
 
 
 def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:

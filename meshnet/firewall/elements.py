@@ -86,8 +86,6 @@ class NamedSet(NamedTuple):
 
 MEMBERS = {4: "members4", 6: "members6"}
 """Underlay addresses of the other hosts: of these alone tunnel packets are accepted."""
-PATHS = "paths"
-"""From which link to which a packet stays within its network."""
 SOURCES = {4: "sources4", 6: "sources6"}
 """What an endpoint may send from: link, MAC, address."""
 TARGETS = "targets6"
@@ -100,7 +98,6 @@ NO_DEFAULT = {4: "no_default4", 6: "no_default6"}
 """Endpoints that published ports lead to and that have no way back to strangers."""
 
 SETS: dict[str, NamedSet] = {
-    PATHS: NamedSet("inet", (_IFNAME, _IFNAME)),
     **{MEMBERS[v]: NamedSet("inet", (_IP[v],)) for v in (4, 6)},
     **{NO_DEFAULT[v]: NamedSet("inet", (_IP[v],)) for v in (4, 6)},
     **{PUBLISHED[v]: NamedSet("inet", (_PROTOCOL, _PORT), (_IP[v], _PORT)) for v in (4, 6)},
@@ -114,11 +111,6 @@ SETS: dict[str, NamedSet] = {
 """All sets, by name; no two tables have one of the same name."""
 
 _PROTOCOL_NUMBERS = {Protocol.TCP: 6, Protocol.UDP: 17}
-
-
-def path(here: str, there: str) -> ElementKey:
-    """Packets from one link to the other stay within a network."""
-    return ElementKey(PATHS, _pack(_name(here), _name(there)))
 
 
 def member(underlay_ip: IpAddress) -> ElementKey:

@@ -11,7 +11,7 @@ other table is touched.  A packet's way through them::
                                                               │
                         postrouting: from this host's subnet ─┴─ to outside ── masquerade
 
-    tunnel packet ── raw: not tracked ── input: not of a member, or of an endpoint ───── drop
+    tunnel packet ── raw: not tracked ── input: of an endpoint, or not of a member ───── drop
 
 Rules name what is there for as long as the networks are as they are; what comes and goes, the
 endpoints, published ports and members, is in named sets (`meshnet.firewall.elements`), which
@@ -58,6 +58,7 @@ COUNTERS = {
 """Why packets are dropped (docs/firewall.md), and the family of the table that counts them."""
 
 _FAMILY = {4: "ip", 6: "ip6"}
+_NFPROTO = {4: "ipv4", 6: "ipv6"}
 _LOOPBACK = "127.0.0.0/8"
 _MULTICAST = {4: "224.0.0.0/4", 6: "ff00::/8"}
 
@@ -122,12 +123,12 @@ def _inet(networks: Sequence[FirewallNetwork], underlay_ip: IpAddress) -> str:
     links = [link for n in networks for link in n.links]
     ports = sorted({port for n in networks for port in n.ports})
     text = f"table inet {TABLE} {{\n" + _declare("inet")
-    text += _raw(links, ports, underlay_ip)
     if links:
+        text += _untracked(ports, underlay_ip)
         text += _tunnel(networks, links, ports, underlay_ip)
         text += _isolate(networks)
         text += _forward(networks, links, ports)
-        text += _nat(networks)
+        text += _nat(networks, links)
     return text + "}\n"
 
 
@@ -135,25 +136,21 @@ def _declare(family: str) -> str:
     return "".join(s.declare(name) for name, s in SETS.items() if s.family == family)
 
 
-def _raw(links: Sequence[str], ports: Sequence[int], underlay_ip: IpAddress) -> str:
-    """Keep tunnel packets out of connection tracking, and loopback addresses out of the host.
+def _untracked(ports: Sequence[int], underlay_ip: IpAddress) -> str:
+    """Keep tunnel packets out of connection tracking.
 
     A tunnel's source port is a hash of the inner flow (RFC 7348 §5): each flow between two hosts
     would take an entry of its own, and a busy host's table would be full of them.  Others' packets
     to such a port are tracked, or they could not be masqueraded.
-
-    Bridges have ``route_localnet``, for answers to what was sent from 127.0.0.1 to a published
-    port; without it the kernel itself would drop the rest (CVE-2020-8558).
     """
     ip, numbers = _FAMILY[underlay_ip.version], _braces(map(str, ports))
-    before, out = [], []
-    if ports:
-        before.append(f"{ip} daddr {underlay_ip} udp dport {numbers} notrack")
-        out.append(f"{ip} saddr {underlay_ip} udp dport {numbers} notrack")
-    if links:
-        before.append(f"ip daddr {_LOOPBACK} iifname {_quoted(links)} {_drop('loopback')}")
-    return _chain("raw_prerouting", before, "filter hook prerouting priority raw") + _chain(
-        "raw_output", out, "filter hook output priority raw"
+    return "".join(
+        _chain(
+            f"raw_{hook}",
+            [f"{ip} {side} {underlay_ip} udp dport {numbers} notrack"] if ports else [],
+            f"filter hook {hook} priority raw",
+        )
+        for hook, side in (("prerouting", "daddr"), ("output", "saddr"))
     )
 
 
@@ -165,7 +162,11 @@ def _tunnel(
 ) -> str:
     """Input: tunnel packets to any address of the host, at which the kernel's VTEPs listen.
 
-    Packets of other VNIs are somebody else's.
+    Members' are through at once.  Packets of other VNIs are somebody else's.
+
+    Bridges have ``route_localnet``, for answers to what was sent from 127.0.0.1 to a published
+    port; without it the kernel itself would drop the rest (CVE-2020-8558).  What would open a
+    connection is dropped in `_nat` already, before it can reach what is published there.
     """
     ip, vnis = _FAMILY[underlay_ip.version], sorted({n.vni for n in networks if n.ports})
     rules, tunnel = [], []
@@ -173,15 +174,21 @@ def _tunnel(
         rules.append(f"udp dport {_braces(map(str, ports))} jump tunnel")
         members = elements.MEMBERS[underlay_ip.version]
         tunnel = [
+            f"{ip} saddr @{members} iifname != {_quoted(links)} accept",
             f"iifname {_quoted(links)} {_drop('tunnel_from_endpoint')}",
-            f"@th,96,24 {_braces(map(str, vnis))} {ip} saddr != @{members} "
+            f"meta nfproto {_NFPROTO[underlay_ip.version]} @th,96,24 {_braces(map(str, vnis))} "
             f"{_drop('tunnel_not_a_member')}",
         ]
+    rules.append(f"ip daddr {_LOOPBACK} iifname {_quoted(links)} jump loopback")
     if len(networks) > 1:
         rules.append(f"iifname {_quoted(links)} jump isolate")
         for network in networks:
             rules += _isolate_peers(network, networks) if network.direct else ()
-    return _chain("tunnel", tunnel) + _chain("input", rules, "filter hook input priority filter")
+    return (
+        _chain("tunnel", tunnel)
+        + _chain("loopback", ["ct status dnat accept", _drop("loopback")])
+        + _chain("input", rules, "filter hook input priority filter")
+    )
 
 
 def _isolate(networks: Sequence[FirewallNetwork]) -> str:
@@ -225,7 +232,10 @@ def _forward(
     member.  One that stays within the network is like any other.
     """
     internal = _quoted([link for n in networks if n.internal for link in n.links])
-    forward = ["iifname . oifname @paths accept"]
+    paths = _braces(
+        f'"{here}" . "{there}"' for n in networks for here in n.links for there in n.links
+    )
+    forward = [f"iifname . oifname {paths} accept"]
     if any(n.internal for n in networks):
         forward += [f"{side} {internal} {_drop('internal')}" for side in ("iifname", "oifname")]
     forward += [f"iifname {_quoted(links)} jump leave", f"oifname {_quoted(links)} jump enter"]
@@ -251,7 +261,7 @@ def _forward(
     )
 
 
-def _nat(networks: Sequence[FirewallNetwork]) -> str:
+def _nat(networks: Sequence[FirewallNetwork], links: Sequence[str]) -> str:
     """Published ports, and masquerading: for what leaves the networks, and where else an answer to
     a published port would not come back by this host.
 
@@ -264,6 +274,7 @@ def _nat(networks: Sequence[FirewallNetwork]) -> str:
         for version, ip, which in ((4, "ip", "meta nfproto ipv4"), (6, "ip6", "ip6 daddr != ::1"))
         for names, key in ((elements.PUBLISHED_AT, f"{ip} daddr . "), (elements.PUBLISHED, ""))
     ]
+    loopback = f"ip daddr {_LOOPBACK} iifname {_quoted(links)} {_drop('loopback')}"
     answer = [f"ip saddr {_LOOPBACK} masquerade fully-random"]
     masquerade = ["ct status dnat jump answer"]
     all_cidrs = _cidrs(networks)
@@ -280,7 +291,7 @@ def _nat(networks: Sequence[FirewallNetwork]) -> str:
                 f"{ip} daddr != {_MULTICAST[version]} masquerade fully-random"
             )
     return (
-        _chain("nat_prerouting", publish, "nat hook prerouting priority dstnat")
+        _chain("nat_prerouting", [loopback, *publish], "nat hook prerouting priority dstnat")
         + _chain("nat_output", publish, "nat hook output priority -100")
         + _chain("answer", answer)
         + _chain("postrouting", masquerade, "nat hook postrouting priority srcnat")
@@ -290,20 +301,16 @@ def _nat(networks: Sequence[FirewallNetwork]) -> str:
 def _bridge() -> str:
     """What an endpoint may send: from its own MAC and addresses, and in their name only.
 
-    Duplicate address detection (RFC 4862 §5.4.2) asks from no address, for one's own.
+    Most frames are IPv4 of honest endpoints: the first rule lets them through.  Duplicate address
+    detection (RFC 4862 §5.4.2) asks from no address, for one's own.
     """
-    spoofed = {
-        name: f"iifname . ether saddr . {expression}"
-        for name, expression in (
-            ("ipv4", "ip saddr"),
-            ("ipv6", "ip6 saddr"),
-            ("target", "@th,64,128"),
-        )
-    }
+    ipv4, ipv6, target = (
+        f"iifname . ether saddr . {what}" for what in ("ip saddr", "ip6 saddr", "@th,64,128")
+    )
     return (
         f"table bridge {TABLE} {{\n"
         + _declare("bridge")
-        + _chain("from_ipv4", [f"{spoofed['ipv4']} @sources4 accept", _drop("spoofed_ipv4")])
+        + _chain("from_ipv4", [_drop("spoofed_ipv4")])
         + _chain(
             "from_arp",
             [
@@ -316,7 +323,7 @@ def _bridge() -> str:
             "from_ipv6",
             [
                 "meta l4proto ipv6-icmp jump from_icmpv6",
-                f"{spoofed['ipv6']} @sources6 accept",
+                f"{ipv6} @sources6 accept",
                 _drop("spoofed_ipv6"),
             ],
         )
@@ -324,15 +331,15 @@ def _bridge() -> str:
             "from_icmpv6",
             [
                 "icmpv6 type { nd-router-advert, nd-redirect } " + _drop("router_advertisement"),
-                f"icmpv6 type nd-neighbor-advert {spoofed['target']} != @targets6 "
+                f"icmpv6 type nd-neighbor-advert {target} != @targets6 "
                 + _drop("spoofed_neighbour"),
-                f"ip6 saddr :: icmpv6 type nd-neighbor-solicit {spoofed['target']} @targets6 "
-                "accept",
+                f"ip6 saddr :: icmpv6 type nd-neighbor-solicit {target} @targets6 accept",
             ],
         )
         + _chain(
             "prerouting",
             [
+                f"ether type ip {ipv4} @sources4 accept",
                 'iifname "mne*" ether type vmap '
                 "{ ip : goto from_ipv4, ip6 : goto from_ipv6, arp : goto from_arp }",
                 f'iifname "mne*" {_drop("ethertype")}',

@@ -6,7 +6,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.diff import Table
-from meshnet.firewall.elements import member, path
+from meshnet.firewall.elements import member
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     AddressKey,
@@ -156,8 +156,6 @@ CHANGES = [
            _set(T.ELEMENT, ElementKey("members4", b""), b""), {T.ELEMENT}),
     ByHand("every source allowed", "nft 'add element bridge meshnet sources4 { * }'",
            _set(T.ELEMENT, ElementKey("sources4", b""), b""), {T.ELEMENT}),
-    ByHand("another path", f'nft add element inet meshnet paths {{ "{BRIDGE}" . "und0" }}',
-           _set(T.ELEMENT, path(BRIDGE, "und0"), b""), {T.ELEMENT}),
     ByHand("set flushed", "nft flush set inet meshnet members4", _flush_members, {T.ELEMENT}),
     ByHand("port published",
            "nft add element inet meshnet published4 { tcp . 80 : 10.42.0.2 . 80 }",

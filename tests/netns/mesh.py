@@ -110,10 +110,11 @@ def wait_in_sync(host: LabHost, *, peers: int | None = None, deadline_s: float =
 
 
 def create_network(lab: Lab, name: str, *options: str) -> Document:
-    """Create a network and wait until all hosts have it."""
-    document: Document = meshnet(lab.hosts[0], "network", "create", name, *options)
-    for host in lab.hosts:
-        wait_in_sync(host, peers=len(lab.hosts) - 1)
+    """Create a network and wait until all hosts of the mesh have it."""
+    members = [host for host in lab.hosts if host.is_agent_running()]
+    document: Document = meshnet(members[0], "network", "create", name, *options)
+    for host in members:
+        wait_in_sync(host, peers=len(members) - 1)
     return document
 
 
