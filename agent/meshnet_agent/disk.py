@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from meshnet.model import Endpoint, EndpointId
 
 _log = structlog.get_logger()
+_UNFINISHED = ".new"
+"""Suffix of a file that is being written."""
 
 
 class StateDir:
@@ -44,6 +46,8 @@ class StateDir:
         try:
             self._endpoints.mkdir(parents=True, exist_ok=True)
             self._lock = _hold(path / "lock", f"state directory {path}")
+            for file in self._endpoints.glob(f"*{_UNFINISHED}"):
+                file.unlink()  # a write that was cut short
             self.instance = self._load_instance(random_name)
         except OSError as error:
             raise KernelRefusedError(
@@ -99,9 +103,10 @@ class StateDir:
             KernelRefusedError: the disk refused to be read.
         """
         try:
-            return {name.partition(".")[0] for name in os.listdir(self._endpoints)}
+            files = [file for file in self._endpoints.iterdir() if file.suffix != _UNFINISHED]
         except OSError as error:
             raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
+        return {file.stem for file in files}
 
     def save_draft(self, endpoint: Endpoint) -> None:
         """Record what is about to be made where the host cannot find it again.
@@ -199,7 +204,7 @@ def _hold(file: Path, what: str) -> int:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Replace a file atomically and durably."""
-    draft = file.with_name(file.name + ".new")
+    draft = file.with_name(file.name + _UNFINISHED)
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as opened:
         opened.write(content)

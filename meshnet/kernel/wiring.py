@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import socket
+from ipaddress import IPv6Interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,6 +134,9 @@ class NetlinkWiring:
                 self._must(inner, [links.encode_link_rename(index, endpoint.ifname)], endpoint)
             index = socket.if_nametoindex(endpoint.ifname)
             _set_ipv6(endpoint)
+            if wiring.announce:
+                # The kernel sends a gratuitous ARP packet when the link goes up.
+                Path(f"/proc/sys/net/ipv4/conf/{endpoint.ifname}/arp_notify").write_text("1")
             _check_addresses(inner, endpoint)
             requests = [links.encode_address(a, index) for a in endpoint.addresses]
             self._must(inner, [*requests, links.encode_link_up(index)], endpoint)
@@ -143,8 +147,9 @@ class NetlinkWiring:
                 targets = [r for r in wiring.routes if r.version == gateway.version]
                 routes += _encode_routes([None] if default else targets, gateway, index)
             self._must(inner, routes, endpoint)
-        if wiring.announce:
-            announce(endpoint.ifname, [a.ip for a in endpoint.addresses], endpoint.mac)
+        for address in endpoint.addresses if wiring.announce else ():
+            if isinstance(address, IPv6Interface):
+                announce(endpoint.ifname, address.ip, endpoint.mac)
         return default
 
     def _must(

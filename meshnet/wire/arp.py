@@ -1,4 +1,4 @@
-"""ARP over Ethernet: asking whether an IPv4 address is free, and saying who has it.
+"""ARP over Ethernet: asking whether an IPv4 address is free.
 
 ::
 
@@ -14,7 +14,7 @@
     +---------------------+--------------+
 
 A *probe* (RFC 5227 §1.1) is a request whose sender IP is 0.0.0.0, so that nobody's cache takes it
-for a statement.  An *announcement* is a request for one's own address: all caches take it.
+for a statement.
 
 Pure: imports only struct.
 """
@@ -40,12 +40,8 @@ _BROADCAST, _NO_MAC, _NO_IP = b"\xff" * 6, bytes(6), bytes(4)
 
 def encode_probe(address: IPv4Address, mac: bytes) -> bytes:
     """A frame that asks whether anybody has `address` (RFC 5227 §2.1.1)."""
-    return _encode(mac, _NO_IP, address.packed)
-
-
-def encode_announcement(address: IPv4Address, mac: bytes) -> bytes:
-    """A frame that says that `mac` has `address` (RFC 5227 §2.3)."""
-    return _encode(mac, address.packed, address.packed)
+    fixed = (ETHERTYPE, _HARDWARE_ETHERNET, _PROTOCOL_IPV4, 6, 4, _REQUEST)
+    return _ARP.pack(_BROADCAST, mac, *fixed, mac, _NO_IP, _NO_MAC, address.packed)
 
 
 def find_conflict(frame: Buffer, address: IPv4Address, mac: bytes) -> bytes | None:
@@ -65,8 +61,3 @@ def find_conflict(frame: Buffer, address: IPv4Address, mac: bytes) -> bytes | No
     if sender_mac == mac or not (sender_ip == address.packed or probes_too):
         return None
     return bytes(sender_mac)
-
-
-def _encode(mac: bytes, sender_ip: bytes, target_ip: bytes) -> bytes:
-    fixed = (ETHERTYPE, _HARDWARE_ETHERNET, _PROTOCOL_IPV4, 6, 4, _REQUEST)
-    return _ARP.pack(_BROADCAST, mac, *fixed, mac, sender_ip, _NO_MAC, target_ip)

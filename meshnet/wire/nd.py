@@ -40,7 +40,7 @@ _ETHERNET = struct.Struct("!6s6sH")
 _IPV6 = struct.Struct("!IHBB16s16s")
 _MESSAGE = struct.Struct("!BBHI16s")
 _TYPE_AT = 54
-_HOP_LIMIT = 255
+HOP_LIMIT = 255
 """A router would have made it less: the sender is on the link (RFC 4861 §7.1)."""
 _OVERRIDE = 1 << 29
 _TARGET_LINK_LAYER_ADDRESS = 2
@@ -61,15 +61,21 @@ def group_mac(group: bytes) -> bytes:
 
 def encode_probe(address: IPv6Address, mac: bytes) -> bytes:
     """A frame that asks whether anybody has `address` (RFC 4862 §5.4.2)."""
-    message = _MESSAGE.pack(SOLICITATION, 0, 0, 0, address.packed)
-    return _encode(mac, _UNSPECIFIED, solicited_node(address), message)
+    group = solicited_node(address)
+    message = bytearray(_MESSAGE.pack(SOLICITATION, 0, 0, 0, address.packed))
+    total = ones_sum(message) + _pseudo(_UNSPECIFIED, group, len(message))
+    struct.pack_into("!H", message, 2, finished(total))
+    header = _IPV6.pack(0x6000_0000, len(message), ICMPV6, HOP_LIMIT, _UNSPECIFIED, group)
+    return _ETHERNET.pack(group_mac(group), mac, ETHERTYPE) + header + message
 
 
 def encode_announcement(address: IPv6Address, mac: bytes) -> bytes:
-    """An unsolicited advertisement: `mac` has `address` (RFC 4861 §7.2.6)."""
+    """An unsolicited advertisement, to all nodes: `mac` has `address` (RFC 4861 §7.2.6).
+
+    The ICMPv6 message alone, whose checksum whoever sends it fills in.
+    """
     message = _MESSAGE.pack(ADVERTISEMENT, 0, 0, _OVERRIDE, address.packed)
-    option = bytes((_TARGET_LINK_LAYER_ADDRESS, 1)) + mac
-    return _encode(mac, address.packed, ALL_NODES, message + option)
+    return message + bytes((_TARGET_LINK_LAYER_ADDRESS, 1)) + mac
 
 
 def find_conflict(frame: Buffer, address: IPv6Address, mac: bytes) -> bytes | None:
@@ -85,7 +91,7 @@ def find_conflict(frame: Buffer, address: IPv6Address, mac: bytes) -> bytes | No
     kind, code, _, _, target = _MESSAGE.unpack_from(frame, _TYPE_AT)
     message = frame[_TYPE_AT : _TYPE_AT + size]
     if (
-        (ethertype, next_header, hop_limit, code) != (ETHERTYPE, ICMPV6, _HOP_LIMIT, 0)
+        (ethertype, next_header, hop_limit, code) != (ETHERTYPE, ICMPV6, HOP_LIMIT, 0)
         or target != address.packed
         or source_mac == mac
         or len(message) != size
@@ -98,11 +104,3 @@ def find_conflict(frame: Buffer, address: IPv6Address, mac: bytes) -> bytes | No
 
 def _pseudo(source: bytes, destination: bytes, size: int) -> int:
     return pseudo_sum(int.from_bytes(source + destination, "big"), ICMPV6, size)
-
-
-def _encode(mac: bytes, source: bytes, group: bytes, message: bytes) -> bytes:
-    packed = bytearray(message)
-    total = ones_sum(message) + _pseudo(source, group, len(message))
-    struct.pack_into("!H", packed, 2, finished(total))
-    header = _IPV6.pack(0x6000_0000, len(packed), ICMPV6, _HOP_LIMIT, source, group)
-    return _ETHERNET.pack(group_mac(group), mac, ETHERTYPE) + header + bytes(packed)

@@ -6,9 +6,11 @@ import contextlib
 import errno
 import json
 import os
+import socket
 import subprocess
+from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pytest
 
@@ -16,20 +18,31 @@ from meshnet.diff import Table, diff
 from meshnet.errors import ConflictError, NotFoundError
 from meshnet.kernel import EndpointWiring
 from meshnet.kernel.memory_wiring import MemoryWiring, NamespaceLink
+from meshnet.kernel.netns import netns_inode
 from meshnet.kernel.wiring import NetlinkWiring
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
-from tests.contract.hosts import Inside, MemoryHost, RealHost, host_namespace, ip, namespace
+from tests.contract.hosts import (
+    UNDERLAY_DEV,
+    Inside,
+    MemoryHost,
+    RealHost,
+    host_namespace,
+    ip,
+    namespace,
+)
 from tests.values import IPV4, IPV6, make_endpoint, make_network, make_snapshot, plan_for
 from tests.values import underlay_ip as host_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from meshnet.kernel import Kernel, Wiring
     from meshnet.model import Endpoint
     from meshnet.state import KernelState
 
+T = TypeVar("T")
+ETH_P_ALL = 3
 BRIDGE = "mnb4097"
 NETWORK = make_network(subnets=(IPV4, IPV6))
 CIDRS = NETWORK.subnets
@@ -91,6 +104,10 @@ class RealWired:
 
     def close(self) -> None:
         self._thread.close(lambda w: w.close())
+
+    def on_host(self, call: Callable[[], T]) -> T:
+        """Call something in the host's namespace."""
+        return self._thread.call(lambda _: call())
 
     def view(self) -> View:
         links = {
@@ -341,3 +358,111 @@ def test_a_namespace_that_is_not_one(linux: RealWired, tmp_path: Path) -> None:
     finally:
         os.close(fd)
     assert linux.wiring.list_endpoint_links() == []
+
+
+# --- macvlans ------------------------------------------------------------------------------------
+
+
+def on_wire(wired: Wired, addresses: tuple[str, ...] = DUAL, **changes: Any) -> Endpoint:  # noqa: ANN401
+    """An endpoint that is a macvlan on the host's own link."""
+    endpoint = make_endpoint(addresses, mtu_bytes=1400)
+    inode = netns_inode(wired.netns_fd)
+    return replace(endpoint, parent=UNDERLAY_DEV, netns_inode=inode, **changes)
+
+
+def wire_of(endpoint: Endpoint, parent: str = UNDERLAY_DEV) -> EndpointWiring:
+    return EndpointWiring(endpoint=endpoint, uplink=parent, routes=(), announce=True)
+
+
+def test_a_macvlan_is_in_the_namespace_alone(wired: Wired) -> None:
+    before, on_host = wired.view(), wired.kernel.dump().links
+    endpoint = on_wire(wired)
+    assert not wired.wiring.holds(wired.netns_fd, endpoint)
+    assert wired.wiring.connect(wired.netns_fd, wire_of(endpoint)) is True
+    assert wired.view() == View(
+        {"eth0": (endpoint.mac.hex(":"), 1400, frozenset(DUAL))},
+        {"0.0.0.0/0": "10.42.0.1", "::/0": "fd00:42::1"},
+    )
+    assert wired.wiring.holds(wired.netns_fd, endpoint)
+    assert not wired.wiring.holds(wired.netns_fd, replace(endpoint, mac=bytes(6)))
+    assert wired.wiring.list_endpoint_links() == []
+    assert wired.kernel.dump().links == on_host
+    for _ in range(2):  # idempotent
+        wired.wiring.disconnect(endpoint)
+        assert_nothing_left(wired, before)
+        assert not wired.wiring.holds(wired.netns_fd, endpoint)
+    wired.wiring.disconnect(replace(endpoint, netns_inode=1))  # its namespace is gone
+
+
+def test_a_macvlan_without_a_gateway(wired: Wired) -> None:
+    assert wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired, gateways=()))) is False
+    assert wired.view().routes == {}
+
+
+def test_the_name_of_a_macvlan_is_taken(wired: Wired) -> None:
+    wired.add_link("eth0", "10.1.0.2/24")
+    before = wired.view()
+    with pytest.raises(ConflictError, match="eth0"):
+        wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired)))
+    assert_nothing_left(wired, before)
+
+
+def test_a_macvlan_whose_address_the_namespace_holds(wired: Wired) -> None:
+    wired.add_link("other0", DUAL[1])
+    before = wired.view()
+    with pytest.raises(ConflictError, match="address"):
+        wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired)))
+    assert_nothing_left(wired, before)
+
+
+def test_the_parent_is_gone(wired: Wired) -> None:
+    before = wired.view()
+    with pytest.raises(NotFoundError, match="eth77"):
+        wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired), "eth77"))
+    assert_nothing_left(wired, before)
+
+
+def test_a_macvlan_that_was_renamed(linux: RealWired) -> None:
+    endpoint = on_wire(linux)
+    before = linux.view()
+    linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+    ip("-n", linux.name, "link", "set", "eth0", "down")
+    ip("-n", linux.name, "link", "set", "eth0", "name", "phys0")
+    assert linux.wiring.holds(linux.netns_fd, endpoint)
+    linux.wiring.disconnect(endpoint)
+    assert_nothing_left(linux, before)
+
+
+def test_the_settings_of_a_macvlan(linux: RealWired) -> None:
+    linux.wiring.connect(linux.netns_fd, wire_of(on_wire(linux)))
+    for setting in ("accept_ra", "accept_dad"):
+        path = f"/proc/sys/net/ipv6/conf/eth0/{setting}"
+        argv = ["ip", "netns", "exec", linux.name, "cat", path]
+        assert subprocess.check_output(argv) == b"0\n"
+    (link,) = json.loads(ip("-n", linux.name, "-d", "-j", "link", "show", "dev", "eth0"))
+    assert link["linkinfo"]["info_kind"] == "macvlan"
+    assert link["linkinfo"]["info_data"]["mode"] == "bridge"
+
+
+def test_what_the_wire_is_told(linux: RealWired) -> None:
+    """Switches learn where the MAC is, neighbours whose the addresses are."""
+    from scapy.layers.inet6 import ICMPv6ND_NA, IPv6, in6_chksum
+    from scapy.layers.l2 import ARP, Ether
+
+    endpoint = on_wire(linux)
+    mac = endpoint.mac.hex(":")
+    with linux.on_host(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as tap:
+        linux.on_host(lambda: tap.bind((UNDERLAY_DEV, ETH_P_ALL)))
+        tap.settimeout(5)
+        linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+        left = {4, 6}
+        while left:
+            frame = Ether(tap.recv(2000))
+            if ARP in frame and frame[ARP].psrc == frame[ARP].pdst == "10.42.0.2":
+                assert (frame.dst, frame.src) == ("ff:ff:ff:ff:ff:ff", mac)
+                assert frame[ARP].hwsrc == mac
+                left.discard(4)
+            elif ICMPv6ND_NA in frame and frame[ICMPv6ND_NA].tgt == "fd00:42::2":
+                assert (frame.src, frame[IPv6].dst, frame[IPv6].hlim) == (mac, "ff02::1", 255)
+                assert in6_chksum(58, frame[IPv6], bytes(frame[IPv6].payload)) == 0  # type: ignore[no-untyped-call]
+                left.discard(6)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from meshnet.errors import MeshnetError
     from meshnet.model import IpAddress, IpNetwork, MeshSnapshot, Network, Vni
     from meshnet.state import KernelState
 
@@ -51,9 +52,12 @@ class MemoryProber:
     """The wire as a test wants it: who answers for which address."""
 
     answers: dict[IpAddress, bytes] = field(default_factory=dict)
+    error: MeshnetError | None = None
 
     async def probe(self, link: str, address: IpAddress) -> bytes | None:
         await trio.sleep(0.2)
+        if self.error is not None:
+            raise self.error
         return self.answers.get(address)
 
 

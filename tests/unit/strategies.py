@@ -116,6 +116,7 @@ def endpoints(draw: st.DrawFn) -> Endpoint:
         default_route=draw(st.booleans()),
         netns_inode=draw(st.integers(0, (1 << 63) - 1)),
         pid_start_ticks=draw(st.integers(0, (1 << 63) - 1)),
+        parent=draw(st.none() | st.just("eth0")),
     )
 
 
