@@ -63,6 +63,11 @@ SETTINGS = (
     Setting(
         "vxlan", "MODE", "what forwards packets", "auto", choices=("auto", "kernel", "userspace")
     ),
+    Setting(
+        "takeover-confirm", "S",
+        "seconds in which the gateway and etcd must answer through a bridge that took the host's "
+        "link over", "5",
+    ),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
     Setting("etcd-cert", "FILE", "client certificate for etcd (PEM)"),
     Setting("etcd-key", "FILE", "key of the client certificate (PEM)"),
@@ -94,6 +99,7 @@ class AgentConfig:
     grace_s: float
     resync_s: float
     vxlan: str
+    takeover_confirm_s: float
     etcd_ca: str | None
     etcd_cert: str | None
     etcd_key: str | None
@@ -206,8 +212,9 @@ def _check(
         "lease_ttl_s": int(_number(values, sources, "lease-ttl", 2, 3600)),
         "grace_s": _number(values, sources, "grace", 0, 365 * 86400),
         "resync_s": _number(values, sources, "resync", 1, 86400),
+        "takeover_confirm_s": _number(values, sources, "takeover-confirm", 1, 60),
     }
-    for gone in ("lease_ttl", "grace", "resync"):
+    for gone in ("lease_ttl", "grace", "resync", "takeover_confirm"):
         del text[gone]
     return AgentConfig(**text)
 

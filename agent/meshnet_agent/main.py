@@ -1,6 +1,6 @@
 """``meshnet-agent``: reads its settings, opens the real parts and runs the agent.
 
-The only ``trio.run`` of the project.
+The only ``trio.run`` of the agent.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.kernel.address_probe import WireProber
 from meshnet.kernel.events import EventFilter
+from meshnet.kernel.takeover.process import TakeoverProcesses
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
 from meshnet_agent.agent import Agent
@@ -134,6 +135,7 @@ async def _run(config: AgentConfig) -> None:
     # Imported here: pyroute2 takes 0.2 s, and --help needs none of it.
     from meshnet.kernel.netlink import NetlinkKernel
     from meshnet.kernel.wiring import NetlinkWiring
+    from meshnet.store.etcd import target
 
     def make_kernel() -> NetlinkKernel:
         return NetlinkKernel(
@@ -146,6 +148,10 @@ async def _run(config: AgentConfig) -> None:
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
         vteps = VtepProcesses(Path(config.run_dir, "vtep"))
+        etcd = [target(url) for url in config.etcd]
+        takeovers = TakeoverProcesses(disk.path.absolute(), etcd, config.takeover_confirm_s)
+        # Before anybody is asked for: what was cut short may be in the way.
+        await takeovers.settle()
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
             open_worker("wiring", NetlinkWiring, NetlinkWiring.close) as wiring,
@@ -167,6 +173,7 @@ async def _run(config: AgentConfig) -> None:
                 underlay.ip,
                 EventFilter(await kernel.run(lambda k: k.deleted)),
                 WireProber(),
+                takeovers,
                 functools.partial(listen, own_ports=ports),
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,

@@ -361,6 +361,10 @@ def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
                 f"VNI {network.vni} belongs to network {other.name}: leave --vni out to get a "
                 "free one"
             )
+        if network.excludes(other):
+            raise ConflictError(
+                f"link {network.parent} is network {other.name}'s: choose another --parent"
+            )
         for mine in network.subnets:
             for theirs in other.subnets:
                 if mine.version == theirs.version and mine.overlaps(theirs):

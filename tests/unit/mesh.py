@@ -24,7 +24,7 @@ from meshnet_agent.disk import StateDir
 from tests.values import make_network, underlay_ip
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from meshnet.errors import MeshnetError
@@ -62,6 +62,34 @@ class MemoryProber:
 
 
 @dataclass
+class MemoryTakeovers:
+    """Takeovers as a test wants them: what stands, what was asked for, what fails."""
+
+    taken: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    failure: MeshnetError | None = None
+
+    def bridges(self) -> list[str]:
+        return sorted(self.taken)
+
+    async def standing(self) -> dict[str, str]:
+        await trio.lowlevel.checkpoint()
+        return dict(self.taken)
+
+    async def take(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
+        self.asked.append(f"take {bridge}")
+        await trio.sleep(0.5)
+        if self.failure is not None:
+            raise self.failure
+        self.taken[bridge] = parent
+
+    async def give_back(self, bridge: str) -> None:
+        self.asked.append(f"return {bridge}")
+        await trio.sleep(0.5)
+        del self.taken[bridge]
+
+
+@dataclass
 class Node:
     """One host; what it has outlives its agent, as it does in reality."""
 
@@ -73,6 +101,7 @@ class Node:
     instance: str
     agent: Agent | None = None
     prober: MemoryProber = field(default_factory=MemoryProber)
+    takeovers: MemoryTakeovers = field(default_factory=MemoryTakeovers)
     stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: trio.Event = field(default_factory=trio.Event)
 
@@ -100,6 +129,7 @@ class Node:
             self.ip,
             EventFilter(),
             self.prober,
+            self.takeovers,
             self._listen,
         )
         try:

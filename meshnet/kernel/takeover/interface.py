@@ -6,7 +6,6 @@ In the network namespace of the calling thread.  linux/rtnetlink.h, linux/if_bri
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -121,8 +120,6 @@ class Interfaces:
             return "it is down: set it up"
         if link.master:
             return f"it is a port of {link.master}: give that one as --parent, or take it out"
-        if Path("/sys/class/net", name, "phy80211").exists():
-            return "it is wireless, and access points take frames of its own MAC only"
         for other, kind in self._uppers(link.ifindex):
             if kind != b"vlan":
                 return f"link {other} ({kind.decode() or 'unknown'}) is on it: remove that one"
@@ -219,10 +216,14 @@ class Interfaces:
 
     def has_endpoints(self, bridge: str) -> bool:
         """Whether endpoints hang on a bridge."""
-        ports = Path("/sys/class/net", bridge, "brif")
-        with contextlib.suppress(OSError):
-            return any(ENDPOINT_LINK.fullmatch(port) for port in os.listdir(ports))
-        return False
+        master = self.find(bridge)
+        if master is None:
+            return False
+        messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
+        return any(
+            link.master == master.ifindex and ENDPOINT_LINK.fullmatch(link.name)
+            for link in map(links.decode_link, messages)
+        )
 
     def carry_out(self, batches: Sequence[Sequence[Step]], parent: str, bridge: str) -> None:
         """Carry batches out; one that was refused in part is the last.

@@ -1,9 +1,10 @@
-"""The program: ``python -m meshnet.kernel.takeover take|return --state-dir DIR …``.
+"""The program: ``python -m meshnet.kernel.takeover take|settle|return --state-dir DIR …``.
 
 ``take`` makes a bridge, moves a link's contents to it and keeps it so if the gateway and etcd
 answer through it in time; else, and whenever something fails, all is moved back.  It does what is
 left to do: over a takeover that stands it does nothing, one that was cut short is undone first.
-``return`` moves everything back.
+``settle`` undoes what was cut short or taken apart, and leaves what stands; ``return`` moves
+everything back.
 
 In the network namespace it is started in.  A process of its own, in a session of its own: whoever
 started it may be killed, and the host is still not left cut off.  Its last line says why it failed.
@@ -55,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 takeover.take(options.parent, gateways, etcd, options.confirm)
             else:
                 for bridge in [options.bridge] if options.bridge else journals.bridges():
-                    Takeover(interfaces, journals, bridge).give_back()
+                    takeover = Takeover(interfaces, journals, bridge)
+                    if options.verb == "settle":
+                        takeover.settle()
+                    else:
+                        takeover.give_back()
     except MeshnetError as error:
         print(f"meshnet.kernel.takeover: {error}", file=sys.stderr)
         return error.exit_status
@@ -124,6 +129,26 @@ class Takeover:
             except BaseException:
                 self._undo(journal)
                 raise
+
+    def standing(self) -> str | None:
+        """The link that the bridge has taken, confirmed; None: it has none.
+
+        Raises:
+            KernelRefusedError: the journal cannot be read.
+        """
+        journal = self._journals.load(self._bridge)
+        return journal.parent if journal is not None and self._stands(journal) else None
+
+    def settle(self) -> None:
+        """Undo a takeover that does not stand.
+
+        Raises:
+            KernelRefusedError: the kernel refused; the journal stays.
+        """
+        with self._journals.locked(self._bridge):
+            journal = self._journals.load(self._bridge)
+            if journal is not None and not self._stands(journal):
+                self._undo(journal)
 
     def give_back(self) -> None:
         """Move everything that the bridge has now to its parent, and remove it; idempotent.
@@ -223,8 +248,9 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--gateway", action="append", default=[], help="must answer through it")
     take.add_argument("--etcd", action="append", default=[], help="HOST:PORT; one must answer")
     take.add_argument("--confirm", type=float, default=5.0, help="seconds in which they must")
+    settle = verbs.add_parser("settle", help="undo what was cut short")
     give_back = verbs.add_parser("return", help="move everything back")
-    for verb in (take, give_back):
+    for verb in (take, settle, give_back):
         verb.add_argument("--state-dir", required=True, help="the agent's state directory")
         verb.add_argument("--bridge", required=verb is take, help="name of the bridge")
     return parser
