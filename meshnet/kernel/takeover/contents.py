@@ -35,7 +35,7 @@ from meshnet.kernel.bulk import (
 from meshnet.state import ROUTE_PROTOCOL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from meshnet.kernel.rtnl import Body
     from meshnet.model import IpAddress
@@ -59,7 +59,7 @@ _USABLE = NUD_REACHABLE | NUD_STALE | NUD_DELAY | NUD_PROBE | NUD_PERMANENT
 _IPV6_PREFIX_METRIC = 256
 """IP6_RT_PRIO_ADDRCONF."""
 _LABEL_MOST = 15
-_RTNEXTHOP = struct.Struct("=HxxI")  # length, flags, hops, ifindex
+_RTNEXTHOP = struct.Struct("=HBxI")  # length, flags, hops, ifindex
 
 
 class Kind(IntEnum):
@@ -111,11 +111,8 @@ class Record(NamedTuple):
     @property
     def identity(self) -> tuple[object, ...]:
         """The same for two that differ only in what the clock changes."""
-        if self.kind is Kind.ADDRESS:
-            volatile = {IFA_CACHEINFO}
-        else:
-            volatile = {RTA_EXPIRES} if self.kind is Kind.ROUTE else set()
-        return self.kind, self.header, tuple(a for a in self.attrs if a[0] not in volatile)
+        volatile = {Kind.ADDRESS: IFA_CACHEINFO, Kind.ROUTE: RTA_EXPIRES}.get(self.kind)
+        return self.kind, self.header, tuple(sorted(a for a in self.attrs if a[0] != volatile))
 
     def __str__(self) -> str:
         match self.kind:
@@ -128,6 +125,14 @@ class Record(NamedTuple):
             case _:
                 to = f"{ip_address(d)}/{self.header[1]}" if (d := self.get(RTA_DST)) else "default"
                 return f"route {to} of table {_table(self)}"
+
+
+class _Way(NamedTuple):
+    """One of the ways of a route that has several (``struct rtnexthop``)."""
+
+    ifindex: int
+    flags: int
+    attrs: tuple[tuple[int, bytes], ...]
 
 
 class Contents(NamedTuple):
@@ -188,6 +193,15 @@ def decode_addresses(bodies: Iterable[Body], index: int, name: str) -> tuple[Rec
     return tuple(found)
 
 
+def is_tentative(body: Body, index: int) -> bool:
+    """Whether an address of a dump is one of the link's that is being looked for on the network."""
+    data, start, end = body
+    family, _, _, _, on = rtnl.IFADDR.unpack_from(data, start)
+    flags = to_number(dict(_attrs(data, start + 8, end)).get(links.IFA_FLAGS, b""))
+    tentative = bool(flags & IFA_F_TENTATIVE) and not flags & IFA_F_DADFAILED
+    return on == index and family == socket.AF_INET6 and tentative
+
+
 def unmovable_address(body: Body, index: int) -> str | None:
     """Why an address of a dump, if it is the link's, cannot be moved."""
     data, start, end = body
@@ -198,7 +212,7 @@ def unmovable_address(body: Body, index: int) -> str | None:
         return None
     text = f"address {ip_address(attrs[links.IFA_ADDRESS])}/{length}"
     if flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED):
-        return f"{text} is not usable: wait until its duplicate address detection is done"
+        return f"{text} did not pass duplicate address detection: remove it"
     if flags & IFA_F_TEMPORARY:
         return f"{text} is a temporary one, which only the kernel can make: set use_tempaddr to 0"
     return None
@@ -208,7 +222,8 @@ def decode_routes(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
     """The routes by a link, from a dump of all tables of an IP version.
 
     Not those that the kernel keeps for itself in the local table, those of a nexthop object, which
-    go where it goes, and those of meshnet, which follow with the next pass.
+    go where it goes, and those of meshnet, which follow with the next pass.  IPv6 routes of one
+    destination and metric are one route of several ways to the kernel: each way is a route here.
     """
     found = []
     for data, start, end in bodies:
@@ -220,7 +235,13 @@ def decode_routes(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
         kernels = protocol == RTPROT_KERNEL and table == RT_TABLE_LOCAL
         if kernels or protocol == ROUTE_PROTOCOL or RTA_NH_ID in by_type:
             continue
-        if to_number(by_type.get(RTA_OIF, b"")) != index:
+        if RTA_MULTIPATH in by_type and family == socket.AF_INET6:
+            way = next((w for w in _ways(by_type[RTA_MULTIPATH]) if w.ifindex == index), None)
+            if way is None:
+                continue
+            flags = way.flags
+            attrs = [a for a in attrs if a[0] != RTA_MULTIPATH] + list(way.attrs)
+        elif to_number(by_type.get(RTA_OIF, b"")) != index:
             continue
         expires = by_type.get(RTA_CACHEINFO, b"")[_CACHEINFO_EXPIRES_AT:][:4]
         kept = [a for a in attrs if a[0] not in (RTA_OIF, RTA_CACHEINFO)]
@@ -238,15 +259,9 @@ def multipath_over(bodies: Iterable[Body], index: int) -> list[str]:
     found = []
     for data, start, end in bodies:
         attrs = _attrs(data, start + 12, end)
-        ways = dict(attrs).get(RTA_MULTIPATH, b"")
-        at = 0
-        while at + 8 <= len(ways):
-            length, way = _RTNEXTHOP.unpack_from(ways, at)
-            if way == index:
-                header = bytes(data[start : start + 12])
-                found.append(str(Record(Kind.ROUTE, header, tuple(attrs))))
-                break
-            at += max(8, (length + 3) & ~3)
+        if any(w.ifindex == index for w in _ways(dict(attrs).get(RTA_MULTIPATH, b""))):
+            header = bytes(data[start : start + 12])
+            found.append(str(Record(Kind.ROUTE, header, tuple(attrs))))
     return found
 
 
@@ -299,6 +314,15 @@ def encode_body(record: Record, index: int, name: str) -> bytes:
         case Kind.ROUTE:
             attrs.append((RTA_OIF, rtnl.U32.pack(index)))
     return header + b"".join(rtnl.attr(kind, payload) for kind, payload in attrs)
+
+
+def _ways(multipath: bytes) -> Iterator[_Way]:
+    at = 0
+    while at + _RTNEXTHOP.size <= len(multipath):
+        length, flags, ifindex = _RTNEXTHOP.unpack_from(multipath, at)
+        attrs = _attrs(multipath, at + _RTNEXTHOP.size, at + length)
+        yield _Way(ifindex, flags, tuple(attrs))
+        at += max(_RTNEXTHOP.size, (length + 3) & ~3)
 
 
 def _attrs(data: bytes, start: int, end: int) -> list[tuple[int, bytes]]:

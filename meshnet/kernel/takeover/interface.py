@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,7 @@ _LATE = (_GENERATES, "stable_secret")
 IFF_LOOPBACK = 0x8
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BR_MCAST_SNOOPING = 1, 5, 23
 RTM_GETRULE, FRA_IIFNAME, FRA_OIFNAME = 34, 3, 17
+_DETECTION_S = 3.0
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _NLM_F_APPEND = 0x800
 _VERBS = {
@@ -99,6 +101,8 @@ class Interfaces:
     def check_movable(self, name: str) -> LinkState:
         """A link whose contents can be moved to a bridge as they are.
 
+        Waits for duplicate address detection that is under way.
+
         Raises:
             NotFoundError: there is no such link.
             ConflictError: something on it would break; the message says what.
@@ -106,6 +110,9 @@ class Interfaces:
         link = self.find(name)
         if link is None:
             raise NotFoundError(f"link {name} does not exist on this host")
+        deadline = time.monotonic() + _DETECTION_S
+        while self._has_tentative(link) and time.monotonic() < deadline:
+            time.sleep(0.05)
         problem = self._find_obstacle(name, link)
         if problem is not None:
             raise ConflictError(f"link {name} cannot be taken over: {problem}")
@@ -132,6 +139,9 @@ class Interfaces:
         for rule in self._rules_of(name):
             return f"policy rule {rule} names it (`ip rule`): remove the rule, or name addresses"
         return None
+
+    def _has_tentative(self, link: LinkState) -> bool:
+        return any(contents.is_tentative(m, link.ifindex) for m in self._dump_addresses())
 
     def _uppers(self, index: int) -> Iterable[tuple[str, bytes]]:
         """Links of this namespace that are on a link: name and kind."""
