@@ -90,7 +90,7 @@ class TakeoverProcesses:
         await self._run(bridge, "return")
 
     async def _run(self, bridge: str, verb: str, *options: str) -> None:
-        """Run the program; cancelling leaves it alone."""
+        """Run the program; cancelling leaves it alone.  If it is killed, what it did is undone."""
         self._journals.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_path = self._journals.log_of(bridge)
         argv = [sys.executable, "-m", "meshnet.kernel.takeover", verb, "--bridge", bridge]
@@ -100,6 +100,9 @@ class TakeoverProcesses:
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         status = await process.wait()
+        if status < 0 and verb != "settle":
+            await self._run(bridge, "settle")
+            raise KernelRefusedError(f"the process that was at it was killed by signal {-status}")
         if status:
             words = log_path.read_text(errors="replace").strip().splitlines()
             reason = words[-1].partition(": ")[2] if words else "it was killed"
