@@ -3,7 +3,7 @@
 ::
 
     root: signals, API server
-      └─ store: keep-alive, watch, reservations, endpoint publication
+      └─ store: keep-alive, watch, reservations, endpoint publication, addresses of pools
            └─ data plane: kernel monitor, reconciler, endpoints
 
 The innermost is stopped first.  Stopping, crashing or losing the store removes nothing from the
@@ -31,6 +31,7 @@ from meshnet.model import Claim, Datapath, Host, HostId, Mode, NetworkName
 from meshnet.plan import LocalView, fallen_peers, probed_peers
 from meshnet.store.registry import Registry
 from meshnet_agent.endpoints import Endpoints, ReadyNetwork
+from meshnet_agent.flag import Flag
 from meshnet_agent.follow import Follower
 from meshnet_agent.identity import MeshIdentity
 from meshnet_agent.membership import Membership
@@ -147,6 +148,7 @@ class Agent:
             underlay=lambda: self.reconciler.result.underlay,
             on_change=self.reconciler.mark_dirty,
         )
+        self._passed = Flag()
         self._nursery: trio.Nursery | None = None
         self._was_alive = False
         self._expired: frozenset[HostId] = frozenset()
@@ -189,6 +191,7 @@ class Agent:
                     await data_plane.start(self.takeovers.run)
                     await data_plane.start(self.reconciler.run)
                     data_plane.start_soon(self._keep_filter_current)
+                    data_plane.start_soon(self._keep_macvlans)
                     data_plane.start_soon(self.probes.run)
                     self.ready = True
                     task_status.started()
@@ -216,10 +219,15 @@ class Agent:
                 )
             self.pool.look()
             self.takeovers.look()
-            if any(endpoint.parent is not None for endpoint in self.endpoints.all):
-                # Nothing in this namespace tells of theirs.
-                await self.endpoints.heal((), self.ready_network)
+            self._passed.set()
             await self.reconciler.wait_for_pass()
+
+    async def _keep_macvlans(self) -> None:
+        """Look for macvlans after every pass: nothing tells this namespace of their end."""
+        while True:
+            await self._passed.wait()
+            if any(endpoint.parent is not None for endpoint in self.endpoints.all):
+                await self.endpoints.heal((), self.ready_network)
 
     def _follow_address(self, underlay_ip: IpAddress) -> None:
         """Publish where this host is now, if its link was given another address."""
@@ -322,10 +330,11 @@ class Agent:
             self.publisher.refresh()
             self.pool.refresh()
         self._was_alive = alive
+        if changes is None or changes.networks:
+            self.pool.refresh()
         if changes is None or changes.networks or snapshot.holes:
             self.reconciler.mark_dirty()
             self.probes.refresh()
-            self.pool.refresh()
         else:
             # A lease alone changes nothing in the kernel, but for a host that was given up.
             touched = changes.hosts | (changes.leases & self._expired)

@@ -188,16 +188,16 @@ class Endpoints:
         Args:
             link_names: host-side links that a pass missed; macvlans are looked for in any case.
         """
+        bare = {e.id for e in self.all if e.parent is not None and not await self._has_macvlan(e)}
         async with self._lock:
             there = await self._worker.run(lambda wiring: wiring.list_endpoint_links())
             gone = set(link_names) - set(there)
-            for endpoint in self.all:
-                if endpoint.parent is None:
-                    if endpoint_link_name(endpoint.id) not in gone:
-                        continue
-                elif await self._has_macvlan(endpoint):
-                    self.unhealed.pop(endpoint.id, None)
-                    continue
+            for endpoint in [
+                e
+                for e in self.all
+                if endpoint_link_name(e.id) in gone
+                or (e.id in bare and not await self._has_macvlan(e))
+            ]:
                 try:
                     with open_process(endpoint.pid) as (_, netns_fd):
                         network = ready(endpoint.network)
@@ -216,9 +216,12 @@ class Endpoints:
         """Whether an endpoint's macvlan is in its namespace; also if that cannot be looked at."""
         try:
             with open_process(endpoint.pid) as (_, netns_fd):
-                return await self._worker.run(lambda wiring: wiring.holds(netns_fd, endpoint))
+                found = await self._worker.run(lambda wiring: wiring.holds(netns_fd, endpoint))
         except MeshnetError:
             return True  # its process is ending, and with it the endpoint
+        if found:
+            self.unhealed.pop(endpoint.id, None)
+        return found
 
     def _connect(
         self, wiring: Wiring, netns_fd: int, endpoint: Endpoint, ready: ReadyNetwork
@@ -417,13 +420,13 @@ class Endpoints:
         link_names = set(await self._worker.run(lambda wiring: wiring.list_endpoint_links()))
         endpoints, unreadable = self._disk.load_endpoints()
         for endpoint in endpoints:
-            found = _same_process(endpoint)
-            if found is None and (
-                endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names
-            ):
-                # The link is there, so the namespace is, and its inode still means the same one.
-                found = await self._find_heir(endpoint)
             try:
+                found = _same_process(endpoint)
+                if found is None and (
+                    endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names
+                ):
+                    # The link is there, so the namespace is, and its inode still means that one.
+                    found = await self._find_heir(endpoint)
                 if found is not None:
                     self._adopt(*found)
                     continue

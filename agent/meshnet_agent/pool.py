@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import random
-from dataclasses import dataclass, field
 from ipaddress import ip_interface
 from typing import TYPE_CHECKING
 
 import structlog
 import trio
 
-from meshnet.errors import ConflictError, MeshnetError, NotFoundError, PoolExhaustedError
-from meshnet.ipam import check_pool_address, choose_address
+from meshnet.errors import (
+    ConflictError,
+    KernelRefusedError,
+    MeshnetError,
+    NotFoundError,
+    PoolExhaustedError,
+)
+from meshnet.ipam import check_pool_address
 from meshnet.model import AddressHolder
 from meshnet.store.addresses import (
     SET_ASIDE_S,
@@ -32,9 +37,10 @@ from meshnet.store.addresses import (
 )
 from meshnet.wire.mac import is_endpoint_mac
 from meshnet_agent.flag import Flag
+from meshnet_agent.pool_view import PoolView, answered, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 
     from meshnet.kernel.address_probe import AddressProber
     from meshnet.model import (
@@ -61,56 +67,6 @@ _DELAYS_S = (0.2, 10.0)
 _REFRESH_S, _REFRESH_ASIDE_S = 600.0, 60.0
 """Time after which pools are listed again; sooner while something is set aside, so that ``status``
 does not name it for long after."""
-
-
-@dataclass(slots=True)
-class _Pool:
-    """What this host knows of a network's pool: a hint, but for its own addresses.
-
-    Attributes:
-        revision: of the network's key; a take depends on it.
-        choosing: addresses of takes under way: a host does not race itself.
-        written: what this host wrote since the last listing began; None: freed.
-        begun: how many listings began.
-        listed: the number of the last one that ended well; 0: what is known may be wrong.
-    """
-
-    network: Network
-    revision: int = 0
-    holders: dict[IpAddress, AddressHolder] = field(default_factory=dict)
-    bad_values: dict[str, str] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-    choosing: set[IpAddress] = field(default_factory=set)
-    written: dict[IpAddress, AddressHolder | None] = field(default_factory=dict)
-    begun: int = 0
-    listed: int = 0
-    lock: trio.Lock = field(default_factory=trio.Lock)
-
-    def note(self, address: IpAddress, holder: AddressHolder | None) -> None:
-        """This host wrote a key; None: it freed it."""
-        self.written[address] = holder
-        self._apply(address, holder)
-
-    def replace(self, holders: dict[IpAddress, AddressHolder]) -> None:
-        """A listing ended: what was written meanwhile may or may not be in it."""
-        self.holders = holders
-        for address, holder in self.written.items():
-            self._apply(address, holder)
-
-    def _apply(self, address: IpAddress, holder: AddressHolder | None) -> None:
-        if holder is None:
-            self.holders.pop(address, None)
-        else:
-            self.holders[address] = holder
-
-    @contextlib.contextmanager
-    def chosen(self, addresses: Collection[IpAddress]) -> Iterator[None]:
-        """While the block runs no other attach of this host chooses the addresses."""
-        self.choosing.update(addresses)
-        try:
-            yield
-        finally:
-            self.choosing.difference_update(addresses)
 
 
 class PoolAddresses:
@@ -151,7 +107,7 @@ class PoolAddresses:
         self._recorded = recorded
         self._check_store = check_store
         self._on_change = on_change
-        self._pools: dict[NetworkName, _Pool] = {}
+        self._pools: dict[NetworkName, PoolView] = {}
         self._taking: set[EndpointId] = set()
         self._look = Flag()
 
@@ -213,15 +169,15 @@ class PoolAddresses:
         if self.host_addresses:
             self._on_change()  # it reaches each of them by a route
 
-    def _pool(self, network: Network) -> _Pool:
+    def _pool(self, network: Network) -> PoolView:
         known = self._pools.get(network.name)
         if known is None or known.network != network:
-            known = self._pools[network.name] = _Pool(network)
+            known = self._pools[network.name] = PoolView(network)
         return known
 
     async def _find(
         self,
-        pool: _Pool,
+        pool: PoolView,
         link: str,
         holder: AddressHolder,
         versions: Collection[int],
@@ -238,7 +194,9 @@ class PoolAddresses:
             try:
                 # After one lost race the lowest is known; it is no use where many take at once.
                 spread = races > 1 or (races == 1 and bool(pool.choosing))
-                chosen = _choose(pool, excluded, versions, wanted, spread=spread)
+                chosen = pool.choose(
+                    excluded, versions, wanted, random.randrange if spread else None
+                )
             except (PoolExhaustedError, ConflictError):
                 if pool.listed > entered:
                     raise
@@ -249,12 +207,16 @@ class PoolAddresses:
                     races += 1
                     await self._list(pool, pool.begun)
                     continue
-            answers = await self._ask(link, chosen)
+            try:
+                answers = await self._ask(link, chosen)
+            except MeshnetError:
+                await self._free(pool, dict.fromkeys(chosen, holder))
+                raise
             if not answers:
                 return chosen
             await self._set_aside(pool, dict.fromkeys(chosen, holder), answers)
             if wanted in answers:
-                raise _conflict(pool.network, wanted, answers[wanted])
+                raise answered(pool.network, wanted, answers[wanted])
             conflicts += 1
         if conflicts == _MAX_CONFLICTS:
             raise ConflictError(
@@ -272,7 +234,7 @@ class PoolAddresses:
         return {*network.gateways, *hosts, *(self._link_addresses(link) or ())}
 
     async def _commit(
-        self, pool: _Pool, addresses: Collection[IpAddress], holder: AddressHolder
+        self, pool: PoolView, addresses: Collection[IpAddress], holder: AddressHolder
     ) -> bool:
         try:
             won = await take_addresses(
@@ -286,7 +248,7 @@ class PoolAddresses:
                 pool.note(address, holder)
         return won
 
-    async def _list(self, pool: _Pool, seen: int) -> None:
+    async def _list(self, pool: PoolView, seen: int) -> None:
         """List a pool, unless a listing that began after number `seen` has ended."""
         async with pool.lock:
             if pool.listed > seen:
@@ -322,7 +284,7 @@ class PoolAddresses:
 
     async def _set_aside(
         self,
-        pool: _Pool,
+        pool: PoolView,
         held: dict[IpAddress, AddressHolder],
         answers: dict[IpAddress, bytes],
     ) -> None:
@@ -381,7 +343,7 @@ class PoolAddresses:
                 await trio.sleep(delay_s * random.uniform(0.5, 1.0))
                 delay_s = min(_DELAYS_S[1], delay_s * 2)
 
-    def _current(self) -> list[_Pool]:
+    def _current(self) -> list[PoolView]:
         """The pools of all underlay networks; those of others are forgotten."""
         networks = [n for n in self._snapshot().networks.values() if n.mode.is_underlay]
         self._pools = {n.name: self._pool(n) for n in networks}
@@ -398,7 +360,7 @@ class PoolAddresses:
             pool.errors = [*await self._restore(pool), *await self._take_own(pool)]
         self._publish()
 
-    async def _give_back(self, pool: _Pool) -> None:
+    async def _give_back(self, pool: PoolView) -> None:
         """Free what no endpoint on disk and no attach under way has."""
         needed = {*self._recorded(), *self._taking, *([""] if pool.network.host_access else [])}
         unneeded = {
@@ -407,11 +369,14 @@ class PoolAddresses:
             if holder.host == self._host and holder.endpoint not in needed
         }
         if unneeded:
-            await free_addresses(self._store, pool.network.name, unneeded)
-            for address in unneeded:
-                pool.note(address, None)
+            await self._free(pool, unneeded)
 
-    async def _restore(self, pool: _Pool) -> list[str]:
+    async def _free(self, pool: PoolView, held: dict[IpAddress, AddressHolder]) -> None:
+        await free_addresses(self._store, pool.network.name, held)
+        for address in held:
+            pool.note(address, None)
+
+    async def _restore(self, pool: PoolView) -> list[str]:
         """Take again what endpoints have and the store lost; what others have by now."""
         errors = []
         for endpoint in self._endpoints():
@@ -423,14 +388,14 @@ class PoolAddresses:
                 if address in pool.holders:
                     errors.append(
                         f"endpoint {endpoint.name} has {address}, which "
-                        f"{_name(pool.holders[address])} holds: detach and attach it again"
+                        f"{name_of(pool.holders[address])} holds: detach and attach it again"
                     )
                 elif not await self._commit(pool, [address], holder):
                     pool.listed = 0
                     self._look.set()
         return errors
 
-    async def _take_own(self, pool: _Pool) -> list[str]:
+    async def _take_own(self, pool: PoolView) -> list[str]:
         """Have an address of each IP version for the host itself, where the network wants that."""
         network = pool.network
         link = network.parent or ""
@@ -440,11 +405,11 @@ class PoolAddresses:
         try:
             for version in {s.version for s in network.subnets} - have:
                 await self._find(pool, link, AddressHolder(self._host), [version])
-        except (ConflictError, PoolExhaustedError) as error:
+        except (ConflictError, PoolExhaustedError, KernelRefusedError) as error:
             return [f"no address for the host itself: {error}"]
         return []
 
-    def _own(self, pool: _Pool) -> list[IpAddress]:
+    def _own(self, pool: PoolView) -> list[IpAddress]:
         mine = AddressHolder(self._host)
         held = [address for address, holder in pool.holders.items() if holder == mine]
         return sorted(held, key=lambda address: (address.version, int(address)))
@@ -455,45 +420,3 @@ class PoolAddresses:
         if own != self.host_addresses:
             self.host_addresses = own
             self._on_change()
-
-
-def _choose(
-    pool: _Pool,
-    excluded: Collection[IpAddress],
-    versions: Collection[int],
-    wanted: IpAddress | None,
-    *,
-    spread: bool,
-) -> list[IpAddress]:
-    """A free address of each IP version, `wanted` being the one of its own."""
-    taken = {*pool.holders, *pool.choosing, *excluded}
-    chosen = []
-    for version in versions:
-        if wanted is None or wanted.version != version:
-            random_below = random.randrange if spread else None
-            chosen.append(choose_address(pool.network, version, taken, random_below=random_below))
-        elif wanted in taken:
-            holder = pool.holders.get(wanted)
-            if holder is not None and holder.held_by:
-                raise _conflict(pool.network, wanted, holder.held_by)
-            by = _name(holder) if holder is not None else "another attach"
-            raise ConflictError(
-                f"address {wanted} of network {pool.network.name} is held by {by}: choose another, "
-                "or leave --ip out (meshnet endpoint ls shows who has it)"
-            )
-        else:
-            chosen.append(wanted)
-    return chosen
-
-
-def _name(holder: AddressHolder) -> str:
-    if holder.held_by:
-        return f"a machine outside the mesh, {holder.held_by.hex(':')},"
-    return f"host {holder.host}" if holder.host else "an entry that cannot be read"
-
-
-def _conflict(network: Network, address: IpAddress, mac: bytes) -> ConflictError:
-    return ConflictError(
-        f"address {address} of network {network.name} is answered for by {mac.hex(':')}, outside "
-        "the mesh: choose another --ip, or stop that machine"
-    )

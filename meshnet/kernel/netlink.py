@@ -134,14 +134,7 @@ class NetlinkKernel:
             ip=ip,
             dev=link.name,
             mtu_bytes=link.mtu_bytes,
-            links={
-                other.name: HostLink(
-                    other.mtu_bytes,
-                    frozenset(ip for ip, holder in held if holder.ifindex == other.ifindex),
-                )
-                for other in self._by_index.values()
-                if not _is_ours(other.name)
-            },
+            links=self._host_links(held),
             forwarding_links=self._forwarding_links,
             ra_links=tuple(
                 dev
@@ -183,6 +176,16 @@ class NetlinkKernel:
             refusal = answer.errno if isinstance(answer, rtnl.KernelError) else 0
             self._nexthop_objects = refusal != errno.EOPNOTSUPP
         return self._nexthop_objects
+
+    def _host_links(self, held: Iterable[tuple[IpAddress, LinkInfo]]) -> dict[str, HostLink]:
+        addresses: dict[str, set[IpAddress]] = {}
+        for ip, link in held:
+            addresses.setdefault(link.name, set()).add(ip)
+        return {
+            link.name: HostLink(link.mtu_bytes, frozenset(addresses.get(link.name, ())))
+            for link in self._by_index.values()
+            if not _is_ours(link.name)
+        }
 
     def _dump_global_addresses(self) -> list[tuple[IpAddress, LinkInfo]]:
         """All addresses of global scope and the links that hold them."""

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from ipaddress import IPv6Interface
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from meshnet.model import Endpoint, IpAddress, IpNetwork
 
 RTPROT_STATIC = 4
+_MAC_TRIES, _MAC_PAUSE_S = 40, 0.05
 
 
 class NetlinkWiring:
@@ -138,8 +140,10 @@ class NetlinkWiring:
                 # The kernel sends a gratuitous ARP packet when the link goes up.
                 Path(f"/proc/sys/net/ipv4/conf/{endpoint.ifname}/arp_notify").write_text("1")
             _check_addresses(inner, endpoint)
-            requests = [links.encode_address(a, index) for a in endpoint.addresses]
-            self._must(inner, [*requests, links.encode_link_up(index)], endpoint)
+            self._must(
+                inner, [links.encode_address(a, index) for a in endpoint.addresses], endpoint
+            )
+            self._set_up(inner, index, endpoint)
             default = endpoint.default_route and bool(endpoint.gateways)
             default = default and not _has_default_route(inner)
             routes = []
@@ -151,6 +155,23 @@ class NetlinkWiring:
             if isinstance(address, IPv6Interface):
                 announce(endpoint.ifname, address.ip, endpoint.mac)
         return default
+
+    def _set_up(self, inner: rtnl.RtnlSocket, index: int, endpoint: Endpoint) -> None:
+        """Set a link up, once nobody else on its parent has its MAC.
+
+        An endpoint that ended is still there until the kernel has removed its namespace, and the
+        next one with its address has its MAC (``macvlan_open`` in drivers/net/macvlan.c).
+        """
+        up = links.encode_link_up(index)
+        for _ in range(_MAC_TRIES):
+            self.writes += 1
+            errors = inner.send_batch([up])
+            if not errors:
+                return
+            if errors[0].errno != errno.EADDRINUSE:
+                break
+            time.sleep(_MAC_PAUSE_S)
+        raise _translate(up, errors[0], endpoint)
 
     def _must(
         self, target: rtnl.RtnlSocket, requests: Sequence[rtnl.Request], endpoint: Endpoint
@@ -171,8 +192,8 @@ def _encode_link(netns_fd: int, wiring: EndpointWiring) -> rtnl.Request:
             "see meshnet status"
         ) from error
     if endpoint.parent is not None:
-        # By a name of ours at first: before Linux 6.14 the kernel refuses one that this namespace
-        # has, although the link is for another.
+        # By a name of ours at first: older kernels refuse one that this namespace has, although the
+        # link is for another.
         return links.encode_macvlan(
             endpoint_link_name(endpoint.id),
             lower=uplink,

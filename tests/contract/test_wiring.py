@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import pytest
 
 from meshnet.diff import Table, diff
-from meshnet.errors import ConflictError, NotFoundError
+from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
 from meshnet.kernel import EndpointWiring
 from meshnet.kernel.memory_wiring import MemoryWiring, NamespaceLink
 from meshnet.kernel.netns import netns_inode
@@ -466,3 +467,28 @@ def test_what_the_wire_is_told(linux: RealWired) -> None:
                 assert (frame.src, frame[IPv6].dst, frame[IPv6].hlim) == (mac, "ff02::1", 255)
                 assert in6_chksum(58, frame[IPv6], bytes(frame[IPv6].payload)) == 0  # type: ignore[no-untyped-call]
                 left.discard(6)
+
+
+def test_a_macvlan_waits_until_the_last_with_its_mac_is_gone(linux: RealWired) -> None:
+    endpoint = on_wire(linux)
+    host = linux.host.name
+    mac = endpoint.mac.hex(":")
+    ip("-n", host, "link", "add", "old0", "link", UNDERLAY_DEV, "address", mac, "type", "macvlan")
+    ip("-n", host, "link", "set", "old0", "up")
+    ending = threading.Timer(0.2, ip, ["-n", host, "link", "del", "old0"])
+    ending.start()
+    assert linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+    ending.join()
+    assert linux.wiring.holds(linux.netns_fd, endpoint)
+
+
+def test_a_macvlan_whose_mac_somebody_keeps(
+    linux: RealWired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshnet.kernel.wiring._MAC_TRIES", 2)
+    endpoint = on_wire(linux)
+    ip("-n", linux.host.name, "link", "set", UNDERLAY_DEV, "address", endpoint.mac.hex(":"))
+    before = linux.view()
+    with pytest.raises(KernelRefusedError, match="in use"):
+        linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+    assert_nothing_left(linux, before)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.cli.client import Client
-from meshnet.errors import AgentUnreachableError
+from meshnet.errors import AgentUnreachableError, ConflictError
 from meshnet.lab.poll import wait_until
 from tests.netns.mesh import (
     BRIEFLY,
@@ -205,6 +205,14 @@ def test_two_hosts_attach_many_at_the_same_instant(make_lab: MakeLab) -> None:
     done = _attach_at_once(containers)
     assert len(done) == 2 * EACH
     _check(lab, containers, done)
+    # One process twice: one of them waits for nothing.
+    twice = h1.spawn_container()
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(_attach_by_api, h1, twice) for _ in range(2)]
+        errors = [answer.exception() for answer in answers]
+    assert [type(e) for e in errors if e is not None] == [ConflictError]
+    done += [answer.result() for answer in answers if answer.exception() is None]
+    containers.append((h1, twice))
     more = _containers(lab)
     done += _attach_at_once(more, kill=h1)
     h1.start_agent()
@@ -218,6 +226,12 @@ def _containers(lab: Lab) -> list[tuple[LabHost, LabContainer]]:
     return [(host, host.spawn_container()) for host in lab.hosts for _ in range(EACH)]
 
 
+def _attach_by_api(host: LabHost, container: LabContainer) -> Document:
+    body = {"pid": container.pid, "network": "phys"}
+    document: Document = Client(str(host.socket_path)).post("attach", body=body)
+    return document
+
+
 def _attach_at_once(
     containers: Sequence[tuple[LabHost, LabContainer]], kill: LabHost | None = None
 ) -> list[Document]:
@@ -226,9 +240,8 @@ def _attach_at_once(
 
     def attach_one(item: tuple[LabHost, LabContainer]) -> Document | None:
         host, container = item
-        body = {"pid": container.pid, "network": "phys"}
         try:
-            document: Document = Client(str(host.socket_path)).post("attach", body=body)
+            document = _attach_by_api(host, container)
         except AgentUnreachableError:
             return None  # it was killed
         if kill is not None and host.name == kill.name:

@@ -436,3 +436,17 @@ async def test_an_address_for_the_host_itself(autojump_clock: MockClock, wire: W
     one.start()
     await one.pool.load()
     assert [str(a) for a in one.pool.host_addresses[network.name]] == ["10.9.8.1", "fd09::1"]
+
+
+async def test_no_address_for_the_host_itself(autojump_clock: MockClock, wire: Wire) -> None:
+    network = await wire.network(host_access=True)
+    (one,) = await wire.members(1)
+    one.prober.error = KernelRefusedError("link eth0 is down")
+    async with one.running():
+        one.pool.look()
+        await until(lambda: bool(one.pool.errors(network.name)), "it is told")
+        assert "eth0 is down" in one.pool.errors(network.name)[0]
+        one.prober.error = None
+        one.pool.look()
+        await until(lambda: bool(one.pool.host_addresses), "the host has an address")
+        assert one.pool.errors(network.name) == []
