@@ -67,6 +67,11 @@ SETTINGS = (
         "vtep-engine", "ENGINE", "what carries the packets of a userspace VTEP", "python",
         choices=("python", "native"),
     ),
+    Setting(
+        "takeover-confirm", "S",
+        "seconds in which the gateway and etcd must answer through a bridge that took the host's "
+        "link over", "5",
+    ),
     Setting("image-max-bytes", "N", "most that an image may take once unpacked", str(32 << 30)),
     Setting("image-max-entries", "N", "most files that an image may have", "1000000"),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
@@ -106,6 +111,7 @@ class AgentConfig:
     vtep_engine: str
     image_max_bytes: int
     image_max_entries: int
+    takeover_confirm_s: float
     etcd_ca: str | None
     etcd_cert: str | None
     etcd_key: str | None
@@ -244,8 +250,9 @@ def _check(
         "image_max_entries": int(
             _number(values, sources, "image-max-entries", 1, 1 << 40, unit="a number")
         ),
+        "takeover_confirm_s": _number(values, sources, "takeover-confirm", 1, 60),
     }
-    for gone in ("lease_ttl", "grace", "resync"):
+    for gone in ("lease_ttl", "grace", "resync", "takeover_confirm"):
         del text[gone]
     return AgentConfig(**text)
 

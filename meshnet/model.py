@@ -155,6 +155,11 @@ class Network:
             return {self.port}, set()
         return ({self.fallback_port} if self.fallback else set()), {self.port}
 
+    def excludes(self, other: Network) -> bool:
+        """Whether the two want one link of the hosts, and one of them the whole of it."""
+        modes = (self.mode, other.mode)
+        return self.parent == other.parent and Mode.UNDERLAY_BRIDGE in modes
+
     def host_prefix_of(self, version: int) -> int:
         """Prefix length of one host's subnet of the IP version (4 or 6)."""
         return self.host_prefix if version == 4 else self.host_prefix6

@@ -14,6 +14,7 @@ from meshnet.backends.bridge import BRIDGE
 from meshnet.backends.macvlan import MACVLAN
 from meshnet.backends.overlay import direct_nexthop, route_key
 from meshnet.backends.udp import UDP, tun_name
+from meshnet.backends.underlay_bridge import UNDERLAY_BRIDGE, parent_bridge_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
 from meshnet.errors import UsageError
 from meshnet.firewall import elements, render_rules
@@ -38,6 +39,7 @@ BACKENDS: Mapping[Mode, Backend] = {
     Mode.VXLAN: VXLAN,
     Mode.UDP: UDP,
     Mode.MACVLAN: MACVLAN,
+    Mode.UNDERLAY_BRIDGE: UNDERLAY_BRIDGE,
     Mode.BRIDGE: BRIDGE,
 }
 """The modes this version carries packets for."""
@@ -50,15 +52,17 @@ class LocalView:
     Attributes:
         subnets: the subnets it holds reservations for.
         addresses: its own addresses of underlay networks' pools, at most one an IP version.
+        takeovers: of networks of mode ``underlay-bridge``, why the parent is not taken over; "": it
+            is; not there: that is under way.
         expired: hosts dead for longer than the grace period.
         fallen: peers that are sent to by a network's fallback.
-        addresses: this host's own addresses of underlay networks' pools.
     """
 
     host: HostId
     subnets: Mapping[NetworkName, tuple[IpNetwork, ...]]
     endpoints: Sequence[Endpoint] = ()
     addresses: Mapping[NetworkName, tuple[IpAddress, ...]] = field(default_factory=dict)
+    takeovers: Mapping[NetworkName, str] = field(default_factory=dict)
     expired: frozenset[HostId] = frozenset()
     fallen: frozenset[tuple[NetworkName, HostId]] = frozenset()
 
@@ -148,11 +152,12 @@ def plan_mesh(
             continue
         outcome = _plan_network(network, snapshot, local, underlay, ids, state)
         outcomes[network.name] = outcome
-        if outcome.plan is not None and not network.mode.is_underlay:
-            # Packets of the others do not pass through this host.
+        if outcome.plan is not None and network.mode is not Mode.MACVLAN:
+            # What a macvlan sends passes through no link of this host's own.
             planned.append(outcome.plan)
     if planned:
         state.firewall = render_rules([p.firewall for p in planned], underlay.ip)
+    if any(p.firewall.links for p in planned):
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)
 
@@ -270,11 +275,25 @@ def _find_conflict(
                 f"UDP port {taken} is network {name}'s, and a userspace VTEP needs one of its own: "
                 f"create this network anew with another {network.option_of_port(taken)}"
             )
+        if network.excludes(other):
+            return f"link {network.parent} is network {name}'s: remove this network"
         for mine in network.subnets:
             for theirs in other.subnets:
                 if mine.version == theirs.version and mine.overlaps(theirs):
                     return f"subnet {mine} overlaps {theirs} of network {name}: remove this network"
     return None
+
+
+def networks_to_bridge(snapshot: MeshSnapshot, underlay: Underlay) -> list[Network]:
+    """The networks of mode ``underlay-bridge`` that this host can have a part in."""
+    names = list(snapshot.networks)
+    return [
+        network
+        for number, network in enumerate(snapshot.networks.values())
+        if network.mode is Mode.UNDERLAY_BRIDGE
+        and _find_conflict(network, names[:number], snapshot, underlay) is None
+        and _missing_parent(network, underlay) is None
+    ]
 
 
 def _missing_parent(network: Network, underlay: Underlay) -> str | None:
@@ -302,6 +321,12 @@ def _plan_network(
     subnets = local.subnets.get(network.name, ())
     if not subnets:
         return NetworkOutcome(errors=("this host has no subnet of it yet",))
+    if network.mode is Mode.UNDERLAY_BRIDGE:
+        failed = local.takeovers.get(network.name)
+        if failed:
+            return NetworkOutcome(errors=(failed,), refused=True)
+        if failed is None or parent_bridge_name(network) not in underlay.links:
+            return NetworkOutcome(errors=(f"link {network.parent} is being taken over",))
     held = snapshot.reservations.get(network.name, Reservations())
     peers, errors = _peers(network, snapshot, local, held.hosts)
     endpoints = [e for e in local.endpoints if e.network == network.name]

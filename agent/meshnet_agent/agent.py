@@ -23,10 +23,11 @@ import trio
 from meshnet.backends.macvlan import shim_name
 from meshnet.backends.overlay import bridge_name
 from meshnet.backends.udp import tun_name
+from meshnet.backends.underlay_bridge import parent_bridge_name
 from meshnet.backends.vxlan import vxlan_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
-from meshnet.model import Claim, Datapath, Host, HostId, NetworkName
+from meshnet.model import Claim, Datapath, Host, HostId, Mode, NetworkName
 from meshnet.plan import LocalView, fallen_peers, probed_peers
 from meshnet.state import endpoint_link_name
 from meshnet.store.registry import Registry
@@ -42,6 +43,7 @@ from meshnet_agent.ports import PublishedPorts
 from meshnet_agent.probes import Probes, Target
 from meshnet_agent.publish import Publisher
 from meshnet_agent.reconcile import Reconciler
+from meshnet_agent.takeover import Takeovers
 from meshnet_agent.way import RightOfWay
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from meshnet_agent.disk import StateDir
     from meshnet_agent.paths import Pair
     from meshnet_agent.ports import HostPorts
+    from meshnet_agent.takeover import TakeoverRunner
     from meshnet_agent.worker import Worker
 
     Listen = Callable[..., Awaitable[None]]
@@ -73,6 +76,7 @@ class Agent:
         vteps: its userspace VTEPs, to ask what they counted.
         prober: asks the wire whether an address is free.
         host_ports: the ports of this host, to keep its processes off published ones.
+        takeovers: takes this host's links over, for networks that have them for a parent.
         listen: waits for the kernel's notifications (`meshnet_agent.monitor.listen`).
     """
 
@@ -87,6 +91,7 @@ class Agent:
         event_filter: EventFilter,
         prober: AddressProber,
         host_ports: HostPorts,
+        takeovers: TakeoverRunner,
         listen: Listen = listen,
         *,
         datapath: Datapath = Datapath.KERNEL,
@@ -150,6 +155,12 @@ class Agent:
             lambda: self.follower.snapshot.networks,
             self.identity.check,
         )
+        self.takeovers = Takeovers(
+            takeovers,
+            snapshot=lambda: self.follower.snapshot,
+            underlay=lambda: self.reconciler.result.underlay,
+            on_change=self.reconciler.mark_dirty,
+        )
         self._passed = Flag()
         self._nursery: trio.Nursery | None = None
         self._was_alive = False
@@ -190,6 +201,7 @@ class Agent:
                     with trio.move_on_after(_FIRST_RESERVATIONS_S):
                         await self.membership.settled()
                     await self._adopt_fallen()
+                    await data_plane.start(self.takeovers.run)
                     await data_plane.start(self.reconciler.run)
                     data_plane.start_soon(self._keep_filter_current)
                     data_plane.start_soon(self._keep_macvlans)
@@ -209,6 +221,9 @@ class Agent:
                 self._follow_address(underlay.ip)
                 networks = self.follower.snapshot.networks.values()
                 parents = {n.parent for n in networks if n.parent is not None}
+                parents |= {
+                    parent_bridge_name(n) for n in networks if n.mode is Mode.UNDERLAY_BRIDGE
+                }
                 self._event_filter.look_at(
                     indices_of([name(n) for n in networks for name in (bridge_name, shim_name)]),
                     indices_of([name(n) for n in networks for name in (vxlan_name, tun_name)]),
@@ -216,6 +231,7 @@ class Agent:
                     parents,
                 )
             self.pool.look()
+            self.takeovers.look()
             self._passed.set()
             await self.reconciler.wait_for_pass()
 
@@ -272,6 +288,7 @@ class Agent:
             subnets=dict(self.membership.subnets),
             endpoints=self.endpoints.all,
             addresses=dict(self.pool.host_addresses),
+            takeovers=dict(self.takeovers.states),
             expired=self._expired,
             fallen=self.probes.fallen,
         )

@@ -1,6 +1,6 @@
 """``meshnet-agent``: reads its settings, opens the real parts and runs the agent.
 
-The only ``trio.run`` of the project.
+The only ``trio.run`` of the agent.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from meshnet.errors import MeshnetError, UsageError
 from meshnet.kernel.address_probe import WireProber
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.events import EventFilter
+from meshnet.kernel.takeover.process import TakeoverProcesses
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
 from meshnet.vtep.native import library
@@ -148,6 +149,7 @@ async def _run(config: AgentConfig) -> None:
     # Imported here: pyroute2 takes 0.2 s, and --help needs none of it.
     from meshnet.kernel.netlink import NetlinkKernel
     from meshnet.kernel.wiring import NetlinkWiring
+    from meshnet.store.etcd import target
 
     def make_kernel() -> NetlinkKernel:
         return NetlinkKernel(
@@ -163,6 +165,10 @@ async def _run(config: AgentConfig) -> None:
             library.load()  # to say now, and not of each network, that it is not built
         vteps = VtepProcesses(Path(config.run_dir, "vtep"), config.vtep_engine)
         wired = WiredElements()
+        etcd = [target(url) for url in config.etcd]
+        takeovers = TakeoverProcesses(disk.path.absolute(), etcd, config.takeover_confirm_s)
+        # Before anybody is asked for: what was cut short may be in the way.
+        await takeovers.settle()
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
             open_worker("wiring", lambda: NetlinkWiring(wired), NetlinkWiring.close) as wiring,
@@ -189,6 +195,7 @@ async def _run(config: AgentConfig) -> None:
                 EventFilter(await kernel.run(lambda k: k.deleted)),
                 WireProber(),
                 KernelPorts(),
+                takeovers,
                 functools.partial(listen, own_ports=ports, own_nft_ports=nft_ports),
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,

@@ -47,23 +47,15 @@ class MacvlanBackend:
         """Nothing, or with ``host_access`` the host's own macvlan and the routes by it."""
         network = wanted.network
         parent = network.parent or ""
-        parent_mtu_bytes = wanted.underlay.links[parent].mtu_bytes
-        mtu_bytes, errors = parent_mtu_bytes, []
-        if network.mtu_bytes is not None:
-            mtu_bytes = min(network.mtu_bytes, parent_mtu_bytes)
-            if mtu_bytes < network.mtu_bytes:
-                errors.append(
-                    f"MTU {network.mtu_bytes} is more than the {mtu_bytes} of link {parent}: raise "
-                    "that, or create the network with a smaller --mtu"
-                )
+        mtu_bytes, errors = endpoint_mtu(wanted, parent)
         if wanted.host_addresses:
             _plan_shim(wanted, parent, mtu_bytes, state)
         return NetworkPlan(
             mtu_bytes=mtu_bytes,
             uplink=parent,
             endpoint_link=LinkKind.MACVLAN,
-            firewall=FirewallNetwork((), (), network.subnets, ()),
-            errors=tuple(errors),
+            firewall=FirewallNetwork(),
+            errors=errors,
         )
 
     def plan_peers(
@@ -74,6 +66,18 @@ class MacvlanBackend:
 
 
 MACVLAN = MacvlanBackend()
+
+
+def endpoint_mtu(wanted: NetworkInput, uplink: str) -> tuple[int, tuple[str, ...]]:
+    """MTU of endpoints on a link of the host, and what is wrong with it, in words."""
+    wanted_bytes, link_bytes = wanted.network.mtu_bytes, wanted.underlay.links[uplink].mtu_bytes
+    if wanted_bytes is None or wanted_bytes <= link_bytes:
+        return wanted_bytes or link_bytes, ()
+    problem = (
+        f"MTU {wanted_bytes} is more than the {link_bytes} of link {uplink}: raise that, or create "
+        "the network with a smaller --mtu"
+    )
+    return link_bytes, (problem,)
 
 
 def _plan_shim(wanted: NetworkInput, parent: str, mtu_bytes: int, state: KernelState) -> None:

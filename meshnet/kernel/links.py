@@ -184,10 +184,14 @@ def encode_macvlan(
     return rtnl.Request(rtnl.RTM_NEWLINK, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
 
 
-def encode_no_link_local(index: int) -> rtnl.Request:
-    """Keep the kernel from giving a link an IPv6 link-local address."""
-    mode = rtnl.attr(IFLA_INET6_ADDR_GEN_MODE, bytes((ADDR_GEN_NONE,)))
-    spec = rtnl.attr(socket.AF_INET6 | NLA_F_NESTED, mode)
+def encode_no_link_local(index: int, mode: int = ADDR_GEN_NONE) -> rtnl.Request:
+    """Keep the kernel from giving a link an IPv6 link-local address.
+
+    Args:
+        mode: or let it, in some way (IN6_ADDR_GEN_MODE_…).
+    """
+    generation = rtnl.attr(IFLA_INET6_ADDR_GEN_MODE, bytes((mode,)))
+    spec = rtnl.attr(socket.AF_INET6 | NLA_F_NESTED, generation)
     body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0)
     return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.attr(IFLA_AF_SPEC | NLA_F_NESTED, spec))
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from meshnet.store import Condition, WatchBatch, Write
     from meshnet.store._etcd_messages import Message
 
-__all__ = ["EtcdConfig", "EtcdStore"]
+__all__ = ["EtcdConfig", "EtcdStore", "target"]
 
 _T = TypeVar("_T")
 

@@ -379,6 +379,10 @@ def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
                 f"UDP port {taken} is network {other.name}'s, and a userspace VTEP needs one of "
                 f"its own: choose another {network.option_of_port(taken)}"
             )
+        if network.excludes(other):
+            raise ConflictError(
+                f"link {network.parent} is network {other.name}'s: choose another --parent"
+            )
         for mine in network.subnets:
             for theirs in other.subnets:
                 if mine.version == theirs.version and mine.overlaps(theirs):

@@ -132,3 +132,15 @@ def captured(lab: Lab, pcap: Path, expression: str = "") -> Iterator[list[Packet
     child.terminate()
     child.wait(timeout=10)
     packets.extend(rdpcap(str(pcap)))
+
+
+@contextlib.contextmanager
+def silenced(lab: Lab, rule: str) -> Iterator[None]:
+    """Have the underlay's switch drop what a rule of nftables' bridge family matches."""
+    table = "table bridge silence { chain %s { type filter hook %s priority 0; %s drop; }; }"
+    hook = "output" if "arp" in rule else "forward"
+    lab.switch.run(["nft", table % (hook, hook, rule)])
+    try:
+        yield
+    finally:
+        lab.switch.run(["nft", "delete table bridge silence"])

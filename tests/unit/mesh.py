@@ -25,7 +25,7 @@ from tests.unit.host_ports import FakePorts
 from tests.values import make_network, underlay_ip
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from meshnet.errors import MeshnetError
@@ -63,6 +63,34 @@ class MemoryProber:
 
 
 @dataclass
+class MemoryTakeovers:
+    """Takeovers as a test wants them: what stands, what was asked for, what fails."""
+
+    taken: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    failure: MeshnetError | None = None
+
+    def bridges(self) -> list[str]:
+        return sorted(self.taken)
+
+    async def standing(self) -> dict[str, str]:
+        await trio.lowlevel.checkpoint()
+        return dict(self.taken)
+
+    async def take(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
+        self.asked.append(f"take {bridge}")
+        await trio.sleep(0.5)
+        if self.failure is not None:
+            raise self.failure
+        self.taken[bridge] = parent
+
+    async def give_back(self, bridge: str) -> None:
+        self.asked.append(f"return {bridge}")
+        await trio.sleep(0.5)
+        del self.taken[bridge]
+
+
+@dataclass
 class Node:
     """One host; what it has outlives its agent, as it does in reality."""
 
@@ -75,6 +103,7 @@ class Node:
     ports: FakePorts = field(default_factory=FakePorts)
     agent: Agent | None = None
     prober: MemoryProber = field(default_factory=MemoryProber)
+    takeovers: MemoryTakeovers = field(default_factory=MemoryTakeovers)
     stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: trio.Event = field(default_factory=trio.Event)
 
@@ -103,6 +132,7 @@ class Node:
             EventFilter(),
             self.prober,
             self.ports,
+            self.takeovers,
             self._listen,
         )
         try:

@@ -1,0 +1,256 @@
+"""The program: ``python -m meshnet.kernel.takeover take|settle|return --state-dir DIR …``.
+
+``take`` makes a bridge, moves a link's contents to it and keeps it so if the gateway and etcd
+answer through it in time; else, and whenever something fails, all is moved back.  It does what is
+left to do: over a takeover that stands it does nothing, one that was cut short is undone first.
+``settle`` undoes what was cut short or taken apart, and leaves what stands; ``return`` moves
+everything back.
+
+In the network namespace it is started in.  A process of its own, in a session of its own: whoever
+started it may be killed, and the host is still not left cut off.  Its last line says why it failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, PolicyRefusedError
+from meshnet.kernel import links
+from meshnet.kernel.takeover.confirm import ETCD, find_silent, name_of
+from meshnet.kernel.takeover.interface import Interfaces, generation_of
+from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage, this_boot
+from meshnet.kernel.takeover.plan import plan_giving_back, plan_taking
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from meshnet.model import IpAddress
+
+_BEFORE_S = 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do it; returns the exit status (docs/cli.md)."""
+    options = _parser().parse_args(argv)
+    with contextlib.suppress(PermissionError):  # it leads a session already
+        os.setsid()
+    # Half of it is worse than all of it or nothing.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    journals = JournalDir(Path(options.state_dir))
+    try:
+        with contextlib.closing(Interfaces()) as interfaces:
+            if options.verb == "take":
+                takeover = Takeover(interfaces, journals, options.bridge)
+                gateways = [ip_address(text) for text in options.gateway]
+                etcd = [_host_and_port(text) for text in options.etcd]
+                takeover.take(options.parent, gateways, etcd, options.confirm)
+            else:
+                for bridge in [options.bridge] if options.bridge else journals.bridges():
+                    takeover = Takeover(interfaces, journals, bridge)
+                    if options.verb == "settle":
+                        takeover.settle()
+                    else:
+                        takeover.give_back()
+    except MeshnetError as error:
+        print(f"meshnet.kernel.takeover: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+class Takeover:
+    """One bridge, and the link it takes."""
+
+    def __init__(self, interfaces: Interfaces, journals: JournalDir, bridge: str) -> None:
+        self._interfaces = interfaces
+        self._journals = journals
+        self._bridge = bridge
+
+    def take(
+        self,
+        parent: str,
+        gateways: Sequence[IpAddress],
+        etcd: Sequence[tuple[str, int]],
+        confirm_s: float,
+    ) -> None:
+        """Have a bridge in the place of a link, confirmed; or leave everything as it was.
+
+        Args:
+            gateways: routers that must answer through it, besides those of default routes.
+            etcd: host and port of etcd's members, of which one must answer.
+            confirm_s: seconds in which they must.
+
+        Raises:
+            NotFoundError: there is no such link.
+            ConflictError: the link cannot be taken.
+            PolicyRefusedError: the gateway or etcd did not answer, before or after.
+            KernelRefusedError: the kernel refused, or the journal cannot be written.
+        """
+        with self._journals.locked(self._bridge):
+            journal = self._journals.load(self._bridge)
+            if journal is not None:
+                if journal.parent == parent and self._stands(journal):
+                    return
+                self._undo(journal)
+            link = self._interfaces.check_movable(parent)
+            if self._interfaces.find(self._bridge) is not None:
+                raise ConflictError(f"link {self._bridge} exists and has no journal: remove it")
+            held = self._interfaces.read(parent)
+            asked = _find_answering(parent, gateways, held.gateways, etcd)
+            journal = Journal(
+                bridge=self._bridge,
+                parent=parent,
+                stage=Stage.MOVING,
+                contents=held,
+                generation=generation_of(parent),
+                boot=this_boot(),
+            )
+            self._journals.save(journal)
+            try:
+                self._interfaces.make_bridge(self._bridge, parent, link)
+                self._move(journal)
+                self._journals.save(journal.at(Stage.MOVED))
+                silent = trio.run(find_silent, self._bridge, asked, etcd, confirm_s)
+                if silent:
+                    raise PolicyRefusedError(
+                        f"{' and '.join(silent)} did not answer through bridge {self._bridge} "
+                        f"within {confirm_s:g} s: {parent} has everything back"
+                    )
+                self._journals.save(journal.at(Stage.CONFIRMED))
+            except BaseException:
+                self._undo(journal)
+                raise
+
+    def standing(self) -> str | None:
+        """The link that the bridge has taken, confirmed; None: it has none.
+
+        Raises:
+            KernelRefusedError: the journal cannot be read.
+        """
+        journal = self._journals.load(self._bridge)
+        return journal.parent if journal is not None and self._stands(journal) else None
+
+    def settle(self) -> None:
+        """Undo a takeover that does not stand.
+
+        Raises:
+            KernelRefusedError: the kernel refused; the journal stays.
+        """
+        with self._journals.locked(self._bridge):
+            journal = self._journals.load(self._bridge)
+            if journal is not None and not self._stands(journal):
+                self._undo(journal)
+
+    def give_back(self) -> None:
+        """Move everything that the bridge has now to its parent, and remove it; idempotent.
+
+        Raises:
+            ConflictError: endpoints hang on it.
+            KernelRefusedError: the kernel refused; the journal stays.
+        """
+        with self._journals.locked(self._bridge):
+            journal = self._journals.load(self._bridge)
+            if journal is None:
+                return
+            if self._interfaces.has_endpoints(self._bridge):
+                raise ConflictError(f"endpoints hang on bridge {self._bridge}: detach them first")
+            self._undo(journal)
+
+    def _stands(self, journal: Journal) -> bool:
+        link = self._interfaces.find(journal.parent)
+        return (
+            journal.stage is Stage.CONFIRMED and link is not None and link.master == journal.bridge
+        )
+
+    def _move(self, journal: Journal) -> None:
+        bridge, parent, held = journal.bridge, journal.parent, journal.contents
+        # A port that loses its carrier and finds it again would get addresses.
+        self._interfaces.set_generation(parent, links.ADDR_GEN_NONE)
+        self._interfaces.carry_out(plan_taking(parent, bridge, held), parent, bridge)
+        if self._interfaces.read(bridge).lasting != held.lasting:
+            raise KernelRefusedError(f"bridge {bridge} did not get what {parent} had")
+
+    def _undo(self, journal: Journal) -> None:
+        """Give the parent what is its, remove the bridge, forget the journal."""
+        bridge, parent = journal.bridge, journal.parent
+        on_bridge, link = self._interfaces.read(bridge), self._interfaces.find(parent)
+        on_parent = self._interfaces.read(parent)
+        if self._interfaces.find(bridge) is None:
+            # Gone with what it had; but not if somebody saw to it, or the machine was booted.
+            if link is None or on_parent.addresses or journal.boot != this_boot():
+                self._journals.remove(bridge)
+                return
+        elif journal.stage is Stage.CONFIRMED:
+            journal = journal.at(Stage.RETURNING, on_bridge)
+            self._journals.save(journal)
+        if link is None:
+            raise ConflictError(
+                f"link {parent}, which bridge {bridge} has the addresses of, does not exist: "
+                "make it, or remove the bridge"
+            )
+        batches = plan_giving_back(
+            parent,
+            bridge,
+            journal.contents,
+            on_parent,
+            on_bridge,
+            is_port=link.master == bridge,
+        )
+        self._interfaces.carry_out(batches, parent, bridge)
+        self._interfaces.remove(bridge)
+        self._interfaces.set_generation(parent, journal.generation)
+        self._journals.remove(bridge)
+
+
+def _find_answering(
+    link: str,
+    named: Sequence[IpAddress],
+    others: Sequence[IpAddress],
+    etcd: Sequence[tuple[str, int]],
+) -> list[IpAddress]:
+    """Gateways to ask afterwards, too: those named, and of the others those that answer now.
+
+    Raises:
+        PolicyRefusedError: nobody could tell a takeover that failed from one that did not.
+    """
+    gateways = list(dict.fromkeys((*named, *others)))
+    silent = trio.run(find_silent, link, gateways, etcd, _BEFORE_S)
+    answering = [g for g in gateways if name_of(g) not in silent]
+    needed = {name_of(g) for g in (named if answering else gateways)} | {ETCD}
+    missing = [who for who in silent if who in needed]
+    if missing:
+        raise PolicyRefusedError(
+            f"{' and '.join(missing)} did not answer on link {link} within {_BEFORE_S:g} s, before "
+            "anything was changed: whether a takeover went well could not be told"
+        )
+    return answering
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m meshnet.kernel.takeover", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    take = verbs.add_parser("take", help="have a bridge in the place of a link")
+    take.add_argument("--parent", required=True, help="the link")
+    take.add_argument("--gateway", action="append", default=[], help="must answer through it")
+    take.add_argument("--etcd", action="append", default=[], help="HOST:PORT; one must answer")
+    take.add_argument("--confirm", type=float, default=5.0, help="seconds in which they must")
+    settle = verbs.add_parser("settle", help="undo what was cut short")
+    give_back = verbs.add_parser("return", help="move everything back")
+    for verb in (take, settle, give_back):
+        verb.add_argument("--state-dir", required=True, help="the agent's state directory")
+        verb.add_argument("--bridge", required=verb is take, help="name of the bridge")
+    return parser

@@ -1,0 +1,114 @@
+"""The steps of a takeover and of its undoing, in an order that leaves no moment without a way.
+
+Batches are carried out one after the other; the kernel does a batch in one go, and nobody can kill
+the process in the middle of it.  After any batch the host has every address on one of the two links
+and every route by one of them, so that a crash in between cuts nobody off.
+
+Taking over: the parent becomes a port of the bridge, which gets the addresses (1), then neighbours
+and routes, behind those of the parent (2); then the parent's go (3), which hands over route by
+route.  Up to (3) packets leave by the parent; what comes in is the bridge's from (1) on, and either
+link answers for an address that is on both.
+
+Giving back is the same the other way round, and looks only at what is missing: so it undoes a
+takeover that was cut short after any batch, too.  The parent stops being a port last, after the
+bridge's routes are gone: up to then packets come in by the bridge and leave by the parent.
+
+Pure: imports no I/O.
+"""
+
+from __future__ import annotations
+
+import socket
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from meshnet.kernel.takeover.contents import Contents, Record
+
+
+class Verb(IntEnum):
+    """What is done to an object."""
+
+    ADD = 1
+    DELETE = 2
+
+
+class Step(NamedTuple):
+    """One request to the kernel: an object comes to a link, or goes from it.
+
+    Attributes:
+        link: the bridge or the parent.
+        record: None: the parent becomes a port of the bridge, or ceases to be one.
+    """
+
+    verb: Verb
+    link: str
+    record: Record | None
+
+    def __str__(self) -> str:
+        verb = self.verb.name.lower()
+        return f"{verb} {self.record or 'port'} on {self.link}"
+
+
+def plan_taking(parent: str, bridge: str, held: Contents) -> list[list[Step]]:
+    """Batches that move all of a parent to a new bridge, which is up and has nothing."""
+    return [
+        [Step(Verb.ADD, parent, None), *_add(bridge, in_order_of_adding(held.addresses))],
+        _add(bridge, (*held.neighbours, *held.nexthops, *held.own_routes)),
+        [
+            *_delete(parent, (*held.routes, *held.neighbours)),
+            *_delete(parent, reversed(held.addresses)),
+        ],
+    ]
+
+
+def plan_giving_back(
+    parent: str,
+    bridge: str,
+    wanted: Contents,
+    on_parent: Contents,
+    on_bridge: Contents,
+    *,
+    is_port: bool,
+) -> list[list[Step]]:
+    """Batches after which a parent has all that is wanted, and a bridge nothing but addresses.
+
+    Those go with the bridge.
+
+    Args:
+        wanted: what the parent shall have at least.
+        on_parent: what it has now.
+        on_bridge: what the bridge has now.
+        is_port: whether the parent is a port of the bridge.
+    """
+    held = {r.identity for table in on_parent for r in table}
+    missing = [r for r in in_order_of_adding(wanted.addresses) if r.identity not in held]
+    rest = (*wanted.neighbours, *wanted.nexthops, *wanted.own_routes)
+    return [
+        _add(parent, missing),
+        _add(parent, [r for r in rest if r.identity not in held]),
+        [
+            *_delete(bridge, on_bridge.routes),
+            *([Step(Verb.DELETE, parent, None)] if is_port else []),
+        ],
+    ]
+
+
+def in_order_of_adding(addresses: Sequence[Record]) -> list[Record]:
+    """Addresses so that they end up in the order given.
+
+    A new one comes last for IPv4 and first, within its scope, for IPv6
+    (``__inet_insert_ifa``, ``ipv6_link_dev_addr``).
+    """
+    ipv4 = [a for a in addresses if a.family == socket.AF_INET]
+    return [*ipv4, *(a for a in reversed(addresses) if a.family != socket.AF_INET)]
+
+
+def _add(link: str, records: Iterable[Record]) -> list[Step]:
+    return [Step(Verb.ADD, link, record) for record in records]
+
+
+def _delete(link: str, records: Iterable[Record]) -> list[Step]:
+    return [Step(Verb.DELETE, link, record) for record in records]

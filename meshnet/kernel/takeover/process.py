@@ -1,0 +1,112 @@
+"""Starting the program and asking what stands: the side of whoever wants a link taken over.
+
+A process that was started goes on when its starter ends; the next one waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.errors import KernelRefusedError, error_classes
+from meshnet.kernel.takeover.interface import Interfaces
+from meshnet.kernel.takeover.journal import JournalDir
+from meshnet.kernel.takeover.main import Takeover
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from meshnet.model import IpAddress
+
+
+class TakeoverProcesses:
+    """What a host has taken over.
+
+    Args:
+        state_dir: the agent's; the journals are in there.
+        etcd: ``HOST:PORT`` of etcd's members, of which one must answer through a bridge.
+        confirm_s: seconds in which it and the gateway must.
+    """
+
+    def __init__(self, state_dir: Path, etcd: Sequence[str], confirm_s: float) -> None:
+        self._state_dir = state_dir
+        self._journals = JournalDir(state_dir)
+        self._etcd = etcd
+        self._confirm_s = confirm_s
+
+    def bridges(self) -> list[str]:
+        """Bridges that have taken a link, or were about to."""
+        return self._journals.bridges()
+
+    async def standing(self) -> dict[str, str]:
+        """Those that have, and the gateway and etcd answered: bridge and link.
+
+        Raises:
+            KernelRefusedError: a journal cannot be read.
+        """
+        bridges = self.bridges()
+        return await trio.to_thread.run_sync(self._find_standing, bridges) if bridges else {}
+
+    def _find_standing(self, bridges: Sequence[str]) -> dict[str, str]:
+        with contextlib.closing(Interfaces()) as interfaces:
+            found = {b: Takeover(interfaces, self._journals, b).standing() for b in bridges}
+        return {bridge: parent for bridge, parent in found.items() if parent is not None}
+
+    async def settle(self) -> None:
+        """Undo what was cut short, and what somebody took apart.
+
+        Raises:
+            MeshnetError: it cannot be.
+        """
+        standing = await self.standing()
+        for bridge in self.bridges():
+            if bridge not in standing:
+                await self._run(bridge, "settle")
+
+    async def take(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
+        """Have a bridge in the place of a link (`Takeover.take`).
+
+        Raises:
+            MeshnetError: everything is as it was.
+        """
+        options = ["--parent", parent, "--confirm", str(self._confirm_s)]
+        for gateway in gateways:
+            options += ["--gateway", str(gateway)]
+        for member in self._etcd:
+            options += ["--etcd", member]
+        await self._run(bridge, "take", *options)
+
+    async def give_back(self, bridge: str) -> None:
+        """Move everything back (`Takeover.give_back`).
+
+        Raises:
+            MeshnetError: it cannot be, or endpoints hang on it.
+        """
+        await self._run(bridge, "return")
+
+    async def _run(self, bridge: str, verb: str, *options: str) -> None:
+        """Run the program; cancelling leaves it alone.  If it is killed, what it did is undone."""
+        self._journals.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log_path = self._journals.log_of(bridge)
+        argv = [sys.executable, "-m", "meshnet.kernel.takeover", verb, "--bridge", bridge]
+        argv += ["--state-dir", str(self._state_dir), *options]
+        with log_path.open("wb") as log:
+            process = await trio.lowlevel.open_process(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        status = await process.wait()
+        if status < 0 and verb != "settle":
+            await self._run(bridge, "settle")
+            raise KernelRefusedError(f"the process that was at it was killed by signal {-status}")
+        if status:
+            words = log_path.read_text(errors="replace").strip().splitlines()
+            reason = words[-1].partition(": ")[2] if words else "it was killed"
+            for error in error_classes().values():
+                if error.exit_status == status:
+                    raise error(reason)
+            raise KernelRefusedError(f"takeover by bridge {bridge} ended with {status}: {reason}")
