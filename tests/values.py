@@ -103,6 +103,7 @@ def plan_for(
     addresses: Mapping[NetworkName, tuple[IpAddress, ...]] | None = None,
     expired: Collection[HostId] = (),
     fallen: Collection[tuple[NetworkName, HostId]] = (),
+    takeovers: Mapping[NetworkName, str] | None = None,
 ) -> MeshPlan:
     """The plan of one host, which holds what the snapshot says."""
     local = LocalView(
@@ -115,6 +116,7 @@ def plan_for(
         addresses=addresses or {},
         expired=frozenset(expired),
         fallen=frozenset(fallen),
+        takeovers=takeovers or {},
     )
     return plan_mesh(snapshot, local, underlay, ids or NexthopIds())
 

@@ -135,15 +135,15 @@ class Takeovers:
             return
         tried = self._tries.get(bridge)
         if tried is not None and tried.network == network:
-            left_s = tried.at + _RETRY_S - trio.current_time()
-            if left_s > 0:
+            due = tried.at + _RETRY_S
+            if trio.current_time() < due:
                 if not self.states.get(network.name):
                     self._set(
                         network,
                         f"somebody took link {parent} out of bridge {bridge}, or removed that: it "
                         "is mended by the next try, or when the agent is restarted",
                     )
-                self._again_in(left_s)
+                self._again_at = min(self._again_at, due)
                 return
         self._tries[bridge] = _Try(network, trio.current_time())
         if self.states.pop(network.name, None) is not None:
