@@ -16,7 +16,6 @@ from meshnet.backends.overlay import direct_nexthop, route_key
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.underlay_bridge import UNDERLAY_BRIDGE, parent_bridge_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
-from meshnet.errors import UsageError
 from meshnet.firewall import render_firewall
 from meshnet.model import Mode, Reservations
 from meshnet.state import KernelState
@@ -42,7 +41,7 @@ BACKENDS: Mapping[Mode, Backend] = {
     Mode.UNDERLAY_BRIDGE: UNDERLAY_BRIDGE,
     Mode.BRIDGE: BRIDGE,
 }
-"""The modes this version carries packets for."""
+"""One for each mode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,23 +113,11 @@ class HostsPlan:
     errors: Mapping[NetworkName, Mapping[HostId, str]]
 
 
-def check_mode(mode: Mode) -> None:
-    """Refuse a mode this version has no backend for.
-
-    Raises:
-        UsageError: always names the modes there are.
-    """
-    if mode not in BACKENDS:
-        raise UsageError(
-            f"mode {mode} is not available in this version: choose {', '.join(BACKENDS)}"
-        )
-
-
-def backend_of(network: Network, underlay: Underlay) -> Backend | None:
-    """What carries a network's packets on this host; None: this version cannot."""
+def backend_of(network: Network, underlay: Underlay) -> Backend:
+    """What carries a network's packets on this host."""
     if network.mode is Mode.VXLAN and not underlay.kernel_vxlan:
         return UDP
-    return BACKENDS.get(network.mode)
+    return BACKENDS[network.mode]
 
 
 def plan_mesh(
@@ -191,9 +178,7 @@ def plan_hosts(
             path_mtu_bytes=underlay.mtu_bytes,
             fallen=local.fallen_in(name),
         )
-        backend = backend_of(network, underlay)
-        if backend is not None:
-            errors[name] |= backend.plan_peers(wanted, peers, state, ids)
+        errors[name] |= backend_of(network, underlay).plan_peers(wanted, peers, state, ids)
     return HostsPlan(state=state, peers=counts, errors=errors)
 
 
@@ -330,10 +315,6 @@ def _plan_network(
     ids: NexthopIds,
     state: KernelState,
 ) -> NetworkOutcome:
-    backend = backend_of(network, underlay)
-    if backend is None:
-        problem = f"mode {network.mode} is not available on this host"
-        return NetworkOutcome(errors=(problem,), refused=True)
     subnets = local.subnets.get(network.name, ())
     if not subnets:
         return NetworkOutcome(errors=("this host has no subnet of it yet",))
@@ -355,6 +336,7 @@ def _plan_network(
         path_mtu_bytes=_narrowest(peers, underlay),
         fallen=local.fallen_in(network.name),
     )
+    backend = backend_of(network, underlay)
     plan = backend.plan_host(wanted, state)
     errors |= backend.plan_peers(wanted, peers, state, ids)
     return NetworkOutcome(

@@ -101,6 +101,7 @@ def plan_for(
     host: HostId = ME,
     endpoints: Sequence[Endpoint] = (),
     addresses: Mapping[NetworkName, tuple[IpAddress, ...]] | None = None,
+    takeovers: Mapping[NetworkName, str] | None = None,
     expired: Collection[HostId] = (),
     fallen: Collection[tuple[NetworkName, HostId]] = (),
 ) -> MeshPlan:
@@ -113,6 +114,7 @@ def plan_for(
         },
         endpoints=endpoints,
         addresses=addresses or {},
+        takeovers=takeovers or {},
         expired=frozenset(expired),
         fallen=frozenset(fallen),
     )

@@ -21,7 +21,7 @@ from meshnet.backends.vxlan import vxlan_name
 from meshnet.diff import Failure, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
 from meshnet.model import HostId, Network, NetworkName, Vni
-from meshnet.plan import NetworkOutcome, backend_of, check_mode, way_to
+from meshnet.plan import NetworkOutcome, backend_of, way_to
 from meshnet.state import RouteKey
 from meshnet_agent.documents import (
     Document,
@@ -86,13 +86,16 @@ class Service:
             return False
 
     async def create_network(self, build: Callable[[Vni], Network], vni: int | None) -> Document:
-        """Create a network and wait, for a while, until it is up here."""
-        check_mode(build(Vni(vni or 1)).mode)
+        """Create a network and wait, for a while, until it is up here.
+
+        It exists also if it does not come up on this host: then `error` says why.
+        """
         network = await self._agent.registry.create_network(build, vni)
-        mtu = None
-        with contextlib.suppress(MeshnetError):
-            mtu = (await self.wait_for_network(network.name)).mtu_bytes
-        return network_document(network, mtu)
+        try:
+            ready = await self.wait_for_network(network.name)
+        except MeshnetError as error:
+            return network_document(network, None) | {"error": str(error)}
+        return network_document(network, ready.mtu_bytes)
 
     async def remove_network(self, name: str) -> None:
         """Remove a network (`Registry.remove_network`).

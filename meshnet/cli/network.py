@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from meshnet.cli.client import Client
@@ -143,6 +144,8 @@ def _create(args: argparse.Namespace) -> int:
             "host_access": args.host_access or None,
         },
     )
+    if "error" in document:
+        print(f"meshnet: warning: {document['error']}", file=sys.stderr)
     return print_either(args.json, document, document["name"])
 
 

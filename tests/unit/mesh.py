@@ -68,6 +68,7 @@ class MemoryTakeovers:
     taken: dict[str, str] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     failure: MeshnetError | None = None
+    return_failure: MeshnetError | None = None
 
     def bridges(self) -> list[str]:
         return sorted(self.taken)
@@ -86,6 +87,8 @@ class MemoryTakeovers:
     async def give_back(self, bridge: str) -> None:
         self.asked.append(f"return {bridge}")
         await trio.sleep(0.5)
+        if self.return_failure is not None:
+            raise self.return_failure
         del self.taken[bridge]
 
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 
-from meshnet.backends import NexthopIds, Path
-from meshnet.errors import UsageError
+from meshnet.backends import HostLink, NexthopIds, Path
 from meshnet.model import Datapath, HostId, Mode, NetworkName, Reservations
-from meshnet.plan import LocalView, check_mode, plan_mesh, probed_peers
+from meshnet.plan import BACKENDS, LocalView, networks_to_bridge, plan_mesh, probed_peers
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     AddressKey,
@@ -151,10 +150,6 @@ def test_networks_this_host_has_no_part_in() -> None:
     plan = plan_for(snapshot, make_underlay(), host=HostId("h2"))
     assert plan.state == KernelState()
     assert "no subnet" in errors_of(plan)
-    other_mode = make_snapshot([make_network(mode=Mode.UNDERLAY_BRIDGE)], 1)
-    plan = plan_for(other_mode, make_underlay())
-    assert plan.state == KernelState()
-    assert "underlay-bridge" in errors_of(plan)
 
 
 @pytest.mark.parametrize(
@@ -231,10 +226,8 @@ def test_a_fallback_needs_a_port_of_its_own() -> None:
     assert plan.networks[fine.name].errors == ()
 
 
-def test_modes() -> None:
-    check_mode(Mode.VXLAN)
-    with pytest.raises(UsageError, match="vxlan"):
-        check_mode(Mode.UNDERLAY_BRIDGE)
+def test_every_mode_has_a_backend() -> None:
+    assert BACKENDS.keys() == set(Mode)
 
 
 # --- macvlan --------------------------------------------------------------------------------------
@@ -285,6 +278,55 @@ def test_a_host_reaches_its_own_endpoints_by_a_macvlan() -> None:
     first, second = (ip_address(a).packed for a in ("10.9.8.1", "10.9.8.2"))
     assert state.addresses == {AddressKey("mns9", first, 32): True}
     assert state.routes == {RouteKey(second, 32): Route(0, first, Nexthop("mns9", b""))}
+
+
+# --- underlay-bridge ------------------------------------------------------------------------------
+
+BRIDGED = make_network("lan", ("10.9.0.0/16",), 9, mode=Mode.UNDERLAY_BRIDGE, parent="eth0")
+
+
+def test_a_link_that_is_taken_over_carries_endpoints() -> None:
+    underlay = make_underlay()
+    underlay = replace(underlay, links={**underlay.links, "mnp9": HostLink(1400)})
+    endpoint = replace(make_endpoint(("10.9.8.2/16",)), network=BRIDGED.name, mtu_bytes=1400)
+    snapshot = make_snapshot([BRIDGED], 1)
+    plan = plan_for(snapshot, underlay, endpoints=[endpoint], takeovers={BRIDGED.name: ""})
+    (link,) = plan.state.links.values()
+    assert (link.kind, link.master, link.mtu_bytes) == (LinkKind.VETH, "mnp9", 1400)
+    # What is on the bridge is the host's own.
+    assert plan.state == KernelState(links=plan.state.links)
+    planned = plan.networks[BRIDGED.name].plan
+    assert planned is not None
+    assert (planned.uplink, planned.mtu_bytes) == ("mnp9", 1400)
+
+
+def test_until_its_link_is_taken_over_a_network_is_not_up() -> None:
+    underlay = make_underlay()
+    snapshot = make_snapshot([BRIDGED], 1)
+    for takeovers, error, refused in (
+        ({}, "being taken over", False),
+        ({BRIDGED.name: ""}, "being taken over", False),  # by the next pass it is
+        ({BRIDGED.name: "gateway silent"}, "gateway silent", True),
+    ):
+        outcome = plan_for(snapshot, underlay, takeovers=takeovers).networks[BRIDGED.name]
+        assert outcome.plan is None
+        assert error in outcome.errors[0]
+        assert outcome.refused is refused
+
+
+@pytest.mark.parametrize("older", [Mode.MACVLAN, Mode.UNDERLAY_BRIDGE])
+def test_a_link_that_another_network_has_is_not_taken(older: Mode) -> None:
+    other = make_network("other", ("10.8.0.0/16",), 8, mode=older, parent="eth0")
+    snapshot = make_snapshot([other, BRIDGED], 1)
+    outcome = plan_for(snapshot, make_underlay()).networks[BRIDGED.name]
+    assert outcome.refused
+    assert "network other's" in outcome.errors[0]
+    bridged = [other] if older is Mode.UNDERLAY_BRIDGE else []
+    assert networks_to_bridge(snapshot, make_underlay()) == bridged
+    apart = replace(other, parent="eth1")
+    assert not apart.excludes(BRIDGED)
+    missing = make_snapshot([replace(BRIDGED, parent="eth7")], 1)
+    assert networks_to_bridge(missing, make_underlay()) == []
 
 
 # --- hosts that are gone, and reservations that are wrong -----------------------------------------
