@@ -20,7 +20,8 @@ AGENT = Path(meshnet_agent.__path__[0])
 EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep")
 PURE_IN_EDGES = {
     "store/mirror.py", "store/registry.py", "store/__init__.py", "kernel/ordering.py",
-    "runtime/oci.py", "runtime/names.py",
+    "runtime/oci.py", "runtime/names.py", "runtime/options.py", "runtime/seccomp.py",
+    "runtime/spec.py", "runtime/users.py",
 }  # fmt: skip
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",
