@@ -36,7 +36,6 @@ class ContainerOptions:
     entrypoint: str | None = None
     name: str | None = None
     networks: tuple[str, ...] = ()
-    publish: tuple[str, ...] = ()
     hostname: str | None = None
     env: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
@@ -157,8 +156,6 @@ def check_options(options: ContainerOptions) -> None:
     alone = [n for n in options.networks if n in ("none", "host") or shared_with(n) is not None]
     if alone and len(options.networks) > 1:
         raise UsageError(f"--net {alone[0]} goes with no other --net")
-    if options.publish and (alone or not options.networks):
-        raise UsageError("--publish needs a network: give --net NAME")
     for word in (options.pid, options.ipc, options.uts):
         if word not in (None, "host") and not shared_with(word):
             raise UsageError(f"namespace {word!r} is unknown: host or container:NAME")

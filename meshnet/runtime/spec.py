@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import UsageError
 from meshnet.runtime.options import parse_volume
-from meshnet.runtime.users import User
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from meshnet.runtime.options import ContainerOptions
+    from meshnet.runtime.users import User
 
 Document = dict[str, Any]
 
@@ -65,7 +65,7 @@ class Surroundings:
     args: tuple[str, ...]
     env: tuple[str, ...] = ()
     workdir: str = "/"
-    user: User = User()
+    user: User
     hostname: str
     rootfs: str
     cgroup: str
