@@ -83,10 +83,12 @@ class Shim:
         Raises:
             StartError: the runtime refused, or there is no such program.
         """
-        with trio.CancelScope(shield=True), trio.fail_after(_START_S):
+        with trio.CancelScope(shield=True):
             sync = await _spawn(self.command(), self.bundle, {})
-            async with sync:
+            try:
                 return await _read_pid(sync)
+            finally:
+                await trio.aclose_forcefully(sync)
 
     async def prepare_exec(self, process: Path) -> Exec:
         """Make ready to run another program in the container, for a client that attaches first.
@@ -124,9 +126,16 @@ class Exec:
         Raises:
             StartError: the runtime refused, or there is no such program.
         """
-        async with self._start, self._sync:
+        try:
             await self._start.send_all(b"\n")
             return await _read_pid(self._sync)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Let go of conmon, which starts the program if nobody ends it before."""
+        await trio.aclose_forcefully(self._start)
+        await trio.aclose_forcefully(self._sync)
 
 
 async def _spawn(

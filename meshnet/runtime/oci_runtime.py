@@ -104,7 +104,15 @@ async def _try(path: Path) -> str:
         bundle = Path(directory, "bundle")
         (bundle / "rootfs").mkdir(parents=True)
         (bundle / "config.json").write_text(json.dumps(_probe(identity)))
-        command = [path, "--root", Path(directory, "state"), "run", "--bundle", bundle, identity]
+        command: list[str | Path] = [
+            path,
+            "--root",
+            Path(directory, "state"),
+            "run",
+            "--bundle",
+            bundle,
+            identity,
+        ]
         done = await trio.run_process(
             command, stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False
         )
