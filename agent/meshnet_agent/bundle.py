@@ -17,7 +17,7 @@ import grp
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from ipaddress import ip_interface
 from pathlib import Path
@@ -28,13 +28,14 @@ from meshnet.runtime import seccomp
 from meshnet.runtime.images import ImageStore
 from meshnet.runtime.oci import ImageConfig
 from meshnet.runtime.options import parse_volume
-from meshnet.runtime.overlay import mount_rootfs, unmount_rootfs
+from meshnet.runtime.overlay import mount_overlay, unmount
 from meshnet.runtime.spec import CAPABILITIES, Surroundings, capabilities, make_process, make_spec
 from meshnet.runtime.users import resolve_user
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from meshnet.runtime.oci import Digest
     from meshnet.runtime.options import ContainerOptions
     from meshnet_agent.container_record import Record
 
@@ -48,8 +49,8 @@ class Source:
     """What a container is made from: a directory, or an image that it holds."""
 
     lowerdirs: tuple[str, ...]
-    config: ImageConfig = ImageConfig()
-    image_id: str | None = None
+    config: ImageConfig = field(default_factory=ImageConfig)
+    image_id: Digest | None = None
 
 
 class Sources:
@@ -81,7 +82,7 @@ class Sources:
             image_id=image.id,
         )
 
-    def release(self, image_id: str, container: str) -> None:
+    def release(self, image_id: Digest, container: str) -> None:
         """Let go of an image.  Idempotent."""
         self._store.release(image_id, container)
 
@@ -128,9 +129,10 @@ class Bundle:
         rootfs = self.state / "rootfs"
         for path in self.exits.iterdir():
             path.unlink()
-        mount_rootfs(
-            rootfs, [Path(p) for p in record.lowerdirs], self.state / "upper", self.state / "work"
-        )
+        upper, work = self.state / "upper", self.state / "work"
+        for directory in (rootfs, upper, work):
+            directory.mkdir(exist_ok=True)
+        mount_overlay([Path(p) for p in record.lowerdirs], upper, work, rootfs)
         own = self if etc is None else etc
         if etc is None:
             self.write_etc(record)
@@ -220,7 +222,9 @@ class Bundle:
 
     def unmount(self) -> None:
         """Undo `mount`.  Idempotent."""
-        unmount_rootfs(self.state / "rootfs")
+        rootfs = self.state / "rootfs"
+        if rootfs.is_mount():
+            unmount(rootfs)
         shutil.rmtree(self.run, ignore_errors=True)
 
     def remove(self) -> None:

@@ -83,12 +83,11 @@ class Shim:
         Raises:
             StartError: the runtime refused, or there is no such program.
         """
-        with trio.CancelScope(shield=True):
-            sync = await _spawn(self.command(), self.bundle, {})
-            try:
-                return await _read_pid(sync)
-            finally:
-                await trio.aclose_forcefully(sync)
+        sync = await _spawn(self.command(), self.bundle, {})
+        try:
+            return await _read_pid(sync)
+        finally:
+            await trio.aclose_forcefully(sync)
 
     async def prepare_exec(self, process: Path) -> Exec:
         """Make ready to run another program in the container, for a client that attaches first.

@@ -1,68 +1,82 @@
-"""Root file systems: read-only lower directories under one writable layer (overlayfs).
+"""Mounts a container's root: the layers of its image below one writable layer of its own.
 
-Blocks; mounts appear in the mount namespace of the caller.
+Layers are shared by all containers of all images that have them: the page cache holds their bytes
+once.  What a container changes is copied up into its writable layer.
+Source: Documentation/filesystems/overlayfs.rst.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from meshnet.errors import KernelRefusedError
+from meshnet.errors import KernelRefusedError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_MNT_DETACH = 2  # linux/fs.h
 _libc = ctypes.CDLL(None, use_errno=True)
+_MNT_DETACH = 2
+_MAX_OPTIONS_BYTES = os.sysconf("SC_PAGE_SIZE") - 1
+"""mount(2) takes a page of options."""
 
 
-def mount_rootfs(target: Path, lowerdirs: Sequence[Path], upper: Path, work: Path) -> None:
-    """Stack directories; what is written goes to `upper`.
+def mount_overlay(lowerdirs: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
+    """Mount layers, the uppermost first, below the writable layer `upper`.
 
     Args:
-        lowerdirs: the uppermost first; they are not changed.
         work: an empty directory on the file system of `upper`, for the kernel.
 
     Raises:
-        KernelRefusedError: a directory is missing, or the kernel refused.
-    """
-    with contextlib.ExitStack() as stack:
-
-        def short(path: Path) -> str:
-            # The options have one page: descriptors are shorter than paths, and have no colons.
-            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
-            return f"/proc/self/fd/{fd}"
-
-        try:
-            for directory in (target, upper, work):
-                directory.mkdir(exist_ok=True)
-            lower = ":".join(map(short, lowerdirs))
-            options = f"lowerdir={lower},upperdir={short(upper)},workdir={short(work)}"
-        except OSError as error:
-            raise KernelRefusedError(
-                f"root file system: {error.filename}: {error.strerror}"
-            ) from error
-        done = _libc.mount(
-            b"overlay", os.fsencode(target), b"overlay", ctypes.c_ulong(0), options.encode()
-        )
-        if done != 0:
-            reason = os.strerror(ctypes.get_errno())
-            raise KernelRefusedError(f"overlay of {', '.join(map(str, lowerdirs))}: {reason}")
-
-
-def unmount_rootfs(target: Path) -> None:
-    """Undo `mount_rootfs`.  Idempotent.
-
-    Raises:
+        NotFoundError: there is no layer, or one is missing.
         KernelRefusedError: the kernel refused.
     """
+    if not lowerdirs:
+        raise NotFoundError("the image has no layer to mount: choose an image that has one")
+    with ExitStack() as stack:
+        lower = list(map(str, lowerdirs))
+        options = _options(lower, upper, work)
+        if len(options) > _MAX_OPTIONS_BYTES:
+            # Many layers: the kernel looks their short names up while it mounts, and never again.
+            lower = [f"/proc/self/fd/{_open(path, stack)}" for path in lower]
+            options = _options(lower, upper, work)
+        if _libc.mount(b"overlay", os.fsencode(target), b"overlay", 0, options) != 0:
+            code = ctypes.get_errno()
+            raise KernelRefusedError(
+                f"{len(lower)} layers cannot be mounted on {target}: {os.strerror(code)}; the "
+                "kernel's log says more"
+            )
+
+
+def unmount(target: Path) -> None:
+    """Take a mount away, at once also where files of it are open.
+
+    Raises:
+        KernelRefusedError: nothing is mounted there, or the kernel refused.
+    """
     if _libc.umount2(os.fsencode(target), _MNT_DETACH) != 0:
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOENT):  # not mounted, not there
-            raise KernelRefusedError(f"{target} stays mounted: {os.strerror(code)}")
+        raise KernelRefusedError(f"{target} stays mounted: {os.strerror(ctypes.get_errno())}")
+
+
+def _options(lower: Sequence[str], upper: Path, work: Path) -> bytes:
+    layers = ":".join(map(_escaped, lower))
+    return os.fsencode(
+        f"lowerdir={layers},upperdir={_escaped(str(upper))},workdir={_escaped(str(work))}"
+    )
+
+
+def _escaped(path: str) -> str:
+    """Overlayfs splits its options at commas, and layers at colons."""
+    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def _open(path: str, stack: ExitStack) -> int:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NotFoundError(f"layer {path} is missing: load the image again") from error
+    stack.callback(os.close, fd)
+    return fd
