@@ -37,7 +37,9 @@ from meshnet.model import (
     Vni,
     default_port,
 )
+from meshnet_agent.containers_api import container_routes
 from meshnet_agent.endpoints import AttachRequest
+from meshnet_agent.exec_sessions import ExecSessions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
+    from meshnet_agent.containers import Containers
     from meshnet_agent.images import Images
     from meshnet_agent.service import Service
 
@@ -106,7 +109,9 @@ class DetachRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 _T = TypeVar("_T")
 
 
-def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
+def make_app(
+    service: Service, is_ready: Callable[[], bool], containers: Containers | None = None
+) -> Starlette:
     """The ASGI application.
 
     Args:
@@ -132,6 +137,11 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
             route("/v1/hosts", "GET", handlers.list_hosts),
             route("/v1/hosts/{id}", "DELETE", handlers.remove_host),
             route("/v1/status", "GET", handlers.status),
+            *(
+                container_routes(containers, ExecSessions(containers), route, _body)
+                if containers is not None
+                else []
+            ),
             route("/v1/images", "GET", handlers.list_images),
             route("/v1/images", "POST", handlers.load_images),
             # Names of images have slashes.

@@ -29,6 +29,7 @@ from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageErro
 from meshnet.kernel.netns import start_ticks
 from meshnet.runtime.cgroups import read_usage
 from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, StartError, read_exit
+from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, exit_status_of, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart, shared_with
 from meshnet_agent.bundle import Bundle, Sources, open_to_group
@@ -38,7 +39,6 @@ from meshnet_agent.endpoints import AttachRequest
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from meshnet.runtime.oci import Digest
     from meshnet_agent.documents import Document
 
 _log = structlog.get_logger()
@@ -352,7 +352,7 @@ class Containers:
         document = container.record.document()
         if container.record.state in (State.RUNNING, State.CREATING) and not force:
             raise ConflictError(
-                f"container {name} is {container.record.state}: stop it first, or remove it by force"
+                f"container {name} is {container.record.state}: stop it first, or use --force"
             )
         if container.record.state is not State.EXITED:
             await container.change(stopped=True)
@@ -466,7 +466,7 @@ class Containers:
             before.set()
 
     async def _put_away(self, container: Container) -> None:
-        """Cgroup, processes, endpoints, mounts: all that is not on disk.  Goes on after a failure."""
+        """Cgroup, processes, endpoints, mounts: all that is not on disk.  A failure is only logged."""
         record = container.record
         if record.shim is not None and read_exit(container.bundle.exits, record.id) is None:
             self._send(record.shim, signal.SIGKILL)
@@ -489,7 +489,7 @@ class Containers:
             record = container.record
             await self._put_away(container)
             if record.options.image is not None and record.image_id is not None:
-                image: Digest = record.image_id
+                image = Digest(record.image_id)
                 await trio.to_thread.run_sync(self._sources.release, image, record.id)
             await trio.to_thread.run_sync(container.bundle.remove)
             self._containers.pop(record.id, None)
