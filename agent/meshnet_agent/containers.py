@@ -28,9 +28,9 @@ from meshnet.codec import check_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageError
 from meshnet.kernel.netns import start_ticks
 from meshnet.runtime.cgroups import read_usage
-from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, StartError, read_exit
+from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, read_exit
 from meshnet.runtime.oci import Digest
-from meshnet.runtime.oci_runtime import OciRuntime, exit_status_of, find_runtime
+from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart, shared_with
 from meshnet_agent.bundle import Bundle, Sources, open_to_group
 from meshnet_agent.container_record import ProcessId, Record, State, load_all, save
@@ -466,7 +466,7 @@ class Containers:
             before.set()
 
     async def _put_away(self, container: Container) -> None:
-        """Cgroup, processes, endpoints, mounts: all that is not on disk.  A failure is only logged."""
+        """Cgroup, processes, endpoints, mounts: all not on disk.  A failure is only logged."""
         record = container.record
         if record.shim is not None and read_exit(container.bundle.exits, record.id) is None:
             self._send(record.shim, signal.SIGKILL)
@@ -540,11 +540,6 @@ class Containers:
             )
         except NotFoundError:
             return False
-
-
-def failed_status(error: MeshnetError) -> int:
-    """The exit status of ``meshnet run`` when its container could not be made."""
-    return exit_status_of(str(error)) if isinstance(error, StartError) else 125
 
 
 def _own_networks(options: ContainerOptions) -> tuple[str, ...]:

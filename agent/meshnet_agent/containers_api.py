@@ -1,4 +1,4 @@
-"""The API's requests on containers (docs/api.md): reads a body, calls `meshnet_agent.containers`."""
+"""The API's requests on containers (docs/api.md), for `meshnet_agent.containers`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import msgspec
 import trio
 from starlette.responses import Response, StreamingResponse
 
-from meshnet.errors import MeshnetError, UsageError
+from meshnet.errors import UsageError
+from meshnet.runtime.conmon import StartError
+from meshnet.runtime.oci_runtime import exit_status_of
 from meshnet.runtime.options import ContainerOptions
-from meshnet_agent.containers import failed_status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -108,12 +109,9 @@ def container_routes(
         async def told(request: Request) -> object:
             try:
                 return await handler(request)
-            except MeshnetError as error:
-                status = failed_status(error)
-                if status == 125:
-                    raise
+            except StartError as error:
                 # An ordinary answer: these statuses are not those of an error of the API.
-                return {"failed": str(error), "exit_status": status}
+                return {"failed": str(error), "exit_status": exit_status_of(str(error))}
 
         return told
 

@@ -59,3 +59,14 @@ def complete_images(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # 
         return [str(n) for d in Client(parsed_args.socket).get("images") for n in d["names"]]
     except MeshnetError:
         return []
+
+
+def complete_containers(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
+    """Names of containers, or none while no agent answers."""
+    from meshnet.cli.client import Client
+    from meshnet.errors import MeshnetError
+
+    try:
+        return [str(d["name"]) for d in Client(parsed_args.socket).get("containers")]
+    except MeshnetError:
+        return []
