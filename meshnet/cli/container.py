@@ -15,6 +15,8 @@ from meshnet.cli.output import joined, print_either, print_json, print_table
 from meshnet.errors import AgentUnreachableError, MeshnetError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from meshnet.cli.completion import Subparsers
 
 _RUN_EPILOG = """\
@@ -55,9 +57,9 @@ def _add_one(
     commands: Subparsers,
     name: str,
     summary: str,
-    run: Any,
+    run: Callable[[argparse.Namespace], int],
     *,
-    json: bool = True,  # noqa: ANN401
+    json: bool = True,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary)
     parser.add_argument("name", metavar="NAME").completer = complete_containers  # type: ignore[attr-defined]

@@ -78,7 +78,7 @@ class Attachment:
             message = self._socket.recv(_MESSAGE_BYTES)
         except ConnectionResetError:
             return False
-        stream = _STDERR if message[:1] == b"\x02" else _STDOUT
+        stream = _STDERR if message[:1] == b"\x03" else _STDOUT
         data = memoryview(message)[1:]
         while data:
             data = data[os.write(stream, data) :]

@@ -2,7 +2,7 @@
 
 conmon(8) starts the runtime, becomes the parent of the container's process, writes the log and,
 at the end, a file with the exit status.  Clients attach to a socket of its (SOCK_SEQPACKET: each
-message of output begins with 1, stdout, or 2, stderr; input is sent as it is).
+message of output begins with 2, stdout, or 3, stderr; input is sent as it is).
 
 In the bundle's directory it makes ``attach``, ``winsz`` (a FIFO that takes ``HEIGHT WIDTH``
 lines), ``pid`` and ``conmon.pid``.
