@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError, UsageError
 from meshnet.runtime import seccomp
+from meshnet.runtime.conmon import CONMON_PID
 from meshnet.runtime.images import ImageStore
 from meshnet.runtime.oci import ImageConfig
 from meshnet.runtime.options import parse_volume
@@ -245,6 +246,18 @@ def make_run_dir(directory: Path) -> None:
     """A directory with sockets that the client uses: root's, and the group meshnet's."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     open_to_group(directory, 0o710)
+
+
+def remove_ended_execs(run: Path) -> None:
+    """Remove the directories of programs that ended while no agent was there (`ExecSessions`)."""
+    for directory in run.glob("exec-*"):
+        try:
+            pid = (directory / CONMON_PID).read_text().strip()
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "conmon":
+                continue
+        except OSError:
+            pass
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def open_to_group(path: Path, mode: int) -> None:

@@ -32,7 +32,7 @@ from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, read_e
 from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart, shared_with
-from meshnet_agent.bundle import Bundle, Sources, open_to_group
+from meshnet_agent.bundle import Bundle, Sources, open_to_group, remove_ended_execs
 from meshnet_agent.container_record import ProcessId, Record, State, load_all, save
 from meshnet_agent.endpoints import AttachRequest
 
@@ -112,6 +112,7 @@ class Containers:
                     self._watch(container, record.shim)
                 else:
                     nursery.start_soon(self._found_ended, container)
+            await trio.to_thread.run_sync(remove_ended_execs, self._run)
             task_status.started()
             await trio.sleep_forever()
 

@@ -134,8 +134,8 @@ class ExecSessions:
             await session.waiting.close()
         await self._containers.wait_for_process(session.shim)
         session.exit_code = read_exit(session.directory, session.container)
-        session.ended.set()
-        await trio.sleep(_FORGET_S if session.exit_code is None else 2)
-        self._sessions.pop(identity, None)
         with contextlib.suppress(OSError):
             await trio.to_thread.run_sync(shutil.rmtree, session.directory)
+        session.ended.set()
+        await trio.sleep(_FORGET_S)
+        self._sessions.pop(identity, None)
