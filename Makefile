@@ -4,8 +4,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := etcd-server etcd-client ethtool iperf3 iproute2 iputils-ping nftables openssl procps \
-	python3-venv tcpdump util-linux zstd
+PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool iperf3 iproute2 \
+	iputils-ping nftables openssl procps python3-venv runc tcpdump util-linux zstd
 BENCH_PACKAGES := fastd gcc libc6-dev wireguard-go wireguard-tools
 SETUP := $(VENV)/.ready
 SCALE := build/scale.json

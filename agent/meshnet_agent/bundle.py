@@ -23,7 +23,7 @@ from ipaddress import ip_interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet.errors import KernelRefusedError, UsageError
+from meshnet.errors import KernelRefusedError, PolicyRefusedError, UsageError
 from meshnet.runtime import seccomp
 from meshnet.runtime.conmon import CONMON_PID
 from meshnet.runtime.images import ImageStore
@@ -303,6 +303,19 @@ def _find_init() -> str:
         if found is not None:
             return str(Path(found).resolve())
     raise KernelRefusedError("--init needs catatonit or tini: install one of them")
+
+
+def check_may_run() -> None:
+    """Refuse where the agent's unit keeps it, and so every container, from too much.
+
+    Raises:
+        PolicyRefusedError: it may gain no privileges (proc(5), NoNewPrivs).
+    """
+    if "NoNewPrivs:\t1" in Path("/proc/self/status").read_text():
+        raise PolicyRefusedError(
+            "this agent's unit does not let it run containers: install its drop-in containers.conf "
+            "(docs/run.md)"
+        )
 
 
 def _own_capabilities() -> frozenset[str]:

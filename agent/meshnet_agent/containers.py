@@ -32,7 +32,13 @@ from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, read_e
 from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart, shared_with
-from meshnet_agent.bundle import Bundle, Sources, open_to_group, remove_ended_execs
+from meshnet_agent.bundle import (
+    Bundle,
+    Sources,
+    check_may_run,
+    open_to_group,
+    remove_ended_execs,
+)
 from meshnet_agent.container_record import ProcessId, Record, State, load_all, save
 from meshnet_agent.endpoints import AttachRequest
 
@@ -289,6 +295,7 @@ class Containers:
     async def _find_runtime(self) -> OciRuntime:
         async with self._probing:
             if self._runtime is None:
+                check_may_run()
                 self._runtime, self.passed_over = await find_runtime(self._runtime_root)
                 _log.info("OCI runtime", path=str(self._runtime.path), passed_over=self.passed_over)
             return self._runtime

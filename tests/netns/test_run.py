@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from meshnet.lab.poll import wait_until
+from tests.images import Member, config_of, directory, symlink, tar
 from tests.netns.mesh import attach, create_network, meshnet, ping
 
 if TYPE_CHECKING:
@@ -168,6 +169,52 @@ def cgroup_file(pid: int, controller: str, name: str) -> str:
         if controller in controllers.split(","):
             return Path(f"/sys/fs/cgroup/{controller}{path}/{name}").read_text().strip()
     return Path(f"/sys/fs/cgroup{path}/{name}").read_text().strip()
+
+
+def test_two_containers_of_one_image(make_lab: MakeLab, rootfs: Path, tmp_path: Path) -> None:
+    lab = make_lab(1)
+    h1 = lab.hosts[0]
+    busybox = Member("bin/busybox", data=(rootfs / "bin/busybox").read_bytes(), mode=0o755)
+    links = [symlink(f"bin/{name}", "busybox") for name in APPLETS]
+    layer = tar(directory("bin"), directory("etc"), busybox, *links)
+    config = config_of(
+        (layer,),
+        Entrypoint=["/bin/sh", "-c"],
+        Cmd=["echo $WHO in $(pwd)"],
+        Env=["WHO=image"],
+        WorkingDir="/work",
+        User="70:71",
+        StopSignal="SIGUSR1",
+    )
+    saved = [{"Config": "config.json", "RepoTags": ["bb:1"], "Layers": ["layer.tar"]}]
+    members = [Member("config.json", data=config), Member("layer.tar", data=layer)]
+    archive = tmp_path / "image.tar"
+    archive.write_bytes(tar(*members, Member("manifest.json", data=json.dumps(saved).encode())))
+    meshnet(h1, "image", "load", archive)
+
+    def out(*words: str) -> str:
+        done = h1.run([*CLIENT, "run", "--rm", *words], check=False)
+        assert done.returncode == 0, done
+        return done.stdout.strip()
+
+    assert out("bb:1") == "image in /work"
+    assert out("-e", "WHO=me", "bb:1") == "me in /work"
+    assert out("bb:1", "id -u; id -g").split() == ["70", "71"]
+    assert out("--entrypoint", "/bin/echo", "bb:1", "a", "b") == "a b"
+    script = "trap 'exit 8' USR1; while :; do sleep 0.05; done"
+    for name in ("one", "two"):
+        argv = ["run", "-d", "--name", name, "--user", "0", "bb:1", script]
+        h1.run([*CLIENT, *argv])
+    h1.run([*CLIENT, "exec", "one", "touch", "/written"])
+    assert h1.run([*CLIENT, "exec", "one", "ls", "/written"], check=False).returncode == 0
+    assert h1.run([*CLIENT, "exec", "two", "ls", "/written"], check=False).returncode == 1
+    meshnet(h1, "image", "rm", meshnet(h1, "image", "ls")[0]["id"], status=5)
+    meshnet(h1, "stop", "one")
+    assert meshnet(h1, "wait", "one")["exit_code"] == 8
+    for name in ("one", "two"):
+        meshnet(h1, "rm", "--force", name)
+    meshnet(h1, "image", "rm", "bb:1")
+    assert is_clean(h1), leftovers(h1)
 
 
 def test_limits_are_the_kernels(make_lab: MakeLab, rootfs: Path) -> None:
