@@ -4,20 +4,30 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool iperf3 iproute2 \
-	iputils-ping nftables openssl procps python3-venv runc tcpdump util-linux zstd
-BENCH_PACKAGES := fastd gcc libc6-dev wireguard-go wireguard-tools
+PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc iperf3 iproute2 \
+	iputils-ping libc6-dev nftables openssl procps python3-venv runc tcpdump util-linux zstd
+BENCH_PACKAGES := fastd wireguard-go wireguard-tools
+PUBLISHED_PACKAGES := docker.io
 SETUP := $(VENV)/.ready
 SCALE := build/scale.json
 DATAPATH := build/datapath.json
+PUBLISHED := build/published.json
 
-.PHONY: demo test lint type bench bench-scale bench-datapath setup constraints clean
+.PHONY: demo test native fuzz lint type bench bench-scale bench-datapath bench-published setup \
+	constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
 
-test: $(SETUP)  ## all tests
+test: native  ## all tests
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 2
+
+native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
+	@$(BIN)/python -m meshnet.vtep.native
+
+MINUTES := 3
+fuzz: $(SETUP)  ## campaigns of hostile input, MINUTES in all
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile --minutes $(MINUTES)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -40,6 +50,11 @@ bench-datapath: $(VENV)/.bench  ## TCP, small packets, ping and CPU, tunnel besi
 	mkdir -p $(dir $(DATAPATH))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench datapath --json $(DATAPATH)
 	$(BIN)/python -m tests.bench.plot_datapath $(DATAPATH) docs/images/datapath.png
+
+bench-published: $(SETUP)  ## ten published ports beside those of Docker's own network
+	$(call install,$(PUBLISHED_PACKAGES))
+	mkdir -p $(dir $(PUBLISHED))
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench published --json $(PUBLISHED)
 
 setup: $(SETUP)
 

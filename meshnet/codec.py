@@ -10,7 +10,7 @@ Pure: imports no socket, file, clock or trio.  Layout of the keys: `meshnet.stor
 from __future__ import annotations
 
 import re
-from ipaddress import IPv6Address, ip_address, ip_interface, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
@@ -18,6 +18,7 @@ import msgspec
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.ipam import check_host_prefix
 from meshnet.model import (
+    AddressHolder,
     AddressRange,
     Claim,
     Datapath,
@@ -40,35 +41,55 @@ if TYPE_CHECKING:
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 NAME_PATTERN = re.compile(_NAME)
-IFNAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+IFNAME_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,15}")
 MAX_VALUE_BYTES = 64 * 1024
 MAX_VNI = (1 << 24) - 1
 MAX_MTU_BYTES = 65_535
+_BROADCAST = IPv4Address("255.255.255.255")
 MAX_PID = 1 << 22
 """PID_MAX_LIMIT of linux/threads.h."""
+MAX_REASON = 300
+"""Characters of what is said of a bad value: it is shown, logged and kept."""
 _LEAST_ADDRESSES = 4
 """Of a network that is not cut into host subnets: its own, the gateway's, one, the broadcast."""
 
 
 class BadValueError(MeshnetError):
-    """A value of the store is malformed, of another version, or contradicts its key."""
+    """A value of the store is malformed, of another version, or contradicts its key.
+
+    The message is one line of at most `MAX_REASON` printable characters, whatever it quotes.
+    """
 
     exit_status = 2
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason, MAX_REASON))
+
+
+def printable(text: str, most: int) -> str:
+    """Text that a terminal, a log and a JSON document can take: cut, and escaped where need be."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]
+    )
+    return shown if len(shown) <= most and len(text) <= most else f"{shown[: most - 1]}…"
 
 
 _Name = Annotated[str, msgspec.Meta(pattern=rf"^{_NAME}\Z")]
 _VniField = Annotated[int, msgspec.Meta(ge=1, le=MAX_VNI)]
 _PortField = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+_AddressField = Annotated[str, msgspec.Meta(max_length=64)]
 _PrefixField = Annotated[int, msgspec.Meta(ge=0, le=128)]
 _PidField = Annotated[int, msgspec.Meta(ge=1, le=MAX_PID)]
 _NumberField = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _MtuField = Annotated[int, msgspec.Meta(ge=MINIMUM_MTU_BYTES[4], le=MAX_MTU_BYTES)]
+_IfnameField = Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")]
+_MacField = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}\Z")]
 
 
 class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
     name: _Name
     mode: Mode
-    subnets: list[str]
+    subnets: Annotated[list[_AddressField], msgspec.Meta(max_length=2)]
     vni: _VniField
     port: _PortField
     host_prefix: _PrefixField
@@ -76,16 +97,16 @@ class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1
     mtu: _MtuField | None = None
     direct_routing: bool = False
     fallback: bool = False
-    parent: Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")] | None = None
-    ranges: list[tuple[str, str]] = []
-    gateways: list[str] = []
+    parent: _IfnameField | None = None
+    ranges: Annotated[list[tuple[_AddressField, _AddressField]], msgspec.Meta(max_length=2)] = []
+    gateways: Annotated[list[_AddressField], msgspec.Meta(max_length=2)] = []
     internal: bool = False
     host_access: bool = False
 
 
 class _HostV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
     id: _Name
-    underlay_ip: str
+    underlay_ip: _AddressField
     datapath: Datapath = Datapath.KERNEL
 
 
@@ -94,15 +115,15 @@ class _ReservationV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
 
 
 class _ClaimV1(msgspec.Struct, frozen=True, tag_field="v", tag=1):
-    instance: str
-    underlay_ip: str
+    instance: Annotated[str, msgspec.Meta(max_length=64)]
+    underlay_ip: _AddressField
 
 
 class _PublishedV1(msgspec.Struct, frozen=True):
     protocol: Protocol
     host_port: _PortField
     port: _PortField
-    host_ip: str | None = None
+    host_ip: _AddressField | None = None
 
 
 class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
@@ -111,15 +132,22 @@ class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=
     host: _Name
     name: _Name
     pid: _PidField
-    ifname: Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")]
-    addresses: list[str]
-    gateways: list[str]
-    mac: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}\Z")]
+    ifname: _IfnameField
+    addresses: Annotated[list[_AddressField], msgspec.Meta(min_length=1, max_length=2)]
+    gateways: Annotated[list[_AddressField], msgspec.Meta(max_length=2)]
+    mac: _MacField
     mtu: _MtuField
     default_route: bool
     netns_inode: _NumberField
     pid_start_ticks: _NumberField
     published: list[_PublishedV1] = []
+    parent: _IfnameField | None = None
+
+
+class _AddressHolderV1(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="v", tag=1):
+    host: Annotated[str, msgspec.Meta(pattern=rf"^({_NAME})?\Z")]
+    endpoint: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{12})?\Z")] = ""
+    held_by: _MacField | None = None
 
 
 _T = TypeVar("_T")
@@ -133,6 +161,7 @@ class _Format:
     reservation = msgspec.json.Decoder(_ReservationV1)
     claim = msgspec.json.Decoder(_ClaimV1)
     endpoint = msgspec.json.Decoder(_EndpointV1)
+    address_holder = msgspec.json.Decoder(_AddressHolderV1)
 
 
 def _decode(decoder: msgspec.json.Decoder[_T], raw: bytes) -> _T:
@@ -298,9 +327,19 @@ def check_name(kind: str, name: str) -> None:
     """
     if not NAME_PATTERN.fullmatch(name):
         raise UsageError(
-            f"{kind} name {name!r} is not usable: take 1 to 63 letters, digits, '_', '.' or '-', "
-            "starting with a letter or digit"
+            f"{kind} name {name[:80]!r} is not usable: take 1 to 63 letters, digits, '_', '.' or "
+            "'-', starting with a letter or digit"
         )
+
+
+def check_key_name(name: str) -> None:
+    """Refuse a name in a key of the store.
+
+    Raises:
+        BadValueError: nobody could have created what is named so.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise BadValueError(f"the key names {name[:80]!r}, which is no name")
 
 
 # --- hosts --------------------------------------------------------------------------------------
@@ -353,6 +392,7 @@ def decode_reservation(network: NetworkName, subnet_key: str, raw: bytes) -> Res
         BadValueError: malformed value, or a key that is no subnet.
     """
     value = _decode(_Format.reservation, raw)
+    check_key_name(network)
     return Reservation(network=network, subnet=subnet_from_key(subnet_key), host=HostId(value.host))
 
 
@@ -402,6 +442,7 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
                 )
                 for p in endpoint.published
             ],
+            parent=endpoint.parent,
         )
     )
 
@@ -420,8 +461,11 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         gateways = tuple(ip_address(g) for g in value.gateways)
     except ValueError as error:
         raise BadValueError(str(error)) from error
+    versions = [a.version for a in addresses]
+    if versions != sorted(set(versions)):
+        raise BadValueError("an endpoint has at most one address of an IP version, IPv4 first")
     led = [g.version for g in gateways]
-    if not addresses or led != sorted(set(led) & {a.version for a in addresses}):
+    if led != sorted(set(led) & set(versions)):
         raise BadValueError("an endpoint has at most one gateway for each of its addresses")
     return Endpoint(
         id=EndpointId(value.id),
@@ -446,7 +490,42 @@ def decode_endpoint(raw: bytes) -> Endpoint:
             )
             for p in value.published
         ),
+        parent=value.parent,
     )
+
+
+# --- addresses of pools -------------------------------------------------------------------------
+
+
+def encode_address_holder(holder: AddressHolder) -> bytes:
+    """The value of a pool address's key; network and address are in the key."""
+    held_by = holder.held_by.hex(":") if holder.held_by else None
+    return msgspec.json.encode(_AddressHolderV1(holder.host, holder.endpoint, held_by))
+
+
+def address_from_key(part: str) -> IpAddress:
+    """The address that the last part of a key names.
+
+    Raises:
+        BadValueError: not the canonical form of an address.
+    """
+    address = _address(part)
+    if str(address) != part:
+        raise BadValueError(f"{part} is not an address's canonical form ({address})")
+    return address
+
+
+def decode_address_holder(raw: bytes) -> AddressHolder:
+    """Read who has an address of a pool.
+
+    Raises:
+        BadValueError: malformed, or it has both a host and a machine outside the mesh, or neither.
+    """
+    value = _decode(_Format.address_holder, raw)
+    if bool(value.host) == (value.held_by is not None) or (value.endpoint and not value.host):
+        raise BadValueError("an address is held by a host or by a machine outside the mesh")
+    held_by = bytes.fromhex(value.held_by.replace(":", "")) if value.held_by is not None else b""
+    return AddressHolder(HostId(value.host), value.endpoint, held_by)
 
 
 # --- addresses ----------------------------------------------------------------------------------
@@ -495,6 +574,14 @@ def _unicast(text: str) -> IpAddress:
     except ValueError as error:
         raise BadValueError(str(error)) from error
     scoped = isinstance(address, IPv6Address) and address.scope_id is not None
-    if address.is_multicast or address.is_loopback or address.is_unspecified or scoped:
+    mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
+    if (
+        address.is_multicast
+        or address.is_loopback
+        or address.is_unspecified
+        or address == _BROADCAST
+        or scoped
+        or mapped
+    ):
         raise BadValueError(f"{text} cannot be the address of a host on the underlay")
     return address

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from meshnet.codec import check_name
+from meshnet.codec import check_name, printable
 from meshnet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ SETTINGS = (
     Setting(
         "vxlan", "MODE", "what forwards packets", "auto", choices=("auto", "kernel", "userspace")
     ),
+    Setting(
+        "vtep-engine", "ENGINE", "what carries the packets of a userspace VTEP", "python",
+        choices=("python", "native"),
+    ),
     Setting("image-max-bytes", "N", "most that an image may take once unpacked", str(32 << 30)),
     Setting("image-max-entries", "N", "most files that an image may have", "1000000"),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
@@ -78,13 +82,16 @@ SETTINGS = (
     Setting("log-format", "FORMAT", "how to log", "text", choices=("text", "json")),
 )  # fmt: skip
 
+_SHOWN, _LONGEST = 200, 4096
+"""Characters of a wrong value that are repeated, and of any value that are taken."""
+
 CLIENT_VARIABLES = frozenset(("MESHNET_SOCKET", "MESHNET_ETCD"))
 """Variables of the client and the lab, which the agent lets pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
-    """Checked settings.  `etcd_password` is kept out of `repr`-based logs by `__repr__`."""
+    """Checked settings.  `__repr__` keeps the password, and what a URL may hold, out of logs."""
 
     etcd: tuple[str, ...]
     underlay_ip: IpAddress | None
@@ -96,6 +103,7 @@ class AgentConfig:
     grace_s: float
     resync_s: float
     vxlan: str
+    vtep_engine: str
     image_max_bytes: int
     image_max_entries: int
     etcd_ca: str | None
@@ -108,7 +116,7 @@ class AgentConfig:
     log_format: str
 
     def __repr__(self) -> str:
-        return f"AgentConfig(host_id={self.host_id!r}, etcd={self.etcd!r})"
+        return f"AgentConfig(host_id={self.host_id!r})"
 
 
 def load_config(
@@ -137,9 +145,23 @@ def load_config(
     ):
         for name, value in layer.items():
             if value is not None:
+                _check_text(name, value, source)
                 values[name] = value
                 sources[name] = source
     return _check(values, sources, hostname)
+
+
+def _check_text(name: str, value: str, source: str) -> None:
+    """Refuse what can be neither a file's name nor sent to etcd; not repeated: it may be secret."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} ({source}) is not UTF-8: correct it") from error
+    if "\0" in value or "\n" in value or len(value) > _LONGEST:
+        raise UsageError(
+            f"{name} ({source}) has a NUL, a line break or more than {_LONGEST} characters: "
+            "correct it"
+        )
 
 
 def _from_toml(text: str | None, name: str) -> dict[str, str]:
@@ -147,21 +169,27 @@ def _from_toml(text: str | None, name: str) -> dict[str, str]:
         return {}
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{name} is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
+        raise UsageError(f"{name} is not TOML: {printable(str(error), _SHOWN)}") from error
     known = {s.name for s in SETTINGS}
     values = {}
     for key, value in document.items():
         if key not in known:
             raise UsageError(
-                f"{name} has unknown key {key!r}: choose from {', '.join(sorted(known))}"
+                f"{name} has unknown key {key[:_SHOWN]!r}: choose from {', '.join(sorted(known))}"
             )
-        if key == "etcd" and isinstance(value, list):
-            values[key] = ",".join(map(str, value))
-        elif isinstance(value, str | int | float) and not isinstance(value, bool):
-            values[key] = str(value)
-        else:
-            raise UsageError(f"{name}: {key} is {value!r}: give a string or a number")
+        try:
+            if key == "etcd" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+                values[key] = ",".join(value)
+            elif isinstance(value, str | int | float) and not isinstance(value, bool):
+                values[key] = str(value)
+            else:
+                # Not repeated: it may be a secret that somebody put in brackets.
+                raise UsageError(
+                    f"{name}: {key} is a {type(value).__name__}: give a string or a number"
+                )
+        except ValueError as error:  # a number of more digits than Python writes
+            raise UsageError(f"{name}: {key} is a number out of range") from error
     return values
 
 
@@ -177,7 +205,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
             and variable != "MESHNET_CONFIG"
         ):
             raise UsageError(
-                f"environment variable {variable} is unknown: settings are "
+                f"environment variable {printable(variable, _SHOWN)} is unknown: settings are "
                 f"{', '.join(sorted(by_variable))}"
             )
     return values
@@ -190,7 +218,7 @@ def _check(
         value = values[setting.name]
         if setting.choices and value not in setting.choices:
             raise UsageError(
-                f"{setting.name} is {value!r} ({sources[setting.name]}): "
+                f"{setting.name} is {_shown(value)} ({sources[setting.name]}): "
                 f"choose {', '.join(setting.choices)}"
             )
     etcd = tuple(url.strip() for url in (values["etcd"] or "").split(",") if url.strip())
@@ -202,7 +230,7 @@ def _check(
         raise UsageError("give --etcd-cert and --etcd-key together")
     host_id = values["host-id"] or hostname
     check_name("host", host_id)
-    text: dict[str, Any] = {s.field: values[s.name] or None for s in SETTINGS}
+    text: dict[str, Any] = {s.field: values[s.name] or s.default for s in SETTINGS}
     text |= {
         "etcd": etcd,
         "underlay_ip": _ip(values["underlay-ip"], sources["underlay-ip"]),
@@ -222,6 +250,10 @@ def _check(
     return AgentConfig(**text)
 
 
+def _shown(value: str | None) -> str:
+    return repr(value if value is None else value[:_SHOWN])
+
+
 def _number(
     values: Mapping[str, str | None],
     sources: Mapping[str, str],
@@ -237,7 +269,8 @@ def _number(
         number = float("nan")
     if not least <= number <= most:
         raise UsageError(
-            f"{name} is {values[name]!r} ({sources[name]}): give {unit} from {least} to {most}"
+            f"{name} is {_shown(values[name])} ({sources[name]}): "
+            f"give {unit} from {least} to {most}"
         )
     return number
 
@@ -248,4 +281,4 @@ def _ip(text: str | None, source: str) -> IpAddress | None:
     try:
         return ip_address(text)
     except ValueError as error:
-        raise UsageError(f"underlay-ip is {text!r} ({source}): give an IP address") from error
+        raise UsageError(f"underlay-ip is {_shown(text)} ({source}): give an IP address") from error

@@ -1,8 +1,8 @@
 """Difference of two kernel states, as operations in an order that never leaves a half route.
 
-Create link → address → neighbour → FDB entry → member → nexthop → route; delete in the exact
-reverse, after everything is created.  Only a userspace VTEP's members go and come in one step, so
-that a subnet changes hands.  Whole values are compared, never only keys.
+Create firewall element → link → address → neighbour → FDB entry → member → nexthop → route; delete
+in the exact reverse, after everything is created.  Only a userspace VTEP's members go and come in
+one step, so that a subnet changes hands.  Whole values are compared, never only keys.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from meshnet.firewall.elements import TABLE, format_element
 from meshnet.state import (
     AddressKey,
+    ElementKey,
     FdbKey,
     KernelState,
     Link,
@@ -25,6 +28,7 @@ from meshnet.state import (
     Nexthop,
     Route,
     RouteKey,
+    Ruleset,
     format_ip,
     format_mac,
 )
@@ -40,14 +44,15 @@ class Table(IntEnum):
     """The kinds of kernel objects, in the order they are created."""
 
     FIREWALL = 0
-    SYSCTL = 1
-    LINK = 2
-    ADDRESS = 3
-    NEIGHBOUR = 4
-    FDB = 5
-    MEMBER = 6
-    NEXTHOP = 7
-    ROUTE = 8
+    ELEMENT = 1
+    SYSCTL = 2
+    LINK = 3
+    ADDRESS = 4
+    NEIGHBOUR = 5
+    FDB = 6
+    MEMBER = 7
+    NEXTHOP = 8
+    ROUTE = 9
 
 
 class Op(NamedTuple):
@@ -96,8 +101,13 @@ def diff(desired: KernelState, actual: KernelState) -> list[Op]:
     }
     base = _without_links(actual, rebuilt) if rebuilt else actual
     ops = [Op(Table.LINK, name, None, True) for name in sorted(rebuilt)]
-    if desired.firewall != actual.firewall and desired.firewall is not None:
-        ops.append(Op(Table.FIREWALL, "inet meshnet", desired.firewall, False))
+    # The tables are loaded, and removed, with all that is in their sets.
+    reload = desired.firewall != actual.firewall
+    if reload and desired.firewall is not None:
+        ruleset = Ruleset(desired.firewall, desired.elements)
+        ops.append(Op(Table.FIREWALL, TABLE, ruleset, False))
+    if not reload and desired.elements != actual.elements:
+        ops += _set(Table.ELEMENT, desired.elements, actual.elements, _needs_nothing)
     for path, value in desired.sysctls.items():
         if actual.sysctls.get(path) != value:
             ops.append(Op(Table.SYSCTL, path, value, True))
@@ -125,8 +135,10 @@ def diff(desired: KernelState, actual: KernelState) -> list[Op]:
         if table is not Table.MEMBER:
             ops += _delete(table, wanted, held)
     ops += _delete(Table.LINK, desired.links, _without_veths(base.links))
-    if desired.firewall is None and actual.firewall is not None:
-        ops.append(Op(Table.FIREWALL, "inet meshnet", None, True))
+    if not reload and desired.elements != actual.elements:
+        ops += _delete(Table.ELEMENT, desired.elements, actual.elements)
+    if reload and desired.firewall is None:
+        ops.append(Op(Table.FIREWALL, TABLE, None, True))
     return ops
 
 
@@ -152,7 +164,7 @@ def needs_rebuild(desired: Link, actual: Link) -> bool:
 
     A TUN stays, with its routes, while its process is exchanged.
     """
-    if desired.kind != actual.kind:
+    if (desired.kind, desired.parent) != (actual.kind, actual.parent):
         return True
     return desired.kind is not LinkKind.TUN and desired.vxlan != actual.vxlan
 
@@ -191,6 +203,10 @@ def _set(
 
 def _delete(table: Table, desired: Mapping[Any, Any], actual: Mapping[Any, Any]) -> Iterator[Op]:
     return (Op(table, key, None, True) for key in actual if key not in desired)
+
+
+def _needs_nothing(_key: object, _value: object) -> tuple[tuple[Table, Any], ...]:
+    return ()
 
 
 def _needs_link(key: Any, _value: Any) -> tuple[tuple[Table, Any], ...]:  # noqa: ANN401
@@ -251,6 +267,7 @@ def _without_links(state: KernelState, names: set[str]) -> KernelState:
         },
         sysctls=state.sysctls,
         firewall=state.firewall,
+        elements=state.elements,
     )
 
 
@@ -266,6 +283,8 @@ def describe(table: Table, key: Any) -> str:  # noqa: ANN401
             return f"FDB entry {format_mac(mac)} on {dev}"
         case Table.MEMBER, MemberKey(dev, address):
             return f"{name} {format_ip(address)} of {dev}"
+        case Table.ELEMENT, ElementKey(set_name, _):
+            return f"{name} {{ {format_element(key)} }} of set {set_name}"
         case Table.ROUTE, (prefix, length):
             return f"{name} {format_ip(prefix)}/{length}"
         case _:
@@ -277,7 +296,8 @@ def merge(state: KernelState, ops: Iterable[Op]) -> KernelState:
     after = state.copy()
     for op in ops:
         if op.table is Table.FIREWALL:
-            after.firewall = op.value
+            text, elements = op.value or (None, {})
+            after = replace(after, firewall=text, elements=dict(elements))
         elif op.table is Table.LINK and op.value is None:
             after = _without_links(after, {op.key})
         elif op.value is None:
@@ -289,6 +309,7 @@ def merge(state: KernelState, ops: Iterable[Op]) -> KernelState:
 
 def _table(state: KernelState, table: Table) -> dict[Any, Any]:
     tables: dict[Table, dict[Any, Any]] = {
+        Table.ELEMENT: state.elements,
         Table.SYSCTL: state.sysctls,
         Table.LINK: state.links,
         Table.ADDRESS: state.addresses,

@@ -1,5 +1,8 @@
 """Address management: a host's subnet from a network, an endpoint's address from a subnet.
 
+On a network that sits on the physical one, endpoints of all hosts have addresses from one pool: the
+network's range, or its whole CIDR, less what belongs to routers and hosts.
+
 Within a host's subnet the first address is the gateway.  IPv4: the subnet's own address and the
 broadcast address are never given out.  IPv6: the subnet-router anycast address (RFC 4291 §2.6.1)
 is never given out.
@@ -15,6 +18,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from meshnet.errors import ConflictError, PoolExhaustedError, UsageError
+from meshnet.model import AddressRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 
 MAX_SUBNET_BITS = 32
 """At most 2^32 host subnets a network: VTEP MACs hold 32 bits of the subnet."""
+
+MAX_POOL_ADDRESSES = 1 << 32
+"""Of an underlay network: MACs of endpoints hold 32 bits of the address."""
 
 COOLDOWN = 64
 """A freed address is given out again only after this many others were freed, while any is left."""
@@ -93,6 +100,89 @@ def choose_subnet(
     raise PoolExhaustedError(
         f"network {network.name}: all {count} subnets of /{prefix} in {cidr} are reserved: "
         "remove hosts that are gone (meshnet host rm ID) or create a larger network"
+    )
+
+
+def pool_range(network: Network, version: int) -> AddressRange:
+    """What endpoints' addresses of an IP version are taken from, on an underlay network.
+
+    At most 2^32 addresses: an endpoint's MAC has 32 bits of its address.
+    """
+    cidr = next(s for s in network.subnets if s.version == version)
+    make = _address_type(cidr)
+    # The CIDR's own address is its routers' anycast one in IPv6 (RFC 4291 §2.6.1).
+    first = int(cidr.network_address) + 1
+    last = int(cidr.broadcast_address) - (1 if version == 4 else 0)
+    for addresses in network.ranges:
+        if addresses.version == version:
+            first, last = max(first, int(addresses.first)), min(last, int(addresses.last))
+    return AddressRange(make(first), make(min(last, first + MAX_POOL_ADDRESSES - 1)))
+
+
+def check_pool_address(
+    network: Network, wanted: IpAddress, excluded: Collection[IpAddress]
+) -> None:
+    """Refuse an address that no endpoint of an underlay network may have.
+
+    Args:
+        excluded: addresses of routers and hosts.
+
+    Raises:
+        UsageError: it is outside the pool or excluded.
+    """
+    if wanted.version not in {s.version for s in network.subnets}:
+        raise UsageError(
+            f"address {wanted} is IPv{wanted.version}, network {network.name} has "
+            f"{', '.join(map(str, network.subnets))}: choose one within it"
+        )
+    pool = pool_range(network, wanted.version)
+    if wanted not in pool:
+        raise UsageError(
+            f"address {wanted} is outside {pool}, the addresses of network {network.name}: choose "
+            "one within it, or leave --ip out"
+        )
+    if wanted in excluded:
+        raise UsageError(
+            f"address {wanted} is a gateway's or a host's of network {network.name}: choose "
+            "another, or leave --ip out"
+        )
+
+
+def choose_address(
+    network: Network,
+    version: int,
+    taken: Collection[IpAddress],
+    *,
+    random_below: Callable[[int], int] | None = None,
+) -> IpAddress:
+    """Choose a free address of an underlay network's pool.
+
+    Args:
+        taken: addresses that are held or excluded.
+        random_below: a random number in [0, n): choose any free address, so that hosts that choose
+            at once hardly choose the same.  None: the lowest.
+
+    Raises:
+        PoolExhaustedError: none is free.
+    """
+    pool = pool_range(network, version)
+    make = _address_type(pool.first)
+    base, count = int(pool.first), int(pool.last) - int(pool.first) + 1
+    start = 0
+    if random_below is not None:
+        for _ in range(_PROBES):
+            start = random_below(count)
+            address = make(base + start)
+            if address not in taken:
+                return address
+    for offset in chain(range(start, count), range(start)):
+        address = make(base + offset)
+        if address not in taken:
+            return address
+    raise PoolExhaustedError(
+        f"network {network.name}: all {count} addresses of {pool} are taken: detach an endpoint, "
+        "remove hosts that are gone (meshnet host rm ID), or create the network with a larger "
+        "--range"
     )
 
 
@@ -173,5 +263,5 @@ class AddressPool:
         )
 
 
-def _address_type(subnet: IpNetwork) -> type[IPv4Address] | type[IPv6Address]:
-    return IPv4Address if subnet.version == 4 else IPv6Address
+def _address_type(like: IpNetwork | IpAddress) -> type[IPv4Address] | type[IPv6Address]:
+    return IPv4Address if like.version == 4 else IPv6Address

@@ -138,6 +138,22 @@ class Network:
         """UDP port of the userspace VTEP beside a VXLAN device."""
         return default_port(Mode.UDP, self.vni)
 
+    def option_of_port(self, port: int) -> str:
+        """The option of ``network create`` that decides about one of its UDP ports."""
+        return "--vni" if self.fallback and port == self.fallback_port else "--port"
+
+    def udp_ports(self, *, kernel_vxlan: bool) -> tuple[set[int], set[int]]:
+        """Those of userspace VTEPs, and those of the kernel's.
+
+        Args:
+            kernel_vxlan: on a host whose kernel has VXLAN.
+        """
+        if not self.mode.is_overlay:
+            return set(), set()
+        if self.mode is Mode.UDP or not kernel_vxlan:
+            return {self.port}, set()
+        return ({self.fallback_port} if self.fallback else set()), {self.port}
+
     def host_prefix_of(self, version: int) -> int:
         """Prefix length of one host's subnet of the IP version (4 or 6)."""
         return self.host_prefix if version == 4 else self.host_prefix6
@@ -152,6 +168,17 @@ class Network:
             if cidr.version == version:
                 return first & int(cidr.netmask) == int(cidr.network_address)
         return False
+
+
+def find_taken_port(one: Network, other: Network, *, kernel_vxlan: bool) -> int | None:
+    """A UDP port that both networks want on a host, and one of them for a userspace VTEP.
+
+    The kernel tells its VXLAN networks apart by VNI; a userspace VTEP has a port to itself.
+    """
+    mine, my_kernel = one.udp_ports(kernel_vxlan=kernel_vxlan)
+    theirs, their_kernel = other.udp_ports(kernel_vxlan=kernel_vxlan)
+    taken = (mine & (theirs | their_kernel)) | (my_kernel & theirs)
+    return min(taken, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +285,20 @@ class Claim:
     underlay_ip: IpAddress
 
 
+class AddressHolder(NamedTuple):
+    """Who has an address of an underlay network's pool.
+
+    Attributes:
+        host: the host that took it; "": nobody of the mesh.
+        endpoint: which of its endpoints; "": the host itself, or nobody of the mesh.
+        held_by: MAC of the machine outside the mesh that answered for it; b"": none did.
+    """
+
+    host: HostId
+    endpoint: str = ""
+    held_by: bytes = b""
+
+
 class Protocol(StrEnum):
     """A transport protocol whose ports can be published."""
 
@@ -295,6 +336,7 @@ class Endpoint:
         netns_inode: inode of the namespace in nsfs, to find its other processes by.
         pid_start_ticks: start time of `pid` (field 22 of /proc/PID/stat): pids are reused.
         published: ports of its host that lead to it.
+        parent: link of its host that its own is a macvlan of; None: its own is a veth's end.
     """
 
     id: EndpointId
@@ -311,6 +353,7 @@ class Endpoint:
     netns_inode: int
     pid_start_ticks: int
     published: tuple[PublishedPort, ...] = ()
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,21 +11,36 @@ from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
 from meshnet.backends.bridge import BRIDGE
+from meshnet.backends.macvlan import MACVLAN
 from meshnet.backends.overlay import direct_nexthop, route_key
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
 from meshnet.errors import UsageError
-from meshnet.firewall import render_firewall
-from meshnet.model import Mode, Reservations
+from meshnet.firewall import elements, render_rules
+from meshnet.model import Mode, Reservations, find_taken_port
 from meshnet.state import KernelState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from meshnet.backends import Backend
-    from meshnet.model import Endpoint, HostId, IpNetwork, MeshSnapshot, Network, NetworkName
+    from meshnet.firewall import FirewallNetwork
+    from meshnet.model import (
+        Endpoint,
+        HostId,
+        IpAddress,
+        IpNetwork,
+        MeshSnapshot,
+        Network,
+        NetworkName,
+    )
 
-BACKENDS: Mapping[Mode, Backend] = {Mode.VXLAN: VXLAN, Mode.UDP: UDP, Mode.BRIDGE: BRIDGE}
+BACKENDS: Mapping[Mode, Backend] = {
+    Mode.VXLAN: VXLAN,
+    Mode.UDP: UDP,
+    Mode.MACVLAN: MACVLAN,
+    Mode.BRIDGE: BRIDGE,
+}
 """The modes this version carries packets for."""
 
 
@@ -35,13 +50,16 @@ class LocalView:
 
     Attributes:
         subnets: the subnets it holds reservations for.
+        addresses: its own addresses of underlay networks' pools, at most one an IP version.
         expired: hosts dead for longer than the grace period.
         fallen: peers that are sent to by a network's fallback.
+        addresses: this host's own addresses of underlay networks' pools.
     """
 
     host: HostId
     subnets: Mapping[NetworkName, tuple[IpNetwork, ...]]
     endpoints: Sequence[Endpoint] = ()
+    addresses: Mapping[NetworkName, tuple[IpAddress, ...]] = field(default_factory=dict)
     expired: frozenset[HostId] = frozenset()
     fallen: frozenset[tuple[NetworkName, HostId]] = frozenset()
 
@@ -125,15 +143,17 @@ def plan_mesh(
     planned: list[NetworkPlan] = []
     for network in snapshot.networks.values():
         conflict = _find_conflict(network, outcomes, snapshot, underlay)
+        conflict = conflict or _missing_parent(network, underlay)
         if conflict is not None:
             outcomes[network.name] = NetworkOutcome(errors=(conflict,), refused=True)
             continue
         outcome = _plan_network(network, snapshot, local, underlay, ids, state)
         outcomes[network.name] = outcome
-        if outcome.plan is not None:
+        if outcome.plan is not None and not network.mode.is_underlay:
+            # Packets of the others do not pass through this host.
             planned.append(outcome.plan)
     if planned:
-        state.firewall = render_firewall([p.firewall for p in planned], underlay.ip)
+        _plan_firewall([p.firewall for p in planned], underlay, state)
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)
 
@@ -171,6 +191,7 @@ def plan_hosts(
         backend = backend_of(network, underlay)
         if backend is not None:
             errors[name] |= backend.plan_peers(wanted, peers, state, ids)
+        _plan_members(network, peers, underlay, state)
     return HostsPlan(state=state, peers=counts, errors=errors)
 
 
@@ -244,12 +265,11 @@ def _find_conflict(
         other = snapshot.networks[name]
         if other.vni == network.vni:
             return f"VNI {network.vni} belongs to network {name}: remove this network"
-        taken = _find_taken_port(network, other, underlay)
+        taken = find_taken_port(network, other, kernel_vxlan=underlay.kernel_vxlan)
         if taken is not None:
-            remedy = "--vni" if network.fallback and taken == network.fallback_port else "--port"
             return (
                 f"UDP port {taken} is network {name}'s, and a userspace VTEP needs one of its own: "
-                f"create this network anew with another {remedy}"
+                f"create this network anew with another {network.option_of_port(taken)}"
             )
         for mine in network.subnets:
             for theirs in other.subnets:
@@ -258,21 +278,14 @@ def _find_conflict(
     return None
 
 
-def _find_taken_port(network: Network, other: Network, underlay: Underlay) -> int | None:
-    """A UDP port that both networks want, and one of them for a userspace VTEP."""
-    if not (network.mode.is_overlay and other.mode.is_overlay):
+def _missing_parent(network: Network, underlay: Underlay) -> str | None:
+    """Why this host, not being on the physical network, cannot have an underlay network."""
+    if network.parent is None or network.parent in underlay.links:
         return None
-    mine, my_kernel = _ports(network, underlay)
-    theirs, their_kernel = _ports(other, underlay)
-    taken = (mine & (theirs | their_kernel)) | (my_kernel & theirs)
-    return min(taken, default=None)
-
-
-def _ports(network: Network, underlay: Underlay) -> tuple[set[int], set[int]]:
-    """A network's UDP ports: those of userspace VTEPs, and those of the kernel's."""
-    if backend_of(network, underlay) is UDP:
-        return {network.port}, set()
-    return ({network.fallback_port} if network.fallback else set()), {network.port}
+    return (
+        f"link {network.parent}, its --parent, does not exist on this host: make it, or give the "
+        "host's link on the physical network that name"
+    )
 
 
 def _plan_network(
@@ -297,12 +310,14 @@ def _plan_network(
         network=network,
         subnets=subnets,
         endpoints=endpoints,
+        host_addresses=local.addresses.get(network.name, ()),
         underlay=underlay,
         path_mtu_bytes=_narrowest(peers, underlay),
         fallen=local.fallen_in(network.name),
     )
     plan = backend.plan_host(wanted, state)
     errors |= backend.plan_peers(wanted, peers, state, ids)
+    _plan_members(network, peers, underlay, state)
     return NetworkOutcome(
         plan=plan,
         peers=len(peers),
@@ -358,6 +373,28 @@ def _peers(
         if good:
             peers.append(Peer(host, good))
     return peers, errors
+
+
+def _plan_members(
+    network: Network, peers: Iterable[Peer], underlay: Underlay, state: KernelState
+) -> None:
+    """Tunnel packets are accepted of every host that has a part in a network."""
+    if not network.mode.is_overlay:
+        return
+    for peer in peers:
+        if peer.host.underlay_ip.version == underlay.ip.version:
+            state.elements[elements.member(peer.host.underlay_ip)] = b""
+
+
+def _plan_firewall(
+    networks: Sequence[FirewallNetwork], underlay: Underlay, state: KernelState
+) -> None:
+    """The rules of this host's networks, and what stays within each."""
+    state.firewall = render_rules(networks, underlay.ip)
+    for network in networks:
+        for here in network.links:
+            for there in network.links:
+                state.elements[elements.path(here, there)] = b""
 
 
 def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:

@@ -14,7 +14,10 @@ import re
 from dataclasses import dataclass, field
 from enum import IntEnum
 from ipaddress import ip_address
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PackedIp = bytes
 """An IPv4 (4 bytes) or IPv6 (16 bytes) address in network byte order."""
@@ -22,15 +25,22 @@ PackedIp = bytes
 LINK_PREFIX = "mn"
 """Every link of ours has a name that starts so."""
 
-NETWORK_LINK = re.compile(LINK_PREFIX + r"[buv][0-9]+")
+NETWORK_LINK = re.compile(LINK_PREFIX + r"[bsuv][0-9]+")
 """Names of a network's own links: ``mnb4097``, its bridge, ``mnv4097``, its VXLAN device,
-``mnu4097``, the TUN of its userspace VTEP."""
+``mnu4097``, the TUN of its userspace VTEP, ``mns4097``, the macvlan by which a host reaches its own
+endpoints."""
 
 TUN_LINK = re.compile(LINK_PREFIX + r"u[0-9]+")
 """Names of the TUNs among them."""
 
 ENDPOINT_LINK = re.compile(LINK_PREFIX + r"e[0-9a-f]{12}")
 """Names of the host-side links of endpoints."""
+
+
+def endpoint_link_name(endpoint_id: str) -> str:
+    """Name of the host-side link of an endpoint: 15 characters, the most a link may have."""
+    return f"{LINK_PREFIX}e{endpoint_id}"
+
 
 ROUTE_PROTOCOL = 109
 """``rtm_protocol`` and ``nh_protocol`` of our objects (free in linux/rtnetlink.h)."""
@@ -47,6 +57,7 @@ class LinkKind(IntEnum):
     BRIDGE = 2
     VETH = 3
     TUN = 4
+    MACVLAN = 5
 
 
 class Vxlan(NamedTuple):
@@ -71,6 +82,7 @@ class Link(NamedTuple):
         vxlan: of a VXLAN device; of a TUN, as its process serves it, None while there is none.
         sysctls: per-interface settings, as ("ipv4", "forwarding", "1"); a dump has more of them
             than are desired.
+        parent: of a macvlan: name of the link that it is on; "" if that is gone.
     """
 
     kind: LinkKind
@@ -80,6 +92,7 @@ class Link(NamedTuple):
     master: str = ""
     vxlan: Vxlan | None = None
     sysctls: tuple[tuple[str, str, str], ...] = ()
+    parent: str = ""
 
 
 class AddressKey(NamedTuple):
@@ -137,6 +150,23 @@ class Nexthop(NamedTuple):
     gateway: PackedIp
 
 
+class ElementKey(NamedTuple):
+    """An element of a named set of our nftables tables; its value is b"", or what a map leads to.
+
+    Both as the kernel has them (`meshnet.firewall.elements`).
+    """
+
+    set_name: str
+    key: bytes
+
+
+class Ruleset(NamedTuple):
+    """What it takes to load our nftables tables: their text, and what their sets then hold."""
+
+    text: str
+    elements: Mapping[ElementKey, bytes]
+
+
 class RouteKey(NamedTuple):
     """Destination of a route of ours in the main table, metric 0 (IPv6: 1024)."""
 
@@ -168,7 +198,9 @@ class KernelState:
         nexthops: by nexthop id.
         foreign_nexthop_ids: ids in our range that belong to someone else (dumps only).
         sysctls: by path under /proc/sys, for interfaces that are not ours.
-        firewall: the text of our nftables table; None: there is none, or not as we left it.
+        firewall: the text of our nftables tables without the elements of their named sets; None:
+            there are none; "": not as we left them.
+        elements: of the named sets.
     """
 
     links: dict[str, Link] = field(default_factory=dict)
@@ -180,6 +212,7 @@ class KernelState:
     routes: dict[RouteKey, Route] = field(default_factory=dict)
     sysctls: dict[str, str] = field(default_factory=dict)
     firewall: str | None = None
+    elements: dict[ElementKey, bytes] = field(default_factory=dict)
     foreign_nexthop_ids: frozenset[int] = frozenset()
 
     def copy(self) -> KernelState:
@@ -194,6 +227,7 @@ class KernelState:
             routes=dict(self.routes),
             sysctls=dict(self.sysctls),
             firewall=self.firewall,
+            elements=dict(self.elements),
             foreign_nexthop_ids=self.foreign_nexthop_ids,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING, Any
 
-from meshnet.backends import NexthopIds, Path, Underlay
+from meshnet.backends import HostLink, NexthopIds, Path, Underlay
 from meshnet.ipam import choose_subnet
 from meshnet.model import (
     Claim,
@@ -24,7 +24,7 @@ from meshnet.plan import LocalView, MeshPlan, plan_mesh
 from meshnet.wire.mac import endpoint_mac
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from meshnet.model import IpAddress, IpNetwork
 
@@ -65,7 +65,7 @@ def make_snapshot(
     for network in networks:
         taken = reservations.setdefault(network.name, {})
         for host in ids:
-            for cidr in network.subnets:
+            for cidr in network.subnets if network.mode.is_overlay else ():
                 taken[choose_subnet(network, cidr.version, taken)] = host
     addresses = {host: underlay_ip(i, underlay_version) for i, host in enumerate(ids, 1)}
     return MeshSnapshot(
@@ -87,6 +87,7 @@ def make_underlay(
         ip=underlay_ip(1, version),
         dev=dev,
         mtu_bytes=mtu_bytes,
+        links={dev: HostLink(mtu_bytes, frozenset({underlay_ip(1, version)}))},
         paths={underlay_ip(i, version): Path(dev, True, mtu_bytes) for i in range(2, peers + 2)},
         forwarding_links=(dev,),
     )
@@ -99,14 +100,19 @@ def plan_for(
     *,
     host: HostId = ME,
     endpoints: Sequence[Endpoint] = (),
+    addresses: Mapping[NetworkName, tuple[IpAddress, ...]] | None = None,
     expired: Collection[HostId] = (),
     fallen: Collection[tuple[NetworkName, HostId]] = (),
 ) -> MeshPlan:
     """The plan of one host, which holds what the snapshot says."""
     local = LocalView(
         host=host,
-        subnets={n: snapshot.subnets_of(host, n) for n in snapshot.networks},
+        subnets={
+            name: snapshot.subnets_of(host, name) if network.mode.is_overlay else network.subnets
+            for name, network in snapshot.networks.items()
+        },
         endpoints=endpoints,
+        addresses=addresses or {},
         expired=frozenset(expired),
         fallen=frozenset(fallen),
     )

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from ipaddress import ip_interface
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.ipam import AddressPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
-    from meshnet.model import IpAddress, IpInterface, IpNetwork, Network, NetworkName
+    from meshnet.model import (
+        EndpointId,
+        IpAddress,
+        IpInterface,
+        IpNetwork,
+        Network,
+        NetworkName,
+    )
+    from meshnet_agent.endpoints import ReadyNetwork
+
+
+class Addresses(Protocol):
+    """Where endpoints' addresses come from."""
+
+    def take(
+        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+    ) -> AbstractAsyncContextManager[tuple[IpInterface, ...]]:
+        """One address of each of the network's IP versions; `wanted` is the one of its own.
+
+        They are the endpoint's if the block ends well, and are given back if it does not.
+
+        Raises:
+            UsageError: `wanted` is none that an endpoint may have.
+            ConflictError: `wanted` is in use.
+            PoolExhaustedError: none is left.
+        """
+        ...
+
+    def free(self, addresses: Iterable[IpInterface]) -> None:
+        """Give addresses back whose endpoint is gone; others' are ignored."""
+        ...
 
 
 class SubnetAddresses:
@@ -25,15 +57,21 @@ class SubnetAddresses:
         self._in_use = in_use
         self._pools: dict[IpNetwork, AddressPool] = {}
 
-    def take(
+    @asynccontextmanager
+    async def take(
+        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+    ) -> AsyncIterator[tuple[IpInterface, ...]]:
+        """See `Addresses`."""
+        addresses = self._take(ready.network, ready.subnets, wanted)
+        try:
+            yield addresses
+        except BaseException:
+            self.free(addresses)
+            raise
+
+    def _take(
         self, network: Network, subnets: Sequence[IpNetwork], wanted: IpAddress | None
     ) -> tuple[IpInterface, ...]:
-        """One address of each subnet; `wanted` is the one of its IP version.
-
-        Raises:
-            UsageError, ConflictError, PoolExhaustedError: as of `AddressPool.take`; nothing is
-                taken.
-        """
         if wanted is not None and wanted.version not in {s.version for s in subnets}:
             raise UsageError(
                 f"address {wanted} is IPv{wanted.version}, network {network.name} has "
@@ -51,7 +89,7 @@ class SubnetAddresses:
         return tuple(taken)
 
     def free(self, addresses: Iterable[IpInterface]) -> None:
-        """Give addresses back."""
+        """See `Addresses`."""
         for address in addresses:
             if address.network in self._pools:
                 self._pools[address.network].free(address.ip)

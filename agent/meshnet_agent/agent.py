@@ -3,7 +3,7 @@
 ::
 
     root: signals, API server
-      └─ store: keep-alive, watch, reservations, endpoint publication
+      └─ store: keep-alive, watch, reservations, endpoint publication, addresses of pools
            └─ data plane: kernel monitor, reconciler, endpoints
 
 The innermost is stopped first.  Stopping, crashing or losing the store removes nothing from the
@@ -20,20 +20,25 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.backends.overlay import bridge_name, endpoint_link_name
+from meshnet.backends.macvlan import shim_name
+from meshnet.backends.overlay import bridge_name
 from meshnet.backends.udp import tun_name
 from meshnet.backends.vxlan import vxlan_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
 from meshnet.model import Claim, Datapath, Host, HostId, NetworkName
 from meshnet.plan import LocalView, fallen_peers, probed_peers
+from meshnet.state import endpoint_link_name
 from meshnet.store.registry import Registry
 from meshnet_agent.endpoints import Endpoints, ReadyNetwork
+from meshnet_agent.flag import Flag
 from meshnet_agent.follow import Follower
 from meshnet_agent.identity import MeshIdentity
 from meshnet_agent.membership import Membership
 from meshnet_agent.monitor import listen
 from meshnet_agent.passes import HostView, PartInput, PassInput
+from meshnet_agent.pool import PoolAddresses
+from meshnet_agent.ports import PublishedPorts
 from meshnet_agent.probes import Probes, Target
 from meshnet_agent.publish import Publisher
 from meshnet_agent.reconcile import Reconciler
@@ -44,12 +49,14 @@ if TYPE_CHECKING:
 
     from meshnet.config import AgentConfig
     from meshnet.kernel import Kernel, Wiring
+    from meshnet.kernel.address_probe import AddressProber
     from meshnet.kernel.vteps import VtepProcesses
     from meshnet.model import IpAddress, MeshSnapshot
     from meshnet.store import Store
     from meshnet.store.mirror import Changes
     from meshnet_agent.disk import StateDir
     from meshnet_agent.paths import Pair
+    from meshnet_agent.ports import HostPorts
     from meshnet_agent.worker import Worker
 
     Listen = Callable[..., Awaitable[None]]
@@ -64,6 +71,8 @@ class Agent:
     Args:
         datapath: what forwards this host's packets on ``vxlan`` networks.
         vteps: its userspace VTEPs, to ask what they counted.
+        prober: asks the wire whether an address is free.
+        host_ports: the ports of this host, to keep its processes off published ones.
         listen: waits for the kernel's notifications (`meshnet_agent.monitor.listen`).
     """
 
@@ -76,6 +85,8 @@ class Agent:
         disk: StateDir,
         underlay_ip: IpAddress,
         event_filter: EventFilter,
+        prober: AddressProber,
+        host_ports: HostPorts,
         listen: Listen = listen,
         *,
         datapath: Datapath = Datapath.KERNEL,
@@ -85,6 +96,7 @@ class Agent:
         self.ready = False
         self.vteps = vteps
         self._kernel = kernel
+        self._wiring = wiring
         self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip, datapath=datapath)
         self.registry = Registry(store)
         claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
@@ -111,7 +123,25 @@ class Agent:
             check_store=self.identity.check,
             on_change=self.reconciler.mark_dirty,
         )
-        self.endpoints = Endpoints(wiring, disk, self.host.id)
+        self.pool = PoolAddresses(
+            store,
+            self.host.id,
+            prober,
+            snapshot=lambda: self.follower.snapshot,
+            link_addresses=self._link_addresses,
+            endpoints=lambda: self.endpoints.all,
+            recorded=disk.endpoint_ids,
+            check_store=self.identity.check,
+            on_change=self.reconciler.mark_dirty,
+        )
+        self.endpoints = Endpoints(
+            wiring,
+            disk,
+            self.host.id,
+            self.pool,
+            PublishedPorts(host_ports),
+            self.reconciler.settle,
+        )
         event_filter.expects_endpoint = self.endpoints.expects_link
         self.publisher = Publisher(
             self.registry,
@@ -120,6 +150,7 @@ class Agent:
             lambda: self.follower.snapshot.networks,
             self.identity.check,
         )
+        self._passed = Flag()
         self._nursery: trio.Nursery | None = None
         self._was_alive = False
         self._expired: frozenset[HostId] = frozenset()
@@ -145,6 +176,8 @@ class Agent:
                 async with trio.open_nursery() as data_plane:
                     self._nursery = data_plane
                     await data_plane.start(self.endpoints.run)
+                    await self.pool.load()
+                    store_nursery.start_soon(self.pool.run)
                     # Networks may have been removed while this agent was down.
                     self._on_snapshot(self.follower.snapshot, None)
                     await data_plane.start(
@@ -159,6 +192,7 @@ class Agent:
                     await self._adopt_fallen()
                     await data_plane.start(self.reconciler.run)
                     data_plane.start_soon(self._keep_filter_current)
+                    data_plane.start_soon(self._keep_macvlans)
                     data_plane.start_soon(self.probes.run)
                     self.ready = True
                     task_status.started()
@@ -174,12 +208,23 @@ class Agent:
             if underlay is not None:
                 self._follow_address(underlay.ip)
                 networks = self.follower.snapshot.networks.values()
+                parents = {n.parent for n in networks if n.parent is not None}
                 self._event_filter.look_at(
-                    indices_of([bridge_name(n) for n in networks]),
+                    indices_of([name(n) for n in networks for name in (bridge_name, shim_name)]),
                     indices_of([name(n) for n in networks for name in (vxlan_name, tun_name)]),
-                    indices_of(underlay.forwarding_links),
+                    indices_of([*underlay.forwarding_links, *parents]),
+                    parents,
                 )
+            self.pool.look()
+            self._passed.set()
             await self.reconciler.wait_for_pass()
+
+    async def _keep_macvlans(self) -> None:
+        """Look for macvlans after every pass: nothing tells this namespace of their end."""
+        while True:
+            await self._passed.wait()
+            if any(endpoint.parent is not None for endpoint in self.endpoints.all):
+                await self.endpoints.heal((), self.ready_network)
 
     def _follow_address(self, underlay_ip: IpAddress) -> None:
         """Publish where this host is now, if its link was given another address."""
@@ -226,9 +271,16 @@ class Agent:
             host=self.host.id,
             subnets=dict(self.membership.subnets),
             endpoints=self.endpoints.all,
+            addresses=dict(self.pool.host_addresses),
             expired=self._expired,
             fallen=self.probes.fallen,
         )
+
+    def _link_addresses(self, link: str) -> Collection[IpAddress] | None:
+        """This host's addresses on a link; None: there is no such link."""
+        underlay = self.reconciler.result.underlay
+        found = underlay.links.get(link) if underlay is not None else None
+        return found.addresses if found is not None else None
 
     def _next_expiry_s(self) -> float:
         """Seconds until the next dead host's grace period ends."""
@@ -272,7 +324,10 @@ class Agent:
         if alive and not self._was_alive:
             # Somebody may have removed this host, and with it what it published, in between.
             self.publisher.refresh()
+            self.pool.refresh()
         self._was_alive = alive
+        if changes is None or changes.networks:
+            self.pool.refresh()
         if changes is None or changes.networks or snapshot.holes:
             self.reconciler.mark_dirty()
             self.probes.refresh()
@@ -287,6 +342,10 @@ class Agent:
         known = {endpoint_link_name(e.id) for e in self.endpoints.all}
         if self._nursery is not None and known & set(names):
             self._nursery.start_soon(self.endpoints.heal, names, self.ready_network)
+
+    async def drops(self) -> dict[str, int]:
+        """Packets that this host's firewall dropped, by reason."""
+        return await self._wiring.run(lambda wiring: wiring.drops())
 
     def ready_network(self, name: str) -> ReadyNetwork:
         """A network that is up on this host now.
@@ -315,6 +374,7 @@ class Agent:
             subnets=subnets,
             uplink=outcome.plan.uplink,
             mtu_bytes=outcome.plan.mtu_bytes,
+            endpoint_link=outcome.plan.endpoint_link,
             gso_max_bytes=outcome.plan.gso_max_bytes,
         )
 

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
-from meshnet.codec import MAX_VALUE_BYTES, parse_address, parse_network
+from meshnet.codec import MAX_VALUE_BYTES, parse_address, parse_network, printable
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
@@ -37,9 +37,11 @@ from meshnet.model import (
     Vni,
     default_port,
 )
+from meshnet.ports import parse_all_published
 from meshnet_agent.containers_api import container_routes
 from meshnet_agent.endpoints import AttachRequest
 from meshnet_agent.exec_sessions import ExecSessions
+from meshnet_agent.openapi import describe, takes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -97,6 +99,7 @@ class EndpointRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ip: str | None = None
     name: str | None = None
     default_route: bool = True
+    publish: list[str] = []
 
 
 class DetachRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -106,7 +109,16 @@ class DetachRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     network: str
 
 
+class PublishRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/publish`` and of ``POST /v1/unpublish``."""
+
+    endpoint: str
+    ports: list[str]
+
+
 _T = TypeVar("_T")
+_SHOWN, _LONGEST_MESSAGE = 300, 1000
+"""Characters of what a request said that are repeated, and of a whole message."""
 
 
 def make_app(
@@ -125,6 +137,7 @@ def make_app(
     handlers = _Handlers(service)
     app = Starlette(
         routes=[
+            Route("/openapi.json", lambda request: _json(describe(request.app.routes))),
             Route("/healthz", lambda _: _json({"status": "ok"})),
             Route("/readyz", lambda _: _ready(is_ready())),
             route("/v1/networks", "GET", handlers.list_networks),
@@ -133,6 +146,8 @@ def make_app(
             route("/v1/networks/{name}", "DELETE", handlers.remove_network),
             route("/v1/attach", "POST", handlers.attach),
             route("/v1/detach", "POST", handlers.detach),
+            route("/v1/publish", "POST", handlers.publish),
+            route("/v1/unpublish", "POST", handlers.unpublish),
             route("/v1/endpoints", "GET", handlers.list_endpoints),
             route("/v1/hosts", "GET", handlers.list_hosts),
             route("/v1/hosts/{id}", "DELETE", handlers.remove_host),
@@ -162,6 +177,7 @@ class _Handlers:
     async def list_networks(self, _request: Request) -> object:
         return self._service.network_documents()
 
+    @takes(NetworkRequest)
     async def create_network(self, request: Request) -> object:
         wanted = await _body(request, NetworkRequest)
         subnets = sorted((_cidr(s) for s in wanted.subnets), key=lambda s: s.version)
@@ -194,6 +210,7 @@ class _Handlers:
         await self._service.remove_network(request.path_params["name"])
         return {"name": request.path_params["name"]}
 
+    @takes(EndpointRequest)
     async def attach(self, request: Request) -> object:
         wanted = await _body(request, EndpointRequest)
         return await self._service.attach(
@@ -204,12 +221,24 @@ class _Handlers:
                 ip=_address(wanted.ip) if wanted.ip is not None else None,
                 name=wanted.name,
                 default_route=wanted.default_route,
+                publish=parse_all_published(wanted.publish),
             )
         )
 
+    @takes(DetachRequest)
     async def detach(self, request: Request) -> object:
         wanted = await _body(request, DetachRequest)
         return await self._service.detach(wanted.pid, wanted.network)
+
+    @takes(PublishRequest)
+    async def publish(self, request: Request) -> object:
+        wanted = await _body(request, PublishRequest)
+        return await self._service.publish(wanted.endpoint, parse_all_published(wanted.ports))
+
+    @takes(PublishRequest)
+    async def unpublish(self, request: Request) -> object:
+        wanted = await _body(request, PublishRequest)
+        return await self._service.unpublish(wanted.endpoint, wanted.ports)
 
     async def list_endpoints(self, _request: Request) -> object:
         return await self._service.endpoint_documents()
@@ -222,7 +251,7 @@ class _Handlers:
         return {"id": request.path_params["id"]}
 
     async def status(self, _request: Request) -> object:
-        return self._service.status_document()
+        return await self._service.status_document()
 
     async def list_images(self, _request: Request) -> object:
         return await self._service.images.documents()
@@ -276,7 +305,7 @@ def _guard(
             return _error(error)
         except Exception:
             # The agent must outlive a bug in one request; the next pass and the log tell of it.
-            _log.exception("request failed", path=request.url.path)
+            _log.exception("request failed", path=_path(request))
             return _error(KernelRefusedError("internal error: see the agent's log"))
 
     return guarded
@@ -285,7 +314,7 @@ def _guard(
 async def _no_such_route(request: Request, _error_of_starlette: Exception) -> Response:
     return _error(
         NotFoundError(
-            f"{request.method} {request.url.path} is no request of this API: see docs/api.md"
+            f"{request.method} {_path(request)} is no request of this API: see docs/api.md"
         )
     )
 
@@ -294,7 +323,7 @@ def _error(error: MeshnetError) -> Response:
     kind = next((c for c in type(error).__mro__ if c in _STATUS_CODES), KernelRefusedError)
     document = {
         "kind": kind.__name__,
-        "message": str(error),
+        "message": printable(str(error), _LONGEST_MESSAGE),
         "exit_status": error.exit_status,
     }
     return _json({"error": document}, _STATUS_CODES.get(kind, 500))
@@ -310,14 +339,23 @@ def _json(document: object, status: int = 200) -> Response:
 
 async def _body(request: Request, kind: type[_T]) -> _T:
     raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > MAX_VALUE_BYTES:
-            raise UsageError(f"request body is larger than {MAX_VALUE_BYTES} bytes")
+    try:
+        async for chunk in request.stream():
+            raw += chunk
+            if len(raw) > MAX_VALUE_BYTES:
+                raise UsageError(f"request body is larger than {MAX_VALUE_BYTES} bytes")
+    except ClientDisconnect as error:
+        raise UsageError(f"request body of {_path(request)} breaks off") from error
     try:
         return msgspec.json.decode(bytes(raw), type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise UsageError(f"request body of {request.url.path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # DecodeError, UnicodeDecodeError
+        reason = printable(str(error), _SHOWN)
+        raise UsageError(f"request body of {_path(request)}: {reason}") from error
+
+
+def _path(request: Request) -> str:
+    """The request's path.  Not ``request.url``, which cannot be had of some ``Host`` headers."""
+    return printable(str(request.scope["path"]), _SHOWN)
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:

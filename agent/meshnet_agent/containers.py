@@ -27,6 +27,7 @@ import trio
 from meshnet.codec import check_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageError
 from meshnet.kernel.netns import start_ticks
+from meshnet.ports import parse_all_published
 from meshnet.runtime.cgroups import read_usage
 from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, read_exit
 from meshnet.runtime.oci import Digest
@@ -82,6 +83,7 @@ class Containers:
     Args:
         state_dir, run_dir: the agent's.
         attach, detach: puts a process on a network, and takes it off.
+        passed_over: filled with the OCI runtimes that cannot run here, and why.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Containers:
         run_dir: Path,
         attach: Callable[[AttachRequest], Awaitable[Document]],
         detach: Callable[[int, str], Awaitable[Document]],
+        passed_over: dict[str, str],
     ) -> None:
         self._state = state_dir.absolute() / "containers"
         self._run = run_dir.absolute() / "containers"
@@ -103,7 +106,7 @@ class Containers:
         self._slots = trio.CapacityLimiter(_AT_ONCE)
         self._nursery: trio.Nursery | None = None
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self.passed_over: dict[str, str] = {}
+        self._passed_over = passed_over
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take over what is on disk, then watch for ever."""
@@ -182,6 +185,7 @@ class Containers:
             MeshnetError: the class says why.
         """
         check_options(options)
+        parse_all_published(options.publish)
         identity = secrets.token_hex(6)
         name = options.name or f"c-{identity}"
         check_name("container", name)
@@ -269,6 +273,7 @@ class Containers:
                 ifname=f"eth{number}",
                 name=name,
                 default_route=number == 0,
+                publish=parse_all_published(record.options.publish) if number == 0 else (),
             )
             endpoint = await self._attach(request)
             await container.change(endpoints=(*container.record.endpoints, endpoint))
@@ -296,8 +301,9 @@ class Containers:
         async with self._probing:
             if self._runtime is None:
                 check_may_run()
-                self._runtime, self.passed_over = await find_runtime(self._runtime_root)
-                _log.info("OCI runtime", path=str(self._runtime.path), passed_over=self.passed_over)
+                self._runtime, passed_over = await find_runtime(self._runtime_root)
+                self._passed_over.update(passed_over)
+                _log.info("OCI runtime", path=str(self._runtime.path), passed_over=passed_over)
             return self._runtime
 
     async def start(self, name: str) -> Document:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from meshnet.errors import UsageError
 from meshnet.runtime.conmon import StartError
 from meshnet.runtime.oci_runtime import exit_status_of
 from meshnet.runtime.options import ContainerOptions
+from meshnet_agent.openapi import takes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -64,6 +66,7 @@ def container_routes(
     async def list_all(_request: Request) -> object:
         return containers.documents()
 
+    @takes(ContainerOptions)
     async def create(request: Request) -> object:
         return await containers.create(await options_of(request))
 
@@ -77,10 +80,12 @@ def container_routes(
     async def start(request: Request) -> object:
         return await containers.start(name_of(request))
 
+    @takes(StopRequest)
     async def stop(request: Request) -> object:
         wanted = await read_body(request, StopRequest)
         return await containers.stop(name_of(request), wanted.timeout_s)
 
+    @takes(SignalRequest)
     async def kill(request: Request) -> object:
         wanted = await read_body(request, SignalRequest)
         return await containers.kill(name_of(request), wanted.signal)
@@ -96,6 +101,7 @@ def container_routes(
         follow = request.query_params.get("follow") == "1"
         return StreamingResponse(_log(container, follow), media_type="application/octet-stream")
 
+    @takes(ContainerOptions)
     async def exec_create(request: Request) -> object:
         return await sessions.create(name_of(request), await options_of(request))
 
@@ -106,6 +112,7 @@ def container_routes(
         return await sessions.wait(name_of(request))
 
     def telling_status(handler: Handler) -> Handler:
+        @functools.wraps(handler)
         async def told(request: Request) -> object:
             try:
                 return await handler(request)

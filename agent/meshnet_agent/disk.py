@@ -1,12 +1,15 @@
 """What the agent keeps on disk: its instance name and its endpoints.
 
 Files are replaced whole: written beside, synced, renamed, the directory synced.  A file that cannot
-be read is set aside as ``NAME.bad`` and reported, never deleted.
+be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never
+deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from meshnet.model import Endpoint, EndpointId
 
 _log = structlog.get_logger()
+_UNFINISHED = ".new"
+"""Suffix of a file that is being written."""
 
 
 class StateDir:
@@ -43,6 +48,8 @@ class StateDir:
         try:
             self._endpoints.mkdir(parents=True, exist_ok=True)
             self._lock = _hold(path / "lock", f"state directory {path}")
+            for file in self._endpoints.glob(f"*{_UNFINISHED}"):
+                file.unlink()  # a write that was cut short
             self.instance = self._load_instance(random_name)
         except OSError as error:
             raise KernelRefusedError(
@@ -56,9 +63,14 @@ class StateDir:
 
     def _load_instance(self, random_name: Callable[[], str]) -> str:
         file = self.path / "instance"
-        if not file.exists() or not file.read_text().strip():
-            write_whole(file, random_name().encode())
-        return file.read_text().strip()
+        if file.exists():
+            name = file.read_bytes().strip().decode("ascii", "replace")
+            if codec.NAME_PATTERN.fullmatch(name):
+                return name
+            set_aside(file, f"{name[:80]!r} is no name")
+        name = random_name()
+        write_whole(file, name.encode())
+        return name
 
     def load_endpoints(self) -> tuple[list[Endpoint], set[str]]:
         """All endpoints that were saved and not removed, and the ids of those unreadable.
@@ -66,26 +78,67 @@ class StateDir:
         Raises:
             KernelRefusedError: the disk refused to be read.
         """
+        found = [endpoint for _, endpoint in self._load("*.json")]
+        return found, {file.name.partition(".")[0] for file in self._endpoints.glob("*.bad*")}
+
+    def load_drafts(self) -> list[Endpoint]:
+        """Endpoints that were about to be connected when the agent was killed.
+
+        Raises:
+            KernelRefusedError: the disk refused to be read.
+        """
+        drafts = self._load("*.draft")
+        return [endpoint for file, endpoint in drafts if not file.with_suffix(".json").exists()]
+
+    def _load(self, pattern: str) -> list[tuple[Path, Endpoint]]:
         found = []
         try:
-            for file in sorted(self._endpoints.glob("*.json")):
+            for file in sorted(self._endpoints.glob(pattern)):
                 try:
-                    found.append(codec.decode_endpoint(file.read_bytes()))
-                except BadValueError as error:
-                    _log.error("endpoint file set aside", file=str(file), reason=str(error))
-                    file.rename(file.with_suffix(".bad"))
+                    endpoint = codec.decode_endpoint(file.read_bytes())
+                    if endpoint.id != file.stem:
+                        raise BadValueError(f"it is of endpoint {endpoint.id}")
+                    found.append((file, endpoint))
+                except (BadValueError, IsADirectoryError) as error:
+                    set_aside(file, str(error))
         except OSError as error:
             raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
-        return found, {file.stem for file in self._endpoints.glob("*.bad")}
+        return found
 
-    def save_endpoint(self, endpoint: Endpoint) -> None:
-        """Record an endpoint; on return it survives a power cut.
+    def endpoint_ids(self) -> set[str]:
+        """Ids of all that is recorded: endpoints, drafts and files that cannot be read.
+
+        Raises:
+            KernelRefusedError: the disk refused to be read.
+        """
+        try:
+            files = [file for file in self._endpoints.iterdir() if file.suffix != _UNFINISHED]
+        except OSError as error:
+            raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
+        return {file.name.partition(".")[0] for file in files}
+
+    def save_draft(self, endpoint: Endpoint) -> None:
+        """Record what is about to be made where the host cannot find it again.
 
         Raises:
             KernelRefusedError: the disk refused.
         """
+        self._write(self._file(endpoint.id).with_suffix(".draft"), endpoint)
+
+    def save_endpoint(self, endpoint: Endpoint) -> None:
+        """Record an endpoint; on return it survives a power cut, and its draft is gone.
+
+        Raises:
+            KernelRefusedError: the disk refused.
+        """
+        file = self._file(endpoint.id)
+        self._write(file, endpoint)
+        with contextlib.suppress(OSError):  # it counts for nothing beside the record
+            file.with_suffix(".draft").unlink(missing_ok=True)
+
+    def _write(self, file: Path, endpoint: Endpoint) -> None:
         try:
-            write_whole(self._file(endpoint.id), codec.encode_endpoint(endpoint))
+            write_whole(file, codec.encode_endpoint(endpoint))
         except OSError as error:
             raise KernelRefusedError(
                 f"endpoint {endpoint.name} cannot be recorded in {self._endpoints}: "
@@ -99,7 +152,8 @@ class StateDir:
             KernelRefusedError: the disk refused.
         """
         try:
-            self._file(endpoint_id).unlink(missing_ok=True)
+            for suffix in (".draft", ".json"):
+                self._file(endpoint_id).with_suffix(suffix).unlink(missing_ok=True)
         except OSError as error:
             raise KernelRefusedError(
                 f"{self._file(endpoint_id)} stays: {error.strerror}"
@@ -157,9 +211,20 @@ def _hold(file: Path, what: str) -> int:
     return fd
 
 
+def set_aside(file: Path, reason: str) -> None:
+    """Rename a file that cannot be used, over none that was set aside before."""
+    bad = file.with_suffix(".bad")
+    for number in itertools.count(1):
+        if not bad.exists():
+            break
+        bad = file.with_suffix(f".bad.{number}")
+    _log.error("file set aside", file=str(file), to=bad.name, reason=reason)
+    file.rename(bad)
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Replace a file atomically and durably."""
-    draft = file.with_name(file.name + ".new")
+    draft = file.with_name(file.name + _UNFINISHED)
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as opened:
         opened.write(content)

@@ -42,7 +42,8 @@ def network_document(network: Network, mtu_bytes: int | None) -> Document:
 
 
 def endpoint_document(endpoint: Endpoint) -> Document:
-    """An endpoint; `address6` where it has both IP versions."""
+    """An endpoint; `address6` where it has both IP versions; a gateway of None is none."""
+    gateways = {gateway.version: str(gateway) for gateway in endpoint.gateways}
     document: Document = {
         "id": endpoint.id,
         "network": endpoint.network,
@@ -51,14 +52,15 @@ def endpoint_document(endpoint: Endpoint) -> Document:
         "pid": endpoint.pid,
         "ifname": endpoint.ifname,
         "address": str(endpoint.addresses[0]),
-        "gateway": str(endpoint.gateways[0]),
+        "gateway": gateways.get(endpoint.addresses[0].version),
         "mac": endpoint.mac.hex(":"),
         "mtu": endpoint.mtu_bytes,
         "default_route": endpoint.default_route,
+        "published": [str(port) for port in endpoint.published],
     }
     if len(endpoint.addresses) > 1:
         document["address6"] = str(endpoint.addresses[1])
-        document["gateway6"] = str(endpoint.gateways[1])
+        document["gateway6"] = gateways.get(6)
     return document
 
 

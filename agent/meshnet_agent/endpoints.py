@@ -4,7 +4,8 @@ An endpoint lives as long as its namespace has a process.  When the process it w
 another process of the same namespace takes its place; when there is none, the address is freed.
 
 Attaching and detaching run one at a time in the wiring's own thread, so that neither waits for the
-reconciler.  They need neither the store nor a pass.
+reconciler.  They need neither the store nor a pass; only addresses of a pool, which many attaches
+take at the same time, are the store's (`meshnet_agent.pool`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.backends.overlay import endpoint_link_name
 from meshnet.codec import IFNAME_PATTERN, check_name
 from meshnet.errors import (
     ConflictError,
@@ -37,16 +37,28 @@ from meshnet.kernel.netns import (
     start_ticks,
 )
 from meshnet.model import Endpoint, EndpointId
+from meshnet.ports import select_published
+from meshnet.state import LinkKind, endpoint_link_name
 from meshnet.wire.mac import endpoint_mac
 from meshnet_agent.addresses import SubnetAddresses
 from meshnet_agent.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 
     from meshnet.kernel import Wiring
-    from meshnet.model import HostId, IpAddress, IpInterface, IpNetwork, Network, NetworkName
+    from meshnet.model import (
+        HostId,
+        IpAddress,
+        IpInterface,
+        IpNetwork,
+        Network,
+        NetworkName,
+        PublishedPort,
+    )
+    from meshnet_agent.addresses import Addresses
     from meshnet_agent.disk import StateDir
+    from meshnet_agent.ports import PublishedPorts
     from meshnet_agent.worker import Worker
 
 _log = structlog.get_logger()
@@ -62,6 +74,7 @@ class AttachRequest:
     ip: IpAddress | None = None
     name: str | None = None
     default_route: bool = True
+    publish: tuple[PublishedPort, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +85,7 @@ class ReadyNetwork:
     subnets: Sequence[IpNetwork]
     uplink: str
     mtu_bytes: int
+    endpoint_link: LinkKind = LinkKind.VETH
     gso_max_bytes: int | None = None
 
 
@@ -79,18 +93,35 @@ class Endpoints:
     """All endpoints of this host.
 
     Attributes:
-        changed: raised when the set of endpoints changed, for whoever publishes it.
-        unhealed: endpoints whose host-side link is gone for good, and why.
+        changed: raised when an endpoint came, went or changed, for whoever publishes them.
+        unhealed: endpoints whose link is gone for good, and why.
+        ports: who has which published port.
+
+    Args:
+        pool: where addresses of underlay networks come from.
+        settle: brings the kernel's rules to what the endpoints now are, or raises.
     """
 
-    def __init__(self, worker: Worker[Wiring], disk: StateDir, host: HostId) -> None:
+    def __init__(
+        self,
+        worker: Worker[Wiring],
+        disk: StateDir,
+        host: HostId,
+        pool: Addresses,
+        ports: PublishedPorts,
+        settle: Callable[[], Awaitable[None]],
+    ) -> None:
         self.changed = Flag()
         self.unhealed: dict[EndpointId, str] = {}
+        self.ports = ports
+        self._settle = settle
         self._worker = worker
         self._disk = disk
         self._host = host
         self._endpoints: dict[EndpointId, Endpoint] = {}
-        self._addresses = SubnetAddresses(self._addresses_in_use)
+        self._subnets = SubnetAddresses(self._addresses_in_use)
+        self._pool = pool
+        self._attaching: list[tuple[AttachRequest, int]] = []
         self._watchers: dict[EndpointId, trio.CancelScope] = {}
         self._ending: set[EndpointId] = set()
         self._lock = trio.Lock()
@@ -126,6 +157,8 @@ class Endpoints:
             MeshnetError: nothing was changed; the class says why.
         """
         _check_names(request)
+        if request.publish:
+            _check_publishable(ready.network)
         with open_process(request.pid) as (pid_fd, netns_fd):
             inode = netns_inode(netns_fd)
             if inode in host_netns_inodes():
@@ -133,19 +166,30 @@ class Endpoints:
                     f"process {request.pid} is in this host's own network namespace: start it in "
                     "one of its own, for example with `unshare --net`"
                 )
-            async with self._lock:
-                self._check_free(request, inode)
-                addresses = self._addresses.take(ready.network, ready.subnets, request.ip)
-                try:
-                    endpoint = self._draft(request, ready, addresses, inode)
-                    endpoint = await self._worker.run(
-                        lambda wiring: self._connect(wiring, netns_fd, endpoint, ready)
-                    )
-                except BaseException:
-                    self._addresses.free(addresses)
-                    raise
-                self._endpoints[endpoint.id] = endpoint
-                self._watch(endpoint, os.dup(pid_fd))
+            identity = EndpointId(secrets.token_hex(6))
+            source: Addresses = self._pool if ready.network.mode.is_underlay else self._subnets
+            with self._announced(request, inode):
+                async with (
+                    source.take(ready, identity, request.ip) as addresses,
+                    self._lock,
+                ):
+                    draft = self._draft(request, ready, addresses, inode, identity)
+                    with contextlib.ExitStack() as undo:
+                        published = await self.ports.take(draft, request.publish)
+                        undo.callback(self.ports.free, draft, published)
+                        draft = replace(draft, published=published)
+                        endpoint = await self._worker.run(
+                            lambda wiring: self._connect(wiring, netns_fd, draft, ready)
+                        )
+                        undo.pop_all()
+                    self._endpoints[endpoint.id] = endpoint
+                    self._watch(endpoint, os.dup(pid_fd))
+                    if published:
+                        try:
+                            await self._bring_to_kernel(endpoint, published)
+                        except MeshnetError:
+                            await self._remove(endpoint)
+                            raise
         self.changed.set()
         return endpoint
 
@@ -161,6 +205,86 @@ class Endpoints:
         self.changed.set()
         return endpoint
 
+    async def publish(
+        self, name: str, wanted: Sequence[PublishedPort], network: Network
+    ) -> Endpoint:
+        """Publish further ports of an endpoint; on return they work and are on disk.
+
+        Args:
+            network: the endpoint's.
+
+        Raises:
+            MeshnetError: nothing was changed; the class says why.
+        """
+        _check_publishable(network)
+        async with self._lock:
+            before = self.find(name)
+            taken = await self.ports.take(before, wanted)
+            try:
+                after = replace(before, published=(*before.published, *taken))
+                self._record(after)
+                await self._bring_to_kernel(after, taken)
+            except MeshnetError:
+                self.ports.free(before, taken)
+                self._record(before)
+                raise
+        self.changed.set()
+        return after
+
+    async def unpublish(self, name: str, texts: Sequence[str]) -> Endpoint:
+        """Take published ports of an endpoint away; connections that are open go on.
+
+        Raises:
+            NotFoundError: there is no such endpoint, or it has no such port.
+            UsageError: a text stands for no port.
+        """
+        async with self._lock:
+            before = self.find(name)
+            gone: set[PublishedPort] = set()
+            for text in texts:
+                found = select_published(before.published, text)
+                if not found:
+                    have = ", ".join(map(str, before.published)) or "none"
+                    raise NotFoundError(
+                        f"endpoint {before.name} has no published port {text}: it has {have}"
+                    )
+                gone.update(found)
+            after = replace(before, published=tuple(p for p in before.published if p not in gone))
+            self._record(after)
+            try:
+                await self._bring_to_kernel(before, gone)
+            except MeshnetError:
+                self._record(before)
+                raise
+            self.ports.free(before, gone)
+        self.changed.set()
+        return after
+
+    def find(self, name: str) -> Endpoint:
+        """The endpoint of a name or id.
+
+        Raises:
+            NotFoundError: this host has none.
+        """
+        for endpoint in self._endpoints.values():
+            if name in (endpoint.name, endpoint.id):
+                return endpoint
+        raise NotFoundError(
+            f"endpoint {name} does not exist on this host: meshnet endpoint ls lists them"
+        )
+
+    def _record(self, endpoint: Endpoint) -> None:
+        """Disk first: after a crash the next agent's first pass makes of it what is recorded."""
+        self._disk.save_endpoint(endpoint)
+        self._endpoints[endpoint.id] = endpoint
+
+    async def _bring_to_kernel(
+        self, endpoint: Endpoint, changed: Collection[PublishedPort]
+    ) -> None:
+        """On return packets to ports that came or went go where they should now."""
+        await self._settle()
+        await self.ports.redirect(endpoint, changed)
+
     async def remove_network(self, network: NetworkName) -> None:
         """Free what is left on a network that is gone from the store."""
         async with self._lock:
@@ -172,12 +296,20 @@ class Endpoints:
             self.changed.set()
 
     async def heal(self, link_names: Collection[str], ready: Callable[[str], ReadyNetwork]) -> None:
-        """Connect endpoints again whose host-side link somebody deleted."""
+        """Connect endpoints again whose link is gone: somebody deleted it, or its parent went.
+
+        Args:
+            link_names: host-side links that a pass missed; macvlans are looked for in any case.
+        """
+        bare = {e.id for e in self.all if e.parent is not None and not await self._has_macvlan(e)}
         async with self._lock:
             there = await self._worker.run(lambda wiring: wiring.list_endpoint_links())
             gone = set(link_names) - set(there)
             for endpoint in [
-                e for e in self._endpoints.values() if endpoint_link_name(e.id) in gone
+                e
+                for e in self.all
+                if endpoint_link_name(e.id) in gone
+                or (e.id in bare and not await self._has_macvlan(e))
             ]:
                 try:
                     with open_process(endpoint.pid) as (_, netns_fd):
@@ -188,29 +320,54 @@ class Endpoints:
                     _log.warning("endpoint link was gone, made again", endpoint=endpoint.name)
                     self.unhealed.pop(endpoint.id, None)
                 except MeshnetError as error:
-                    self.unhealed[endpoint.id] = f"its link is gone and cannot be made: {error}"
-                    _log.error(
-                        "endpoint cannot be healed", endpoint=endpoint.name, reason=str(error)
-                    )
+                    reason = f"its link is gone and cannot be made: {error}"
+                    if self.unhealed.get(endpoint.id) != reason:
+                        _log.error("endpoint not healed", endpoint=endpoint.name, reason=reason)
+                    self.unhealed[endpoint.id] = reason
+
+    async def _has_macvlan(self, endpoint: Endpoint) -> bool:
+        """Whether an endpoint's macvlan is in its namespace; also if that cannot be looked at."""
+        try:
+            with open_process(endpoint.pid) as (_, netns_fd):
+                found = await self._worker.run(lambda wiring: wiring.holds(netns_fd, endpoint))
+        except MeshnetError:
+            return True  # its process is ending, and with it the endpoint
+        if found:
+            self.unhealed.pop(endpoint.id, None)
+        return found
 
     def _connect(
         self, wiring: Wiring, netns_fd: int, endpoint: Endpoint, ready: ReadyNetwork
     ) -> Endpoint:
-        """In the wiring's thread: kernel first, then disk; neither without the other."""
-        default = wiring.connect(
-            netns_fd,
-            EndpointWiring(
-                endpoint=endpoint,
-                uplink=ready.uplink,
-                routes=_inner_routes(ready),
-                gso_max_bytes=ready.gso_max_bytes,
-            ),
-        )
+        """In the wiring's thread: kernel first, then disk; neither without the other.
+
+        A macvlan cannot be found by who does not know of it: it is drafted on disk before.
+        """
+        new = endpoint.id not in self._endpoints
+        if new and endpoint.parent is not None:
+            self._disk.save_draft(endpoint)
+        try:
+            default = wiring.connect(
+                netns_fd,
+                EndpointWiring(
+                    endpoint=endpoint,
+                    uplink=ready.uplink,
+                    routes=_inner_routes(ready),
+                    gso_max_bytes=ready.gso_max_bytes,
+                    announce=ready.network.mode.is_underlay,
+                ),
+            )
+        except BaseException:
+            if new:
+                self._disk.remove_endpoint(endpoint.id)
+            raise
         endpoint = replace(endpoint, default_route=default)
         try:
             self._disk.save_endpoint(endpoint)
         except BaseException:
             wiring.disconnect(endpoint)
+            if new:
+                self._disk.remove_endpoint(endpoint.id)
             raise
         return endpoint
 
@@ -220,8 +377,8 @@ class Endpoints:
         ready: ReadyNetwork,
         addresses: tuple[IpInterface, ...],
         inode: int,
+        identity: EndpointId,
     ) -> Endpoint:
-        identity = EndpointId(secrets.token_hex(6))
         return Endpoint(
             id=identity,
             network=ready.network.name,
@@ -230,13 +387,29 @@ class Endpoints:
             pid=request.pid,
             ifname=request.ifname,
             addresses=addresses,
-            gateways=tuple(gateway_of(a.network) for a in addresses),
+            gateways=_gateways(ready.network, addresses),
             mac=endpoint_mac(addresses[0].ip),
             mtu_bytes=ready.mtu_bytes,
-            default_route=request.default_route,
+            default_route=request.default_route and not ready.network.internal,
             netns_inode=inode,
             pid_start_ticks=start_ticks(request.pid),
+            parent=ready.uplink if ready.endpoint_link is LinkKind.MACVLAN else None,
         )
+
+    @contextlib.contextmanager
+    def _announced(self, request: AttachRequest, inode: int) -> Iterator[None]:
+        """While the block runs nobody else attaches the same, or by the same name.
+
+        Raises:
+            ConflictError: somebody has, or is about to.
+        """
+        self._check_free(request, inode)
+        entry = request, inode
+        self._attaching.append(entry)
+        try:
+            yield
+        finally:
+            self._attaching.remove(entry)
 
     def _check_free(self, request: AttachRequest, inode: int) -> None:
         for endpoint in self._endpoints.values():
@@ -249,6 +422,14 @@ class Endpoints:
                 raise ConflictError(
                     f"endpoint name {request.name} is taken by process {endpoint.pid} on network "
                     f"{endpoint.network}: choose another --name"
+                )
+        for other, other_inode in self._attaching:
+            if (other_inode, other.network) == (inode, request.network) or (
+                request.name is not None and other.name == request.name
+            ):
+                raise ConflictError(
+                    f"process {other.pid} is being attached to network {other.network} right now: "
+                    "wait for that, or choose another --name"
                 )
 
     def _find(self, pid: int, network: str) -> Endpoint:
@@ -270,7 +451,15 @@ class Endpoints:
         self._disk.remove_endpoint(endpoint.id)
         del self._endpoints[endpoint.id]
         self.unhealed.pop(endpoint.id, None)
-        self._addresses.free(endpoint.addresses)
+        if endpoint.published:
+            # Its ports must lead nowhere before somebody else has its address.
+            try:
+                await self._bring_to_kernel(endpoint, endpoint.published)
+            except MeshnetError as error:
+                _log.error("ports stay published", endpoint=endpoint.name, reason=str(error))
+            self.ports.free(endpoint, endpoint.published)
+        for source in (self._subnets, self._pool):
+            source.free(endpoint.addresses)
         watcher = self._watchers.pop(endpoint.id, None)
         if watcher is not None:
             watcher.cancel()
@@ -334,6 +523,10 @@ class Endpoints:
             # One that ends before it is opened may have left children.
             with contextlib.suppress(NotFoundError), open_process(pid) as (pid_fd, netns_fd):
                 if netns_inode(netns_fd) == endpoint.netns_inode:
+                    if endpoint.parent is not None and not await self._worker.run(
+                        lambda wiring, fd=netns_fd: wiring.holds(fd, endpoint)  # type: ignore[misc]
+                    ):
+                        return None  # another namespace, which got the inode of one that is gone
                     heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
                     return heir, os.dup(pid_fd)
 
@@ -347,19 +540,30 @@ class Endpoints:
         link_names = set(await self._worker.run(lambda wiring: wiring.list_endpoint_links()))
         endpoints, unreadable = self._disk.load_endpoints()
         for endpoint in endpoints:
-            found = _same_process(endpoint)
-            if found is None and endpoint_link_name(endpoint.id) in link_names:
-                # The link is there, so the namespace is, and its inode still means the same one.
-                found = await self._find_heir(endpoint)
             try:
+                found = _same_process(endpoint)
+                if found is None and (
+                    endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names
+                ):
+                    # The link is there, so the namespace is, and its inode still means that one.
+                    found = await self._find_heir(endpoint)
                 if found is not None:
+                    await self._worker.run(lambda wiring, e=endpoint: wiring.adopt(e))  # type: ignore[misc]
                     self._adopt(*found)
+                    await self.ports.take_again(endpoint)
                     continue
                 _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
                 await self._worker.run(lambda wiring, e=endpoint: wiring.disconnect(e))  # type: ignore[misc]
                 self._disk.remove_endpoint(endpoint.id)
             except MeshnetError as error:
                 _log.error("endpoint not taken over", endpoint=endpoint.name, reason=str(error))
+        for draft in self._disk.load_drafts():
+            _log.warning("endpoint undone, its attach was cut short", endpoint=draft.name)
+            try:
+                await self._worker.run(lambda wiring, e=draft: wiring.disconnect(e))  # type: ignore[misc]
+                self._disk.remove_endpoint(draft.id)
+            except MeshnetError as error:
+                _log.error("endpoint not undone", endpoint=draft.name, reason=str(error))
         recorded = {endpoint_link_name(identity) for identity in {*self._endpoints, *unreadable}}
         for name in link_names - recorded:
             _log.warning("unrecorded endpoint link removed", link=name)
@@ -372,6 +576,14 @@ def _inner_routes(ready: ReadyNetwork) -> list[IpNetwork]:
     return [cidr for cidr in ready.network.subnets if cidr not in ready.subnets]
 
 
+def _gateways(network: Network, addresses: Sequence[IpInterface]) -> tuple[IpAddress, ...]:
+    """By which the namespace gets out of the network."""
+    if not network.mode.is_underlay:
+        return tuple(gateway_of(a.network) for a in addresses)
+    routers = {} if network.internal else {g.version: g for g in network.gateways}
+    return tuple(routers[a.version] for a in addresses if a.version in routers)
+
+
 def _check_names(request: AttachRequest) -> None:
     if not IFNAME_PATTERN.fullmatch(request.ifname) or request.ifname in (".", "..", "lo"):
         raise UsageError(
@@ -380,6 +592,19 @@ def _check_names(request: AttachRequest) -> None:
         )
     if request.name is not None:
         check_name("endpoint", request.name)
+
+
+def _check_publishable(network: Network) -> None:
+    if network.mode.is_underlay:
+        raise UsageError(
+            f"network {network.name} is of mode {network.mode}, and its endpoints are reached by "
+            "their own addresses on the physical network: leave --publish out"
+        )
+    if network.internal:
+        raise PolicyRefusedError(
+            f"network {network.name} is internal, which nothing from outside may enter: publish on "
+            "another network of the process"
+        )
 
 
 def _same_process(endpoint: Endpoint) -> tuple[Endpoint, int] | None:

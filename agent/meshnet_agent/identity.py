@@ -9,16 +9,18 @@ operator restores the store or removes the file that remembers.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import structlog
 
+from meshnet.codec import printable
 from meshnet.errors import PolicyRefusedError
 from meshnet.store import Absent, Put
 from meshnet.store.mirror import MESH_ID
-from meshnet_agent.disk import write_whole
+from meshnet_agent.disk import set_aside, write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +30,16 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _SAVE_EVERY = 1000
 """Revisions after which the latest one is written down again."""
+
+
+class _Remembered(msgspec.Struct, frozen=True):
+    """What the file holds."""
+
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    revision: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+_FORMAT = msgspec.json.Decoder(_Remembered)
 
 
 class MeshIdentity:
@@ -88,9 +100,9 @@ class MeshIdentity:
         """Write down what is known; a disk that refuses weakens the guard, and is logged."""
         if self._id is None:
             return
-        document = {"id": self._id, "revision": self._revision}
+        document = _Remembered(self._id, self._revision)
         try:
-            write_whole(self._file, json.dumps(document).encode())
+            write_whole(self._file, msgspec.json.encode(document))
         except OSError as error:
             _log.error("mesh file cannot be written", file=str(self._file), reason=str(error))
         else:
@@ -99,16 +111,23 @@ class MeshIdentity:
     async def _look(self) -> tuple[str | None, int]:
         listing = await self._store.read(MESH_ID)
         value = next((item.value for item in listing.items), None)
-        return value.decode(errors="replace") if value is not None else None, listing.revision
+        name = printable(value.decode(errors="replace"), 200) if value is not None else None
+        return name, listing.revision
 
 
 def _read(file: Path) -> tuple[str | None, int]:
-    """What the file remembers; nothing if there is none or it is damaged."""
+    """What the file remembers; nothing if there is none, or it is damaged and set aside."""
     try:
-        document = json.loads(file.read_bytes())
-        return str(document["id"]), int(document["revision"])
+        raw = file.read_bytes()
     except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, 0
+    except OSError as error:
         _log.error("mesh file cannot be read", file=str(file), reason=str(error))
-    return None, 0
+        return None, 0
+    try:
+        remembered = _FORMAT.decode(raw)
+    except (ValueError, RecursionError) as error:  # DecodeError, UnicodeDecodeError
+        with contextlib.suppress(OSError):
+            set_aside(file, str(error)[:200])
+        return None, 0
+    return remembered.id, remembered.revision

@@ -28,9 +28,12 @@ from hypercorn.trio import serve
 from meshnet.cli.parser import Parser
 from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
+from meshnet.kernel.address_probe import WireProber
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.events import EventFilter
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
+from meshnet.vtep.native import library
 from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
 from meshnet_agent.containers import Containers
@@ -39,6 +42,7 @@ from meshnet_agent.images import Images
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.monitor import listen
 from meshnet_agent.notify import notify
+from meshnet_agent.ports import KernelPorts
 from meshnet_agent.service import Service
 from meshnet_agent.worker import open_worker
 
@@ -106,7 +110,13 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
     parser.add_argument(
         "--version", action="version", version=f"meshnet-agent {version('meshnet')}"
     )
-    parsed = vars(parser.parse_args(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    for setting in SETTINGS:
+        if setting.secret and f"--{setting.name}" in {word.partition("=")[0] for word in given}:
+            raise UsageError(  # the parser's own message would repeat it
+                f"--{setting.name} is no option, for ps would show it: use --{setting.name}-file"
+            )
+    parsed = vars(parser.parse_args(given))
     path = parsed.pop("config") or os.environ.get("MESHNET_CONFIG")
     text = None
     if path is not None:
@@ -114,13 +124,17 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"config file {path} cannot be read: {error}") from error
-    return load_config(
+    config = load_config(
         {s.name: parsed.get(s.field) for s in SETTINGS},
         os.environ,
         text,
         hostname=socket.gethostname(),
         toml_name=path or "",
     )
+    for setting in SETTINGS:
+        if setting.secret:
+            os.environ.pop(setting.variable, None)  # userspace VTEPs would inherit it
+    return config
 
 
 async def _run(config: AgentConfig) -> None:
@@ -138,7 +152,7 @@ async def _run(config: AgentConfig) -> None:
 
     def make_kernel() -> NetlinkKernel:
         return NetlinkKernel(
-            disk.path / "firewall.json", vteps=vteps, vxlan=_USES_VXLAN[config.vxlan]
+            disk.path / "firewall.json", wired, vteps=vteps, vxlan=_USES_VXLAN[config.vxlan]
         )
 
     with contextlib.ExitStack() as stack:
@@ -146,10 +160,13 @@ async def _run(config: AgentConfig) -> None:
         stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
-        vteps = VtepProcesses(Path(config.run_dir, "vtep"))
+        if config.vtep_engine == "native":
+            library.load()  # to say now, and not of each network, that it is not built
+        vteps = VtepProcesses(Path(config.run_dir, "vtep"), config.vtep_engine)
+        wired = WiredElements()
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
-            open_worker("wiring", NetlinkWiring, NetlinkWiring.close) as wiring,
+            open_worker("wiring", lambda: NetlinkWiring(wired), NetlinkWiring.close) as wiring,
             _open_store(config) as store,
         ):
             underlay = await kernel.run(
@@ -159,6 +176,10 @@ async def _run(config: AgentConfig) -> None:
                 await kernel.run(lambda k: k.port_id),
                 await wiring.run(lambda w: w.port_id),
             ]
+            nft_ports = [
+                await kernel.run(lambda k: k.nft_port_id),
+                await wiring.run(lambda w: w.nft_port_id),
+            ]
             agent = Agent(
                 config,
                 store,
@@ -167,7 +188,9 @@ async def _run(config: AgentConfig) -> None:
                 disk,
                 underlay.ip,
                 EventFilter(await kernel.run(lambda k: k.deleted)),
-                functools.partial(listen, own_ports=ports),
+                WireProber(),
+                KernelPorts(),
+                functools.partial(listen, own_ports=ports, own_nft_ports=nft_ports),
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )
@@ -213,10 +236,13 @@ def _read_password(config: AgentConfig) -> str | None:
         return config.etcd_password
     try:
         return Path(config.etcd_password_file).read_text().splitlines()[0]
-    except (OSError, IndexError) as error:
-        raise UsageError(
-            f"etcd-password-file {config.etcd_password_file} cannot be read: {error}"
-        ) from error
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"  # and the error quotes it
+    except IndexError:
+        reason = "it is empty"
+    except OSError as error:
+        reason = str(error)
+    raise UsageError(f"etcd-password-file {config.etcd_password_file} cannot be read: {reason}")
 
 
 def _path(text: str | None) -> Path | None:

@@ -245,13 +245,19 @@ class Membership:
             snapshot = self._snapshot or snapshot
             if not self._is_published(snapshot):
                 await self.join()
+        refused: PolicyRefusedError | None = None
         for name, network in snapshot.networks.items():
             if not network.mode.is_overlay:
                 continue
             held = snapshot.subnets_of(self.host.id, name)
             for cidr in network.subnets:
                 if cidr.version not in {s.version for s in held}:
-                    await self._reserve(network, cidr.version)
+                    try:
+                        await self._reserve(network, cidr.version)
+                    except PolicyRefusedError as error:
+                        refused = error  # of this network: others may be allowed
+        if refused is not None:
+            raise refused
 
     async def _reserve(self, network: Network, version: int) -> None:
         kept = self.subnets.get(network.name, ())
@@ -271,7 +277,7 @@ class Membership:
                 prefer=prefer,
                 random_below=random.randrange,
             )
-        except (StoreUnavailableError, PolicyRefusedError):
+        except StoreUnavailableError:
             self._unsure.add((network.name, version))
             raise
         except MeshnetError as error:
@@ -279,6 +285,8 @@ class Membership:
             if str(before) != str(error):
                 _log.error("no subnet", network=network.name, reason=str(error))
                 self._announce()
+            if isinstance(error, PolicyRefusedError):
+                raise
         else:
             self._unsure.discard((network.name, version))
             self._reserved[network.name, version] = subnet

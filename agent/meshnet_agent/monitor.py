@@ -27,6 +27,7 @@ async def listen(
     nftables_concerns_us: Callable[[bytes], bool],
     on_change: Callable[[], None],
     own_ports: Collection[int] = (),
+    own_nft_ports: Collection[int] = (),
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Listen to both sockets for ever; started once nothing can be missed any more.
@@ -34,11 +35,15 @@ async def listen(
     Args:
         on_change: called when a notification concerns us.
         own_ports: netlink addresses of the sockets that we write through ourselves.
+        own_nft_ports: the same of nftables' elements.
 
     Raises:
         OSError: a socket cannot be had.
     """
-    with open_route_events(own_ports) as routes, open_nftables_events() as rules:
+    with (
+        open_route_events(own_ports) as routes,
+        open_nftables_events(own_nft_ports) as rules,
+    ):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_receive, routes, concerns_us, on_change)
             nursery.start_soon(_receive, rules, nftables_concerns_us, on_change)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from meshnet.backends import NexthopIds
 from meshnet.diff import Failure, Table, diff, missing_endpoint_links
+from meshnet.firewall.elements import SETS
 from meshnet.model import MeshSnapshot, Reservations
 from meshnet.plan import LocalView, NetworkOutcome, plan_hosts, plan_mesh
 from meshnet.state import NETWORK_LINK
@@ -142,10 +144,15 @@ class PassResult:
 
 @dataclass(slots=True)
 class _Applied:
-    """What the kernel was last brought to, and what that was planned from."""
+    """What the kernel was last brought to, and what that was planned from.
+
+    Attributes:
+        at: how many hosts are at each underlay address (packed).
+    """
 
     snapshot: MeshSnapshot
     hosts: dict[HostId, Host]
+    at: Counter[bytes]
     reservations: dict[NetworkName, Reservations]
     local: LocalView
     underlay: Underlay
@@ -170,9 +177,12 @@ class _Applied:
     def take(self, given: PartInput, paths: Mapping[IpAddress, Path]) -> None:
         """Remember what the hosts are now."""
         for host, view in given.hosts.items():
-            self.hosts.pop(host, None)
+            before = self.hosts.pop(host, None)
+            if before is not None:
+                self.at[before.underlay_ip.packed] -= 1
             if view.host is not None:
                 self.hosts[host] = view.host
+                self.at[view.host.underlay_ip.packed] += 1
             for name in {*self.reservations, *view.subnets}:
                 held = self.reservations.setdefault(name, Reservations())
                 held.assign(host, view.subnets.get(name, ()))
@@ -181,14 +191,9 @@ class _Applied:
 
     def shares(self, addresses: Collection[bytes], touched: Collection[HostId]) -> bool:
         """Whether a host that did not change is at one of some underlay addresses, or two hosts."""
-        seen: set[bytes] = set()
-        for host in self.hosts.values():
-            packed = host.underlay_ip.packed
-            if packed in addresses:
-                if host.id not in touched or packed in seen:
-                    return True
-                seen.add(packed)
-        return False
+        known = (self.hosts[host] for host in touched if host in self.hosts)
+        changed = Counter(host.underlay_ip.packed for host in known)
+        return any(self.at[a] > min(1, changed[a]) for a in addresses)
 
 
 class Passes:
@@ -228,10 +233,8 @@ class Passes:
             self._ids.adopt(actual.nexthops, actual.foreign_nexthop_ids)
             plan = plan_mesh(snapshot, local, underlay, self._ids)
         with stages.timed("diff"):
-            ops = diff(plan.state, actual)
-            if snapshot.holes:
-                # Design decision D5: deletions need a complete snapshot.
-                ops = [op for op in ops if op.value is not None or op.key in plan.state.links]
+            find_ops = _diff_over_holes if snapshot.holes else diff
+            ops = find_ops(plan.state, actual)
         failures = self._apply(kernel, ops, stages)
         refused = {f.op.key for f in failures if f.op.table is Table.LINK}
         if not snapshot.holes:
@@ -311,6 +314,22 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
+def _diff_over_holes(desired: KernelState, actual: KernelState) -> list[Op]:
+    """The difference where the snapshot lacks something: nothing is deleted for not being in it.
+
+    (Design decision D5.)  Elements of the firewall that may stand for what it lacks become wanted,
+    since the firewall may be loaded anew.  Not so those of this host's endpoints, which are known,
+    nor one for everything else, which is never ours.
+    """
+    kept = {k: v for k, v in actual.elements.items() if k.key and not SETS[k.set_name].wired}
+    desired = replace(desired, elements=kept | desired.elements)
+    return [
+        op
+        for op in diff(desired, actual)
+        if op.value is not None or op.table is Table.ELEMENT or op.key in desired.links
+    ]
+
+
 def _remember(
     snapshot: MeshSnapshot,
     local: LocalView,
@@ -325,6 +344,7 @@ def _remember(
     return _Applied(
         snapshot=MeshSnapshot(networks=snapshot.networks, hosts=hosts, reservations=reservations),
         hosts=hosts,
+        at=Counter(host.underlay_ip.packed for host in hosts.values()),
         reservations=reservations,
         local=local,
         underlay=replace(underlay, paths=paths),
@@ -355,13 +375,15 @@ def _concerns_others(
     """Whether it takes a dump to know what an operation would do.
 
     That is so where the last operation on the same object failed, where a nexthop on the underlay
-    comes or goes that another host at the same address has a part in, and where there is another
-    host at the address of a userspace VTEP's member: which of them is one depends on both.
+    comes or goes that another host at the same address has a part in, where the firewall forgets an
+    address that another host is at, and where there is another host at the address of a userspace
+    VTEP's member: which of them is one depends on both.
     """
     if any((op.table, op.key) in applied.failures for op in ops):
         return True
     differ = set(before.nexthops.values()) ^ set(after.nexthops.values())
     addresses = {n.gateway for n in differ if not NETWORK_LINK.fullmatch(n.dev)}
+    addresses |= {key.key for key in before.elements.keys() - after.elements.keys()}
     addresses |= {key.underlay_ip for key in (*before.members, *after.members)}
     return bool(addresses) and applied.shares(addresses, touched)
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import MeshnetError
+from meshnet.diff import Table
+from meshnet.errors import KernelRefusedError, MeshnetError
 from meshnet_agent.flag import Flag
 from meshnet_agent.passes import PartInput, Passes, PassInput, PassResult
 
@@ -89,6 +90,8 @@ class Reconciler:
         self._all_due = True
         self._touched: set[HostId] = set()
         self._passed = trio.Event()
+        self._begun = self._ended = 0
+        self._tried = trio.Event()
         self._retry_s = _RETRY_S[0]
         self._resync_at = self._rested_at = 0.0
 
@@ -117,6 +120,23 @@ class Reconciler:
     async def wait_for_pass(self) -> None:
         """Wait until the next pass over everything has ended."""
         await self._passed.wait()
+
+    async def settle(self) -> None:
+        """Have a pass over everything that begins after this call, and wait until it has ended.
+
+        Raises:
+            KernelRefusedError: it could not run, or the firewall is not as it should be; both are
+                tried again.
+        """
+        self.mark_dirty()
+        next_one = self._begun + 1
+        while self._ended < next_one:
+            await self._tried.wait()
+        if self.blocked is not None:
+            raise KernelRefusedError(f"no pass can run on this host: {self.blocked}")
+        for failure in self.result.failures:
+            if failure.op.table in (Table.FIREWALL, Table.ELEMENT):
+                raise KernelRefusedError(f"the firewall cannot be changed: {failure}")
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run passes for ever; started after the first one.
@@ -163,8 +183,13 @@ class Reconciler:
     async def _pass_over_all(self) -> None:
         self._all_due = False
         self._touched.clear()
+        self._begun += 1
         given = self._gather()
-        if await self._run(lambda kernel: self._runner.run_all(kernel, given)) is None:
+        result = await self._run(lambda kernel: self._runner.run_all(kernel, given))
+        self._ended = self._begun
+        self._tried.set()
+        self._tried = trio.Event()
+        if result is None:
             return
         self.full_passes += 1
         if self.result.again:

@@ -14,6 +14,7 @@ import structlog
 import trio
 
 from meshnet.backends import Peer
+from meshnet.backends.macvlan import shim_name
 from meshnet.backends.overlay import bridge_name
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import vxlan_name
@@ -30,9 +31,9 @@ from meshnet_agent.documents import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
-    from meshnet.model import Host, MeshSnapshot
+    from meshnet.model import Host, MeshSnapshot, PublishedPort
     from meshnet_agent.agent import Agent
     from meshnet_agent.endpoints import AttachRequest, ReadyNetwork
     from meshnet_agent.images import Images
@@ -53,12 +54,14 @@ class Service:
     """The operations of the API on one agent.
 
     Attributes:
+        passed_over: OCI runtimes that cannot run here, and why; empty until one was needed.
         images: this host's images, which need neither the mesh nor the kernel's tables.
     """
 
     def __init__(self, agent: Agent, images: Images) -> None:
         self._agent = agent
         self.images = images
+        self.passed_over: dict[str, str] = {}
 
     async def wait_for_network(self, name: str) -> ReadyNetwork:
         """A network, once it is up on this host.
@@ -138,6 +141,17 @@ class Service:
             ms=round(elapsed_ms, 2),
         )
         return endpoint_document(endpoint) | {"agent_ms": round(elapsed_ms, 3)}
+
+    async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Document:
+        """Publish ports of a live endpoint (`Endpoints.publish`)."""
+        network = self._agent.endpoints.find(name).network
+        ready = await self.wait_for_network(network)
+        endpoint = await self._agent.endpoints.publish(name, ports, ready.network)
+        return endpoint_document(endpoint)
+
+    async def unpublish(self, name: str, ports: Sequence[str]) -> Document:
+        """Take published ports of a live endpoint away (`Endpoints.unpublish`)."""
+        return endpoint_document(await self._agent.endpoints.unpublish(name, ports))
 
     def network_documents(self) -> list[Document]:
         """All networks."""
@@ -235,10 +249,14 @@ class Service:
 
     def _notes(self) -> list[str]:
         """What an operator should know, and is no error."""
+        notes = self._agent.endpoints.ports.notes()
+        notes += [
+            f"{name} runs no containers here: {why}" for name, why in self.passed_over.items()
+        ]
         underlay = self._agent.reconciler.result.underlay
         if underlay is not None and not underlay.nexthop_objects:
-            return [_NO_NEXTHOP_OBJECTS]
-        return []
+            notes.append(_NO_NEXTHOP_OBJECTS)
+        return notes
 
     def _probe_fields(self, network: Network) -> Document:
         """What a network's status says of its fallback."""
@@ -259,7 +277,7 @@ class Service:
             },
         }
 
-    def status_document(self) -> Document:
+    async def status_document(self) -> Document:
         """How this host is doing."""
         snapshot = self._agent.follower.snapshot
         result = self._agent.reconciler.result
@@ -274,6 +292,7 @@ class Service:
                 errors = [str(self._agent.membership.errors[network.name]), *errors]
             mine = [e for e in self._agent.endpoints.all if e.network == network.name]
             unhealed = self._agent.endpoints.unhealed
+            errors += self._agent.pool.errors(network.name)
             errors += [f"endpoint {e.name}: {unhealed[e.id]}" for e in mine if e.id in unhealed]
             networks.append(
                 {
@@ -298,8 +317,13 @@ class Service:
                 "error": self._agent.follower.error,
             },
             "networks": networks,
+            "set_aside": [
+                {"network": name, "address": str(address), "mac": mac.hex(":")}
+                for name, address, mac in self._agent.pool.set_aside
+            ],
             "bad_values": [
-                {"key": key, "reason": reason} for key, reason in snapshot.bad_values.items()
+                {"key": key, "reason": reason}
+                for key, reason in {**snapshot.bad_values, **self._agent.pool.bad_values}.items()
             ],
             "errors": [
                 *([blocked] if blocked else []),
@@ -307,6 +331,7 @@ class Service:
                 *_some([str(f) for f in other]),
             ],
             "notes": self._notes(),
+            "drops": await self._agent.drops(),
             "kernel": {
                 "passes": self._agent.reconciler.passes,
                 "full_passes": self._agent.reconciler.full_passes,
@@ -350,7 +375,7 @@ def _sort_failures(
 
 def _belongs(failure: Failure, network: Network) -> bool:
     op = failure.op
-    links = (bridge_name(network), vxlan_name(network), tun_name(network))
+    links = [name(network) for name in (bridge_name, vxlan_name, tun_name, shim_name)]
     if op.table is Table.LINK:
         return op.key in links
     if op.table is Table.NEXTHOP and op.value is not None:

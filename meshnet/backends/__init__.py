@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from meshnet.state import NEXTHOP_ID_FIRST, NEXTHOP_ID_LAST, KernelState, Nexthop
+from meshnet.state import NEXTHOP_ID_FIRST, NEXTHOP_ID_LAST, KernelState, LinkKind, Nexthop
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -34,12 +34,24 @@ class Path(NamedTuple):
     mtu_bytes: int
 
 
+class HostLink(NamedTuple):
+    """A link of this host that is not ours, as endpoints of an underlay network hang on.
+
+    Attributes:
+        addresses: of global scope.
+    """
+
+    mtu_bytes: int
+    addresses: frozenset[IpAddress] = frozenset()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Underlay:
     """What this host's kernel says of the underlay.
 
     Attributes:
         ip: the address tunnels start from; `dev` holds it.
+        links: by name, those that are not ours.
         paths: by peer address; a peer the kernel has no route to is missing.
         forwarding_links: links that packets to and from outside the network cross.
         ra_links: links whose default route may come from router advertisements, which a router
@@ -53,6 +65,7 @@ class Underlay:
     ip: IpAddress
     dev: str
     mtu_bytes: int
+    links: Mapping[str, HostLink] = field(default_factory=dict)
     paths: Mapping[IpAddress, Path] = field(default_factory=dict)
     forwarding_links: tuple[str, ...] = ()
     ra_links: tuple[str, ...] = ()
@@ -108,6 +121,7 @@ class NetworkInput:
     Attributes:
         subnets: this host's own subnets of the network.
         endpoints: this host's endpoints on the network.
+        host_addresses: this host's own addresses of the network's pool, if it has any.
         path_mtu_bytes: of the narrowest path to a peer, or of the underlay link without peers.
         fallen: peers that are sent to by the fallback, if the network has one.
     """
@@ -117,6 +131,7 @@ class NetworkInput:
     endpoints: Sequence[Endpoint]
     underlay: Underlay
     path_mtu_bytes: int
+    host_addresses: Sequence[IpAddress] = ()
     fallen: Collection[HostId] = ()
 
 
@@ -127,12 +142,15 @@ class NetworkPlan:
     Attributes:
         mtu_bytes: MTU of its endpoints on this host.
         uplink: link of the host that endpoints hang on.
+        endpoint_link: what hangs there: the host's end of a veth pair, a port of the bridge
+            `uplink`, or a macvlan on the link `uplink`.
         gso_max_bytes: the largest super-packet that endpoints should send; None: any.
         errors: settings that cannot be had on this host, in words.
     """
 
     mtu_bytes: int
     uplink: str
+    endpoint_link: LinkKind = LinkKind.VETH
     firewall: FirewallNetwork
     gso_max_bytes: int | None = None
     errors: tuple[str, ...] = ()

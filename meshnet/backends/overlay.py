@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING
 from meshnet.backends import NetworkPlan
 from meshnet.errors import UsageError
 from meshnet.firewall import FirewallNetwork
+from meshnet.firewall.elements import endpoint_elements
 from meshnet.ipam import gateway_of
-from meshnet.state import AddressKey, Link, LinkKind, Nexthop, Route, RouteKey, Vxlan
+from meshnet.state import (
+    AddressKey,
+    Link,
+    LinkKind,
+    Nexthop,
+    Route,
+    RouteKey,
+    Vxlan,
+    endpoint_link_name,
+)
 from meshnet.wire.mac import gateway_mac, vtep_mac
 from meshnet.wire.mtu import MINIMUM_MTU_BYTES, overlay_mtu_bytes
 
@@ -26,11 +36,6 @@ if TYPE_CHECKING:
 def bridge_name(network: Network) -> str:
     """Name of the network's bridge; at most 11 characters."""
     return f"mnb{network.vni}"
-
-
-def endpoint_link_name(endpoint_id: str) -> str:
-    """Name of the host-side link of an endpoint: 15 characters, the most a link may have."""
-    return f"mne{endpoint_id}"
 
 
 def plan_bridge(wanted: NetworkInput, tunnel: str | None, state: KernelState) -> NetworkPlan:
@@ -58,15 +63,20 @@ def plan_bridge(wanted: NetworkInput, tunnel: str | None, state: KernelState) ->
         state.links[endpoint_link_name(endpoint.id)] = Link(
             LinkKind.VETH, endpoint.mtu_bytes, None, master=bridge
         )
+        state.elements.update(endpoint_elements(endpoint))
+    firewall = FirewallNetwork(
+        links=(bridge,) if tunnel is None else (bridge, tunnel),
+        ports=() if tunnel is None else (network.port,),
+        cidrs=network.subnets,
+        subnets=wanted.subnets,
+        vni=network.vni,
+        internal=network.internal,
+        direct=network.direct_routing,
+    )
     return NetworkPlan(
         mtu_bytes=mtu,
         uplink=bridge,
-        firewall=FirewallNetwork(
-            (bridge,) if tunnel is None else (bridge, tunnel),
-            () if tunnel is None else (network.port,),
-            network.subnets,
-            wanted.subnets,
-        ),
+        firewall=firewall,
         errors=tuple(errors),
     )
 
@@ -106,9 +116,14 @@ def link_sysctls(
     ``rp_filter`` must not be strict: with direct routing a peer's packets may arrive by the tunnel
     while the route back is direct.  It is off, but loose where the host's own setting, of which the
     larger one counts, is strict.  Without an IPv6 subnet IPv6 is off on the link.
+
+    ``route_localnet`` is for answers to 127.0.0.1, which published ports are reached at, too; the
+    firewall drops what else comes to that address.
     """
     rp_filter = "2" if underlay.strict_rp_filter else "0"
     settings = [("ipv4", "forwarding", "1"), ("ipv4", "rp_filter", rp_filter)]
+    if not tunnel:
+        settings.append(("ipv4", "route_localnet", "1"))
     # Below its smallest MTU the kernel gives a link no IPv6, nor settings for it.
     if underlay.ipv6 and mtu >= MINIMUM_MTU_BYTES[6]:
         if any(s.version == 6 for s in subnets):

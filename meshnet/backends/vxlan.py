@@ -44,14 +44,14 @@ from meshnet.backends.overlay import (
 from meshnet.backends.udp import by_name, plan_member, plan_tun, tun_name
 from meshnet.model import Datapath
 from meshnet.state import FdbKey, LinkKind, NeighbourKey, Nexthop, Route
-from meshnet.wire.mac import vtep_mac
+from meshnet.wire.mac import link_local_of, vtep_mac
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
     from meshnet.model import Host, HostId, IpNetwork, Network
-    from meshnet.state import KernelState, PackedIp
+    from meshnet.state import KernelState
 
 
 def vxlan_name(network: Network) -> str:
@@ -133,11 +133,6 @@ def has_fallback(network: Network, host: Host, underlay: Underlay) -> bool:
         and host.datapath is Datapath.KERNEL
         and host.underlay_ip.version == underlay.ip.version
     )
-
-
-def link_local_of(mac: bytes) -> PackedIp:
-    """The IPv6 link-local address of a MAC: modified EUI-64 (RFC 4291, appendix A)."""
-    return b"\xfe\x80" + bytes(6) + bytes((mac[0] ^ 2,)) + mac[1:3] + b"\xff\xfe" + mac[3:]
 
 
 def _plan_tunnel(dev: str, peer: Peer, subnet: IpNetwork, state: KernelState) -> Nexthop:

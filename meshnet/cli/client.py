@@ -13,7 +13,6 @@ from urllib.parse import quote, urlencode
 from meshnet.errors import (
     AgentUnreachableError,
     MeshnetError,
-    PolicyRefusedError,
     UsageError,
     error_classes,
 )
@@ -114,7 +113,7 @@ class Client:
         try:
             yield connection, f"{url}?{urlencode(query)}" if query else url
         except PermissionError as error:
-            raise PolicyRefusedError(
+            raise AgentUnreachableError(
                 f"socket {self._path} may not be opened by this user: use sudo, or join the group "
                 "meshnet"
             ) from error

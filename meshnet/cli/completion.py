@@ -41,32 +41,47 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 def complete_networks(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
     """Names of networks, or none while no agent answers."""
+    return [str(d["name"]) for d in _ask(parsed_args, "networks") or ()]
+
+
+def complete_endpoints(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
+    """Names of this host's endpoints, or none while no agent answers."""
+    return [str(d["name"]) for d in _local_endpoints(parsed_args)]
+
+
+def complete_published(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
+    """Published ports of the endpoint that the command line names."""
+    return [
+        str(port)
+        for d in _local_endpoints(parsed_args)
+        if parsed_args.name in (d["name"], d["id"])
+        for port in d["published"]
+    ]
+
+
+def _local_endpoints(parsed_args: argparse.Namespace) -> list[dict[str, Any]]:
+    status, answer = _ask(parsed_args, "status"), _ask(parsed_args, "endpoints")
+    if status is None or answer is None:
+        return []
+    return [d for d in answer["endpoints"] if d["host"] == status["host"]["id"]]
+
+
+def _ask(parsed_args: argparse.Namespace, what: str) -> Any:  # noqa: ANN401
+    """What the agent answers; None: it does not."""
     from meshnet.cli.client import Client
     from meshnet.errors import MeshnetError
 
     try:
-        return [str(d["name"]) for d in Client(parsed_args.socket).get("networks")]
+        return Client(parsed_args.socket).get(what)
     except MeshnetError:
-        return []
+        return None
 
 
 def complete_images(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
     """Names of images, or none while no agent answers."""
-    from meshnet.cli.client import Client
-    from meshnet.errors import MeshnetError
-
-    try:
-        return [str(n) for d in Client(parsed_args.socket).get("images") for n in d["names"]]
-    except MeshnetError:
-        return []
+    return [str(name) for d in _ask(parsed_args, "images") or [] for name in d["names"]]
 
 
 def complete_containers(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
     """Names of containers, or none while no agent answers."""
-    from meshnet.cli.client import Client
-    from meshnet.errors import MeshnetError
-
-    try:
-        return [str(d["name"]) for d in Client(parsed_args.socket).get("containers")]
-    except MeshnetError:
-        return []
+    return [str(d["name"]) for d in _ask(parsed_args, "containers") or []]

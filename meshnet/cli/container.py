@@ -119,6 +119,7 @@ def _add_run(commands: Subparsers) -> None:
     run.add_argument("--cpus", metavar="F", type=float, help="how many CPUs it may use, as 0.5")
     several = (
         (("-v", "--volume"), "SRC:DST[:ro]", "mount a directory or file of the host"),
+        (("-p", "--publish"), "PORT[:PORT][/udp]", "a port of the host leads to one of it"),
         (("--tmpfs",), "DIR[:OPTIONS]", "mount an empty directory in memory"),
         (("--cap-add",), "CAP", "give it a capability, or ALL"),
         (("--cap-drop",), "CAP", "take one away, or ALL"),
@@ -174,7 +175,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     same = (
         "name", "hostname", "entrypoint", "restart", "cpuset_cpus", "pid", "ipc", "uts", "user",
         "workdir", "stop_signal", "cpu_shares", "pids_limit", "blkio_weight", "cpus", "rm", "init",
-        "privileged", "read_only", "interactive", "tty", "tmpfs", "cap_add", "cap_drop",
+        "privileged", "read_only", "interactive", "tty", "tmpfs", "publish", "cap_add", "cap_drop",
     )  # fmt: skip
     return (
         sizes

@@ -183,8 +183,11 @@ def _inspect(args: argparse.Namespace) -> int:
     print_table(("HOST", "SUBNETS"), ((h, joined(s)) for h, s in sorted(document["hosts"].items())))
     print()
     print_table(
-        ("ENDPOINT", "PID", "ADDRESS", "IFNAME"),
-        ((e["name"], e["pid"], e["address"], e["ifname"]) for e in document["endpoints"]),
+        ("ENDPOINT", "PID", "ADDRESS", "IFNAME", "PUBLISHED"),
+        (
+            (e["name"], e["pid"], e["address"], e["ifname"], joined(e["published"]))
+            for e in document["endpoints"]
+        ),
     )
     return 0
 

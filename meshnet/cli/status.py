@@ -65,6 +65,10 @@ def _print(document: dict[str, Any]) -> None:
         print("\nin fallback:")
         for line in fallen:
             print(f"  {line}")
+    if document["set_aside"]:
+        print("\nset aside, machines outside the mesh answer for them:")
+        for held in document["set_aside"]:
+            print(f"  {held['network']}: {held['address']} by {held['mac']}")
     problems = [f"{n['name']}: {e}" for n in document["networks"] for e in n["errors"]]
     problems += document["errors"]
     problems += [f"store key {b['key']}: {b['reason']}" for b in document["bad_values"]]

@@ -25,18 +25,20 @@ class EndpointWiring(NamedTuple):
     """How to connect a namespace: `endpoint` says with what, the rest says where to.
 
     Attributes:
-        uplink: link of the host that the endpoint hangs on: the bridge that its host-side end
-            becomes a port of.
+        uplink: link of the host that the endpoint hangs on: its macvlan's parent if it has one,
+            else the bridge that its host-side end becomes a port of.
         routes: destinations that are reached through the gateway of their IP version; used where
             the namespace keeps or gets no default route through this endpoint.
         gso_max_bytes: the largest super-packet that the namespace's link takes; None: the kernel's
             default.
+        announce: whether to tell the wire, and with it switches, who has the addresses now.
     """
 
     endpoint: Endpoint
     uplink: str
     routes: Sequence[IpNetwork]
     gso_max_bytes: int | None = None
+    announce: bool = False
 
 
 class Kernel(Protocol):
@@ -98,19 +100,37 @@ class Wiring(Protocol):
     def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
         """Bring an endpoint up in a namespace, or leave everything as it was.
 
+        Before its link is up the firewall knows what it may send from.
+
         Returns:
             Whether the namespace's default route leads through the endpoint: what
             `endpoint.default_route` asked for, unless the namespace had one already.
 
         Raises:
             ConflictError: the namespace has a link of that name or holds the address.
-            NotFoundError: the bridge or the namespace is gone.
+            NotFoundError: the uplink or the namespace is gone.
             KernelRefusedError: anything else the kernel refused.
         """
         ...
 
     def disconnect(self, endpoint: Endpoint) -> None:
-        """Remove an endpoint's links, and with them its addresses and routes.  Idempotent."""
+        """Remove an endpoint's links, and with them its addresses and routes.  Idempotent.
+
+        Raises:
+            KernelRefusedError: a link is there and cannot be removed.
+        """
+        ...
+
+    def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
+        """Whether a namespace has the macvlan of an endpoint: one with its MAC, by any name.
+
+        Raises:
+            KernelRefusedError: it cannot be looked at.
+        """
+        ...
+
+    def adopt(self, endpoint: Endpoint) -> None:
+        """Take over an endpoint that an earlier agent connected; writes nothing."""
         ...
 
     def remove_link(self, name: str) -> None:
@@ -119,6 +139,10 @@ class Wiring(Protocol):
 
     def list_endpoint_links(self) -> list[str]:
         """Names of all endpoint links on this host, whoever made them."""
+        ...
+
+    def drops(self) -> dict[str, int]:
+        """Packets that the firewall dropped, by reason; empty without our tables."""
         ...
 
     def close(self) -> None:

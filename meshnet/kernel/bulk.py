@@ -2,8 +2,8 @@
 
 Pairs of functions between the values of `meshnet.state` and messages of `meshnet.kernel.rtnl`.
 `encode_…` gives whole messages, one an operation, numbered from `first` on; `decode_…` reads the
-bodies of a dump and leaves out objects that are not ours.  A body that is shorter than its header,
-which Linux never sends, raises `struct.error`.
+bodies of a dump, none shorter than its header (`rtnl.RtnlSocket.dump` sees to that), and leaves out
+objects that are not ours, or whose addresses are of an impossible length.
 
 With 10,000 hosts there are 40,000 messages each way, so a message is one ``pack``: its shape has
 the attributes in it.  Decoding looks first whether a message has the attributes in the order that
@@ -57,6 +57,7 @@ _REPLACE = rtnl.NLM_F_REQUEST | rtnl.NLM_F_CREATE | rtnl.NLM_F_REPLACE
 _U32 = rtnl.U32.pack
 _FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
 """By the length of a packed address."""
+_MAC_BYTES = 6
 _METRIC = {4: 0, 16: IPV6_METRIC}
 
 
@@ -168,8 +169,9 @@ def decode_neighbours(bodies: Iterable[Body], dev: str, ifindex: int) -> dict[Ne
                     found[NeighbourKey(dev, address)] = mac
                     continue
         attrs = rtnl.parse_attrs(data, start + 12, end)
-        if NDA_DST in attrs and NDA_LLADDR in attrs:
-            found[NeighbourKey(dev, attrs[NDA_DST])] = attrs[NDA_LLADDR]
+        address, mac = attrs.get(NDA_DST, b""), attrs.get(NDA_LLADDR, b"")
+        if len(address) in _FAMILY and len(mac) == _MAC_BYTES:
+            found[NeighbourKey(dev, address)] = mac
     return found
 
 
@@ -185,8 +187,9 @@ def decode_fdb(bodies: Iterable[Body], dev: str, ifindex: int) -> dict[FdbKey, P
                 found[FdbKey(dev, mac)] = remote
                 continue
         attrs = rtnl.parse_attrs(data, start + 12, end)
-        if NDA_DST in attrs and NDA_LLADDR in attrs:
-            found[FdbKey(dev, attrs[NDA_LLADDR])] = attrs[NDA_DST]
+        mac, remote = attrs.get(NDA_LLADDR, b""), attrs.get(NDA_DST, b"")
+        if len(remote) in _FAMILY and len(mac) == _MAC_BYTES:
+            found[FdbKey(dev, mac)] = remote
     return found
 
 
@@ -259,12 +262,12 @@ def decode_nexthops(
                         ours[nexthop_id] = Nexthop(names.get(index, ""), gateway)
                     continue
         attrs = rtnl.parse_attrs(data, start + 8, end)
-        (nexthop_id,) = rtnl.U32.unpack(attrs.get(NHA_ID, bytes(4)))
+        nexthop_id = rtnl.number_in(attrs, NHA_ID)
         if not NEXTHOP_ID_FIRST <= nexthop_id <= NEXTHOP_ID_LAST:
             continue
-        if protocol == ROUTE_PROTOCOL and NHA_GATEWAY in attrs and NHA_OIF in attrs:
-            dev = names.get(rtnl.U32.unpack(attrs[NHA_OIF])[0], "")
-            ours[nexthop_id] = Nexthop(dev, attrs[NHA_GATEWAY])
+        gateway = attrs.get(NHA_GATEWAY, b"")
+        if protocol == ROUTE_PROTOCOL and len(gateway) in _FAMILY and NHA_OIF in attrs:
+            ours[nexthop_id] = Nexthop(names.get(rtnl.number_in(attrs, NHA_OIF), ""), gateway)
         else:
             foreign.add(nexthop_id)
     return ours, foreign
@@ -356,10 +359,11 @@ def decode_routes(bodies: Iterable[Body], names: Mapping[int, str]) -> dict[Rout
                 found[RouteKey(prefix, length)] = Route(nexthop_id, source)
                 continue
         attrs = rtnl.parse_attrs(data, start + 12, end)
-        priority = rtnl.U32.unpack(attrs[RTA_PRIORITY])[0] if RTA_PRIORITY in attrs else 0
-        if priority != (IPV6_METRIC if family == socket.AF_INET6 else 0):
+        if rtnl.number_in(attrs, RTA_PRIORITY) != (IPV6_METRIC if family == socket.AF_INET6 else 0):
             continue
         prefix = attrs.get(RTA_DST, bytes(4 if family == socket.AF_INET else 16))
+        if len(prefix) not in _FAMILY:
+            continue
         found[RouteKey(prefix, length)] = _decode_way(kind, attrs, names)
     return found
 
@@ -369,9 +373,9 @@ def _decode_way(kind: int, attrs: Mapping[int, bytes], names: Mapping[int, str])
     if kind == RTN_UNREACHABLE:
         return Route(0, source)
     if RTA_NH_ID in attrs:
-        return Route(rtnl.U32.unpack(attrs[RTA_NH_ID])[0], source)
+        return Route(rtnl.number_in(attrs, RTA_NH_ID), source)
     if kind == RTN_UNICAST and RTA_OIF in attrs and RTA_ENCAP not in attrs:
-        dev = names.get(rtnl.U32.unpack(attrs[RTA_OIF])[0], "")
+        dev = names.get(rtnl.number_in(attrs, RTA_OIF), "")
         if dev or RTA_GATEWAY in attrs:
             return Route(0, source, Nexthop(dev, attrs.get(RTA_GATEWAY, b"")))
     return Route(FOREIGN_NEXTHOP, source)
@@ -400,11 +404,12 @@ def encode_route_lookups(addresses: Iterable[PackedIp], first: int) -> list[byte
 
 def decode_route_lookup(data: bytes) -> tuple[int, bool, int] | None:
     """Output ifindex, whether there is no gateway, MTU metric (0: none); None: no way to go."""
+    if len(data) < rtnl.RTMSG.size:
+        return None
     kind = rtnl.RTMSG.unpack_from(data)[7]
     attrs = rtnl.parse_attrs(data, 12, len(data))
     if kind != RTN_UNICAST or RTA_OIF not in attrs:
         return None
     metrics = attrs.get(RTA_METRICS, b"")
-    mtu = rtnl.parse_attrs(metrics, 0, len(metrics)).get(RTAX_MTU)
-    (ifindex,) = rtnl.U32.unpack(attrs[RTA_OIF])
-    return ifindex, RTA_GATEWAY not in attrs, rtnl.U32.unpack(mtu)[0] if mtu else 0
+    mtu_bytes = rtnl.number_in(rtnl.parse_attrs(metrics, 0, len(metrics)), RTAX_MTU)
+    return rtnl.number_in(attrs, RTA_OIF), RTA_GATEWAY not in attrs, mtu_bytes

@@ -1,23 +1,33 @@
 """What the kernel tells of its own accord, filtered to what concerns us.
 
-Our own writes come back as notifications: programming 10,000 hosts makes 40,000 of them, more than
+Our own writes come back as notifications: programming 10,000 hosts makes 50,000 of them, more than
 a socket's buffer holds.  So the kernel itself drops them, by a socket filter: those that name one
 of our sockets as their cause, and, since VXLAN devices name none, those that tell of an FDB entry
 that was set with the mark of ours (`bulk.NTF_EXT_LEARNED`).  What comes is what others did, and
-deletions of our own FDB entries and neighbours.
+deletions of our own FDB entries and neighbours, and loads of our rules, which ``nft`` does for us.
 
 linux/rtnetlink.h (multicast groups), linux/netfilter/nfnetlink.h and nf_tables.h; linux/filter.h.
 """
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import struct
 from typing import TYPE_CHECKING
 
-from meshnet.firewall import TABLE
+from meshnet.firewall.elements import TABLE
 from meshnet.kernel import bulk, links, rtnl
+from meshnet.kernel.bpf import (
+    EVERYTHING,
+    IF_BITS,
+    IF_EQUAL,
+    LOAD_U8,
+    LOAD_U16,
+    LOAD_U32,
+    RETURN,
+    attach_filter,
+)
+from meshnet.kernel.nftnl import NETLINK_NETFILTER, NFNL_SUBSYS_NFTABLES
 from meshnet.state import (
     ENDPOINT_LINK,
     NETWORK_LINK,
@@ -34,8 +44,8 @@ RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 5, 7
 RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE = 9, 11
 RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF, RTNLGRP_NEXTHOP = 24, 25, 32
 NFNLGRP_NFTABLES = 7
-NETLINK_NETFILTER, NETLINK_ADD_MEMBERSHIP = 12, 1
-NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN = 10, 15
+NETLINK_ADD_MEMBERSHIP = 1
+NFT_MSG_NEWGEN = 15
 NFTA_TABLE_NAME = 1
 NETCONFA_IFINDEX = 1
 
@@ -51,11 +61,6 @@ _GROUPS = (
     RTNLGRP_NEXTHOP,
 )
 _RECEIVE_BUFFER_BYTES = 8 << 20
-_SO_ATTACH_FILTER = 26
-_SOCK_FILTER = struct.Struct("=HBBI")  # code, steps to skip if true, if false, operand
-_SOCK_FPROG = struct.Struct("@HP")
-_LOAD_U32, _LOAD_U16, _LOAD_U8 = 0x20, 0x28, 0x30
-_IF_EQUAL, _IF_BITS, _RETURN = 0x15, 0x45, 0x06
 
 
 def open_route_events(own_ports: Collection[int]) -> socket.socket:
@@ -67,17 +72,20 @@ def open_route_events(own_ports: Collection[int]) -> socket.socket:
     return _open(socket.NETLINK_ROUTE, _GROUPS, own_ports)
 
 
-def open_nftables_events() -> socket.socket:
-    """A socket that receives nf_tables notifications of the calling thread's namespace."""
-    return _open(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), ())
+def open_nftables_events(own_ports: Collection[int]) -> socket.socket:
+    """A socket that receives nf_tables notifications of the calling thread's namespace.
+
+    Args:
+        own_ports: as of `open_route_events`, but of sockets for nftables.
+    """
+    return _open(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), own_ports)
 
 
 def _open(protocol: int, groups: Collection[int], own_ports: Collection[int]) -> socket.socket:
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
     try:
         rtnl.set_receive_buffer(events, _RECEIVE_BUFFER_BYTES)
-        if protocol == socket.NETLINK_ROUTE:
-            _drop_own(events, own_ports)
+        _drop_own(events, own_ports, _FDB_OF_OURS if protocol == socket.NETLINK_ROUTE else ())
         events.bind((0, 0))
         for group in groups:
             events.setsockopt(rtnl.SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
@@ -87,24 +95,27 @@ def _open(protocol: int, groups: Collection[int], own_ports: Collection[int]) ->
     return events
 
 
-def _drop_own(events: socket.socket, own_ports: Collection[int]) -> None:
+_FDB_OF_OURS = (
+    *((LOAD_U16, 0, 0, 4), (IF_EQUAL, 0, 5, socket.htons(rtnl.RTM_NEWNEIGH))),  # nlmsg_type
+    *((LOAD_U8, 0, 0, 16), (IF_EQUAL, 0, 3, bulk.AF_BRIDGE)),  # ndm_family
+    *((LOAD_U8, 0, 0, 26), (IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
+    (RETURN, 0, 0, 0),
+)
+"""Steps that drop an FDB entry that was set with the mark of ours."""
+
+
+def _drop_own(
+    events: socket.socket, own_ports: Collection[int], more: Collection[tuple[int, int, int, int]]
+) -> None:
     """Attach a classic BPF program to a netlink socket, as zebra does (``netlink_install_filter``).
 
-    A notification is one message.  The program loads big-endian, messages are in host byte order.
+    A notification is one message, or those of one sender.  The program loads big-endian, messages
+    are in host byte order.
     """
-    program = [(_LOAD_U32, 0, 0, 12)]  # nlmsg_pid
+    program = [(LOAD_U32, 0, 0, 12)]  # nlmsg_pid
     for port in own_ports:
-        program += [(_IF_EQUAL, 0, 1, socket.htonl(port)), (_RETURN, 0, 0, 0)]
-    program += [
-        *((_LOAD_U16, 0, 0, 4), (_IF_EQUAL, 0, 5, socket.htons(rtnl.RTM_NEWNEIGH))),  # nlmsg_type
-        *((_LOAD_U8, 0, 0, 16), (_IF_EQUAL, 0, 3, bulk.AF_BRIDGE)),  # ndm_family
-        *((_LOAD_U8, 0, 0, 26), (_IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
-        (_RETURN, 0, 0, 0),
-        (_RETURN, 0, 0, 0xFFFF_FFFF),
-    ]
-    code = ctypes.create_string_buffer(b"".join(_SOCK_FILTER.pack(*step) for step in program))
-    fprog = _SOCK_FPROG.pack(len(program), ctypes.addressof(code))
-    events.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+        program += [(IF_EQUAL, 0, 1, socket.htonl(port)), (RETURN, 0, 0, 0)]
+    attach_filter(events, [*program, *more, (RETURN, 0, 0, EVERYTHING)])
 
 
 _LINK_LOOKS = (links.IFLA_IFNAME, links.IFLA_MTU, links.IFLA_ADDRESS, links.IFLA_MASTER)
@@ -144,17 +155,24 @@ class EventFilter:
         self._tunnels: set[int] = set()
         self._looks: dict[int, tuple[object, ...]] = {}
         self._underlay_links: set[int] = set()
+        self._awaited: set[str] = set()
 
     def look_at(
         self,
         bridges: Collection[int],
         tunnels: Collection[int],
         underlay_links: Collection[int],
+        awaited: Collection[str] = (),
     ) -> None:
-        """Name the links whose notifications matter, by ifindex."""
+        """Name the links whose notifications matter, by ifindex.
+
+        Args:
+            awaited: names of links that matter if they appear.
+        """
         self._own_links = {*bridges, *tunnels}
         self._tunnels = set(tunnels)
         self._underlay_links = set(underlay_links)
+        self._awaited = set(awaited)
         known = self._own_links | self._underlay_links
         self._looks = {i: looks for i, looks in self._looks.items() if i in known}
 
@@ -204,7 +222,7 @@ class EventFilter:
         # RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.
         if ENDPOINT_LINK.fullmatch(name):
             return message.kind == rtnl.RTM_DELLINK and self.expects_endpoint(name)
-        return bool(NETWORK_LINK.fullmatch(name))
+        return name in self._awaited or bool(NETWORK_LINK.fullmatch(name))
 
     def _neighbour(self, message: rtnl.Message) -> bool:
         # Those on a bridge are endpoints, which the host resolves by itself.
@@ -231,7 +249,7 @@ class EventFilter:
 
 
 def nftables_concerns_us(data: bytes) -> bool:
-    """Whether any nf_tables message of a datagram is about our table."""
+    """Whether any nf_tables message of a datagram is about a table of ours."""
     for message in rtnl.split_messages(data):
         subsystem, kind = message.kind >> 8, message.kind & 0xFF
         if subsystem != NFNL_SUBSYS_NFTABLES or kind == NFT_MSG_NEWGEN:

@@ -1,7 +1,7 @@
-"""Links and addresses: the few fields of a dump that meshnet looks at, and veth pairs.
+"""Links and addresses: the few fields of a dump that meshnet looks at, and endpoints' links.
 
-Dumps come before every pass of the reconciler and veth pairs are on the path of ``attach``, whose
-bound is 5 ms; both go through `meshnet.kernel.rtnl`.  The rare, rich requests (bridges, VXLAN
+Dumps come before every pass of the reconciler and endpoints' links are on the path of ``attach``,
+whose bound is 5 ms; both go through `meshnet.kernel.rtnl`.  The rare, rich requests (bridges, VXLAN
 devices) go through pyroute2 in `meshnet.kernel.netlink`.
 
 linux/if_link.h, linux/if_addr.h, linux/veth.h.
@@ -16,15 +16,19 @@ from meshnet.kernel import rtnl
 from meshnet.state import LinkKind, Vxlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from ipaddress import IPv4Interface, IPv6Interface
 
     from meshnet.kernel.rtnl import Body
 
+AF_BRIDGE = 7  # linux/socket.h
 IFF_UP, IFF_RUNNING, IFF_LOWER_UP = 0x1, 0x40, 0x10000
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
-IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 18, 28, 26
+IFLA_PROTINFO, IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 12, 18, 28, 26
+IFLA_BRPORT_MODE = 4
 IFLA_GSO_MAX_SIZE = 41
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
+IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE = 1, 4
 VETH_INFO_PEER = 1
 IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE = 8, 1
 IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 15, 17
@@ -38,6 +42,7 @@ _KINDS = {
     b"bridge": LinkKind.BRIDGE,
     b"veth": LinkKind.VETH,
     b"tun": LinkKind.TUN,
+    b"macvlan": LinkKind.MACVLAN,
 }
 
 
@@ -47,6 +52,7 @@ class LinkInfo(NamedTuple):
     Attributes:
         kind: None for kinds that are never ours.
         master: ifindex of its bridge, or 0.
+        lower: of a macvlan, ifindex of the link that it is on, in that link's namespace; else 0.
     """
 
     ifindex: int
@@ -57,6 +63,7 @@ class LinkInfo(NamedTuple):
     master: int
     kind: LinkKind | None
     vxlan: Vxlan | None
+    lower: int = 0
 
 
 class AddressInfo(NamedTuple):
@@ -84,7 +91,7 @@ def decode_link(body: Body) -> LinkInfo:
     if kind is LinkKind.VXLAN:
         own = _nested(info.get(IFLA_INFO_DATA, b""))
         vxlan = Vxlan(
-            _u32(own.get(IFLA_VXLAN_ID)),
+            rtnl.number_in(own, IFLA_VXLAN_ID),
             int.from_bytes(own.get(IFLA_VXLAN_PORT, b""), "big"),
             own.get(IFLA_VXLAN_LOCAL) or own.get(IFLA_VXLAN_LOCAL6, b""),
         )
@@ -92,11 +99,12 @@ def decode_link(body: Body) -> LinkInfo:
         index,
         attrs.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
         bool(flags & IFF_UP),
-        _u32(attrs.get(IFLA_MTU)),
+        rtnl.number_in(attrs, IFLA_MTU),
         attrs.get(IFLA_ADDRESS, b""),
-        _u32(attrs.get(IFLA_MASTER)),
+        rtnl.number_in(attrs, IFLA_MASTER),
         kind,
         vxlan,
+        rtnl.number_in(attrs, IFLA_LINK) if kind is LinkKind.MACVLAN else 0,
     )
 
 
@@ -105,13 +113,14 @@ def address_dump() -> bytes:
     return rtnl.IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
 
 
-def decode_address(body: Body) -> AddressInfo:
-    """One address of a dump."""
-    data, start, end = body
-    _, length, _, scope, index = rtnl.IFADDR.unpack_from(data, start)
-    attrs = rtnl.parse_attrs(data, start + 8, end)
-    address = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS, b"")
-    return AddressInfo(index, address, length, scope)
+def decode_addresses(bodies: Iterable[Body]) -> Iterator[AddressInfo]:
+    """The IP addresses of a dump; one of all families has others' too (MCTP, Phonet)."""
+    for data, start, end in bodies:
+        _, length, _, scope, index = rtnl.IFADDR.unpack_from(data, start)
+        attrs = rtnl.parse_attrs(data, start + 8, end)
+        address = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS, b"")
+        if len(address) in (4, 16):
+            yield AddressInfo(index, address, length, scope)
 
 
 def encode_veth(
@@ -151,6 +160,30 @@ def encode_veth(
     return rtnl.Request(rtnl.RTM_NEWLINK, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
 
 
+def encode_macvlan(
+    name: str, *, lower: int, mtu_bytes: int, mac: bytes, netns_fd: int
+) -> rtnl.Request:
+    """Create a macvlan on a link of this namespace, in another namespace, down.
+
+    In bridge mode: endpoints of one host reach each other without the physical switch.
+
+    Args:
+        lower: ifindex of the link that it is on.
+    """
+    mode = rtnl.attr(IFLA_MACVLAN_MODE, rtnl.U32.pack(MACVLAN_MODE_BRIDGE))
+    info = _string(IFLA_INFO_KIND, "macvlan") + rtnl.attr(IFLA_INFO_DATA | NLA_F_NESTED, mode)
+    body = (
+        rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+        + _string(IFLA_IFNAME, name)
+        + rtnl.attr(IFLA_MTU, rtnl.U32.pack(mtu_bytes))
+        + rtnl.attr(IFLA_ADDRESS, mac)
+        + rtnl.attr(IFLA_LINK, rtnl.U32.pack(lower))
+        + rtnl.attr(IFLA_NET_NS_FD, rtnl.U32.pack(netns_fd))
+        + rtnl.attr(IFLA_LINKINFO | NLA_F_NESTED, info)
+    )
+    return rtnl.Request(rtnl.RTM_NEWLINK, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
+
+
 def encode_no_link_local(index: int) -> rtnl.Request:
     """Keep the kernel from giving a link an IPv6 link-local address."""
     mode = rtnl.attr(IFLA_INET6_ADDR_GEN_MODE, bytes((ADDR_GEN_NONE,)))
@@ -159,11 +192,29 @@ def encode_no_link_local(index: int) -> rtnl.Request:
     return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.attr(IFLA_AF_SPEC | NLA_F_NESTED, spec))
 
 
+def encode_hairpin(index: int) -> rtnl.Request:
+    """Let a port of a bridge get back what came from it.
+
+    Where bridges pass their packets to nftables (``bridge-nf-call-iptables``), what an endpoint
+    sends to a port that is published for itself is translated in the bridge, and has to go back by
+    the port that it came from.
+    """
+    port = rtnl.attr(IFLA_BRPORT_MODE, b"\1")
+    body = rtnl.IFINFO.pack(AF_BRIDGE, 0, index, 0, 0)
+    return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.attr(IFLA_PROTINFO | NLA_F_NESTED, port))
+
+
 def encode_link_up(index: int) -> rtnl.Request:
     """Set a link up."""
     return rtnl.Request(
         rtnl.RTM_SETLINK, 0, rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, IFF_UP, IFF_UP)
     )
+
+
+def encode_link_rename(index: int, name: str) -> rtnl.Request:
+    """Give a link that is down another name."""
+    body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0) + _string(IFLA_IFNAME, name)
+    return rtnl.Request(rtnl.RTM_SETLINK, 0, body)
 
 
 def encode_link_delete(name: str) -> rtnl.Request:
@@ -188,10 +239,6 @@ def encode_address(interface: IPv4Interface | IPv6Interface, index: int) -> rtnl
 
 def _nested(data: bytes) -> dict[int, bytes]:
     return rtnl.parse_attrs(data, 0, len(data))
-
-
-def _u32(raw: bytes | None) -> int:
-    return int(rtnl.U32.unpack(raw)[0]) if raw is not None and len(raw) == 4 else 0
 
 
 def _string(kind: int, text: str) -> bytes:

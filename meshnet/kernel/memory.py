@@ -9,14 +9,16 @@ the agent's back.  Place: tests only; never in production.  Endpoints: `memory_w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from meshnet.backends import Path, Underlay
+from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import NotFoundError
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.ordering import carry_out
 from meshnet.state import KernelState, Link, LinkKind
 
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from meshnet.model import IpAddress
-    from meshnet.state import AddressKey, Nexthop, Route, RouteKey
+    from meshnet.state import AddressKey, ElementKey, Nexthop, Route, RouteKey
 
 _ALL_IPV6 = "net/ipv6/conf/all/forwarding"
 _LINK_DEFAULTS = {
+    ("ipv4", "arp_ignore"): "0",
     ("ipv4", "forwarding"): "0",
     ("ipv4", "rp_filter"): "0",
+    ("ipv4", "route_localnet"): "0",
     ("ipv6", "accept_dad"): "1",
     ("ipv6", "accept_ra"): "1",
     ("ipv6", "addr_gen_mode"): "0",
@@ -77,7 +81,9 @@ class MemoryKernel:
 
     Attributes:
         foreign: what others hold; change it with its sets' own methods.
+        host_links: the host's links that are not ours, by name.
         routed: paths to peers that are not reached on-link by `dev`; None: no way to go.
+        wired: elements of connected endpoints, for its `MemoryWiring`.
         on_change: called, if set, after every change `by_hand`, as the kernel would notify.
     """
 
@@ -91,10 +97,12 @@ class MemoryKernel:
         self.foreign = Foreign()
         self.routed: dict[IpAddress, Path | None] = {}
         self.on_change: Callable[[], None] | None = None
+        self.wired = WiredElements()
         self.writes = 0
         self.underlay_ips = sorted(underlay_ips, key=lambda ip: ip.version)
         self.underlay_dev = dev
         self.underlay_mtu_bytes = mtu_bytes
+        self.host_links = {dev: HostLink(mtu_bytes, frozenset(underlay_ips))}
         self._nexthop_objects = nexthop_objects
         self._faults: list[_Fault] = []
         self._state = KernelState(
@@ -123,6 +131,7 @@ class MemoryKernel:
             ip=held[0],
             dev=dev,
             mtu_bytes=self.underlay_mtu_bytes,
+            links=dict(self.host_links),
             forwarding_links=(dev,),
             ra_links=(dev,) if listens else (),
             nexthop_objects=self._nexthop_objects,
@@ -164,15 +173,17 @@ class MemoryKernel:
     def by_hand(self, table: Table, key: Any, value: Any) -> None:  # noqa: ANN401
         """Set an object (or with None delete it) as another program would; then notify.
 
-        A firewall of "" is a table that is not as it was loaded.  A link that another link's
-        `Link` value is given for changes as it says; ``up=False`` sets it down.
+        A ruleset with the text "" is tables that are not as they were loaded.  A link that another
+        link's `Link` value is given for changes as it says; ``up=False`` sets it down.
         """
         self._write(Op(table, key, value, True))
         if self.on_change is not None:
             self.on_change()
 
-    def _write_run(self, _table: Table, ops: Sequence[Op]) -> list[Failure]:
+    def _write_run(self, table: Table, ops: Sequence[Op]) -> list[Failure]:
         failures = []
+        if table is Table.ELEMENT:
+            ops = self.wired.still_right(ops)
         for op in ops:
             self.writes += 1
             try:
@@ -198,8 +209,15 @@ class MemoryKernel:
     def _write(self, op: Op) -> None:
         state, key, value = self._state, op.key, op.value
         match op.table:
+            case Table.FIREWALL if value is None:
+                state.firewall, state.elements = None, {}
             case Table.FIREWALL:
-                state.firewall = value
+                text, elements = self.wired.bring_up_to_date(value)
+                state.firewall, state.elements = text, dict(elements)
+            case Table.ELEMENT if value is None:
+                _pop(state.elements, key, errno.ENOENT)
+            case Table.ELEMENT:
+                self._set_element(key, value)
             case Table.SYSCTL:
                 state.sysctls[key] = value
             case Table.LINK if value is None:
@@ -227,12 +245,19 @@ class MemoryKernel:
 
     # --- links and what hangs on them ---------------------------------------------------------
 
+    def _set_element(self, key: ElementKey, value: bytes) -> None:
+        if self._state.firewall is None:
+            raise _Refused(errno.ENOENT)
+        self._state.elements[key] = value
+
     def _set_link(self, name: str, link: Link) -> None:
         if name in self.foreign.links:
             raise _Refused(errno.EEXIST)
         links = self._state.links
         if link.master and link.master not in links:
             raise _Refused(errno.ENODEV, f"no link {link.master}")
+        if link.parent and link.parent not in self.host_links:
+            raise _Refused(errno.ENODEV, f"no link {link.parent}")
         now = links.get(name)
         if now is None and link.kind is LinkKind.VETH:
             raise _Refused(errno.ENODEV, "the other end is in a namespace")
@@ -252,6 +277,12 @@ class MemoryKernel:
             for address in [a for a in self._state.addresses if a.dev == name]:
                 if len(address.address) == 16:
                     self._delete_address(address)
+
+    def write_elements(self, ops: Sequence[Op]) -> None:
+        """For `MemoryWiring`: elements of an endpoint; without tables there is nothing to do."""
+        for op in ops:
+            with contextlib.suppress(_Refused):
+                self._write(op)
 
     def add_endpoint_link(self, name: str, link: Link) -> None:
         """For `MemoryWiring`: the host's half of a veth pair comes up."""

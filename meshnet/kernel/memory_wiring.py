@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from meshnet.backends.overlay import endpoint_link_name
+from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.firewall.elements import source_elements
+from meshnet.firewall.rules import COUNTERS
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.netns import netns_inode
-from meshnet.state import ENDPOINT_LINK, Link, LinkKind
+from meshnet.state import ENDPOINT_LINK, Link, LinkKind, endpoint_link_name
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 
 if TYPE_CHECKING:
@@ -30,7 +33,8 @@ class NamespaceLink:
     """One link in a namespace.
 
     Attributes:
-        peer: name of its other end on the host; "": it is no endpoint's.
+        peer: name of its other end on the host, or of the host's link that it is a macvlan on; "":
+            it is no endpoint's.
         routes: gateways by destination.
         gso_max_bytes: the largest super-packet that it takes.
     """
@@ -49,6 +53,7 @@ class MemoryWiring:
     def __init__(self, kernel: MemoryKernel) -> None:
         self.writes = 0
         self._kernel = kernel
+        kernel.wired = WiredElements()  # a new process knows of none
         self._namespaces: dict[int, dict[str, NamespaceLink]] = {}
         self._failure: MeshnetError | None = None
 
@@ -62,10 +67,13 @@ class MemoryWiring:
     def namespace(self, netns_fd: int) -> dict[str, NamespaceLink]:
         """The links of a namespace by name, for tests to look at and to add to.
 
-        An endpoint's link is there as long as its other end is.
+        An endpoint's link is there as long as what it hangs on is.
         """
-        links = self._namespaces.setdefault(netns_inode(netns_fd), {})
-        on_host = self._kernel.dump().links
+        return self._links(netns_inode(netns_fd))
+
+    def _links(self, inode: int) -> dict[str, NamespaceLink]:
+        links = self._namespaces.setdefault(inode, {})
+        on_host = self._kernel.dump().links.keys() | self._kernel.host_links
         for name in [n for n, link in links.items() if link.peer and link.peer not in on_host]:
             del links[name]
         return links
@@ -77,8 +85,9 @@ class MemoryWiring:
         if failure is not None:
             raise failure
         endpoint = wiring.endpoint
-        if wiring.uplink not in self._kernel.dump().links:
-            raise NotFoundError(f"bridge {wiring.uplink} is not up on this host")
+        uplinks = self._kernel.dump().links if endpoint.parent is None else self._kernel.host_links
+        if wiring.uplink not in uplinks:
+            raise NotFoundError(f"link {wiring.uplink} is not up on this host")
         links = self.namespace(netns_fd)
         if endpoint.ifname in links:
             raise ConflictError(f"process {endpoint.pid} has a link {endpoint.ifname} already")
@@ -87,17 +96,26 @@ class MemoryWiring:
             if address.ip in held:
                 raise ConflictError(f"process {endpoint.pid} holds the address {address.ip}")
         present = {target for link in links.values() for target in link.routes}
-        default = endpoint.default_route and not present & set(_DEFAULT.values())
+        default = endpoint.default_route and bool(endpoint.gateways)
+        default = default and not present & set(_DEFAULT.values())
         routes: dict[IpNetwork, IpAddress] = {}
         for gateway in endpoint.gateways:
             targets = [t for t in wiring.routes if t.version == gateway.version]
             routes |= dict.fromkeys([_DEFAULT[gateway.version]] if default else targets, gateway)
         if present & routes.keys():
             raise ConflictError(f"process {endpoint.pid} has a route that {endpoint.name} needs")
-        name = endpoint_link_name(endpoint.id)
-        self._kernel.add_endpoint_link(
-            name, Link(LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.uplink)
-        )
+        name = wiring.uplink
+        if endpoint.parent is None:
+            name = endpoint_link_name(endpoint.id)
+            host_side = Link(
+                LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.uplink
+            )
+            self._kernel.add_endpoint_link(name, host_side)
+            elements = source_elements(endpoint)
+            self._kernel.wired.add(elements)
+            self._kernel.write_elements(
+                [Op(Table.ELEMENT, k, v, False) for k, v in elements.items()]
+            )
         links[endpoint.ifname] = NamespaceLink(
             endpoint.mac,
             endpoint.mtu_bytes,
@@ -110,7 +128,28 @@ class MemoryWiring:
 
     def disconnect(self, endpoint: Endpoint) -> None:
         """See `meshnet.kernel.Wiring`."""
-        self.remove_link(endpoint_link_name(endpoint.id))
+        if endpoint.parent is None:
+            self.remove_link(endpoint_link_name(endpoint.id))
+            elements = source_elements(endpoint)
+            self._kernel.wired.remove(elements)
+            self._kernel.write_elements([Op(Table.ELEMENT, key, None, True) for key in elements])
+            return
+        self.writes += 1
+        links = self._links(endpoint.netns_inode)
+        for name in [n for n, link in links.items() if _is_of(link, endpoint)]:
+            del links[name]
+
+    def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        return any(_is_of(link, endpoint) for link in self.namespace(netns_fd).values())
+
+    def adopt(self, endpoint: Endpoint) -> None:
+        """See `meshnet.kernel.Wiring`."""
+        self._kernel.wired.add(source_elements(endpoint))
+
+    def drops(self) -> dict[str, int]:
+        """See `meshnet.kernel.Wiring`."""
+        return dict.fromkeys(COUNTERS, 0) if self._kernel.dump().firewall else {}
 
     def remove_link(self, name: str) -> None:
         """See `meshnet.kernel.Wiring`."""
@@ -120,3 +159,7 @@ class MemoryWiring:
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
         return [name for name in self._kernel.dump().links if ENDPOINT_LINK.fullmatch(name)]
+
+
+def _is_of(link: NamespaceLink, endpoint: Endpoint) -> bool:
+    return link.peer == endpoint.parent and link.mac == endpoint.mac

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from meshnet.backends import Path, Underlay
+from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.kernel import bulk, links, rtnl
-from meshnet.kernel.nft import NftTable
+from meshnet.kernel.elements import are_wired
+from meshnet.kernel.nft import NftTables
+from meshnet.kernel.nftnl import NftSocket
 from meshnet.kernel.ordering import carry_out
 from meshnet.state import (
     ENDPOINT_LINK,
@@ -39,10 +41,12 @@ from meshnet.state import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from meshnet.kernel.elements import WiredElements
     from meshnet.kernel.events import NeighbourId
     from meshnet.kernel.links import LinkInfo
     from meshnet.kernel.vteps import VtepProcesses
     from meshnet.model import IpAddress
+    from meshnet.state import Ruleset
 
 _PROC_SYS = FilePath("/proc/sys")
 _PROBE = "mnprobe"
@@ -50,8 +54,10 @@ _ALL_IPV6 = "net/ipv6/conf/all/forwarding"
 _OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
 """Documentation addresses (RFC 5737, RFC 3849): their route is that of any address outside."""
 _LINK_SYSCTLS = (
+    ("ipv4", "arp_ignore"),
     ("ipv4", "forwarding"),
     ("ipv4", "rp_filter"),
+    ("ipv4", "route_localnet"),
     ("ipv6", "accept_dad"),
     ("ipv6", "accept_ra"),
     ("ipv6", "addr_gen_mode"),
@@ -70,7 +76,8 @@ class NetlinkKernel:
     """`meshnet.kernel.Kernel` on Linux.
 
     Args:
-        firewall_memory: file that remembers the nftables table as loaded (`NftTable`).
+        firewall_memory: file that remembers the nftables tables as loaded (`NftTables`).
+        wired: elements of the endpoints that this host's wiring has connected.
         vteps: userspace VTEPs; None: this host has none.
         vxlan: None: find out whether the kernel has VXLAN; False: do not use it.
         nexthop_objects: None: find out whether the kernel has them; False: do as if it had none,
@@ -87,18 +94,21 @@ class NetlinkKernel:
     def __init__(
         self,
         firewall_memory: FilePath,
+        wired: WiredElements,
         *,
         vteps: VtepProcesses | None = None,
         vxlan: bool | None = None,
         nexthop_objects: bool | None = None,
     ) -> None:
         self._rtnl = rtnl.RtnlSocket()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._rtnl.close)
+            self._nft_socket = NftSocket()
+            undo.callback(self._nft_socket.close)
             self._iproute: Any = IPRoute()
-        except BaseException:
-            self._rtnl.close()
-            raise
-        self._nft = NftTable(firewall_memory)
+            undo.pop_all()
+        self._nft = NftTables(firewall_memory)
+        self._wired = wired
         self._vteps = vteps
         self._vxlan = vxlan
         self._nexthop_objects = nexthop_objects
@@ -112,6 +122,7 @@ class NetlinkKernel:
     def close(self) -> None:
         """See `meshnet.kernel.Kernel`."""
         self._rtnl.close()
+        self._nft_socket.close()
         self._iproute.close()
 
     @property
@@ -119,12 +130,18 @@ class NetlinkKernel:
         """Netlink address of the bulk socket: the sender in notifications of its own writes."""
         return self._rtnl.port_id
 
+    @property
+    def nft_port_id(self) -> int:
+        """The same of nftables' elements."""
+        return self._nft_socket.port_id
+
     # --- looking ------------------------------------------------------------------------------
 
     def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
         self._dump_links()
-        ip, link = self._find_underlay(underlay_ip, underlay_dev)
+        held = self._dump_global_addresses()
+        ip, link = self._find_underlay(held, underlay_ip, underlay_dev)
         outside = [path.dev for path in self.find_paths(_OUTSIDE).values()]
         self._forwarding_links = tuple(sorted({link.name, *outside} - {"lo"}))
         listens = _read_sysctl(_ALL_IPV6) == "0"
@@ -132,6 +149,7 @@ class NetlinkKernel:
             ip=ip,
             dev=link.name,
             mtu_bytes=link.mtu_bytes,
+            links=self._host_links(held),
             forwarding_links=self._forwarding_links,
             ra_links=tuple(
                 dev
@@ -174,16 +192,32 @@ class NetlinkKernel:
             self._nexthop_objects = refusal != errno.EOPNOTSUPP
         return self._nexthop_objects
 
-    def _find_underlay(
-        self, wanted: IpAddress | None, dev: str | None
-    ) -> tuple[IpAddress, LinkInfo]:
-        held = []
-        for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
-            info = links.decode_address(message)
+    def _host_links(self, held: Iterable[tuple[IpAddress, LinkInfo]]) -> dict[str, HostLink]:
+        addresses: dict[str, set[IpAddress]] = {}
+        for ip, link in held:
+            addresses.setdefault(link.name, set()).add(ip)
+        return {
+            link.name: HostLink(link.mtu_bytes, frozenset(addresses.get(link.name, ())))
+            for link in self._by_index.values()
+            if not _is_ours(link.name)
+        }
+
+    def _dump_global_addresses(self) -> list[tuple[IpAddress, LinkInfo]]:
+        """All addresses of global scope and the links that hold them."""
+        held: list[tuple[IpAddress, LinkInfo]] = []
+        messages = self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
+        for info in links.decode_addresses(messages):
             if info.ifindex in self._by_index and info.scope == links.RT_SCOPE_UNIVERSE:
                 held.append((ip_address(info.address), self._by_index[info.ifindex]))
-        held.sort(key=lambda item: (item[0] != wanted, item[0].version))
-        for ip, link in held:
+        return held
+
+    def _find_underlay(
+        self,
+        held: list[tuple[IpAddress, LinkInfo]],
+        wanted: IpAddress | None,
+        dev: str | None,
+    ) -> tuple[IpAddress, LinkInfo]:
+        for ip, link in sorted(held, key=lambda item: (item[0] != wanted, item[0].version)):
             if ip == wanted if dev is None else self._is_or_has_port(link, dev):
                 return ip, link
         if dev is None:
@@ -235,11 +269,10 @@ class NetlinkKernel:
         everything = self._dump_links()
         names = {link.ifindex: link.name for link in everything}
         for link in everything:
-            ours = NETWORK_LINK.fullmatch(link.name) or ENDPOINT_LINK.fullmatch(link.name)
             if link.kind is LinkKind.TUN:
                 if TUN_LINK.fullmatch(link.name):
                     self._dump_vtep(state, link, names)
-            elif link.kind is not None and ours:
+            elif link.kind is not None and _is_ours(link.name):
                 state.links[link.name] = _to_link(link, names)
         self._actual = dict(state.links)
         self._dump_addresses(state, names)
@@ -256,20 +289,23 @@ class NetlinkKernel:
         for path in self._sysctl_paths():
             state.sysctls[path] = _read_sysctl(path)
         state.firewall = self._nft.read()
+        state.elements = self._nft_socket.dump_elements()
         return state
 
     def _dump_vtep(self, state: KernelState, info: LinkInfo, names: dict[int, str]) -> None:
-        """A TUN of ours is what its process makes of it."""
+        """A TUN of ours is what its process makes of it, if that is one as we would start."""
         link = _to_link(info, names)
-        vtep = self._vteps.look(info.name) if self._vteps is not None else None
-        if self._vteps is not None and vtep is not None and vtep.mtu_bytes == link.mtu_bytes:
-            link = link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
-            state.members |= self._vteps.members(info.name)
+        vteps = self._vteps
+        if vteps is not None:
+            vtep, wanted = vteps.look(info.name), (link.mtu_bytes, vteps.engine)
+            if vtep is not None and (vtep.mtu_bytes, vtep.engine) == wanted:
+                link = link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
+                state.members |= vteps.members(info.name)
         state.links[info.name] = link
 
     def _dump_addresses(self, state: KernelState, names: dict[int, str]) -> None:
-        for message in self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump()):
-            info = links.decode_address(message)
+        messages = self._rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
+        for info in links.decode_addresses(messages):
             if info.scope != links.RT_SCOPE_UNIVERSE:
                 continue
             dev = names.get(info.ifindex, "")
@@ -302,8 +338,22 @@ class NetlinkKernel:
     def _write_run(self, table: Table, ops: Sequence[Op]) -> list[Failure]:
         if table is Table.MEMBER:
             return self._write_members(ops)
+        if table is Table.ELEMENT:
+            return self._write_elements(ops)
         encode = _BULK_ENCODERS.get(table)
         return self._write_each(ops) if encode is None else self._write_bulk(encode, ops)
+
+    def _write_elements(self, ops: Sequence[Op]) -> list[Failure]:
+        # Thousands of members must not hold up an attach.
+        with self._wired.lock if are_wired(ops) else contextlib.nullcontext():
+            right = self._wired.still_right(ops)
+            self.writes += len(right)
+            return self._nft_socket.write_elements(right)
+
+    def _load_firewall(self, ruleset: Ruleset) -> None:
+        with self._wired.lock:
+            counts = self._nft_socket.dump_counters()
+            self._nft.load(self._wired.bring_up_to_date(ruleset), counts)
 
     def _write_members(self, ops: Sequence[Op]) -> list[Failure]:
         """Tell the userspace VTEPs, each all it is to know in one request."""
@@ -390,7 +440,7 @@ class NetlinkKernel:
             case Table.FIREWALL if op.value is None:
                 self._nft.delete()
             case _:
-                self._nft.load(op.value)
+                self._load_firewall(op.value)
 
     def _delete_link(self, name: str) -> None:
         index = self._indices.pop(name, None)
@@ -449,6 +499,9 @@ class NetlinkKernel:
             raise NotFoundError(f"endpoint link {name} is gone")
         if link.kind is LinkKind.BRIDGE:
             options |= {"kind": "bridge", "br_stp_state": 0, "br_mcast_snooping": 0}
+        elif link.kind is LinkKind.MACVLAN:
+            options |= {"kind": "macvlan", "macvlan_mode": "bridge"}
+            options["link"] = self._indices[link.parent]
         elif link.vxlan is not None:
             local = "vxlan_local" if len(link.vxlan.local) == 4 else "vxlan_local6"
             options |= {
@@ -478,6 +531,10 @@ class NetlinkKernel:
         self._iproute.addr("del" if delete else "add", **options)
 
 
+def _is_ours(name: str) -> bool:
+    return bool(NETWORK_LINK.fullmatch(name) or ENDPOINT_LINK.fullmatch(name))
+
+
 def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:
     kind = info.kind or LinkKind.VETH
     master = names.get(info.master, "") if info.master else ""
@@ -488,7 +545,8 @@ def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:
             for family, key in _LINK_SYSCTLS
             if (value := _read_sysctl(f"net/{family}/conf/{info.name}/{key}"))
         )
-    return Link(kind, info.mtu_bytes, info.mac, info.up, master, info.vxlan, sysctls)
+    parent = names.get(info.lower, "")
+    return Link(kind, info.mtu_bytes, info.mac, info.up, master, info.vxlan, sysctls, parent)
 
 
 def _write_sysctls(name: str, link: Link) -> None:

@@ -91,6 +91,28 @@ def find_process(inode: int) -> int | None:
     return None
 
 
+def open_by_inode(inode: int) -> int | None:
+    """A descriptor of the network namespace with this inode, if anything keeps it that can be seen.
+
+    That is a process, or a mount as ``ip netns`` and container engines make them.  The caller
+    closes it.
+    """
+    pid = find_process(inode)
+    paths = [f"/proc/{pid}/ns/net"] if pid is not None else []
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as mounts:
+        # proc(5): fields 4 and 5 are what is mounted, and where.
+        fields = [line.split() for line in mounts]
+        name = b"net:[%d]" % inode
+        paths += [os.fsdecode(f[4]) for f in fields if f[3] == name]
+    for path in paths:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if netns_inode(fd) == inode:
+                return fd
+            os.close(fd)
+    return None
+
+
 @contextlib.contextmanager
 def inside(fd: int) -> Iterator[None]:
     """Run the block with the calling thread in another network namespace.

@@ -1,8 +1,9 @@
-"""Our nftables table: loading it in one transaction, and telling whether it is still as loaded.
+"""Our nftables tables: loading them in one transaction, telling whether they are as loaded.
 
-The kernel's listing of a table is not the text that made it, so after a load the listing's digest
+The kernel's listing of a table is not the text that made it, so after a load the listings' digest
 is remembered next to the text (in a file, so that a restarted agent need not load again): while
-the listing has that digest, the table *is* the text.  Counters are left out of listings.
+the listings have that digest, the tables *are* the text.  Elements of named sets, which are
+compared for themselves (`meshnet.kernel.nftnl`), and counters are left out of listings.
 
 Runs ``nft`` (Debian package nftables) without a shell; scripts go in by standard input.
 """
@@ -16,16 +17,21 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError
-from meshnet.firewall import TABLE
+from meshnet.firewall.elements import TABLE
+from meshnet.firewall.rules import FAMILIES, render_script
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from meshnet.firewall.rules import Count
+    from meshnet.state import Ruleset
 
 _TIMEOUT_S = 30
 
 
-class NftTable:
-    """The table ``inet meshnet`` of the calling process's network namespace.
+class NftTables:
+    """Our tables in the calling process's network namespace.
 
     Args:
         memory: file that remembers what was loaded; losing it costs one more load.
@@ -35,44 +41,53 @@ class NftTable:
         self._memory = memory
         self._text, self._digest = _read(memory)
 
-    def load(self, text: str) -> None:
-        """Replace the table by what the script makes, all at once or not at all.
+    def load(self, ruleset: Ruleset, counts: Mapping[str, Count]) -> None:
+        """Replace the tables and all that is in them, all at once or not at all.
+
+        Args:
+            counts: what the counters go on from.
 
         Raises:
             KernelRefusedError: nft or the kernel refused the script.
         """
-        _nft(["-f", "-"], text)
-        self._text, self._digest = text, _digest(self._list())
-        document = json.dumps({"text": text, "listing_sha256": self._digest})
+        _nft(["-f", "-"], render_script(ruleset, counts))
+        self._text, self._digest = ruleset.text, _digest("".join(self._list()))
+        document = json.dumps({"text": self._text, "listing_sha256": self._digest})
         draft = self._memory.with_suffix(".new")
         draft.write_text(document)
         os.replace(draft, self._memory)
 
     def delete(self) -> None:
-        """Remove the table.
+        """Remove the tables.
 
         Raises:
             KernelRefusedError: nft or the kernel refused.
         """
-        _nft(["-f", "-"], f"table inet {TABLE}\ndelete table inet {TABLE}\n")
+        gone = (f"table {f} {TABLE}\ndelete table {f} {TABLE}\n" for f in FAMILIES)
+        _nft(["-f", "-"], "".join(gone))
         self._text = self._digest = ""
         self._memory.unlink(missing_ok=True)
 
     def read(self) -> str | None:
-        """The text the table was loaded from; None: no table; "": not as it was loaded."""
-        listing = self._list()
-        if not listing:
+        """The text the tables were loaded from; None: there are none; "": not as loaded."""
+        listings = self._list()
+        if not any(listings):
             return None
-        return self._text if _digest(listing) == self._digest else ""
+        return self._text if _digest("".join(listings)) == self._digest else ""
 
     @staticmethod
-    def _list() -> str:
-        try:
-            return _nft(["--stateless", "list", "table", "inet", TABLE], "")
-        except KernelRefusedError as error:
-            if "No such file" in str(error):
-                return ""
-            raise
+    def _list() -> list[str]:
+        return [_list_table(family) for family in FAMILIES]
+
+
+def _list_table(family: str) -> str:
+    """A table without elements and counts; "": there is none."""
+    try:
+        return _nft(["--terse", "--stateless", "list", "table", family, TABLE], "")
+    except KernelRefusedError as error:
+        if "No such file" in str(error):
+            return ""
+        raise
 
 
 def _nft(arguments: list[str], script: str) -> str:
@@ -91,7 +106,7 @@ def _nft(arguments: list[str], script: str) -> str:
         raise KernelRefusedError(f"nft did not end within {_TIMEOUT_S} s") from error
     if done.returncode != 0:
         first = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0]
-        raise KernelRefusedError(f"nftables table inet {TABLE}: {first}")
+        raise KernelRefusedError(f"nftables table {TABLE}: {first}")
     return done.stdout
 
 
@@ -103,5 +118,5 @@ def _read(memory: Path) -> tuple[str, str]:
     try:
         document = json.loads(memory.read_text())
         return str(document["text"]), str(document["listing_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "", ""

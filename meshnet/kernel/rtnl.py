@@ -18,7 +18,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 NLMSG_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
 ATTR_HEADER = struct.Struct("=HH")  # length, type
@@ -48,6 +48,15 @@ NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 10, 11, 12
 NLMSGERR_ATTR_MSG = 1
 NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
 
+_LEAST_BODY_BYTES = {
+    RTM_NEWLINK: IFINFO.size,
+    RTM_NEWADDR: IFADDR.size,
+    RTM_NEWROUTE: RTMSG.size,
+    RTM_NEWNEIGH: NDMSG.size,
+    RTM_NEWNEXTHOP: NHMSG.size,
+}
+_MAX_ERRNO = 4095
+"""linux/err.h"""
 BATCH_MESSAGES = 500
 """Messages a ``send``: bounds what the kernel may answer before we read."""
 RECEIVE_BYTES = 256 * 1024
@@ -88,6 +97,12 @@ def parse_attrs(data: bytes, start: int, end: int) -> dict[int, bytes]:
         found[kind & 0x3FFF] = data[start + 4 : start + length]
         start += (length + 3) & ~3
     return found
+
+
+def number_in(attrs: Mapping[int, bytes], kind: int) -> int:
+    """An attribute that is a number of 32 bits; 0 where it is missing or of another length."""
+    raw = attrs.get(kind, b"")
+    return int(U32.unpack(raw)[0]) if len(raw) == 4 else 0
 
 
 class Message(NamedTuple):
@@ -139,14 +154,17 @@ def set_receive_buffer(target: socket.socket, size_bytes: int) -> None:
 
 
 class RtnlSocket:
-    """A blocking NETLINK_ROUTE socket of the calling thread's network namespace.
+    """A blocking netlink socket of the calling thread's network namespace.
+
+    Args:
+        protocol: NETLINK_ROUTE, or that of another part of the kernel.
 
     Every answer is waited for at most `timeout_s` seconds (the kernel answers at once; this is
     for bugs, not for load).
     """
 
-    def __init__(self, timeout_s: float = 30.0) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    def __init__(self, timeout_s: float = 30.0, *, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
         try:
             # The kernel's own timeout: Python's costs a poll(2) before each recv(2).
             seconds, rest = divmod(timeout_s, 1)
@@ -180,25 +198,28 @@ class RtnlSocket:
         """The number that the next message to send must have."""
         return self._sequence + 1
 
-    def dump(self, kind: int, body: bytes) -> list[Body]:
+    def dump(self, kind: int, body: bytes, *, answer: int | None = None) -> list[Body]:
         """All messages of a dump; repeated from the start when the tables changed under it.
 
+        Args:
+            answer: type of the messages that answer; None: RTM_NEW… to RTM_GET…, which is 2 more.
+
         Raises:
-            OSError: the kernel refused the dump (errno says why).
+            OSError: the kernel refused the dump (errno says why), or its answer is malformed.
             InterruptedError: ten dumps in a row were interrupted by changes.
         """
         for _ in range(10):
-            found = self._dump_once(kind, body)
+            found = self._dump_once(kind, body, kind - 2 if answer is None else answer)
             if found is not None:
                 return found
         raise InterruptedError(errno.EINTR, f"dump of type {kind} was interrupted ten times")
 
-    def _dump_once(self, kind: int, body: bytes) -> list[Body] | None:
+    def _dump_once(self, kind: int, body: bytes, answer: int) -> list[Body] | None:
         """All messages of a dump; None: it was interrupted."""
         sequence = self.next_sequence
         self._sequence = sequence
         self._socket.send(pack_request(Request(kind, NLM_F_DUMP, body), sequence))
-        answer = kind - 2  # RTM_GET… is RTM_NEW… + 2
+        least = 16 + _LEAST_BODY_BYTES.get(answer, 0)
         found: list[Body] = []
         interrupted = False
         unpack = NLMSG_HEADER.unpack_from
@@ -215,9 +236,11 @@ class RtnlSocket:
                     if flags & NLM_F_DUMP_INTR:
                         interrupted = True
                     if got == answer:
+                        if length < least:
+                            raise _malformed()
                         found.append((data, start + 16, end))
                     elif got == NLMSG_DONE:
-                        code = -NLMSGERR.unpack_from(data, start + 16)[0] if end > start + 19 else 0
+                        code = _read_errno(data, start + 16) if end > start + 19 else 0
                         if interrupted or code == errno.EINTR:
                             return None
                         if code > 0 and code != errno.ENOENT:  # a table that was never made
@@ -258,12 +281,39 @@ class RtnlSocket:
         errors: dict[int, KernelError] = {}
         while True:
             for message in split_messages(self._receive()):
-                if message.kind != NLMSG_ERROR or message.sequence < base:
+                if message.kind != NLMSG_ERROR or not base <= message.sequence <= self._sequence:
                     continue
                 error = _parse_error(message.data, message.start, message.end, message.flags)
                 if not error.errno:
                     return errors
                 errors[message.sequence] = error
+
+    def transact(
+        self, begin: Request, requests: Sequence[Request], end: Request
+    ) -> dict[int, KernelError]:
+        """Send a transaction (nfnetlink's batch): all of it or nothing.
+
+        Returns:
+            The errors by index; -1: one of the transaction as a whole.
+        """
+        base = self.next_sequence
+        last = base + len(requests)
+        self._sequence = last + 1
+        messages = [pack_request(r, n) for n, r in enumerate((begin, *requests[:-1]), base)]
+        kind, flags, body = requests[-1]
+        # That of the transaction's end is acknowledged from Linux 6.10 on only.
+        messages.append(pack_request(Request(kind, flags | NLM_F_ACK, body), last))
+        self._socket.send(b"".join(messages) + pack_request(end, last + 1))
+        errors: dict[int, KernelError] = {}
+        while True:
+            for message in split_messages(self._receive()):
+                if message.kind != NLMSG_ERROR or message.sequence < base:
+                    continue
+                error = _parse_error(message.data, message.start, message.end, message.flags)
+                if error.errno:
+                    errors[message.sequence - base - 1] = error
+                if message.sequence in (base, last):
+                    return errors
 
     def ask(self, messages: Sequence[bytes]) -> list[bytes | KernelError]:
         """Send whole messages, numbered from `next_sequence` on, each of which has one answer.
@@ -283,11 +333,13 @@ class RtnlSocket:
         answers: dict[int, bytes | KernelError] = {}
         while len(answers) < len(messages):
             data = self._receive()  # one answer: each comes as it was made
+            if len(data) < 16:
+                raise _malformed()
             length, kind, flags, sequence, _ = NLMSG_HEADER.unpack_from(data)
-            if sequence < base:
+            if not base <= sequence <= self._sequence:
                 continue
             if kind == NLMSG_ERROR:
-                answers[sequence] = _parse_error(data, 16, length, flags)
+                answers[sequence] = _parse_error(data, 16, min(length, len(data)), flags)
             else:
                 answers[sequence] = data[16:length]
         return [answers[base + i] for i in range(len(messages))]
@@ -305,14 +357,33 @@ class RtnlSocket:
         return bytes(self._buffer[:size])
 
 
+def _malformed() -> OSError:
+    """What to raise for an answer that Linux never gives."""
+    return OSError(errno.EBADMSG, "the kernel's answer is malformed")
+
+
+def _read_errno(data: bytes, at: int) -> int:
+    """The errno of a message, where it stands negative.
+
+    Raises:
+        OSError: it is none.
+    """
+    code = -NLMSGERR.unpack_from(data, at)[0]
+    if not 0 <= code <= _MAX_ERRNO:
+        raise _malformed()
+    return int(code)
+
+
 def _parse_error(data: bytes, start: int, end: int, flags: int) -> KernelError:
     """NLMSG_ERROR: negative errno (0: acknowledgement), the request's header, attributes."""
-    code = -NLMSGERR.unpack_from(data, start)[0]
+    if end < start + 4 + 16:
+        raise _malformed()
+    code = _read_errno(data, start)
     text = ""
     if code and flags & NLM_F_ACK_TLVS:
         skip = 4 + 16
         if not flags & NLM_F_CAPPED:
-            skip += NLMSG_HEADER.unpack_from(data, start + 4)[0] - 16
+            skip += max(0, NLMSG_HEADER.unpack_from(data, start + 4)[0] - 16)
         raw = parse_attrs(data, start + skip, end).get(NLMSGERR_ATTR_MSG)
         text = raw.rstrip(b"\0").decode(errors="replace") if raw else ""
     return KernelError(code, text)

@@ -39,6 +39,7 @@ class Vtep(NamedTuple):
     vxlan: Vxlan
     mac: bytes
     mtu_bytes: int
+    engine: str
 
 
 class VtepProcesses:
@@ -46,10 +47,14 @@ class VtepProcesses:
 
     Args:
         directory: theirs; each has a run directory in it, with a socket: not too long a path.
+        engine: what carries their packets (`meshnet.vtep.engine`).
+
+    Attributes:
+        engine: the same.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory.absolute()
+    def __init__(self, directory: Path, engine: str = "python") -> None:
+        self._directory, self.engine = directory.absolute(), engine
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def look(self, tun: str) -> Vtep | None:
@@ -62,6 +67,7 @@ class VtepProcesses:
                 Vxlan(config["vni"], config["port"], ip_address(config["local"]).packed),
                 bytes.fromhex(config["mac"].replace(":", "")),
                 config["mtu"],
+                config.get("engine", "python"),  # one that an older agent started says nothing
             )
         except (OSError, KernelRefusedError, ValueError, KeyError, TypeError):
             return None
@@ -127,7 +133,7 @@ class VtepProcesses:
             *(sys.executable, "-m", "meshnet.vtep", "--tun", tun),
             *("--vni", str(vxlan.vni), "--port", str(vxlan.port)),
             *("--local", format_ip(vxlan.local), "--mac", format_mac(mac)),
-            *("--mtu", str(mtu_bytes), "--run-dir", str(run_dir)),
+            *("--mtu", str(mtu_bytes), "--run-dir", str(run_dir), "--engine", self.engine),
             *("--vxlan-dev", f"mnv{vxlan.vni}"),
         ]
         return argv, run_dir / "log"

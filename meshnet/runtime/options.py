@@ -24,6 +24,7 @@ class ContainerOptions:
         image: reference of an image; None: `rootfs` is a plain directory.
         command: program and arguments; empty: the image's own.
         networks: names of networks, or one of ``none``, ``host`` and ``container:NAME``.
+        publish: ports of the host that lead to the first network's endpoint.
         cpus: how many CPUs' time it may use; a fraction is usual.
         memory_bytes: hard limit; the kernel kills what exceeds it.
         pid, ipc, uts: ``host`` or ``container:NAME``; None: a namespace of its own.
@@ -36,6 +37,7 @@ class ContainerOptions:
     entrypoint: str | None = None
     name: str | None = None
     networks: tuple[str, ...] = ()
+    publish: tuple[str, ...] = ()
     hostname: str | None = None
     env: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
@@ -156,6 +158,8 @@ def check_options(options: ContainerOptions) -> None:
     alone = [n for n in options.networks if n in ("none", "host") or shared_with(n) is not None]
     if alone and len(options.networks) > 1:
         raise UsageError(f"--net {alone[0]} goes with no other --net")
+    if options.publish and (alone or not options.networks):
+        raise UsageError("--publish needs a network of its own: give --net NAME")
     for word in (options.pid, options.ipc, options.uts):
         if word not in (None, "host") and not shared_with(word):
             raise UsageError(f"namespace {word!r} is unknown: host or container:NAME")

@@ -73,8 +73,8 @@ def target(url: str) -> str:
         raise UsageError("an etcd endpoint has a user in its URL: use --etcd-user instead")
     if parts.scheme not in ("http", "https") or not host or parts.path.strip("/") or parts.query:
         raise UsageError(
-            f"etcd endpoint {url!r} is malformed: write http://HOST:PORT or https://HOST:PORT, "
-            "IPv6 literals in brackets"
+            f"etcd endpoint {url[:200]!r} is malformed: write http://HOST:PORT or "
+            "https://HOST:PORT, IPv6 literals in brackets"
         )
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -242,24 +242,27 @@ class EtcdStore:
         """The error for an answer that no other endpoint would give differently."""
         # A watch's refusal has "rpc error: code = PermissionDenied desc = " before it.
         details = failure.details.rpartition("etcdserver: ")[2]
-        user = self._config.user
+        user = f"user {self._config.user!r}"
+        nobody = self._config.user is None and self._config.cert_file is None
+        if self._config.user is None:
+            user = "the user that --etcd-cert names"
         if failure.code == "NOT_FOUND" and _LEASE_NOT_FOUND in details:
             return LeaseExpiredError(f"cannot {about}: {details}: grant a new lease")
         if failure.code == "OUT_OF_RANGE" and _COMPACTED in details:
             return CompactedError(f"cannot {about}: {details}: list again")
         denied = PERMISSION_DENIED in details or failure.code == "UNAUTHENTICATED"
-        if _WANTS_A_USER in details or (denied and user is None):
+        if _WANTS_A_USER in details or (denied and nobody):
             return PolicyRefusedError(
                 f"cannot {about}: etcd wants a user: give --etcd-user and its password"
             )
         if "authentication failed" in details:
             return PolicyRefusedError(
-                f"cannot {about}: etcd refuses user {user!r}: {details}: check --etcd-user and "
+                f"cannot {about}: etcd refuses {user}: {details}: check --etcd-user and "
                 "its password"
             )
         if denied:
             return PolicyRefusedError(
-                f"cannot {about}: etcd refuses user {user!r}: {details}: grant its role read and "
+                f"cannot {about}: etcd refuses {user}: {details}: grant its role read and "
                 "write on the prefix (etcdctl role grant-permission)"
             )
         if failure.code in ("INVALID_ARGUMENT", "FAILED_PRECONDITION"):

@@ -7,6 +7,7 @@ Keys (docs/etcd-layout.md)::
     /meshnet/v1/mesh/alive/ID                 who runs as that host; under the host's lease
     /meshnet/v1/mesh/subnets/NAME/CIDR        whose subnet that is (a reservation)
     /meshnet/v1/endpoints/NAME/ID/ENDPOINT    an endpoint; listed on demand, never watched
+    /meshnet/v1/addresses/NAME/ADDRESS        who has it (`meshnet.store.addresses`); never watched
     /meshnet/v1/mesh-id                       random name of the mesh (`meshnet_agent.identity`)
     /meshnet/v1/serial/networks               written with every change of the set of networks
 
@@ -39,8 +40,11 @@ HOSTS = MESH + "hosts/"
 ALIVE = MESH + "alive/"
 SUBNETS = MESH + "subnets/"
 ENDPOINTS = ROOT + "endpoints/"
+ADDRESSES = ROOT + "addresses/"
 MESH_ID = ROOT + "mesh-id"
 NETWORKS_SERIAL = ROOT + "serial/networks"
+_SHOWN_CHARACTERS = 400
+"""Of a bad key; those that can be right are shorter."""
 
 
 @dataclass(slots=True)
@@ -119,8 +123,8 @@ class Mirror:
                 hosts=self._hosts,
                 alive=self._alive,
                 reservations=self._reservations,
-                bad_values={_printable(key): reason for key, reason in self._bad.items()},
-                holes=frozenset(self._holes),
+                bad_values={printable_key(key): reason for key, reason in self._bad.items()},
+                holes=frozenset(map(printable_key, self._holes)),
             )
         return self._shown
 
@@ -164,6 +168,7 @@ class Mirror:
             case "hosts":
                 self._put_host(codec.decode_host(value), rest)
             case "alive":
+                codec.check_key_name(rest)
                 self._alive[_host_id(rest)] = codec.decode_claim(value)
                 self._changes.leases.add(_host_id(rest))
             case "subnets":
@@ -273,9 +278,10 @@ def _host_id(text: str) -> HostId:
     return HostId(sys.intern(text))
 
 
-def _printable(key: str) -> str:
-    """A key as text that can be encoded: one that is not UTF-8 has surrogates in it."""
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def printable_key(key: str) -> str:
+    """A key as text that can be shown: keys are bytes, and what is no UTF-8 is surrogates here."""
+    text = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return codec.printable(text, _SHOWN_CHARACTERS)
 
 
 def _check_name(inside: str, in_key: str) -> None:

@@ -14,9 +14,20 @@ from meshnet import codec
 from meshnet.codec import BadValueError
 from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError
 from meshnet.ipam import choose_subnet
-from meshnet.model import Endpoint, Host, HostId, NetworkName, Reservation, Reservations, Vni
+from meshnet.model import (
+    Endpoint,
+    Host,
+    HostId,
+    NetworkName,
+    Reservation,
+    Reservations,
+    Vni,
+    find_taken_port,
+)
 from meshnet.store import Absent, Delete, DeletePrefix, Holds, PrefixEmpty, Put, Unchanged
+from meshnet.store.addresses import addresses_of
 from meshnet.store.mirror import (
+    ADDRESSES,
     ENDPOINTS,
     MESH,
     NETWORKS_SERIAL,
@@ -97,7 +108,7 @@ class Registry:
         return [], [put]
 
     async def remove_host(self, host: HostId) -> None:
-        """Forget a host that is gone for good: its entry, reservations and endpoints.
+        """Forget a host that is gone for good: its entry, reservations, endpoints and addresses.
 
         Raises:
             NotFoundError: nothing is known of the host.
@@ -114,7 +125,7 @@ class Registry:
             raise NotFoundError(f"host {host} does not exist: meshnet hosts lists them")
         networks = snapshot.networks.keys() | snapshot.reservations.keys()
         writes: list[Write] = [DeletePrefix(f"{ENDPOINTS}{n}/{host}/") for n in sorted(networks)]
-        writes += [Delete(key) for key in owned]
+        writes += [Delete(key) for key in (*owned, *await addresses_of(self.store, host))]
         writes.append(Delete(host_key(host)))  # last: what is cut short can be asked for again
         for first in range(0, len(writes), _BATCH):
             when = [Absent(alive_key(host))]
@@ -199,7 +210,7 @@ class Registry:
 
         Raises:
             UsageError: the network cannot work (`codec.check_network`).
-            ConflictError: its name, VNI or addresses are in use.
+            ConflictError: its name, VNI, UDP port or addresses are in use.
         """
         for _ in range(_TRIES):
             serial = await self._revision_of(NETWORKS_SERIAL)
@@ -236,6 +247,7 @@ class Registry:
             [
                 Delete(key),
                 DeletePrefix(f"{SUBNETS}{name}/"),
+                DeletePrefix(f"{ADDRESSES}{name}/"),
                 Put(NETWORKS_SERIAL, name.encode()),
             ],
         )
@@ -262,12 +274,14 @@ class Registry:
     # --- endpoints ----------------------------------------------------------------------------
 
     async def list_endpoints(self, network: NetworkName | None = None) -> Sequence[Endpoint]:
-        """Published endpoints of all hosts; unreadable ones are left out."""
+        """Published endpoints of all hosts; those unreadable, or not their key's, are left out."""
         prefix = ENDPOINTS + (f"{network}/" if network is not None else "")
         found = []
         for item in (await self.store.list_prefix(prefix)).items:
             with contextlib.suppress(BadValueError):
-                found.append(codec.decode_endpoint(item.value))
+                endpoint = codec.decode_endpoint(item.value)
+                if endpoint_key(endpoint) == item.key:
+                    found.append(endpoint)
         return found
 
     async def list_published(self, network: NetworkName, host: HostId) -> dict[str, bytes]:
@@ -357,6 +371,13 @@ def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
             raise ConflictError(
                 f"VNI {network.vni} belongs to network {other.name}: leave --vni out to get a "
                 "free one"
+            )
+        # On hosts with the kernel's VXLAN; those without it have more such networks, and say so.
+        taken = find_taken_port(network, other, kernel_vxlan=True)
+        if taken is not None:
+            raise ConflictError(
+                f"UDP port {taken} is network {other.name}'s, and a userspace VTEP needs one of "
+                f"its own: choose another {network.option_of_port(taken)}"
             )
         for mine in network.subnets:
             for theirs in other.subnets:

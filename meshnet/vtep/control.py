@@ -59,17 +59,19 @@ class Control:
         table: PeerTable,
         counters: Counters,
         status: dict[str, Any],
-        changed: Callable[[], None],
         prober: Prober,
+        collect: Callable[[], None],
+        changed: Callable[[], None],
     ) -> None:
         """Take what requests are about.
 
         Args:
             status: what ``status`` is to say beside the number of peers.
+            collect: called before members are changed, or counters looked at.
             changed: called after the members changed.
         """
         self._table, self._counters, self._status = table, counters, status
-        self._changed, self._prober = changed, prober
+        self._prober, self._collect, self._changed = prober, collect, changed
         self.quitting = False
 
     def answer(self, line: bytes) -> bytes:
@@ -97,6 +99,8 @@ class Control:
 
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
         op = request.get("op")
+        if op in ("replace", "update", "counters"):
+            self._collect()
         if op == "replace":
             self._table.replace(_list(request, "peers"))
         elif op == "update":

@@ -24,20 +24,16 @@ from meshnet.errors import MeshnetError, UsageError
 from meshnet.kernel.tun import bring_up, open_tun, open_underlay
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
+from meshnet.vtep.engine import ENGINES, Parts, make_engine
 from meshnet.vtep.peers import Own, PeerTable, parse_ip, parse_mac
 from meshnet.vtep.prober import Prober
-from meshnet.vtep.receiver import Receiver
 from meshnet.vtep.rundir import RunDir
-from meshnet.vtep.sender import Sender
 from meshnet.vtep.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_MOST_READS = 64
 _SAVE_AFTER_S = 0.1
-_AT_ONCE_S = 10e-6
-"""A wait shorter than this was none: the packet had been there before."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,10 +69,12 @@ class _Process:
         underlay = open_underlay(local, options.port)
         counters = Counters()
         self._tun, self._underlay = tun, underlay
-        self._sender = Sender(tun, underlay, self._table, counters, options.mtu)
-        dev = options.vxlan_dev
-        self._prober = Prober(underlay.socket, self._table, counters, dev)
-        self._receiver = Receiver(tun, underlay, self._table, counters, options.mtu, self._prober)
+        self._prober = Prober(underlay.socket, self._table, counters, options.vxlan_dev)
+        self._poll = select.epoll()
+        parts = Parts(
+            tun, underlay, self._table, counters, options.mtu, self._prober, self._poll.fileno()
+        )
+        self._engine = make_engine(options.engine, parts)
         status = {
             "pid": os.getpid(),
             "config": {
@@ -86,6 +84,7 @@ class _Process:
                 "local": local,
                 "mac": own.mac.hex(":"),
                 "mtu": options.mtu,
+                "engine": options.engine,
             },
             "offloads": {
                 "uso": tun.uso,
@@ -93,9 +92,10 @@ class _Process:
                 "udp_gro": underlay.receiving_trains,
             },
         }
-        self._control = Control(self._table, counters, status, self._changed, self._prober)
+        self._control = Control(
+            self._table, counters, status, self._prober, self._engine.collect, self._changed
+        )
         self._save_at: float | None = None
-        self._poll = select.epoll()
         self._server = Server(self._rundir.control_path, self._poll, self._control.answer)
 
     def run(self) -> None:
@@ -124,66 +124,37 @@ class _Process:
         """Close everything; the TUN and the members stay."""
         self._save()
         self._server.close()
+        self._engine.close()
         self._poll.close()
-        self._sender.close()
         self._prober.close()
         self._underlay.socket.close()
         os.close(self._tun.fd)
         self._rundir.close()
 
     def _loop(self, wake: socket.socket) -> None:
-        """One reader at a time, as many reads at once as have lately been waiting.
-
-        A lone packet costs one wait, one read and one send; with a budget of one there is no second
-        read that would say that nothing is left.  The budget grows when the wait for more was none.
-        """
-        tun_fd, udp_fd, wake_fd = self._tun.fd, self._underlay.socket.fileno(), wake.fileno()
-        poll, clock = self._poll, time.monotonic
-        probes = self._prober.packet_socket
-        probe_fd = probes.fileno() if probes is not None else wake_fd
-        for fd in {tun_fd, udp_fd, wake_fd, probe_fd}:
-            poll.register(fd, select.EPOLLIN)
-        send, send_one = self._sender.pump, self._sender.one
-        receive, receive_one = self._receiver.pump, self._receiver.one
-        wait = poll.poll
-        outward = inward = 1
-        timeout: float | None = None
-        idle_since = 0.0
+        """Packets are the engine's; what else happens is dealt with in between."""
+        wake_fd, probes = wake.fileno(), self._prober.packet_socket
+        probe_fd = wake_fd if probes is None else probes.fileno()
+        for fd in {wake_fd, probe_fd}:
+            self._poll.register(fd, select.EPOLLIN)
         while True:
-            ready = wait(timeout, 4)
-            waited = clock() - idle_since > _AT_ONCE_S
-            for fd, events in ready:
-                if fd == tun_fd:
-                    done = send(outward) if outward > 1 else send_one()
-                    if done < outward:
-                        outward = done or 1
-                    elif not waited and outward < _MOST_READS:
-                        outward *= 2
-                elif fd == udp_fd:
-                    done = receive(inward) if inward > 1 else receive_one()
-                    if done < inward:
-                        inward = done or 1
-                    elif not waited and inward < _MOST_READS:
-                        inward *= 2
-                elif fd == wake_fd:
+            left = None if self._save_at is None else max(0.0, self._save_at - time.monotonic())
+            self._engine.run(left)
+            for fd, events in self._poll.poll(0):
+                if fd == wake_fd:
                     return
-                elif fd == probe_fd:
+                if fd == probe_fd:
                     self._prober.receive()
-                else:
-                    self._server.handle(fd, events)
-                    if self._control.quitting:
-                        return
-            timeout = None
-            if self._save_at is not None:
-                timeout = self._save_at - time.monotonic()
-                if timeout <= 0:
-                    self._save()
-                    timeout = None
-            idle_since = clock()
+                    continue
+                self._server.handle(fd, events)
+                if self._control.quitting:
+                    return
+            if self._save_at is not None and time.monotonic() >= self._save_at:
+                self._save()
 
     def _changed(self) -> None:
         """The members changed: write them down soon, all changes of a moment at once."""
-        self._sender.forget_sockets()
+        self._engine.members_changed()
         if self._save_at is None:
             self._save_at = time.monotonic() + _SAVE_AFTER_S
 
@@ -205,5 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mac", required=True, help="MAC address of this VTEP")
     parser.add_argument("--mtu", required=True, type=int, help="MTU of the overlay")
     parser.add_argument("--vxlan-dev", help="the kernel's VXLAN device, for probes by it")
+    parser.add_argument("--engine", choices=ENGINES, default="python", help="what carries packets")
     parser.add_argument("--run-dir", required=True, help="lock, control socket and state")
     return parser

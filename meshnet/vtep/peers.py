@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_LENGTH = re.compile(r"[0-9]{1,3}")
 _KEYS = frozenset({"underlay_ip", "port", "mac", "subnets", "offload"})
 _MAX_SUBNETS = 64
 
@@ -71,14 +72,14 @@ class Peer:
         """
         unknown = set(document) - _KEYS
         if unknown:
-            raise UsageError(f"peer: unknown key {min(unknown)!r}")
+            raise UsageError(f"peer: unknown key {min(unknown)!r:.80}")
         version, _, self.underlay_ip = parse_ip(document.get("underlay_ip"))
         name = f"peer {self.underlay_ip}"
         if version != own.version:
             raise UsageError(f"{name}: the underlay of this host is IPv{own.version}")
         port = document.get("port", own.port)
         if not _is_int(port) or not 1 <= port <= 65535:
-            raise UsageError(f"{name}: port {port!r} is not 1 to 65535")
+            raise UsageError(f"{name}: port {port!r:.80} is not 1 to 65535")
         self.mac = parse_mac(document.get("mac"), name)
         subnets = document.get("subnets")
         if not isinstance(subnets, list) or not 1 <= len(subnets) <= _MAX_SUBNETS:
@@ -260,7 +261,7 @@ def parse_subnet(text: object, name: str) -> Subnet:
         address, _, length_text = text.partition("/")
         version, number, _ = parse_ip(address)
         bits = 32 if version == 4 else 128
-        if length_text.isascii() and length_text.isdigit() and int(length_text[:4]) <= bits:
+        if _LENGTH.fullmatch(length_text) and int(length_text) <= bits:
             length = int(length_text)
             if not number & ((1 << (bits - length)) - 1):
                 return version, number, length

@@ -18,7 +18,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from meshnet.errors import ConflictError, KernelRefusedError, UsageError
+from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError
 
 if TYPE_CHECKING:
     from meshnet.vtep.peers import PeerTable
@@ -75,7 +75,9 @@ class RunDir:
             table.replace(state["peers"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, UsageError, ConflictError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            return f"{self._state_path}: {str(error)[:200]!r}"
+        except MeshnetError as error:
             return f"{self._state_path}: {error}"
         return None
 

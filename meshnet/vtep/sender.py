@@ -64,9 +64,7 @@ class Sender:
         self._data = bytearray(_SLOTS * step + ENCAPSULATION_BYTES + _PACKET_BYTES)
         self._view = view = memoryview(self._data)
         most = virtio.HEADER_BYTES + _PACKET_BYTES
-        self._slots: list[list[Buffer]] = [
-            [view[i * step + _FRONT : i * step + _FRONT + most]] for i in range(_SLOTS)
-        ]
+        self._slots = [[view[i * step + _FRONT : i * step + _FRONT + most]] for i in range(_SLOTS)]
         self._cutters: dict[int, Cutter] = {}
         self._controls: dict[int, list[tuple[int, int, bytes]]] = {}
         # Datagrams of one size, but for the last, that wait to be sent to one peer.
@@ -158,6 +156,12 @@ class Sender:
                 slot = 0
         self._flush()
         return budget
+
+    def take(self, read: bytes) -> None:
+        """Carry what another read from the TUN: a virtio header and a packet."""
+        self._slots[0][0][: len(read)] = read
+        self._carry(0, len(read))
+        self._flush()
 
     def _carry(self, slot: int, got: int) -> int:
         """Carry what was read into a slot; returns the slot to read into next."""
@@ -263,11 +267,20 @@ class Sender:
             if size and error.errno in _NOT_SEGMENTED:
                 self._send_each(peer, buffers, size)
             else:
-                self._refused(peer, error, packets)
+                self.refused(peer, error.errno or 0, packets)
             return
         peer.tx_calls += 1
         peer.tx_packets += packets
         peer.tx_bytes += sent
+
+    def socket_of(self, peer: Peer, *, make: bool = False) -> int:
+        """The descriptor of the peer's own socket, for who sends by it himself; -1: it has none.
+
+        Args:
+            make: give it one, as long as there are few.
+        """
+        known = peer.tx_socket is not None or peer.address in self._connected
+        return peer.tx_fd if (known or make) and self._connect(peer) else -1
 
     def _connect(self, peer: Peer) -> bool:
         """Give a peer a socket of its own, as long as there are few."""
@@ -312,13 +325,15 @@ class Sender:
         for at in range(0, len(whole), size):
             self._send(peer, [whole[at : at + size]], 0, 1)
 
-    def _refused(self, peer: Peer, error: OSError, packets: int) -> None:
-        if error.errno == errno.EAGAIN:
+    @staticmethod
+    def refused(peer: Peer, number: int, packets: int) -> None:
+        """Count packets that the underlay did not take, by errno."""
+        if number == errno.EAGAIN:
             peer.drop("tx_congested", packets)
-        elif error.errno == errno.EMSGSIZE:
+        elif number == errno.EMSGSIZE:
             peer.drop("tx_too_big", packets)
         else:
-            peer.drop(f"tx_{errno.errorcode.get(error.errno or 0, 'error')}", packets)
+            peer.drop(f"tx_{errno.errorcode.get(number, 'error')}", packets)
 
     def _no_peer(self, start: int, length: int) -> None:
         self._counters.drop("no_peer")

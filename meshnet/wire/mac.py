@@ -40,5 +40,15 @@ def endpoint_mac(address: IpAddress) -> bytes:
     return _mac(_ENDPOINT, int(address))
 
 
+def is_endpoint_mac(mac: bytes) -> bool:
+    """Whether an endpoint, of whatever mesh, has this MAC."""
+    return mac[:2] == bytes((0x02, _ENDPOINT))
+
+
+def link_local_of(mac: bytes) -> bytes:
+    """The IPv6 link-local address of a MAC, packed: modified EUI-64 (RFC 4291, appendix A)."""
+    return b"\xfe\x80" + bytes(6) + bytes((mac[0] ^ 2,)) + mac[1:3] + b"\xff\xfe" + mac[3:]
+
+
 def _mac(role: int, bits: int) -> bytes:
     return bytes((0x02, role)) + (bits & 0xFFFF_FFFF).to_bytes(4, "big")

@@ -189,7 +189,8 @@ class Cutter:
         tcp = gso_type & ~virtio.GSO_ECN != virtio.GSO_UDP_L4
         head = csum_start + ((view[start + csum_start + 12] >> 4) * 4 if tcp else 8)
         payload = length - head
-        if payload <= 0 or size == 0 or (head | csum_start) & 1 or csum_start < 20:
+        cut_short = payload <= 0 or csum_start < 20 or head < csum_start + (20 if tcp else 8)
+        if cut_short or size == 0 or (head | csum_start) & 1:
             raise ValueError(f"no super-packet: {length} bytes, virtio header {tuple(header)}")
         template = bytearray(prefix)
         template += view[start : start + head]

@@ -7,6 +7,7 @@ Paths, each between two containers on two hosts (the first between the hosts the
     vxlan         meshnet's, with agents
     direct        the same with direct routing
     udp           userspace VTEPs (`tests.bench.userspace`)
+    udp native    the same with the engine in C
     kernel → udp  a kernel VXLAN device sends to a userspace VTEP …
     udp → kernel  … and the other way round; all other paths are the mean of both directions
     relay         a C relay of one packet a system call (`tests.bench.peers`)
@@ -46,8 +47,10 @@ if TYPE_CHECKING:
     from tests.bench.tunnels import Tunnel
 
 ROUNDS = 5
+NATIVE = Udp("udp native", "native", 8474)
 TUNNELS: tuple[Tunnel, ...] = (
     Udp(),
+    NATIVE,
     Mixed(),
     Relay(),
     Relay("relay 4 MiB", 8286, 4 << 20),
@@ -80,6 +83,10 @@ BOUNDS: dict[tuple[str, str, str], Bound] = {
     ("udp", RELAY, ONE): at_least(6),
     ("udp", RELAY, SMALL): at_least(1.0),
     ("udp", RELAY, PING): at_most(1.3),
+    (NATIVE.name, HANDMADE, ONE): at_least(0.25),
+    (NATIVE.name, RELAY, ONE): at_least(6),
+    (NATIVE.name, RELAY, SMALL): at_least(1.0),
+    (NATIVE.name, RELAY, PING): at_most(1.3),
 }
 """By path, peer and what is compared."""
 

@@ -1,4 +1,4 @@
-"""The benchmarks' C programs, compiled when they are needed: ``relay.c`` and ``blast.c``."""
+"""The benchmarks' C programs (``*.c`` beside this file), compiled when they are needed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ def find(*names: str) -> str:
     raise NotAvailableError(f"{' or '.join(names)} is not installed")
 
 
-def compile_program(name: str, directory: Path) -> Path:
+def compile_program(name: str, directory: Path, *, static: bool = False) -> Path:
     """Compile a C source of this package into a directory, once; returns the program.
+
+    Args:
+        static: make one that needs no files of this machine.
 
     Raises:
         NotAvailableError: there is no C compiler, or it refuses; the text has its last line.
@@ -37,6 +40,8 @@ def compile_program(name: str, directory: Path) -> Path:
     if program.exists():
         return program
     argv = [find("cc", "gcc"), "-O2", "-o", str(program), str(_SOURCES / f"{name}.c")]
+    if static:
+        argv.append("-static")
     done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode != 0:
         raise NotAvailableError(f"{name}.c does not compile: {done.stderr.strip()[-200:]}")

@@ -1,8 +1,9 @@
 """Programming the kernel for thousands of remote hosts, against ip(8) and bridge(8) in batches.
 
 Each time in a fresh namespace that already has the devices.  Ours is a whole pass of the agent:
-look at the underlay, dump, plan, diff, and write a nexthop object, a route, a neighbour and an FDB
-entry a host.  The peer: `tests.bench.classic`.  A whole agent, with etcd: `tests.bench.scale`.
+look at the underlay, dump, plan, diff, and write a nexthop object, a route, a neighbour, an FDB
+entry and an element of the firewall a host.  The peer: `tests.bench.classic`.  A whole agent, with
+etcd: `tests.bench.scale`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.netlink import NetlinkKernel
 from meshnet.kernel.netns import inside
 from meshnet.lab.netns import netns_path
@@ -110,7 +112,12 @@ def _program(count: int) -> Programmed:
     with host_namespace() as name, tempfile.TemporaryDirectory() as directory:
         fd = os.open(netns_path(name), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with inside(fd), contextlib.closing(_TimedKernel(Path(directory) / "nft")) as kernel:
+            with (
+                inside(fd),
+                contextlib.closing(
+                    _TimedKernel(Path(directory) / "nft", WiredElements())
+                ) as kernel,
+            ):
                 return _passes(kernel, count)
         finally:
             os.close(fd)
@@ -124,7 +131,7 @@ def _passes(kernel: _TimedKernel, count: int) -> Programmed:
     started = time.perf_counter()
     result = passes.run_all(kernel, given)
     seconds, write_s = time.perf_counter() - started, kernel.write_s
-    _check(result, writes=4 * count)
+    _check(result, writes=5 * count)
     writes, cpu_s = kernel.writes, _cpu_s()
     _check(passes.run_all(kernel, given), writes=0)
     return Programmed(seconds, write_s, _cpu_s() - cpu_s, kernel.writes - writes)

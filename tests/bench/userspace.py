@@ -1,6 +1,7 @@
 """The userspace VTEP between the hosts made by hand: with itself, and with the kernel's VXLAN.
 
     udp            python -m meshnet.vtep ─ python -m meshnet.vtep
+    udp native     the same with the engine in C
     kernel ↔ udp   a kernel VXLAN device with `ip` ─ python -m meshnet.vtep
 
 Started, and told of its peer, as the agent does it (`meshnet.kernel.vteps`); and as attached by it,
@@ -13,9 +14,11 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from meshnet.diff import Op, Table
+from meshnet.errors import MeshnetError
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.lab.poll import wait_until
 from meshnet.state import Member, MemberKey, Vxlan, format_mac
+from meshnet.vtep.native import library
 from meshnet.wire.mac import vtep_mac
 from meshnet.wire.mtu import gso_max_bytes
 from tests.bench.native import NotAvailableError
@@ -32,14 +35,28 @@ _READY_S = 10.0
 
 
 class Udp:
-    """Two userspace VTEPs."""
+    """Two userspace VTEPs.
 
-    name = "udp"
+    Args:
+        engine: what carries their packets.
+    """
+
     mtu_bytes = MTU_BYTES
+
+    def __init__(self, name: str = "udp", engine: str = "python", port: int = _UDP_PORT) -> None:
+        self.name, self._engine, self._port = name, engine, port
 
     def start(self, ends: tuple[End, End]) -> Sequence[int]:
         """See `tests.bench.tunnels.Tunnel`."""
-        return [_start_vtep(end, peer, _UDP_PORT, offload=True) for end, peer in (ends, ends[::-1])]
+        if self._engine == "native":
+            try:
+                library.build()
+            except MeshnetError as exc:
+                raise NotAvailableError(str(exc)) from exc
+        return [
+            _start_vtep(end, peer, self._port, self._engine, offload=True)
+            for end, peer in (ends, ends[::-1])
+        ]
 
     def route(self, end: End, peer: End) -> Sequence[str]:
         """See `tests.bench.tunnels.Tunnel`."""
@@ -56,7 +73,7 @@ class Mixed:
         """See `tests.bench.tunnels.Tunnel`."""
         kernel, userspace = ends
         _make_device(kernel, userspace, _MIXED_PORT)
-        return [_start_vtep(userspace, kernel, _MIXED_PORT, offload=False)]
+        return [_start_vtep(userspace, kernel, _MIXED_PORT, "python", offload=False)]
 
     def route(self, end: End, peer: End) -> Sequence[str]:
         """See `tests.bench.tunnels.Tunnel`."""
@@ -87,13 +104,13 @@ def _mac(end: End) -> str:
     return format_mac(vtep_mac(end.subnet))
 
 
-def _start_vtep(end: End, peer: End, port: int, *, offload: bool) -> int:
+def _start_vtep(end: End, peer: End, port: int, engine: str, *, offload: bool) -> int:
     """Start one that makes its device, and tell it of its one peer; returns the process's id.
 
     Args:
         offload: whether the peer takes unfinished checksums.
     """
-    vteps = VtepProcesses(end.directory)
+    vteps = VtepProcesses(end.directory, engine)
     vxlan = Vxlan(_VNI, port, end.underlay_ip.packed)
     argv, log_path = vteps.prepare(end.device, vxlan, vtep_mac(end.subnet), MTU_BYTES)
     with log_path.open("w") as log:

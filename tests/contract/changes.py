@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.diff import Table
+from meshnet.firewall.elements import member, path
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     AddressKey,
+    ElementKey,
     FdbKey,
     NeighbourKey,
     Nexthop,
     Route,
     RouteKey,
+    Ruleset,
 )
 from tests.contract.hosts import UNDERLAY_DEV
 
@@ -32,6 +36,7 @@ ROUTE4, ROUTE6 = (
     RouteKey(bytes((10, 42, 1, 0)), 24),
     RouteKey(b"\xfd\0\0\x42\0\0\0\1" + bytes(8), 64),
 )
+MEMBER2 = member(ip_address("10.9.0.2"))
 CIDR4 = RouteKey(bytes((10, 42, 0, 0)), 16)
 
 
@@ -60,6 +65,12 @@ def _link_sysctl(name: str, *setting: str) -> Callable[[MemoryKernel], None]:
         change_link(name, sysctls=(setting,))(kernel)
 
     return change
+
+
+def _flush_members(kernel: MemoryKernel) -> None:
+    for key in kernel.dump().elements:
+        if key.set_name == MEMBER2.set_name:
+            kernel.by_hand(Table.ELEMENT, key, None)
 
 
 def _first_nexthop(value: Nexthop | None) -> Callable[[MemoryKernel], None]:
@@ -134,6 +145,24 @@ CHANGES = [
            _set(T.ROUTE, RouteKey(bytes((10, 42, 9, 0)), 24), Route(0)), {T.ROUTE}),
     ByHand("table deleted", "nft delete table inet meshnet", _set(T.FIREWALL, "", None),
            {T.FIREWALL}),
+    ByHand("the bridges' table deleted", "nft delete table bridge meshnet",
+           _set(T.FIREWALL, "", Ruleset("", {})), {T.FIREWALL}),
+    ByHand("ruleset flushed", "nft flush ruleset", _set(T.FIREWALL, "", None), {T.FIREWALL}),
+    ByHand("member deleted", "nft delete element inet meshnet members4 { 10.9.0.2 }",
+           _set(T.ELEMENT, MEMBER2, None), {T.ELEMENT}),
+    ByHand("another member", "nft add element inet meshnet members4 { 10.9.0.77 }",
+           _set(T.ELEMENT, member(ip_address("10.9.0.77")), b""), {T.ELEMENT}),
+    ByHand("everybody a member", "nft 'add element inet meshnet members4 { * }'",
+           _set(T.ELEMENT, ElementKey("members4", b""), b""), {T.ELEMENT}),
+    ByHand("every source allowed", "nft 'add element bridge meshnet sources4 { * }'",
+           _set(T.ELEMENT, ElementKey("sources4", b""), b""), {T.ELEMENT}),
+    ByHand("another path", f'nft add element inet meshnet paths {{ "{BRIDGE}" . "und0" }}',
+           _set(T.ELEMENT, path(BRIDGE, "und0"), b""), {T.ELEMENT}),
+    ByHand("set flushed", "nft flush set inet meshnet members4", _flush_members, {T.ELEMENT}),
+    ByHand("port published",
+           "nft add element inet meshnet published4 { tcp . 80 : 10.42.0.2 . 80 }",
+           _set(T.ELEMENT, ElementKey("published4", b"\6\0\0\0\0P\0\0"), b"\x0a\x2a\0\2\0P\0\0"),
+           {T.ELEMENT}),
     ByHand("rule added", "nft add rule inet meshnet postrouting counter accept",
-           _set(T.FIREWALL, "", ""), {T.FIREWALL}),
+           _set(T.FIREWALL, "", Ruleset("", {})), {T.FIREWALL}),
 ]  # fmt: skip

@@ -13,6 +13,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from meshnet.firewall.rules import FAMILIES
+from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.memory import MemoryKernel
 from meshnet.kernel.netlink import NetlinkKernel
 from meshnet.kernel.netns import inside
@@ -33,6 +35,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 UNDERLAY_DEV = "und0"
 UNDERLAY_IPS = (underlay_ip(1, 4), underlay_ip(1, 6))
+OUR_TABLES = tuple(f"{family} meshnet {{" for family in FAMILIES)
 _counter = itertools.count()
 
 
@@ -104,6 +107,11 @@ class HostUnderTest(Protocol):
 
     kernel: Kernel
 
+    @property
+    def wired(self) -> WiredElements:
+        """What its wiring would tell it of endpoints."""
+        ...
+
     def by_hand(self, *commands: str, in_memory: Callable[[MemoryKernel], None]) -> None:
         """Change something as another program would."""
         ...
@@ -120,9 +128,12 @@ class RealHost:
         self, name: str, fd: int, directory: FilePath, *, nexthop_objects: bool | None = None
     ) -> None:
         self.name = name
+        self.wired = WiredElements()
         self._thread = Inside(
             fd,
-            lambda: NetlinkKernel(directory / "firewall.json", nexthop_objects=nexthop_objects),
+            lambda: NetlinkKernel(
+                directory / "firewall.json", self.wired, nexthop_objects=nexthop_objects
+            ),
         )
         self.kernel: Kernel = self
 
@@ -149,6 +160,10 @@ class RealHost:
         return self._thread.call(lambda k: k.port_id)
 
     @property
+    def nft_port_id(self) -> int:
+        return self._thread.call(lambda k: k.nft_port_id)
+
+    @property
     def deleted(self) -> set[NeighbourId]:
         return self._thread.call(lambda k: k.deleted)
 
@@ -168,11 +183,15 @@ class RealHost:
         for family in ("-4", "-6"):
             found += ip("-n", self.name, family, "route", "show", "table", "all", "proto", "42")
         found += ip("-n", self.name, "nexthop", "show", "proto", "42")
-        return found + self._thread.call(
-            lambda _: subprocess.run(
-                ["nft", "list", "ruleset"], capture_output=True, text=True, check=True
-            ).stdout.partition("table inet meshnet")[0]
+        ruleset = self._thread.call(
+            lambda _: (
+                subprocess.run(
+                    ["nft", "list", "ruleset"], capture_output=True, text=True, check=True
+                ).stdout
+            )
         )
+        tables = ruleset.split("table ")[1:]
+        return found + "".join(t for t in tables if not t.startswith(OUR_TABLES))
 
 
 class MemoryHost:
@@ -181,6 +200,10 @@ class MemoryHost:
     def __init__(self, *, nexthop_objects: bool = True) -> None:
         self.memory = MemoryKernel(*UNDERLAY_IPS, dev=UNDERLAY_DEV, nexthop_objects=nexthop_objects)
         self.kernel: Kernel = self.memory
+
+    @property
+    def wired(self) -> WiredElements:
+        return self.memory.wired
 
     def by_hand(self, *commands: str, in_memory: Callable[[MemoryKernel], None]) -> None:
         in_memory(self.memory)

@@ -16,6 +16,7 @@ from meshnet.errors import PolicyRefusedError, StoreUnavailableError, UsageError
 from meshnet.lab.etcd import EtcdServer
 from meshnet.store import Absent, Change, CompactedError, Delete, LeaseExpiredError, LeaseId, Put
 from meshnet.store.etcd import EtcdConfig, EtcdStore
+from tests.contract.certificates import client_flags, make_ca, make_certificate, server_flags
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -332,46 +333,23 @@ class TestSize:
                             break
 
 
-def openssl(directory: Path, arguments: str) -> None:
-    subprocess.run(
-        ["openssl", *arguments.split(), "-nodes", "-newkey", "ec", "-pkeyopt",
-         "ec_paramgen_curve:prime256v1"],
-        cwd=directory, check=True, capture_output=True, timeout=10,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tls")
     for ca in ("ca", "other-ca"):
-        openssl(directory, f"req -x509 -subj /CN={ca} -keyout {ca}.key -out {ca}.crt -days 2")
+        make_ca(directory, ca)
     for name in ("server", "client"):
-        openssl(
-            directory,
-            f"req -x509 -subj /CN={name} -keyout {name}.key -out {name}.crt -days 2 "
-            "-CA ca.crt -CAkey ca.key -addext subjectAltName=IP:127.0.0.1 "
-            "-addext basicConstraints=critical,CA:FALSE "
-            "-addext extendedKeyUsage=serverAuth,clientAuth",
-        )
+        make_certificate(directory, name)
     return directory
 
 
 @pytest.fixture(scope="module")
 def tls_server(certificates: Path, start_etcd: StartEtcd) -> Iterator[EtcdServer]:
-    def flags(name: str, spelling: tuple[str, str, str]) -> list[str]:
-        files = (f"{name}.crt", f"{name}.key", "ca.crt")
-        return [
-            f"--{flag}={certificates / file}" for flag, file in zip(spelling, files, strict=True)
-        ]
-
     with start_etcd(
         certificates / "etcd",
         scheme="https",
-        args=[
-            "--client-cert-auth",
-            *flags("server", ("cert-file", "key-file", "trusted-ca-file")),
-        ],
-        ctl=flags("client", ("cert", "key", "cacert")),
+        args=server_flags(certificates),
+        ctl=client_flags(certificates, "client"),
     ) as server:
         yield server
 

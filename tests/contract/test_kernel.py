@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import pytest
 from meshnet.backends import Path
 from meshnet.diff import Op, Table, diff
 from meshnet.errors import NotFoundError
+from meshnet.firewall.elements import member, published_elements, source_elements
+from meshnet.model import Protocol, PublishedPort
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     AddressKey,
@@ -22,6 +25,7 @@ from meshnet.state import (
     Nexthop,
     Route,
     RouteKey,
+    Ruleset,
     format_ip,
 )
 from tests.contract.changes import (
@@ -37,6 +41,7 @@ from tests.contract.changes import (
 from tests.contract.hosts import UNDERLAY_DEV, MemoryHost, real_host
 from tests.contract.meshes import DUAL, MESHES, converge, desired_for
 from tests.values import (
+    make_endpoint,
     make_network,
     underlay_ip,
 )
@@ -45,6 +50,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.contract.hosts import HostUnderTest
+
+
+DUAL_ADDRESSES = ("10.42.0.2/24", "fd00:42::2/64")
+PUBLISHED = (
+    PublishedPort(Protocol.TCP, 8080, 80),
+    PublishedPort(Protocol.UDP, 53, 53),
+    PublishedPort(Protocol.TCP, 8081, 80, underlay_ip(1)),
+)
 
 
 @pytest.fixture(params=["memory", pytest.param("linux", marks=pytest.mark.root)])
@@ -179,6 +192,66 @@ def test_what_is_changed_by_hand_is_found_and_mended(host: HostUnderTest, change
     passes, failures = converge(host, desired)
     assert failures == []
     assert passes <= 2  # a link that changes takes along what hangs on it
+
+
+# --- the firewall's elements --------------------------------------------------------------------
+
+
+def test_elements_that_are_refused_hold_up_no_others(host: HostUnderTest) -> None:
+    desired = desired_for(host, [DUAL])
+    converge(host, desired)
+    known, new = member(underlay_ip(2)), member(underlay_ip(9))
+    ops = [
+        Op(Table.ELEMENT, known, None, True),
+        Op(Table.ELEMENT, member(underlay_ip(8)), None, True),  # gone already
+        Op(Table.ELEMENT, new, b"", False),
+    ]
+    assert host.kernel.apply(ops) == []
+    elements = host.kernel.dump().elements
+    assert new in elements
+    assert known not in elements
+
+
+def test_where_a_published_port_leads_changes_in_place(host: HostUnderTest) -> None:
+    converge(host, desired_for(host, [DUAL]))
+    endpoint = replace(make_endpoint(DUAL_ADDRESSES), published=PUBLISHED)
+    for target in (
+        endpoint,
+        replace(endpoint, published=tuple(p._replace(port=81) for p in PUBLISHED)),
+    ):
+        wanted = published_elements(target)
+        assert len(wanted) == 5
+        desired = desired_for(host, [DUAL])
+        desired.elements |= wanted
+        ops = diff(desired, host.kernel.dump())
+        assert {op.table for op in ops} == {Table.ELEMENT}
+        assert len(ops) == 5
+        assert host.kernel.apply(ops) == []
+        assert host.kernel.dump().elements.items() >= wanted.items()
+    assert converge(host, desired_for(host, [DUAL])) == (1, [])
+
+
+def test_a_pass_that_is_out_of_date_leaves_endpoints_alone(host: HostUnderTest) -> None:
+    endpoint = make_endpoint(DUAL_ADDRESSES)
+    own = source_elements(endpoint)
+    desired = desired_for(host, [DUAL])
+    converge(host, desired)
+    add = [Op(Table.ELEMENT, key, value, False) for key, value in own.items()]
+    remove = [Op(Table.ELEMENT, key, None, True) for key in own]
+    # One that is gone is not added again.
+    assert host.kernel.apply(add) == []
+    assert not own.keys() & host.kernel.dump().elements.keys()
+    # One that came meanwhile is neither removed nor forgotten by a load.
+    host.wired.add(own)
+    assert host.kernel.apply(add) == []
+    assert host.kernel.apply(remove) == []
+    assert host.kernel.dump().elements.items() >= own.items()
+    load = Op(Table.FIREWALL, "meshnet", Ruleset(desired.firewall or "", desired.elements), False)
+    assert host.kernel.apply([load]) == []
+    assert host.kernel.dump().elements.items() >= own.items()
+    host.wired.remove(own)
+    assert host.kernel.apply(remove) == []
+    assert converge(host, desired) == (0, [])
 
 
 # --- others' objects ----------------------------------------------------------------------------
@@ -362,7 +435,8 @@ def test_deleting_what_is_gone_is_no_failure(host: HostUnderTest) -> None:
         (Table.NEIGHBOUR, NeighbourKey(TUNNEL, bytes((10, 42, 77, 0)))),
         (Table.ADDRESS, AddressKey(BRIDGE, bytes((10, 42, 0, 77)), 24)),
         (Table.LINK, "mnb77"),
-        (Table.FIREWALL, "inet meshnet"),
-        (Table.FIREWALL, "inet meshnet"),
+        (Table.ELEMENT, member(underlay_ip(77))),
+        (Table.FIREWALL, "meshnet"),
+        (Table.FIREWALL, "meshnet"),
     ]
     assert host.kernel.apply([Op(table, key, None, True) for table, key in keys]) == []

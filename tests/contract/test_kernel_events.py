@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,7 @@ import trio
 import trio.testing
 
 from meshnet.diff import Op, Table, diff
+from meshnet.firewall.elements import member
 from meshnet.kernel import rtnl
 from meshnet.kernel.events import (
     EventFilter,
@@ -136,9 +138,24 @@ def test_others_writes_do(host: tuple[RealHost, int], command: str) -> None:
 def test_a_load_of_our_rules_is_still_told(host: tuple[RealHost, int]) -> None:
     real, fd = host
     with inside(fd):
-        events = open_nftables_events()
+        events = open_nftables_events([real.nft_port_id])
     with events:
         real.shell("nft add rule inet meshnet postrouting counter")
+        assert any(nftables_concerns_us(m.data) for m in drain(events))
+
+
+def test_our_own_elements_make_no_message_and_others_do(host: tuple[RealHost, int]) -> None:
+    real, fd = host
+    with inside(fd):
+        events = open_nftables_events([real.nft_port_id])
+    with events:
+        key = member(ip_address("10.9.0.7"))
+        for op in (Op(Table.ELEMENT, key, b"", False), Op(Table.ELEMENT, key, None, True)):
+            assert real.apply([op]) == []
+            assert drain(events) == []
+        real.shell("nft add element inet meshnet members4 { 10.9.0.77 }")
+        assert any(nftables_concerns_us(m.data) for m in drain(events))
+        real.shell("nft delete table bridge meshnet")
         assert any(nftables_concerns_us(m.data) for m in drain(events))
 
 

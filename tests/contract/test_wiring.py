@@ -6,30 +6,48 @@ import contextlib
 import errno
 import json
 import os
+import socket
 import subprocess
+import threading
+from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pytest
 
-from meshnet.diff import Table, diff
-from meshnet.errors import ConflictError, NotFoundError
+from meshnet.diff import Op, Table, diff
+from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
+from meshnet.firewall.elements import source_elements
+from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel import EndpointWiring
 from meshnet.kernel.memory_wiring import MemoryWiring, NamespaceLink
+from meshnet.kernel.netns import netns_inode
 from meshnet.kernel.wiring import NetlinkWiring
+from meshnet.state import Ruleset
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
-from tests.contract.hosts import Inside, MemoryHost, RealHost, host_namespace, ip, namespace
+from tests.contract.hosts import (
+    UNDERLAY_DEV,
+    Inside,
+    MemoryHost,
+    RealHost,
+    host_namespace,
+    ip,
+    namespace,
+)
 from tests.values import IPV4, IPV6, make_endpoint, make_network, make_snapshot, plan_for
 from tests.values import underlay_ip as host_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from meshnet.kernel import Kernel, Wiring
+    from meshnet.kernel.elements import WiredElements
     from meshnet.model import Endpoint
     from meshnet.state import KernelState
 
+T = TypeVar("T")
+ETH_P_ALL = 3
 BRIDGE = "mnb4097"
 NETWORK = make_network(subnets=(IPV4, IPV6))
 CIDRS = NETWORK.subnets
@@ -50,6 +68,11 @@ class Wired(Protocol):
     wiring: Wiring
     netns_fd: int
 
+    @property
+    def known(self) -> WiredElements:
+        """What it told the kernel of endpoints; a new process begins without."""
+        ...
+
     def view(self) -> View: ...
 
     def gso_max_bytes(self, link: str) -> int:
@@ -67,8 +90,12 @@ class RealWired:
         self.netns_fd = netns_fd
         self.name = name
         self.host = host
-        self._thread = Inside(host_fd, NetlinkWiring)
+        self._thread = Inside(host_fd, lambda: NetlinkWiring(host.wired))
         self.wiring: Wiring = self
+
+    @property
+    def known(self) -> WiredElements:
+        return self.host.wired
 
     @property
     def writes(self) -> int:
@@ -80,14 +107,27 @@ class RealWired:
     def disconnect(self, endpoint: Endpoint) -> None:
         self._thread.call(lambda w: w.disconnect(endpoint))
 
+    def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
+        return self._thread.call(lambda w: w.holds(netns_fd, endpoint))
+
     def remove_link(self, name: str) -> None:
         self._thread.call(lambda w: w.remove_link(name))
 
     def list_endpoint_links(self) -> list[str]:
         return self._thread.call(lambda w: w.list_endpoint_links())
 
+    def adopt(self, endpoint: Endpoint) -> None:
+        self._thread.call(lambda w: w.adopt(endpoint))
+
+    def drops(self) -> dict[str, int]:
+        return self._thread.call(lambda w: w.drops())
+
     def close(self) -> None:
         self._thread.close(lambda w: w.close())
+
+    def on_host(self, call: Callable[[], T]) -> T:
+        """Call something in the host's namespace."""
+        return self._thread.call(lambda _: call())
 
     def view(self) -> View:
         links = {
@@ -129,7 +169,7 @@ class RealWired:
 
 class MemoryWired:
     def __init__(self, netns_fd: int) -> None:
-        host = MemoryHost()
+        host = self._host = MemoryHost()
         self.kernel: Kernel = host.kernel
         self.memory = MemoryWiring(host.memory)
         self.wiring: Wiring = self.memory
@@ -144,6 +184,10 @@ class MemoryWired:
             },
             {str(t): str(g) for link in links.values() for t, g in link.routes.items()},
         )
+
+    @property
+    def known(self) -> WiredElements:
+        return self._host.memory.wired
 
     def gso_max_bytes(self, link: str) -> int:
         return self.memory.namespace(self.netns_fd)[link].gso_max_bytes
@@ -207,6 +251,7 @@ def wiring_of(endpoint: Endpoint, bridge: str = BRIDGE) -> EndpointWiring:
 def assert_nothing_left(wired: Wired, before: View) -> None:
     assert wired.view() == before
     assert wired.wiring.list_endpoint_links() == []
+    assert diff(desired_for(wired.kernel), wired.kernel.dump()) == []  # nor in the firewall
 
 
 def test_connect_and_disconnect(wired: Wired) -> None:
@@ -223,6 +268,32 @@ def test_connect_and_disconnect(wired: Wired) -> None:
     for _ in range(2):  # idempotent
         wired.wiring.disconnect(endpoint)
         assert_nothing_left(wired, before)
+
+
+def test_an_endpoint_that_an_earlier_agent_connected(wired: Wired) -> None:
+    endpoint = make_endpoint(DUAL)
+    wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
+    desired = desired_for(wired.kernel, endpoint)
+    wired.known.remove(source_elements(endpoint))
+    writes = wired.wiring.writes
+    wired.wiring.adopt(endpoint)
+    assert wired.wiring.writes == writes
+    # A load that was planned without it does not cut it off.
+    without = desired_for(wired.kernel)
+    load = Op(Table.FIREWALL, "meshnet", Ruleset(without.firewall or "", without.elements), False)
+    assert wired.kernel.apply([load]) == []
+    assert diff(desired, wired.kernel.dump()) == []
+
+
+def test_an_endpoint_is_connected_also_where_somebody_deleted_the_tables(wired: Wired) -> None:
+    assert wired.kernel.apply([Op(Table.FIREWALL, "meshnet", None, True)]) == []
+    assert wired.wiring.drops() == {}
+    endpoint = make_endpoint(DUAL)
+    wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
+    without = desired_for(wired.kernel)
+    assert wired.kernel.apply(diff(without, wired.kernel.dump())) == []
+    assert diff(desired_for(wired.kernel, endpoint), wired.kernel.dump()) == []
+    assert wired.wiring.drops() == dict.fromkeys(COUNTERS, 0)
 
 
 def test_a_second_endpoint_does_not_steal_the_default_route(wired: Wired) -> None:
@@ -338,3 +409,136 @@ def test_a_namespace_that_is_not_one(linux: RealWired, tmp_path: Path) -> None:
     finally:
         os.close(fd)
     assert linux.wiring.list_endpoint_links() == []
+
+
+# --- macvlans ------------------------------------------------------------------------------------
+
+
+def on_wire(wired: Wired, addresses: tuple[str, ...] = DUAL, **changes: Any) -> Endpoint:  # noqa: ANN401
+    """An endpoint that is a macvlan on the host's own link."""
+    endpoint = make_endpoint(addresses, mtu_bytes=1400)
+    inode = netns_inode(wired.netns_fd)
+    return replace(endpoint, parent=UNDERLAY_DEV, netns_inode=inode, **changes)
+
+
+def wire_of(endpoint: Endpoint, parent: str = UNDERLAY_DEV) -> EndpointWiring:
+    return EndpointWiring(endpoint=endpoint, uplink=parent, routes=(), announce=True)
+
+
+def test_a_macvlan_is_in_the_namespace_alone(wired: Wired) -> None:
+    before, on_host = wired.view(), wired.kernel.dump().links
+    endpoint = on_wire(wired)
+    assert not wired.wiring.holds(wired.netns_fd, endpoint)
+    assert wired.wiring.connect(wired.netns_fd, wire_of(endpoint)) is True
+    assert wired.view() == View(
+        {"eth0": (endpoint.mac.hex(":"), 1400, frozenset(DUAL))},
+        {"0.0.0.0/0": "10.42.0.1", "::/0": "fd00:42::1"},
+    )
+    assert wired.wiring.holds(wired.netns_fd, endpoint)
+    assert not wired.wiring.holds(wired.netns_fd, replace(endpoint, mac=bytes(6)))
+    assert wired.wiring.list_endpoint_links() == []
+    assert wired.kernel.dump().links == on_host
+    for _ in range(2):  # idempotent
+        wired.wiring.disconnect(endpoint)
+        assert_nothing_left(wired, before)
+        assert not wired.wiring.holds(wired.netns_fd, endpoint)
+    wired.wiring.disconnect(replace(endpoint, netns_inode=1))  # its namespace is gone
+
+
+def test_a_macvlan_without_a_gateway(wired: Wired) -> None:
+    assert wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired, gateways=()))) is False
+    assert wired.view().routes == {}
+
+
+def test_the_name_of_a_macvlan_is_taken(wired: Wired) -> None:
+    wired.add_link("eth0", "10.1.0.2/24")
+    before = wired.view()
+    with pytest.raises(ConflictError, match="eth0"):
+        wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired)))
+    assert_nothing_left(wired, before)
+
+
+def test_a_macvlan_whose_address_the_namespace_holds(wired: Wired) -> None:
+    wired.add_link("other0", DUAL[1])
+    before = wired.view()
+    with pytest.raises(ConflictError, match="address"):
+        wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired)))
+    assert_nothing_left(wired, before)
+
+
+def test_the_parent_is_gone(wired: Wired) -> None:
+    before = wired.view()
+    with pytest.raises(NotFoundError, match="eth77"):
+        wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired), "eth77"))
+    assert_nothing_left(wired, before)
+
+
+def test_a_macvlan_that_was_renamed(linux: RealWired) -> None:
+    endpoint = on_wire(linux)
+    before = linux.view()
+    linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+    ip("-n", linux.name, "link", "set", "eth0", "down")
+    ip("-n", linux.name, "link", "set", "eth0", "name", "phys0")
+    assert linux.wiring.holds(linux.netns_fd, endpoint)
+    linux.wiring.disconnect(endpoint)
+    assert_nothing_left(linux, before)
+
+
+def test_the_settings_of_a_macvlan(linux: RealWired) -> None:
+    linux.wiring.connect(linux.netns_fd, wire_of(on_wire(linux)))
+    for setting in ("accept_ra", "accept_dad"):
+        path = f"/proc/sys/net/ipv6/conf/eth0/{setting}"
+        argv = ["ip", "netns", "exec", linux.name, "cat", path]
+        assert subprocess.check_output(argv) == b"0\n"
+    (link,) = json.loads(ip("-n", linux.name, "-d", "-j", "link", "show", "dev", "eth0"))
+    assert link["linkinfo"]["info_kind"] == "macvlan"
+    assert link["linkinfo"]["info_data"]["mode"] == "bridge"
+
+
+def test_what_the_wire_is_told(linux: RealWired) -> None:
+    """Switches learn where the MAC is, neighbours whose the addresses are."""
+    from scapy.layers.inet6 import ICMPv6ND_NA, IPv6, in6_chksum
+    from scapy.layers.l2 import ARP, Ether
+
+    endpoint = on_wire(linux)
+    mac = endpoint.mac.hex(":")
+    with linux.on_host(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as tap:
+        linux.on_host(lambda: tap.bind((UNDERLAY_DEV, ETH_P_ALL)))
+        tap.settimeout(5)
+        linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+        left = {4, 6}
+        while left:
+            frame = Ether(tap.recv(2000))
+            if ARP in frame and frame[ARP].psrc == frame[ARP].pdst == "10.42.0.2":
+                assert (frame.dst, frame.src) == ("ff:ff:ff:ff:ff:ff", mac)
+                assert frame[ARP].hwsrc == mac
+                left.discard(4)
+            elif ICMPv6ND_NA in frame and frame[ICMPv6ND_NA].tgt == "fd00:42::2":
+                assert (frame.src, frame[IPv6].dst, frame[IPv6].hlim) == (mac, "ff02::1", 255)
+                assert in6_chksum(58, frame[IPv6], bytes(frame[IPv6].payload)) == 0  # type: ignore[no-untyped-call]
+                left.discard(6)
+
+
+def test_a_macvlan_waits_until_the_last_with_its_mac_is_gone(linux: RealWired) -> None:
+    endpoint = on_wire(linux)
+    host = linux.host.name
+    mac = endpoint.mac.hex(":")
+    ip("-n", host, "link", "add", "old0", "link", UNDERLAY_DEV, "address", mac, "type", "macvlan")
+    ip("-n", host, "link", "set", "old0", "up")
+    ending = threading.Timer(0.2, ip, ["-n", host, "link", "del", "old0"])
+    ending.start()
+    assert linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+    ending.join()
+    assert linux.wiring.holds(linux.netns_fd, endpoint)
+
+
+def test_a_macvlan_whose_mac_somebody_keeps(
+    linux: RealWired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshnet.kernel.wiring._MAC_TRIES", 2)
+    endpoint = on_wire(linux)
+    ip("-n", linux.host.name, "link", "set", UNDERLAY_DEV, "address", endpoint.mac.hex(":"))
+    before = linux.view()
+    with pytest.raises(KernelRefusedError, match="in use"):
+        linux.wiring.connect(linux.netns_fd, wire_of(endpoint))
+    assert_nothing_left(linux, before)

@@ -63,7 +63,7 @@ def test_networks(host: LabHost) -> None:
     refused(2, "VNI", "dev", "--subnet", "10.50.0.0/16", "--vni", "16777216")
     refused(2, "MTU 100", "dev", "--subnet", "10.50.0.0/16", "--mtu", "100")
     refused(2, "network name", "../dev", "--subnet", "10.50.0.0/16")
-    refused(2, "not available", "dev", "--subnet", "10.50.0.0/16", "--mode", "macvlan")
+    refused(2, "--parent", "dev", "--subnet", "10.50.0.0/16", "--mode", "macvlan")
     refused(2, "required: --subnet", "dev")
     refused(2, "invalid choice", "dev", "--subnet", "10.50.0.0/16", "--mode", "gre")
     refused(2, "invalid int", "dev", "--subnet", "10.50.0.0/16", "--vni", "x")

@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from meshnet.lab.poll import wait_until
+from meshnet.vtep.native import library
 from meshnet.wire import mtu
 from tests.netns.mesh import (
     address_of,
@@ -21,6 +23,7 @@ from tests.netns.mesh import (
     ping,
     wait_in_sync,
 )
+from tests.netns.vteps import going_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,15 +138,17 @@ def test_a_network_that_goes_takes_its_process_along(make_lab: MakeLab) -> None:
     wait_until(are_gone, 10, "neither TUN nor process")
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-def test_the_data_path_outlives_the_agent(make_lab: MakeLab, how: str) -> None:
-    lab = make_lab(2)
+@pytest.mark.parametrize(("how", "engine"), [("kill", "native"), ("stop", "python")])
+def test_the_data_path_outlives_the_agent(make_lab: MakeLab, how: str, engine: str) -> None:
+    library.build()
+    lab = make_lab(2, agent_args=["--vtep-engine", engine])
     create_network(lab, "prod", *SUBNETS, "--mode", "udp")
     (one, mine), (two, theirs) = containers(lab.hosts, "prod")
     h1 = lab.hosts[0]
     assert ping(one, theirs[4])
     pid = vtep_pid(h1)
-    with lossless(one, theirs[4]), lossless(two, mine[6]):
+    bulk = going_on(one, two, theirs[4])
+    with lossless(one, theirs[4]), lossless(two, mine[6]), bulk:
         if how == "kill":
             h1.kill_agent()
         else:
@@ -153,6 +158,19 @@ def test_the_data_path_outlives_the_agent(make_lab: MakeLab, how: str) -> None:
         status = wait_in_sync(h1, peers=1)
     assert vtep_pid(h1) == pid
     assert status["kernel"]["writes"] == 0
+
+
+def test_another_engine_is_another_process(make_lab: MakeLab) -> None:
+    library.build()
+    lab = make_lab(1)
+    create_network(lab, "prod", *SUBNETS, "--mode", "udp")
+    h1 = lab.hosts[0]
+    pid = vtep_pid(h1)
+    h1.kill_agent()
+    h1.start_agent(["--vtep-engine", "native"])
+    wait_in_sync(h1)
+    assert vtep_pid(h1) != pid
+    assert b"native" in Path(f"/proc/{vtep_pid(h1)}/cmdline").read_bytes().split(b"\0")
 
 
 def test_a_process_that_is_killed_is_back_at_once(make_lab: MakeLab) -> None:

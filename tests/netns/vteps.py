@@ -14,17 +14,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
-from meshnet.backends.vxlan import link_local_of
 from meshnet.kernel.netns import inside
 from meshnet.lab.poll import wait_until
 from meshnet.lab.underlay import Underlay
 from meshnet.state import format_ip, format_mac
-from meshnet.wire.mac import vtep_mac
+from meshnet.wire.mac import link_local_of, vtep_mac
 
 if TYPE_CHECKING:
     import subprocess
@@ -56,15 +56,16 @@ def address(i: int, version: int = 4) -> str:
 class Vtep:
     """A process and its control socket."""
 
-    def __init__(self, host: Namespace, local: str, i: int, run_dir: Path) -> None:
+    def __init__(self, host: Namespace, local: str, i: int, run_dir: Path, engine: str) -> None:
         self._host, self._local, self._i, self.run_dir = host, local, i, run_dir
+        self._engine = engine
         self.process = self.start()
 
     def argv(self) -> list[str]:
         return [
             sys.executable, "-m", "meshnet.vtep", "--tun", "tu0", "--vni", str(VNI), "--port",
             str(PORT), "--local", self._local, "--mac", format_mac(mac(self._i)), "--mtu", str(MTU),
-            "--run-dir", str(self.run_dir),
+            "--engine", self._engine, "--run-dir", str(self.run_dir),
         ]  # fmt: skip
 
     def start(self) -> subprocess.Popen[str]:
@@ -116,9 +117,14 @@ class Site:
     """The hosts."""
 
     def __init__(
-        self, spaces: Scratch, directory: Path, family: Family = 4, vxlan: str = "remcsumrx"
+        self,
+        spaces: Scratch,
+        directory: Path,
+        engine: str,
+        family: Family = 4,
+        vxlan: str = "remcsumrx",
     ) -> None:
-        self.spaces = spaces
+        self.spaces, self._engine = spaces, engine
         self._vxlan_options = vxlan
         self.underlay = Underlay(family=family, mtu_bytes=MTU + (50 if family == 4 else 70),
                                  gateway=False)  # fmt: skip
@@ -202,7 +208,7 @@ class Site:
             ],
         )
         if i in USERSPACE:
-            self.vteps[i] = Vtep(host, own, i, directory / f"run{i}")
+            self.vteps[i] = Vtep(host, own, i, directory / f"run{i}", self._engine)
             routes = ["10.48.0.0/16", "fd00:48::/32"]
             self.spaces.ip(f"h{i}", [f"route add {cidr} dev tu0" for cidr in routes])
         else:
@@ -253,6 +259,43 @@ c.sendall(data)
 c.close()
 print(len(data), hashlib.sha256(data).hexdigest())
 """
+
+
+STREAM = """
+import hashlib, random, signal, socket, sys, time
+stopped = []
+signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+data = random.Random(7).randbytes(1 << 16)
+c = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=15)
+print("connected", flush=True)
+h, n = hashlib.sha256(), 0
+while not stopped:
+    block = n.to_bytes(8, "big") + data
+    c.sendall(block)
+    h.update(block); n += len(block)
+    time.sleep(0.001)
+c.close()
+print(n, h.hexdigest())
+"""
+
+
+@contextlib.contextmanager
+def going_on(source: Namespace, target: Namespace, to: str) -> Iterator[None]:
+    """Assert that one TCP connection goes on while the block runs, and that all of it arrives."""
+    server = target.popen([sys.executable, "-S", "-c", SERVER, to])
+    assert server.stdout is not None
+    port = server.stdout.readline().strip()
+    client = source.popen([sys.executable, "-S", "-c", STREAM, to, port])
+    assert client.stdout is not None
+    assert client.stdout.readline() == "connected\n"
+    try:
+        yield
+    finally:
+        client.send_signal(signal.SIGINT)
+        sent, _ = client.communicate(timeout=20)
+    received, _ = server.communicate(timeout=20)
+    assert received == sent
+    assert int(sent.split()[0]) > 10_000_000
 
 
 def transfer(source: Namespace, target: Namespace, to: str, size: int) -> None:

@@ -21,12 +21,14 @@ from meshnet.store.memory import MemoryStore
 from meshnet.store.registry import Registry
 from meshnet_agent.agent import Agent
 from meshnet_agent.disk import StateDir
+from tests.unit.host_ports import FakePorts
 from tests.values import make_network, underlay_ip
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from meshnet.errors import MeshnetError
     from meshnet.model import IpAddress, IpNetwork, MeshSnapshot, Network, Vni
     from meshnet.state import KernelState
 
@@ -47,6 +49,20 @@ class InlineWorker(Generic[T]):
 
 
 @dataclass
+class MemoryProber:
+    """The wire as a test wants it: who answers for which address."""
+
+    answers: dict[IpAddress, bytes] = field(default_factory=dict)
+    error: MeshnetError | None = None
+
+    async def probe(self, link: str, address: IpAddress) -> bytes | None:
+        await trio.sleep(0.2)
+        if self.error is not None:
+            raise self.error
+        return self.answers.get(address)
+
+
+@dataclass
 class Node:
     """One host; what it has outlives its agent, as it does in reality."""
 
@@ -56,7 +72,9 @@ class Node:
     kernel: MemoryKernel
     directory: Path
     instance: str
+    ports: FakePorts = field(default_factory=FakePorts)
     agent: Agent | None = None
+    prober: MemoryProber = field(default_factory=MemoryProber)
     stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: trio.Event = field(default_factory=trio.Event)
 
@@ -83,6 +101,8 @@ class Node:
             disk,
             self.ip,
             EventFilter(),
+            self.prober,
+            self.ports,
             self._listen,
         )
         try:

@@ -23,6 +23,8 @@ from meshnet.model import (
     Mode,
     Network,
     NetworkName,
+    Protocol,
+    PublishedPort,
     Reservations,
     Vni,
 )
@@ -98,6 +100,13 @@ def hosts(draw: st.DrawFn) -> Host:
 
 
 @st.composite
+def published_ports(draw: st.DrawFn) -> PublishedPort:
+    numbers = st.integers(1, 65535)
+    address = draw(st.none() | underlay_ips())
+    return PublishedPort(draw(st.sampled_from(Protocol)), draw(numbers), draw(numbers), address)
+
+
+@st.composite
 def endpoints(draw: st.DrawFn) -> Endpoint:
     versions = draw(st.sampled_from([(4,), (6,), (4, 6)]))
     texts = {4: f"10.1.2.{draw(octets)}/24", 6: f"fd00::{draw(octets):x}/64"}
@@ -116,6 +125,8 @@ def endpoints(draw: st.DrawFn) -> Endpoint:
         default_route=draw(st.booleans()),
         netns_inode=draw(st.integers(0, (1 << 63) - 1)),
         pid_start_ticks=draw(st.integers(0, (1 << 63) - 1)),
+        parent=draw(st.none() | st.just("eth0")),
+        published=tuple(draw(st.lists(published_ports(), max_size=3))),
     )
 
 

@@ -19,6 +19,8 @@ COMMANDS = (
     "detach",
     "endpoint",
     "endpoint ls",
+    "endpoint publish",
+    "endpoint unpublish",
     "hosts",
     "host",
     "host rm",
@@ -71,7 +73,15 @@ def test_version() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["nothing", "network", "attach", "attach x --net a", "--nothing", "completion csh"],
+    [
+        "nothing",
+        "network",
+        "attach",
+        "attach x --net a",
+        "endpoint publish web",
+        "--nothing",
+        "completion csh",
+    ],
 )
 def test_usage_errors_are_one_line_and_status_2(arguments: str) -> None:
     done = client(*arguments.split())

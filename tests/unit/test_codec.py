@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from meshnet import codec
 from meshnet.codec import BadValueError
 from meshnet.errors import UsageError
-from meshnet.model import Claim, Mode, NetworkName, Reservation
+from meshnet.model import AddressHolder, Claim, HostId, Mode, NetworkName, Reservation
 from tests.unit import strategies
 from tests.values import make_endpoint, make_network
 
@@ -29,6 +29,7 @@ DECODERS: list[Callable[[bytes], object]] = [
     codec.decode_claim,
     codec.decode_endpoint,
     lambda raw: codec.decode_reservation(NetworkName("prod"), "10.42.3.0-24", raw),
+    codec.decode_address_holder,
 ]
 subnets = st.one_of(strategies.cidrs(4), strategies.cidrs(6))
 
@@ -62,6 +63,46 @@ def test_reservations(subnet: IpNetwork, host: Host) -> None:
     assert codec.decode_reservation(NetworkName("prod"), key, raw) == reservation
 
 
+@pytest.mark.parametrize(
+    ("holder", "raw"),
+    [
+        (AddressHolder(HostId("h1"), "0123456789ab"),
+         b'{"v":1,"host":"h1","endpoint":"0123456789ab"}'),
+        (AddressHolder(HostId("h1")), b'{"v":1,"host":"h1"}'),
+        (AddressHolder(HostId(""), held_by=bytes.fromhex("0a0b0c0d0e0f")),
+         b'{"v":1,"host":"","held_by":"0a:0b:0c:0d:0e:0f"}'),
+    ],
+)  # fmt: skip
+def test_address_holders(holder: AddressHolder, raw: bytes) -> None:
+    assert codec.encode_address_holder(holder) == raw
+    assert codec.decode_address_holder(raw) == holder
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"v":1,"host":""}',
+        b'{"v":1,"host":"h1","held_by":"0a:0b:0c:0d:0e:0f"}',
+        b'{"v":1,"host":"","endpoint":"0123456789ab","held_by":"0a:0b:0c:0d:0e:0f"}',
+        b'{"v":1,"host":"h1","endpoint":"../../x"}',
+        b'{"v":1,"host":"","held_by":"0a:0b:0c:0d:0e:0f\n"}',
+        b'{"v":2,"host":"h1"}',
+    ],
+)
+def test_hostile_address_holders(raw: bytes) -> None:
+    with pytest.raises(BadValueError):
+        codec.decode_address_holder(raw)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "10.0.0.01", "FD00::1", "fd00:0::1", "fe80::1%eth0", "a", "10/8"]
+)
+def test_keys_that_are_no_address(key: str) -> None:
+    with pytest.raises(BadValueError):
+        codec.address_from_key(key)
+    assert str(codec.address_from_key("fd00::1")) == "fd00::1"
+
+
 @pytest.mark.parametrize("decode", DECODERS)
 @given(raw=st.binary(max_size=200))
 def test_random_bytes(decode: Callable[[bytes], object], raw: bytes) -> None:
@@ -77,6 +118,7 @@ SAMPLES: list[dict[str, Any]] = [
         b'{"v":1,"instance":"i","underlay_ip":"10.9.0.1"}',
         codec.encode_endpoint(make_endpoint()),
         b'{"v":1,"host":"h1"}',
+        b'{"v":1,"host":"h1","endpoint":"0123456789ab"}',
     )
 ]
 values = st.recursive(
@@ -87,7 +129,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(len(DECODERS)))
 @given(data=st.data())
 def test_values_with_a_field_of_anything(index: int, data: st.DataObject) -> None:
     sample = SAMPLES[index]

@@ -38,6 +38,7 @@ def test_defaults() -> None:
     assert (config.lease_ttl_s, config.grace_s, config.resync_s) == (15, 3600, 60)
     assert (config.run_dir, config.state_dir) == ("/run/meshnet", "/var/lib/meshnet")
     assert (config.vxlan, config.log_level, config.log_format) == ("auto", "info", "text")
+    assert config.vtep_engine == "python"
     assert config.etcd_password is None
 
 
@@ -129,3 +130,37 @@ def test_any_text_is_taken_or_refused(name: str, value: str) -> None:
 def test_any_file_is_taken_or_refused(text: str) -> None:
     with contextlib.suppress(UsageError):
         load(toml=text)
+
+
+def test_a_setting_that_swallowed_the_secrets_line_is_not_repeated() -> None:
+    swallowed = 'vxlan = """\netcd-password = "hunter2"\n"""'
+    for toml in (swallowed, 'etcd-password = ["hunter2"]', 'etcd = "http://root:hunter2@h"'):
+        try:
+            shown = repr(load({"underlay-ip": "10.9.0.1", "etcd": None}, toml=toml))
+        except UsageError as error:
+            shown = str(error)
+        assert "hunter2" not in shown
+
+
+@pytest.mark.parametrize(
+    ("environment", "toml", "message"),
+    [
+        ({"MESHNET_ETCD_PASSWORD": "hunter2\udcff"}, None, "not UTF-8"),
+        ({"MESHNET_ETCD_PASSWORD": "hunter2\n"}, None, "line break"),
+        ({}, 'state-dir = "hunter2\\u0000"', "NUL"),
+        ({}, "grace = " + "9" * 5000, r"m\.toml"),
+        ({}, "grace = 0x" + "f" * 5000, "out of range"),
+        ({}, "grace = " + "[" * 5000, r"m\.toml"),
+    ],
+)
+def test_values_that_are_refused_and_not_repeated(
+    environment: dict[str, str], toml: str | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as refused:
+        load(environment=environment, toml=toml)
+    assert "hunter2" not in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+def test_an_empty_value_is_the_default() -> None:
+    assert load(environment={"MESHNET_RUN_DIR": ""}).run_dir == "/run/meshnet"

@@ -2,122 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import socket
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from meshnet.kernel.tun import Tun, Underlay
-from meshnet.vtep.counters import Counters
-from meshnet.vtep.peers import Own, Peer, PeerTable
-from meshnet.vtep.prober import Prober
-from meshnet.vtep.receiver import Receiver
-from meshnet.vtep.sender import Sender
+from meshnet.vtep.engine import ENGINES
 from meshnet.wire import virtio
-from tests.unit.packets import MACS, VNI, cut_by_kernel, tcp_packet, udp_packet, virtio_of
+from tests.unit.ends import MTU, NativeEnds, PythonEnds, datagrams_of
+from tests.unit.packets import cut_by_kernel, tcp_packet, udp_packet, virtio_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-MTU = 1450
-OWN_IP, PEER_IP = "192.0.2.1", "192.0.2.2"
-
-
-class Wire:
-    """A socket that keeps what is sent, or refuses it, and hands over what it is given."""
-
-    def __init__(self, refuse: dict[bool, int] | None = None) -> None:
-        self.sent: list[tuple[bytes, int]] = []
-        self.waiting: list[tuple[bytes, int]] = []
-        self._refuse = refuse or {}
-
-    def sendmsg(
-        self, buffers: Sequence[bytes], controls: Sequence[Any], _: int, address: tuple[str, int]
-    ) -> int:
-        assert address == (PEER_IP, 4789)
-        error = self._refuse.get(bool(controls))
-        if error:
-            raise OSError(error, os.strerror(error))
-        data = b"".join(buffers)
-        self.sent.append((data, int.from_bytes(controls[0][2], "little") if controls else 0))
-        return len(data)
-
-    def recvmsg_into(self, buffers: list[bytearray], *_: int) -> tuple[int, list[Any], int, Any]:
-        if not self.waiting:
-            raise BlockingIOError
-        data, size = self.waiting.pop(0)
-        buffers[0][: len(data)] = data
-        controls = [(17, 104, size.to_bytes(4, "little"))] if size else []
-        return len(data), controls, 0, (PEER_IP, 5)
-
-    def datagrams(self) -> list[bytes]:
-        found = []
-        for data, size in self.sent:
-            step = size or len(data)
-            found += [data[i : i + step] for i in range(0, len(data), step)]
-        return found
+Ends = PythonEnds | NativeEnds
+SEGMENT = {4: 1398, 6: 1378}
+"""Payload of segments as large as with timestamps."""
 
 
-class Ends:
-    """Host 1 with a peer, host 2; what is written to `tun` is what the kernel routes there."""
+@pytest.fixture(params=ENGINES)
+def make_ends(request: pytest.FixtureRequest) -> Iterator[Callable[..., Ends]]:
+    """What both engines have to do alike."""
+    with contextlib.ExitStack() as stack:
 
-    def __init__(self, refuse: dict[bool, int] | None, offload: bool, segmenting: bool) -> None:
-        self.tun, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        inner.setblocking(False)
-        self.tun.setblocking(False)
-        self._inner = inner
-        self.wire = Wire(refuse)
-        self.counters = Counters()
-        table = PeerTable(Own(VNI, MACS[1], 4789, 4))
-        document = {"underlay_ip": PEER_IP, "mac": MACS[0].hex(":"), "offload": offload,
-                    "subnets": ["10.42.2.0/24", "fd00:42:0:2::/64"]}  # fmt: skip
-        table.replace([document])
-        self.peer: Peer = table.by_underlay[PEER_IP]
-        underlay = Underlay(cast("Any", self.wire), "0.0.0.1", segmenting=segmenting, trains=True)
-        tun = Tun(inner.fileno(), "tu0", uso=True)
-        self.sender = Sender(tun, underlay, table, self.counters, MTU)
-        self.prober = Prober(cast("Any", self.wire), table, self.counters, None)
-        self.receiver = Receiver(tun, underlay, table, self.counters, MTU, self.prober)
-        # No way to anybody, so that it sends by the wire above.
-        self.sender._connect = lambda peer: False  # type: ignore[method-assign]
+        def make(*, offload: bool = False, segmenting: bool = True) -> Ends:
+            made: Ends
+            if request.param == "python":
+                made = PythonEnds(offload=offload, segmenting=segmenting)
+            else:
+                made = NativeEnds(offload=offload, segmenting=segmenting)
+            stack.callback(made.close)
+            return made
 
-    def close(self) -> None:
-        self.tun.close()
-        self._inner.close()
-
-    def route(self, packet: bytes, size: int = 0) -> None:
-        """Route a packet into the TUN."""
-        header = virtio.pack(*virtio_of(packet, size)) if size else virtio.PLAIN
-        self.tun.send(header + packet)
-
-    def read(self) -> list[bytes]:
-        """IP packets that were written to the TUN."""
-        found = []
-        while True:
-            try:
-                found += cut_by_kernel(self.tun.recv(70_000))
-            except BlockingIOError:
-                return found
+        yield make
 
 
 @pytest.fixture
-def make_ends() -> Iterator[Callable[..., Ends]]:
-    made: list[Ends] = []
+def make_python_ends() -> Iterator[Callable[..., PythonEnds]]:
+    """With an underlay that refuses: the native engine calls the real one."""
+    with contextlib.ExitStack() as stack:
 
-    def make(
-        refuse: dict[bool, int] | None = None, *, offload: bool = False, segmenting: bool = True
-    ) -> Ends:
-        made.append(Ends(refuse, offload, segmenting))
-        return made[-1]
+        def make(refuse: dict[bool, int] | None = None, *, segmenting: bool = True) -> PythonEnds:
+            made = PythonEnds(refuse, segmenting=segmenting)
+            stack.callback(made.close)
+            return made
 
-    yield make
-    for ends in made:
-        ends.close()
+        yield make
 
 
-def _back(ends: Ends, datagram: bytes) -> bytes:
+def _back(datagram: bytes) -> bytes:
     """A datagram to the peer as one from it: addresses and MACs the other way round."""
     data = bytearray(datagram)
     data[8:14], data[14:20] = data[14:20], data[8:14]
@@ -135,7 +72,7 @@ def _back(ends: Ends, datagram: bytes) -> bytes:
 def test_there_and_back(make_ends: Callable[..., Ends], version: int, offload: bool) -> None:
     """Packets of all kinds, in one go, come back as they were cut."""
     ends = make_ends(offload=offload)
-    packets = [(tcp_packet(version, bytes(range(256)) * 100, unfinished=True), 1398)]
+    packets = [(tcp_packet(version, bytes(range(256)) * 100, unfinished=True), SEGMENT[version])]
     packets += [(udp_packet(version, bytes((i,)) * 64, ident=i), 0) for i in range(100)]
     sizes = (0, 1, 700, 1300, 100, 100, 99, 100)
     packets += [(udp_packet(version, bytes(n), ident=500 + i), 0) for i, n in enumerate(sizes)]
@@ -144,20 +81,18 @@ def test_there_and_back(make_ends: Callable[..., Ends], version: int, offload: b
         ends.route(packet, size)
         header = virtio.pack(*virtio_of(packet, size)) if size else virtio.PLAIN
         expected += cut_by_kernel(header + packet)
-    while ends.sender.pump(64):
-        pass
-    sent = ends.wire.sent
+    ends.carry_out()
+    sent = ends.take_sent()
     assert len(sent) < 12
     assert ends.peer.tx_packets == len(expected)
     assert ends.peer.tx_calls == len(sent)
     for data, size in sent:
         step = size or len(data)
-        parts = [_back(ends, data[i : i + step]) for i in range(0, len(data), step)]
-        ends.wire.waiting.append((b"".join(parts), size))
-    while ends.receiver.pump(4):
-        pass
+        parts = [_back(data[i : i + step]) for i in range(0, len(data), step)]
+        ends.hand(b"".join(parts), size)
+    ends.carry_in()
     got = ends.read()
-    forth = [_back(ends, bytes(22) + packet)[22:] for packet in expected]
+    forth = [_back(bytes(22) + packet)[22:] for packet in expected]
     assert got == forth
     assert ends.peer.rx_packets == len(expected)
     assert not ends.peer.drops
@@ -171,31 +106,25 @@ def test_the_end_of_a_super_packet_follows(
 ) -> None:
     """64 KiB come as two trains, and are written as one super-packet again, if they are one."""
     ends = make_ends(offload=True)
-    whole = tcp_packet(version, os.urandom(46 * 1398), unfinished=True, flags=0x18, ident=0xFFF0)
-    ends.route(whole, 1398)
-    ends.sender.pump(2)
-    assert [len(data) // size for data, size in ends.wire.sent] == [44, 2]
-    for data, size in ends.wire.sent:
-        parts = [_back(ends, data[i : i + size]) for i in range(0, len(data), size)]
+    size = SEGMENT[version]
+    whole = tcp_packet(version, os.urandom(46 * size), unfinished=True, flags=0x18, ident=0xFFF0)
+    ends.route(whole, size)
+    ends.carry_out()
+    sent = ends.take_sent()
+    assert [len(data) // size for data, size in sent] == [44, 2]
+    expected = []
+    for data, size in sent:
+        parts = [_back(data[i : i + size]) for i in range(0, len(data), size)]
         if change == "gap" and len(parts) == 2:
             parts = [tcp_like(p, seq=9) for p in parts]
         if change == "push" and len(parts) == 44:
             parts[-1] = tcp_like(parts[-1], flags=0x18)
         if change == "other" and len(parts) == 2:
             parts = [tcp_like(p, window=3) for p in parts]
-        ends.wire.waiting.append((b"".join(parts), size))
-    expected = [
-        data[i : i + size][22:]
-        for data, size in ends.wire.waiting
-        for i in range(0, len(data), size)
-    ]
-    ends.receiver.pump(4)
-    written = []
-    while True:
-        try:
-            written.append(ends.tun.recv(70_000))
-        except BlockingIOError:
-            break
+        ends.hand(b"".join(parts), size)
+        expected += [part[22:] for part in parts]
+    ends.carry_in()
+    written = ends.take_writes()
     assert len(written) == (2 if change else 1)
     got = [packet for data in written for packet in cut_by_kernel(data)]
     assert [_without_check(p) for p in got] == [_without_check(p) for p in expected]
@@ -216,32 +145,44 @@ def _without_check(packet: bytes) -> bytes:
     return packet[:at] + packet[at + 2 :]
 
 
-@pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL, errno.EMSGSIZE])
-def test_a_kernel_that_does_not_segment(make_ends: Callable[..., Ends], error: int) -> None:
+def test_a_kernel_that_does_not_segment(make_ends: Callable[..., Ends]) -> None:
     packet = tcp_packet(4, bytes(10_000), unfinished=True)
-    whole = make_ends()
-    refusing = make_ends({True: error})
-    lacking = make_ends(segmenting=False)
-    for ends in (whole, refusing, lacking):
+    found = []
+    for segmenting in (True, False):
+        ends = make_ends(segmenting=segmenting)
         ends.route(packet, 1000)
-        assert ends.sender.pump(2) == 1
-    assert [size for _, size in refusing.wire.sent] == [0] * 10
-    assert whole.wire.datagrams() == refusing.wire.datagrams() == lacking.wire.datagrams()
-    assert refusing.peer.tx_packets == 10
-    assert not refusing.peer.drops
+        ends.carry_out()
+        found.append(ends.take_sent())
+        assert ends.peer.tx_packets == 10
+    assert [size for _, size in found[1]] == [0] * 10
+    assert datagrams_of(found[0]) == datagrams_of(found[1])
 
 
-def test_what_the_underlay_refuses_is_counted(make_ends: Callable[..., Ends]) -> None:
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL, errno.EMSGSIZE])
+def test_a_link_that_does_not_segment(
+    make_python_ends: Callable[..., PythonEnds], error: int
+) -> None:
+    packet = tcp_packet(4, bytes(10_000), unfinished=True)
+    ends = make_python_ends({True: error})
+    ends.route(packet, 1000)
+    ends.carry_out()
+    assert [size for _, size in ends.take_sent()] == [0] * 10
+    assert ends.peer.tx_packets == 10
+    assert not ends.peer.drops
+
+
+def test_what_the_underlay_refuses_is_counted(
+    make_python_ends: Callable[..., PythonEnds],
+) -> None:
     for error, reason in (
         (errno.EAGAIN, "tx_congested"),
         (errno.EMSGSIZE, "tx_too_big"),
         (errno.EPERM, "tx_EPERM"),
     ):
-        ends = make_ends({False: error, True: error})
+        ends = make_python_ends({False: error, True: error})
         ends.route(udp_packet(4, bytes(5)))
         ends.route(tcp_packet(4, bytes(3000), unfinished=True), 1000)
-        assert ends.sender.one() == 1
-        assert ends.sender.pump(8) == 1
+        ends.carry_out()
         assert ends.peer.drops == {reason: 4}
 
 
@@ -251,22 +192,21 @@ def test_answers_are_limited(make_ends: Callable[..., Ends]) -> None:
     stranger[16:20] = bytes((10, 42, 77, 1))
     for _ in range(150):
         ends.route(bytes(stranger))
-        ends.sender.one()
-        ends.sender.pump(2)
+        ends.carry_out()
     assert ends.counters.drops == {"no_peer": 150}
     assert len(ends.read()) == 100
-    assert not ends.wire.sent
+    assert not ends.take_sent()
 
 
 def test_a_packet_of_a_larger_mtu_is_refused(make_ends: Callable[..., Ends]) -> None:
     ends = make_ends()
     ends.route(udp_packet(4, bytes(MTU - 27)))
     ends.route(udp_packet(4, bytes(MTU - 28)))
-    assert ends.sender.pump(4) == 2
+    ends.carry_out()
     (answer,) = ends.read()
     assert answer[20:22] == b"\x03\x04"
     assert int.from_bytes(answer[26:28], "big") == MTU
-    assert len(ends.wire.datagrams()) == 1
+    assert len(ends.take_sent()) == 1
 
 
 @pytest.mark.parametrize("data", [b"", b"\x45", bytes(10), bytes(60), b"\x45" + bytes(9)])
@@ -275,6 +215,21 @@ def test_nonsense_from_the_tun(make_ends: Callable[..., Ends], data: bytes) -> N
     for header in (virtio.PLAIN, virtio.pack(1, 1, 0, 0, 0, 0), virtio.pack(1, 5, 9, 9, 9, 9)):
         ends.tun.send(header + data)
         ends.tun.send(header + data)
-        ends.sender.one()
-        ends.sender.pump(4)
-    assert not ends.wire.sent
+        ends.carry_out()
+    assert not ends.take_sent()
+
+
+@given(st.binary(max_size=120), st.integers(0, 255), st.integers(0, 3000), st.integers(0, 255),
+       st.integers(0, 255), st.integers(20, 40))  # fmt: skip
+def test_what_the_tun_never_says(
+    data: bytes, kind: int, size: int, start: int, offset: int, length: int
+) -> None:
+    """Headers that fit nothing, before packets to a member: dropped, or sent as far as they go."""
+    packet = bytearray(tcp_packet(4, data, unfinished=True)[: length + len(data)])
+    with contextlib.closing(NativeEnds()) as ends:
+        ends.tun.send(virtio.pack(1, kind, 0, size, start, offset) + packet)
+        ends.tun.send(virtio.pack(1, 0, 0, size, start, offset) + packet)
+        ends.carry_out()
+        ends.route(udp_packet(4, b"alive"))
+        ends.carry_out()
+        assert ends.take_sent()[-1][0].endswith(b"alive")

@@ -14,6 +14,7 @@ from meshnet.plan import plan_mesh
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     AddressKey,
+    ElementKey,
     FdbKey,
     KernelState,
     Link,
@@ -56,6 +57,8 @@ def damaged(draw: st.DrawFn, state: KernelState) -> KernelState:
         after[name] = kept
     firewalls: list[str | None] = [state.firewall, None, ""]
     after["firewall"] = draw(st.sampled_from(firewalls))
+    if after["firewall"] is None:
+        after["elements"] = {}
     return replace(state, **after)
 
 
@@ -153,6 +156,7 @@ def test_each_operation_knows_whether_the_object_is_there(
     names = {
         Table.LINK: "links", Table.ADDRESS: "addresses", Table.NEIGHBOUR: "neighbours",
         Table.FDB: "fdb", Table.NEXTHOP: "nexthops", Table.ROUTE: "routes",
+        Table.ELEMENT: "elements",
     }  # fmt: skip
     state = actual
     for op in diff(desired, actual):
@@ -226,14 +230,15 @@ def test_endpoint_links_are_neither_made_nor_deleted() -> None:
     without = plan_for(snapshot, make_underlay()).state
     assert missing_endpoint_links(with_one, without) == {"mne0123456789ab"}
     assert missing_endpoint_links(without, with_one) == set()
-    assert diff(with_one, without) == diff(without, with_one) == []
+    for desired, actual in ((with_one, without), (without, with_one)):
+        assert {op.table for op in diff(desired, actual)} == {Table.ELEMENT}
 
 
 def test_operations_say_what_they_do() -> None:
     plan = plan_for(make_snapshot([make_network()], 2), make_underlay(peers=1))
     texts = {str(op) for op in diff(plan.state, KernelState())}
     assert {
-        "create firewall inet meshnet",
+        "create firewall meshnet",
         "change sysctl net/ipv4/conf/eth0/forwarding",
         "create link mnv4097",
         "create address 10.42.0.1/24 on mnb4097",
@@ -243,3 +248,5 @@ def test_operations_say_what_they_do() -> None:
         "create route 10.42.1.0/24",
     } <= texts
     assert str(Op(Table.LINK, "mnb7", None, True)) == "delete link mnb7"
+    element = Op(Table.ELEMENT, ElementKey("members4", b"\x0a\x09\0\2"), None, True)
+    assert str(element) == "delete element { 10.9.0.2 } of set members4"

@@ -158,3 +158,10 @@ def test_nftables() -> None:
     assert not nftables_concerns_us(rules(15, "meshnet"))  # a new generation, of any table
     assert not nftables_concerns_us(rules(2, "meshnet", subsystem=1))
     assert not nftables_concerns_us(b"")
+
+
+def test_a_link_that_is_waited_for(events: EventFilter) -> None:
+    assert not events.concerns_us(link(OTHER, "eth7"))
+    events.look_at({BRIDGE}, {OWN}, {UNDERLAY}, {"eth7"})
+    assert events.concerns_us(link(OTHER, "eth7"))
+    assert not events.concerns_us(link(OTHER, "eth8"))

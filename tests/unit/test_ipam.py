@@ -17,9 +17,13 @@ from meshnet.ipam import (
     COOLDOWN,
     AddressPool,
     check_host_prefix,
+    check_pool_address,
+    choose_address,
     choose_subnet,
     gateway_of,
+    pool_range,
 )
+from meshnet.model import AddressRange, Mode
 from tests.unit import strategies
 from tests.values import IPV4, IPV6, make_network
 
@@ -223,3 +227,55 @@ def test_a_pool_of_one() -> None:
     addresses = AddressPool("prod", replace(make_network(), host_prefix=30).subnets[0])
     assert str(addresses.take()) == "10.42.0.2"
     assert str(pool("10.42.3.0/30").take()) == "10.42.3.2"
+
+
+# --- pools of underlay networks -----------------------------------------------------------------
+
+
+def physical(cidr: str, *ends: str) -> Network:
+    ranges = (AddressRange(*(ip_address(e) for e in ends)),) if ends else ()
+    return make_network(subnets=(cidr,), mode=Mode.MACVLAN, parent="eth0", ranges=ranges)
+
+
+@pytest.mark.parametrize(
+    ("cidr", "ends", "first", "last"),
+    [
+        ("192.0.2.0/29", (), "192.0.2.1", "192.0.2.6"),
+        ("192.0.2.0/24", ("192.0.2.0", "192.0.2.255"), "192.0.2.1", "192.0.2.254"),
+        ("192.0.2.0/24", ("192.0.2.9", "192.0.2.9"), "192.0.2.9", "192.0.2.9"),
+        ("2001:db8::/64", (), "2001:db8::1", "2001:db8::1:0:0"),
+        ("2001:db8::/126", (), "2001:db8::1", "2001:db8::3"),
+    ],
+)
+def test_what_a_pool_is(cidr: str, ends: tuple[str, ...], first: str, last: str) -> None:
+    version = ip_network(cidr).version
+    assert pool_range(physical(cidr, *ends), version) == (ip_address(first), ip_address(last))
+
+
+@given(st.sets(st.integers(0, 15)), st.none() | st.integers(0, 2**32))
+def test_every_free_address_of_a_pool_is_given_out(held: set[int], seed: int | None) -> None:
+    network = physical("192.0.2.0/28")
+    taken = {ip_address("192.0.2.0") + n for n in held}
+    random_below = random.Random(seed).randrange if seed is not None else None
+    free = {ip_address("192.0.2.0") + n for n in range(1, 15)} - taken
+    found = []
+    for _ in range(len(free)):
+        found.append(choose_address(network, 4, taken, random_below=random_below))
+        taken.add(found[-1])
+    assert sorted(found) == sorted(free)
+    assert random_below is not None or found == sorted(free)
+    with pytest.raises(PoolExhaustedError, match=r"192\.0\.2\.1-192\.0\.2\.14"):
+        choose_address(network, 4, taken, random_below=random_below)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [("2001:db8::1", "IPv6"), ("192.0.3.1", "outside"), ("192.0.2.99", "outside"),
+     ("192.0.2.101", "gateway's or a host's")],
+)  # fmt: skip
+def test_addresses_that_a_pool_does_not_give(wanted: str, message: str) -> None:
+    network = physical("192.0.2.0/24", "192.0.2.100", "192.0.2.200")
+    excluded = {ip_address("192.0.2.101")}
+    with pytest.raises(UsageError, match=message):
+        check_pool_address(network, ip_address(wanted), excluded)
+    check_pool_address(network, ip_address("192.0.2.100"), excluded)

@@ -19,7 +19,8 @@ MESHNET = Path(meshnet.__path__[0])
 AGENT = Path(meshnet_agent.__path__[0])
 EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep")
 PURE_IN_EDGES = {
-    "store/mirror.py", "store/registry.py", "store/__init__.py", "kernel/ordering.py",
+    "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
+    "kernel/ordering.py",
     "runtime/oci.py", "runtime/names.py", "runtime/options.py", "runtime/seccomp.py",
     "runtime/spec.py", "runtime/users.py",
 }  # fmt: skip

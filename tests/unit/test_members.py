@@ -34,6 +34,10 @@ def silent(made: PeerTable) -> Prober:
     return Prober(cast("Any", None), made, Counters(), None)
 
 
+def make_control(made: PeerTable) -> Control:
+    return Control(made, Counters(), {"pid": 1}, silent(made), lambda: None, lambda: None)
+
+
 def peer(i: int, *subnets: str, **changes: object) -> dict[str, Any]:
     return {
         "underlay_ip": f"192.0.{i >> 8}.{i & 255}",
@@ -141,7 +145,7 @@ def test_any_request_is_answered(
     op: str, request_: dict[str, Any], value: object, key: str
 ) -> None:
     made = table()
-    control = Control(made, Counters(), {"pid": 1}, lambda: None, silent(made))
+    control = make_control(made)
     answer = json.loads(control.answer(json.dumps({"v": 1, "op": op, **request_}).encode()))
     assert answer["v"] == 1
     assert answer["ok"] or answer["error"]
@@ -152,7 +156,7 @@ def test_any_request_is_answered(
 
 @given(st.binary(max_size=200))
 def test_any_line_is_answered(line: bytes) -> None:
-    control = Control(table(), Counters(), {}, lambda: None, silent(table()))
+    control = make_control(table())
     assert json.loads(control.answer(line))["ok"] is False
     assert not control.quitting
 

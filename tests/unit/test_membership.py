@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from meshnet.errors import StoreUnavailableError
+from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.model import Claim, Host, HostId, NetworkName, Reservations
+from meshnet.store import Put
 from meshnet.store.memory import MemoryStore
+from meshnet.store.mirror import SUBNETS
 from meshnet.store.registry import Registry
 from meshnet_agent.membership import Membership
 from tests.values import ME, make_network, make_snapshot, underlay_ip
@@ -173,3 +175,36 @@ async def test_a_snapshot_that_lags_behind_makes_no_second_reservation(
             await trio.sleep(1)
         nursery.cancel_scope.cancel()
     assert len((await registry.snapshot()).reservations[network.name]) == 1
+
+
+class Denying(MemoryStore):
+    """A store whose user may write no reservation of network ``prod``."""
+
+    async def commit(self, when: Sequence[Condition], then: Sequence[Write]) -> Commit:
+        if any(isinstance(w, Put) and w.key.startswith(f"{SUBNETS}prod/") for w in then):
+            raise PolicyRefusedError("permission denied")
+        return await super().commit(when, then)
+
+
+async def test_a_network_that_may_not_be_joined_holds_up_no_other(
+    autojump_clock: MockClock,
+) -> None:
+    registry = Registry(Denying())
+    for network in (make_network(), make_network("test", ("10.43.0.0/16",), 7)):
+        await registry.create_network(lambda _, made=network: made, network.vni)  # type: ignore[misc]
+    membership = Membership(
+        registry,
+        Host(id=ME, underlay_ip=underlay_ip(1)),
+        Claim(instance="h1", underlay_ip=underlay_ip(1)),
+        ttl_s=15,
+        check_store=trio.lowlevel.checkpoint,
+        on_change=lambda: None,
+    )
+    await membership.join()
+    membership.follow(await registry.snapshot())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(membership.reserve)
+        await trio.sleep(5)
+        nursery.cancel_scope.cancel()
+    assert (await registry.snapshot()).reserved_by(ME).keys() == {"test"}
+    assert str(membership.errors[PROD]) == "permission denied"

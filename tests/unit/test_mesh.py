@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from meshnet.backends import HostLink
+from meshnet.backends.macvlan import shim_name
 from meshnet.diff import diff
 from meshnet.errors import ConflictError, PoolExhaustedError
-from meshnet.model import HostId, NetworkName
+from meshnet.model import HostId, Mode, NetworkName
 from meshnet.state import KernelState
 from meshnet.store import Delete, DeletePrefix
 from meshnet.store.mirror import ALIVE, SUBNETS, host_key
 from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, Mesh, full_mesh, kinds, open_mesh, until
+from tests.values import make_network
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trio.testing import MockClock
 
+    from meshnet.model import Network, Vni
     from meshnet.state import RouteKey
 
 N = 8
@@ -231,3 +235,39 @@ async def test_two_agents_with_copies_of_one_state_directory_do_not_storm_the_st
         before = (await mesh.snapshot()).revision
         await trio.sleep(60)
         assert (await mesh.snapshot()).revision - before < 1_000
+
+
+async def test_a_physical_network_and_its_link(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """A host has it while it has the link; its own address outlives both it and the agent."""
+    async with open_mesh(tmp_path) as mesh:
+
+        def build(vni: Vni) -> Network:
+            return make_network(
+                "phys", ("10.9.0.0/16", "fd09::/64"), vni, mode=Mode.MACVLAN, parent="eth7",
+                host_access=True,
+            )  # fmt: skip
+
+        network = await mesh.registry.create_network(build, None)
+        node = mesh.add_node()
+        await mesh.start(node)
+        outcome = node.running.reconciler.result.networks[network.name]
+        assert outcome.refused
+        assert "eth7" in outcome.errors[0]
+        assert node.state().links == {}
+        node.kernel.host_links["eth7"] = HostLink(1400)
+        assert node.kernel.on_change is not None
+        node.kernel.on_change()
+        shim = shim_name(network)
+        await until(lambda: shim in node.state().links, "the host has its macvlan")
+        assert node.state().links[shim].mtu_bytes == 1400
+        before = node.state()
+        assert {len(a.address) for a in before.addresses} == {4, 16}
+        await node.crash()
+        writes = node.kernel.writes
+        await mesh.start(node)
+        assert node.state() == before
+        assert node.kernel.writes == writes
+        del node.kernel.host_links["eth7"]
+        node.kernel.on_change()
+        await until(lambda: shim not in node.state().links, "the network is refused")
+        assert node.running.pool.host_addresses.keys() == {network.name}

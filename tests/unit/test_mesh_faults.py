@@ -8,8 +8,9 @@ import pytest
 import trio
 
 from meshnet.diff import Table
+from meshnet.errors import KernelRefusedError
 from meshnet.model import HostId, NetworkName
-from meshnet.state import FdbKey
+from meshnet.state import ElementKey, FdbKey, Ruleset
 from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
@@ -147,7 +148,7 @@ async def test_each_kernel_operation_fails_once(tmp_path: Path, autojump_clock: 
             await mesh.registry.remove_host(HostId(node.id))
 
 
-@pytest.mark.parametrize("table", [t for t in Table if t is not Table.MEMBER])
+@pytest.mark.parametrize("table", [t for t in Table if t not in (Table.ELEMENT, Table.MEMBER)])
 async def test_a_failure_that_lasts_holds_nothing_else_up(
     tmp_path: Path, autojump_clock: MockClock, table: Table
 ) -> None:
@@ -177,6 +178,8 @@ async def test_what_is_broken_by_hand_is_mended(
         node = mesh.nodes[0]
         before = node.essence()
         (entry, *_), (neighbour, *_) = before.fdb, before.neighbours
+        element = ElementKey("members4", mesh.nodes[1].ip.packed)
+        assert element in before.elements
         breakages = [
             (Table.LINK, "mnv4097", None),
             (Table.LINK, "mnb4097", None),
@@ -186,7 +189,10 @@ async def test_what_is_broken_by_hand_is_mended(
             (Table.FDB, FdbKey("mnv4097", bytes(6)), bytes((10, 9, 0, 99))),
             (Table.NEIGHBOUR, neighbour, None),
             (Table.NEXTHOP, min(node.state().nexthops), None),
-            (Table.FIREWALL, "", ""),
+            (Table.FIREWALL, "", Ruleset("", {})),
+            (Table.FIREWALL, "", None),
+            (Table.ELEMENT, element, None),
+            (Table.ELEMENT, ElementKey("members4", bytes((10, 9, 0, 99))), b""),
             (Table.SYSCTL, "net/ipv4/conf/eth0/forwarding", "0"),
         ]
         if not notified:
@@ -223,13 +229,46 @@ async def test_the_underlay_address_goes_and_comes_back(
         node = mesh.nodes[0]
         before = node.essence()
         address = node.kernel.underlay_ips.pop()
-        node.kernel.by_hand(Table.FIREWALL, "", "")
+        node.kernel.by_hand(Table.FIREWALL, "", Ruleset("", {}))
         await trio.sleep(2 * RESYNC_S)
         assert not node.running.reconciler.in_sync
         assert node.essence().routes == before.routes
         node.kernel.underlay_ips.append(address)
         await until(lambda: node.essence() == before, "it goes on", RESYNC_S)
         await until(lambda: node.running.reconciler.in_sync, "and says so", 5)
+
+
+async def test_settling_waits_for_a_pass_that_began_later(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 2)
+        node = mesh.nodes[0]
+        reconciler = node.running.reconciler
+        key, route = next(iter(node.state().routes.items()))
+
+        def somebody_breaks_it() -> None:
+            del node.kernel._state.routes[key]  # without a word: `by_hand` would set off a pass
+
+        passes = reconciler.full_passes
+        async with trio.open_nursery() as nursery:
+            reconciler.mark_dirty()
+            await trio.lowlevel.checkpoint()  # a pass is under way
+            somebody_breaks_it()
+            for _ in range(3):
+                nursery.start_soon(reconciler.settle)
+        assert node.state().routes[key] == route
+        assert reconciler.full_passes <= passes + 3  # one serves all who wait
+        address = node.kernel.underlay_ips.pop()
+        with pytest.raises(KernelRefusedError, match="no pass can run on this host"):
+            await reconciler.settle()
+        node.kernel.underlay_ips.append(address)
+        await reconciler.settle()
+        node.kernel.by_hand(Table.FIREWALL, "", None)
+        node.kernel.fail_next(Table.FIREWALL)
+        with pytest.raises(KernelRefusedError, match="the firewall cannot be changed"):
+            await reconciler.settle()
+        await reconciler.settle()
 
 
 async def test_a_link_that_is_refused_for_ever_is_tried_ever_more_rarely(
@@ -264,6 +303,9 @@ async def test_a_grace_period_that_ends_over_a_hole_deletes_nothing(
         before = node.essence()
         await trio.sleep(2 * GRACE_S)
         assert node.essence() == before
+        # Nor does loading the firewall again.
+        node.kernel.by_hand(Table.FIREWALL, "", Ruleset("", before.elements))
+        await until(lambda: node.essence() == before, "the firewall is mended", 5)
         await mesh.store.commit([], [Delete(hole)])
         await until(lambda: len(node.state().fdb) == 1, "then it does", RESYNC_S)
 

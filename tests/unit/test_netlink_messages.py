@@ -205,7 +205,7 @@ def test_a_route_of_ours_that_was_given_another_way(kind: int, attributes: bytes
 @pytest.mark.parametrize("text", ["10.42.3.2/24", "fd00::2/64"])
 def test_addresses(text: str) -> None:
     interface = ip_interface(text)
-    found = links.decode_address(body_of(links.encode_address(interface, IFINDEX)))
+    (found,) = links.decode_addresses([body_of(links.encode_address(interface, IFINDEX))])
     assert found == links.AddressInfo(
         IFINDEX, interface.ip.packed, interface.network.prefixlen, links.RT_SCOPE_UNIVERSE
     )
@@ -261,7 +261,7 @@ def test_answers_to_route_lookups() -> None:
 
 DECODERS: list[Callable[[Body], object]] = [
     links.decode_link,
-    links.decode_address,
+    lambda body: list(links.decode_addresses([body])),
     lambda body: bulk.decode_routes([body], {}),
     lambda body: bulk.decode_route_lookup(body[0][body[1] : body[2]]),
     lambda body: bulk.decode_neighbours([body], DEV, IFINDEX),

@@ -224,7 +224,7 @@ def crowd() -> tuple[Mesh, CountingKernel, Passes]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "writes"), [("move", 1), ("leave", 4), ("forget", 4), ("expire", 4)]
+    ("kind", "writes"), [("move", 3), ("leave", 5), ("forget", 5), ("expire", 5)]
 )
 def test_one_host_costs_one_hosts_work(
     crowd: tuple[Mesh, CountingKernel, Passes], kind: str, writes: int
@@ -315,5 +315,5 @@ def test_progress_tells_what_is_left(crowd: tuple[Mesh, CountingKernel, Passes])
     kernel.__class__ = Watched
     mesh.change("leave", HostId("h7"), 0)
     passes.run_part(kernel, part(mesh.snapshot(), mesh.touched))
-    assert max(seen) == 4
+    assert max(seen) == 5
     assert passes.progress.left == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +15,7 @@ from meshnet.model import Datapath, HostId, Mode, NetworkName, Reservations
 from meshnet.plan import LocalView, check_mode, plan_mesh, probed_peers
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
+    AddressKey,
     KernelState,
     LinkKind,
     Nexthop,
@@ -150,10 +151,10 @@ def test_networks_this_host_has_no_part_in() -> None:
     plan = plan_for(snapshot, make_underlay(), host=HostId("h2"))
     assert plan.state == KernelState()
     assert "no subnet" in errors_of(plan)
-    other_mode = make_snapshot([make_network(mode=Mode.MACVLAN)], 1)
+    other_mode = make_snapshot([make_network(mode=Mode.UNDERLAY_BRIDGE)], 1)
     plan = plan_for(other_mode, make_underlay())
     assert plan.state == KernelState()
-    assert "macvlan" in errors_of(plan)
+    assert "underlay-bridge" in errors_of(plan)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,57 @@ def test_a_fallback_needs_a_port_of_its_own() -> None:
 def test_modes() -> None:
     check_mode(Mode.VXLAN)
     with pytest.raises(UsageError, match="vxlan"):
-        check_mode(Mode.MACVLAN)
+        check_mode(Mode.UNDERLAY_BRIDGE)
+
+
+# --- macvlan --------------------------------------------------------------------------------------
+
+PHYSICAL = make_network("phys", ("10.9.0.0/16",), 9, mode=Mode.MACVLAN, parent="eth0")
+
+
+def test_macvlan_needs_nothing_of_the_host() -> None:
+    plan = plan_for(make_snapshot([PHYSICAL], 3), make_underlay(peers=2))
+    assert plan.state == KernelState()
+    planned = plan.networks[PHYSICAL.name].plan
+    assert planned is not None
+    assert (planned.uplink, planned.endpoint_link) == ("eth0", LinkKind.MACVLAN)
+    # Nor does it change anything for an overlay, or for what leaves that for the physical network.
+    alone = plan_for(make_snapshot([DUAL], 3), make_underlay(peers=2))
+    both = plan_for(make_snapshot([DUAL, PHYSICAL], 3), make_underlay(peers=2))
+    assert both.state == alone.state
+
+
+@pytest.mark.parametrize(
+    ("parent_mtu", "wanted", "mtu", "errors"),
+    [(1400, None, 1400, 0), (1500, 1300, 1300, 0), (1400, 1500, 1400, 1)],
+)
+def test_mtu_of_macvlans(parent_mtu: int, wanted: int | None, mtu: int, errors: int) -> None:
+    network = replace(PHYSICAL, mtu_bytes=wanted)
+    plan = plan_for(make_snapshot([network], 1), make_underlay(mtu_bytes=parent_mtu))
+    outcome = plan.networks[network.name]
+    assert outcome.plan is not None
+    assert (outcome.plan.mtu_bytes, len(outcome.errors)) == (mtu, errors)
+
+
+def test_a_host_that_is_not_on_the_physical_network() -> None:
+    plan = plan_for(make_snapshot([replace(PHYSICAL, parent="eth7")], 1), make_underlay())
+    outcome = plan.networks[PHYSICAL.name]
+    assert outcome.plan is None
+    assert outcome.refused
+    assert "eth7" in outcome.errors[0]
+
+
+def test_a_host_reaches_its_own_endpoints_by_a_macvlan() -> None:
+    own = {PHYSICAL.name: (ip_address("10.9.8.1"),)}
+    endpoint = replace(make_endpoint(("10.9.8.2/16",)), network=PHYSICAL.name, parent="eth0")
+    snapshot = make_snapshot([replace(PHYSICAL, host_access=True)], 1)
+    state = plan_for(snapshot, make_underlay(), endpoints=[endpoint], addresses=own).state
+    shim = state.links["mns9"]
+    assert (shim.kind, shim.parent) == (LinkKind.MACVLAN, "eth0")
+    assert {("ipv4", "forwarding", "0"), ("ipv4", "arp_ignore", "1")} <= set(shim.sysctls)
+    first, second = (ip_address(a).packed for a in ("10.9.8.1", "10.9.8.2"))
+    assert state.addresses == {AddressKey("mns9", first, 32): True}
+    assert state.routes == {RouteKey(second, 32): Route(0, first, Nexthop("mns9", b""))}
 
 
 # --- hosts that are gone, and reservations that are wrong -----------------------------------------

@@ -13,7 +13,7 @@ import trio
 
 from meshnet import codec
 from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError, UsageError
-from meshnet.model import Claim, Endpoint, Host, HostId, NetworkName
+from meshnet.model import Claim, Endpoint, Host, HostId, Mode, NetworkName
 from meshnet.store import Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS, host_key, subnet_key
@@ -441,6 +441,7 @@ async def test_networks_get_the_lowest_free_vni(registry: Registry) -> None:
         (("10.50.0.0/16", IPV6), {}, "overlaps"),
         (("10.9.0.0/16",), {}, r"contains 10\.9\.0\.1"),
         (("10.50.0.0/16",), {"name": "broken"}, "cannot be read"),
+        (("10.50.0.0/16",), {"mode": Mode.UDP}, "UDP port 4789 is network prod's.* --port"),
     ],
 )
 async def test_networks_that_conflict(

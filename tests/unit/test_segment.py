@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.vxlan import VXLAN
 
+from meshnet.vtep.engine import ENGINES
 from meshnet.wire import virtio
 from meshnet.wire.checksum import finished, ones_sum
 from meshnet.wire.coalesce import Coalescer, TrainJoiner
@@ -18,6 +20,7 @@ from meshnet.wire.inner import Inner, describe
 from meshnet.wire.segment import Cutter, complete
 from meshnet.wire.vxlan import ENCAPSULATION_BYTES, Encapsulation
 from tests.unit import packets
+from tests.unit.ends import NativeEnds, datagrams_of
 from tests.unit.packets import (
     cut_by_kernel,
     datagrams,
@@ -29,6 +32,8 @@ from tests.unit.packets import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from meshnet.wire import Buffer
 
 MTU = 1450
@@ -37,7 +42,27 @@ versions = st.sampled_from([4, 6])
 sizes = st.one_of(st.integers(536, 1398), st.just(1398), st.integers(64, 200))
 
 
-def cut(packet: bytes, size: int, *, remote: bool = False) -> list[bytes]:
+engines = pytest.mark.parametrize("engine", ENGINES)
+_native: dict[int, NativeEnds] = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _native_ends() -> Iterator[None]:
+    """Hosts 1 and 2 with the native engine, for all tests and their examples."""
+    with contextlib.ExitStack() as stack:
+        for host in (1, 2):
+            _native[host] = NativeEnds(host, mtu_bytes=1500)
+            stack.callback(_native[host].close)
+        yield
+
+
+def cut(packet: bytes, size: int, *, engine: str = "python", remote: bool = False) -> list[bytes]:
+    if engine == "native":
+        ends = _native[1]
+        ends.set_offload(remote)
+        ends.route(packet, size)
+        ends.carry_out()
+        return datagrams_of(ends.take_sent())
     buffer = bytearray(START) + packet
     cutter = Cutter(buffer, START)
     front = prefix(packet[0] >> 4, (20 if packet[0] >> 4 == 4 else 40, False) if remote else None)
@@ -62,13 +87,21 @@ def checksums_right(packet: bytes) -> bool:
 @given(versions, packets.payloads(), sizes, packets.tcp_options(), st.integers(0, 0xFFFFFFFF),
        st.sampled_from([0x10, 0x18, 0x19, 0x98]), st.integers(0, 0xFFFF))  # fmt: skip
 @settings(max_examples=60, deadline=None)
+@engines
 def test_every_packet_cut_is_what_scapy_would_make(
-    version: int, payload: bytes, size: int, options: bytes, seq: int, flags: int, ident: int
+    engine: str,
+    version: int,
+    payload: bytes,
+    size: int,
+    options: bytes,
+    seq: int,
+    flags: int,
+    ident: int,
 ) -> None:
     whole = tcp_packet(
         version, payload, seq=seq, flags=flags, options=options, unfinished=True, ident=ident
     )
-    found = cut(whole, size)
+    found = cut(whole, size, engine=engine)
     assert len(found) == -(-len(payload) // size)
     stream = b""
     for i, datagram in enumerate(found):
@@ -92,11 +125,12 @@ def test_every_packet_cut_is_what_scapy_would_make(
 
 @given(versions, packets.payloads(), sizes)
 @settings(max_examples=30, deadline=None)
+@engines
 def test_every_datagram_cut_is_what_scapy_would_make(
-    version: int, payload: bytes, size: int
+    engine: str, version: int, payload: bytes, size: int
 ) -> None:
     whole = udp_packet(version, payload, unfinished=True)
-    parts = [d[ENCAPSULATION_BYTES:] for d in cut(whole, size)]
+    parts = [d[ENCAPSULATION_BYTES:] for d in cut(whole, size, engine=engine)]
     assert all(checksums_right(part) for part in parts)
     assert b"".join(part[head_bytes(part) :] for part in parts) == payload
     assert parts == cut_by_kernel(virtio.pack(*virtio_of(whole, size)) + whole)
@@ -111,8 +145,27 @@ def test_a_single_packet_is_completed(version: int, payload: bytes, udp: bool) -
     assert checksums_right(bytes(packet))
 
 
-def receive(trains: list[list[bytes]], *, joiner: bool = True) -> tuple[list[bytes], int]:
-    """What a TUN makes of trains of datagrams (each of one size, as UDP_GRO has them)."""
+WAYS = ("trains", "segments", "native")
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def receive(trains: list[list[bytes]], way: str) -> tuple[list[bytes], int]:
+    """What a TUN makes of trains of datagrams (each of one size, as UDP_GRO has them).
+
+    The Python engine has a way for trains and one for segments; the native engine has one.
+
+    Returns:
+        The packets, and how many writes they took.
+    """
+    if way == "native":
+        ends = _native[2]
+        writes = []
+        for at in range(0, len(trains), 4):
+            for train in trains[at : at + 4]:
+                ends.hand(b"".join(train), len(train[0]))
+            ends.carry_in()
+            writes += ends.take_writes()
+        return [packet for data in writes for packet in cut_by_kernel(data)], len(writes)
     written: list[list[Buffer]] = []
     coalescer = Coalescer()
     for train in trains:
@@ -120,7 +173,7 @@ def receive(trains: list[list[bytes]], *, joiner: bool = True) -> tuple[list[byt
         size = len(train[0])
         unfinished = Encapsulation(buffer).remote_start is not None
         joined = None
-        if joiner and len(train) > 1:
+        if way == "trains" and len(train) > 1:
             joined = TrainJoiner(buffer).join(size, len(buffer), unfinished=unfinished)
         if joined is not None:
             written += [*coalescer.flush(), [bytes(b) for b in joined]]
@@ -145,8 +198,9 @@ def receive(trains: list[list[bytes]], *, joiner: bool = True) -> tuple[list[byt
 @given(versions, packets.payloads(), sizes, packets.tcp_options(), st.booleans(), st.booleans(),
        st.data())  # fmt: skip
 @settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("way", ["trains", "native"])
 def test_cut_lose_any_and_join(
-    version: int, payload: bytes, size: int, options: bytes, remote: bool, df: bool,
+    way: str, version: int, payload: bytes, size: int, options: bytes, remote: bool, df: bool,
     data: st.DataObject,
 ) -> None:  # fmt: skip
     """Every packet that was not lost comes out as it was cut, once and in order."""
@@ -160,7 +214,7 @@ def test_cut_lose_any_and_join(
     lost = data.draw(st.sets(st.integers(0, len(found) - 1), max_size=4))
     left = [d for i, d in enumerate(found) if i not in lost]
     trains = _trains(left, data.draw(st.integers(1, 44)))
-    out, writes = receive(trains)
+    out, writes = receive(trains, way)
     expected = cut_by_kernel(virtio.pack(*virtio_of(whole, size)) + whole)
     if flags & 0x80:  # the kernel's way of cutting above leaves CWR alone
         expected = [d[START:] for d in cut(whole, size)]
@@ -183,7 +237,10 @@ def _trains(found: list[bytes], most: int) -> list[list[bytes]]:
 
 @given(versions, st.integers(2, 40), st.integers(1, 700), st.booleans(), st.data())
 @settings(max_examples=40, deadline=None)
-def test_udp_trains(version: int, count: int, size: int, same: bool, data: st.DataObject) -> None:
+@pytest.mark.parametrize("way", ["trains", "native"])
+def test_udp_trains(
+    way: str, version: int, count: int, size: int, same: bool, data: st.DataObject
+) -> None:
     first = data.draw(st.sampled_from([0, 0xFFF8]))
     last = data.draw(st.integers(1, size))
     found = [
@@ -195,7 +252,7 @@ def test_udp_trains(version: int, count: int, size: int, same: bool, data: st.Da
         for i in range(count)
     ]
     train = [prefix(version) + p for p in found]
-    out, writes = receive([train])
+    out, writes = receive([train], way)
     if (size | version) % 2 == 0 and not same:
         assert (out, writes) == (found, 1)
     elif version == 4 and same:
@@ -205,9 +262,10 @@ def test_udp_trains(version: int, count: int, size: int, same: bool, data: st.Da
         assert out == found
 
 
-@given(versions, st.booleans(), st.data())
-@settings(max_examples=100, deadline=None)
-def test_corruption_is_never_laundered(version: int, joiner: bool, data: st.DataObject) -> None:
+@given(versions, st.data())
+@settings(max_examples=50, deadline=None)
+@ways
+def test_corruption_is_never_laundered(way: str, version: int, data: st.DataObject) -> None:
     """A byte changed on the way is still wrong, or the packet still says so, at the end."""
     payload = bytes(i * 7 & 0xFF for i in range(3000))
     whole = tcp_packet(version, payload, unfinished=True)
@@ -219,7 +277,7 @@ def test_corruption_is_never_laundered(version: int, joiner: bool, data: st.Data
     flip = data.draw(st.integers(1, 255))
     broken[at] ^= flip
     found[which] = bytes(broken)
-    out, _ = receive(_trains(found, 44), joiner=joiner)
+    out, _ = receive(_trains(found, 44), way)
     good = {p for p in out if checksums_right(p) and _offset_right(p)}
     expected = [d[START:] for d in cut(whole, 500)]
     assert set(expected) - good == {expected[which]}
@@ -236,8 +294,8 @@ def _offset_right(packet: bytes) -> bool:
 
 
 @pytest.mark.parametrize("change", ["ttl", "tos", "df", "ack", "window", "options", "flags", "gap"])
-@pytest.mark.parametrize("joiner", [True, False])
-def test_segments_that_differ_are_not_joined(change: str, joiner: bool) -> None:
+@ways
+def test_segments_that_differ_are_not_joined(change: str, way: str) -> None:
     changes: dict[str, dict[str, Any]] = {
         "tos": {"tos": 3}, "df": {"df": False}, "flags": {"flags": 0x50}, "gap": {"seq": 1101},
         "options": {"options": b"\x01\x01\x08\x0a" + bytes(8)},
@@ -255,7 +313,7 @@ def test_segments_that_differ_are_not_joined(change: str, joiner: bool) -> None:
     assert checksums_right(bytes(b))
     train = [prefix(4) + a, prefix(4) + bytes(b)]
     trains = [train] if len(train[0]) >= len(train[1]) else [[d] for d in train]
-    out, writes = receive(trains, joiner=joiner)
+    out, writes = receive(trains, way)
     assert (out, writes) == ([a, bytes(b)], 2)
 
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet.backends.vxlan import link_local_of
 from meshnet.errors import UsageError
-from meshnet.wire.mac import endpoint_mac, gateway_mac, vtep_mac
+from meshnet.wire.mac import endpoint_mac, gateway_mac, link_local_of, vtep_mac
 from meshnet.wire.mtu import (
     MINIMUM_MTU_BYTES,
     encapsulation_bytes,

@@ -1,0 +1,320 @@
+"""Published ports of this host: who has which, and keeping the host's own processes off them.
+
+A packet for a published port is translated before it reaches any socket, so a process of the host
+that listens there would silently hear nothing.  Therefore a port that a process has is refused,
+and while the agent runs it holds each published port by a bound socket that does not listen:
+whoever asks the kernel for it later is told that it is taken.  The sockets see no packet; a
+publication works without them, so it outlives the agent.  One that starts again and finds a
+process in between says so in ``status``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import structlog
+import trio
+
+from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
+from meshnet.kernel.conntrack import forget_udp_flows
+from meshnet.model import Protocol as Transport
+from meshnet.ports import ANY_PORT, Binding, bindings_of, check_count
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+    from meshnet.model import Endpoint, IpAddress, PublishedPort
+
+_log = structlog.get_logger()
+_TRIES = 16
+"""Ports that are tried where any will do: one may be free in one IP version only."""
+_TCP_TIME_WAIT = 6
+"""linux/tcp_states.h: the connection is over, and no process has it."""
+
+
+class HeldPort(Protocol):
+    """A port that the kernel gives to nobody else until it is closed."""
+
+    @property
+    def port(self) -> int:
+        """Its number."""
+        ...
+
+    def close(self) -> None:
+        """Let others have it."""
+        ...
+
+
+class HostPorts(Protocol):
+    """The ports of the host's own network namespace."""
+
+    def hold(self, binding: Binding) -> HeldPort:
+        """Take a port; number `ANY_PORT` stands for one that is free.
+
+        Raises:
+            OSError: EADDRINUSE: somebody has it; EADDRNOTAVAIL: no link has the address.
+        """
+        ...
+
+    def find_user(self, binding: Binding) -> str | None:
+        """Who has a port, in words; None: no process that can be looked at."""
+        ...
+
+    def forget_flows(self, bindings: Collection[Binding]) -> None:
+        """Have UDP flows to ports look for their way anew.
+
+        Raises:
+            OSError: the kernel refused.
+        """
+        ...
+
+
+class SocketPort(NamedTuple):
+    """A `HeldPort` by a bound socket."""
+
+    socket: socket.socket
+
+    @property
+    def port(self) -> int:
+        """See `HeldPort`."""
+        return int(self.socket.getsockname()[1])
+
+    def close(self) -> None:
+        """See `HeldPort`."""
+        self.socket.close()
+
+
+class KernelPorts:
+    """`HostPorts` of the calling process's network namespace."""
+
+    def hold(self, binding: Binding) -> SocketPort:
+        """See `HostPorts`."""
+        try:
+            return self._bind(binding, reuse=False)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or binding.protocol is Transport.UDP:
+                raise
+            # Past connections that are over; a socket that listens is in the way all the same.
+            return self._bind(binding, reuse=True)
+
+    def _bind(self, binding: Binding, *, reuse: bool) -> SocketPort:
+        family = socket.AF_INET if binding.address.version == 4 else socket.AF_INET6
+        kind = socket.SOCK_STREAM if binding.protocol is Transport.TCP else socket.SOCK_DGRAM
+        made = socket.socket(family, kind | socket.SOCK_CLOEXEC)
+        try:
+            if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            made.bind((str(binding.address), binding.port))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
+        except BaseException:
+            made.close()
+            raise
+        return SocketPort(made)
+
+    def find_user(self, binding: Binding) -> str | None:
+        """See `HostPorts`."""
+        inodes = set(_socket_inodes(binding))
+        own = str(os.getpid())
+        for pid in (e for e in os.listdir("/proc") if e.isdigit() and e != own):
+            with contextlib.suppress(OSError):
+                if not inodes.isdisjoint(_descriptors(pid)):
+                    name = Path(f"/proc/{pid}/comm").read_text().strip()
+                    return f"process {name} (pid {pid})"
+        return None
+
+    def forget_flows(self, bindings: Collection[Binding]) -> None:
+        """See `HostPorts`."""
+        forget_udp_flows(bindings)
+
+
+class PublishedPorts:
+    """All published ports of this host's endpoints.
+
+    Args:
+        host: the ports of the host.
+    """
+
+    def __init__(self, host: HostPorts) -> None:
+        self._host = host
+        self._owners: dict[Binding, Endpoint] = {}
+        self._held: dict[Binding, HeldPort] = {}
+        self._users: dict[Binding, str] = {}
+
+    async def take(
+        self, endpoint: Endpoint, wanted: Sequence[PublishedPort]
+    ) -> tuple[PublishedPort, ...]:
+        """Take ports for an endpoint, all of them or none; returns them with chosen numbers.
+
+        Raises:
+            ConflictError: another endpoint or a process of the host has one.
+            NotFoundError: the host has no such address.
+            UsageError: they are too many, or of an IP version that the endpoint has not.
+        """
+        check_count([*endpoint.published, *wanted])
+        taken: list[PublishedPort] = []
+        try:
+            for port in wanted:
+                taken.append(await self._take_one(endpoint, port))
+        except BaseException:
+            self.free(endpoint, taken)
+            raise
+        return tuple(taken)
+
+    async def take_again(self, endpoint: Endpoint) -> None:
+        """Take what an endpoint has from before the agent started, as far as nobody took it."""
+        for port in endpoint.published:
+            for binding in bindings_of(endpoint, port):
+                self._owners[binding] = endpoint
+                try:
+                    self._held[binding] = self._host.hold(binding)
+                except OSError as error:
+                    user = await self._describe_user(binding, error)
+                    self._users[binding] = user
+                    _log.warning("published port not held", port=str(port), by=user)
+
+    def free(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
+        """Give ports of an endpoint back; one that it does not have is ignored."""
+        for port in ports:
+            for binding in bindings_of(endpoint, port):
+                if self._owners.pop(binding, None) is not None:
+                    self._users.pop(binding, None)
+                    held = self._held.pop(binding, None)
+                    if held is not None:
+                        held.close()
+
+    async def redirect(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
+        """Have UDP flows follow rules that have just changed; those of TCP go on as they are."""
+        bindings = [
+            b for p in ports if p.protocol is Transport.UDP for b in bindings_of(endpoint, p)
+        ]
+        if not bindings:
+            return
+        try:
+            await trio.to_thread.run_sync(self._host.forget_flows, bindings)
+        except OSError as error:
+            _log.warning("old UDP flows go on", endpoint=endpoint.name, reason=str(error))
+
+    def notes(self) -> list[str]:
+        """What an operator should know: ports that a process took while the agent was away.
+
+        Each is tried again first: it may have been let go.
+        """
+        for binding in list(self._users):
+            with contextlib.suppress(OSError):
+                self._held[binding] = self._host.hold(binding)
+                del self._users[binding]
+        return [
+            f"port {_describe(binding)} is published for {_name(self._owners[binding])}, whose "
+            f"packets it gets, and was taken by {user} while no agent ran: stop that, or unpublish "
+            "the port"
+            for binding, user in self._users.items()
+        ]
+
+    async def _take_one(self, endpoint: Endpoint, port: PublishedPort) -> PublishedPort:
+        for _ in range(_TRIES if port.host_port == ANY_PORT else 0):
+            with contextlib.suppress(ConflictError):
+                return await self._try(endpoint, port)
+        return await self._try(endpoint, port)
+
+    async def _try(self, endpoint: Endpoint, port: PublishedPort) -> PublishedPort:
+        held: dict[Binding, HeldPort] = {}
+        try:
+            for binding in bindings_of(endpoint, port):
+                number = next((h.port for h in held.values()), binding.port)
+                wanted = binding._replace(port=number)
+                self._check_free(wanted)
+                made = await self._hold(wanted)
+                held[wanted._replace(port=made.port)] = made
+        except BaseException:
+            for made in held.values():
+                made.close()
+            raise
+        self._held |= held
+        self._owners |= dict.fromkeys(held, endpoint)
+        return port._replace(host_port=next(iter(held)).port)
+
+    def _check_free(self, wanted: Binding) -> None:
+        for binding, owner in self._owners.items():
+            if binding.overlaps(wanted):
+                raise ConflictError(
+                    f"port {_describe(binding)} is published for {_name(owner)} already: choose "
+                    f"another, or take it away (meshnet endpoint unpublish {owner.name} "
+                    f"{binding.port}/{binding.protocol})"
+                )
+
+    async def _hold(self, wanted: Binding) -> HeldPort:
+        try:
+            return self._host.hold(wanted)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                user = await self._describe_user(wanted, error)
+                raise ConflictError(
+                    f"port {_describe(wanted)} of this host is taken by {user}: choose another, or "
+                    "stop that"
+                ) from error
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise NotFoundError(
+                    f"address {wanted.address} is on no link of this host: publish at one that "
+                    "`ip addr` shows, or at all by leaving it out"
+                ) from error
+            raise KernelRefusedError(
+                f"port {_describe(wanted)} of this host cannot be taken: {error.strerror}"
+            ) from error
+
+    async def _describe_user(self, binding: Binding, error: OSError) -> str:
+        if error.errno != errno.EADDRINUSE:
+            return f"nobody, but not to be had ({error.strerror})"
+        found = await trio.to_thread.run_sync(self._host.find_user, binding)
+        return found or "the kernel, or a process that cannot be looked at"
+
+
+def _describe(binding: Binding) -> str:
+    port = f"{binding.port}/{binding.protocol}"
+    if binding.address.is_unspecified:
+        return port
+    return f"{port} at {binding.address}"
+
+
+def _name(endpoint: Endpoint) -> str:
+    return f"endpoint {endpoint.name} of network {endpoint.network}"
+
+
+def _descriptors(pid: str) -> Iterator[str]:
+    """What the open files of a process link to."""
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            yield os.readlink(f"/proc/{pid}/fd/{fd}")
+
+
+def _socket_inodes(binding: Binding) -> list[str]:
+    """What descriptors of the sockets that are in a binding's way link to (proc_pid_net(5))."""
+    found = []
+    for version, suffix in ((4, ""), (6, "6")):
+        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+            lines = Path(f"/proc/thread-self/net/{binding.protocol}{suffix}").read_text()
+            for line in lines.splitlines()[1:]:
+                fields = line.split()
+                address, port = _local_address(fields[1], version)
+                # One of IPv6 that is bound to all may have IPv4's too.
+                same = Binding(binding.protocol, address, port).overlaps(binding)
+                both = version == 6 and address.is_unspecified and port == binding.port
+                if (same or both) and int(fields[3], 16) != _TCP_TIME_WAIT:
+                    found.append(f"socket:[{fields[9]}]")
+    return found
+
+
+def _local_address(field: str, version: int) -> tuple[IpAddress, int]:
+    """``0100007F:1F90``: words of the machine's byte order in hexadecimal, and the port."""
+    words, _, port = field.partition(":")
+    raw = bytes.fromhex(words)
+    ordered = (int.from_bytes(raw[i : i + 4], "big") for i in range(0, len(raw), 4))
+    packed = b"".join(word.to_bytes(4, sys.byteorder) for word in ordered)
+    return ip_address(packed), int(port, 16)

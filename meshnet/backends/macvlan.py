@@ -1,0 +1,104 @@
+"""``macvlan``: endpoints on the physical network, each with a MAC and an address of its own there.
+
+::
+
+    endpoint eth0 (macvlan) ─┐
+    endpoint eth0 (macvlan) ─┴── the host's link on the physical network ── switch ── gateway
+
+A macvlan is made on the host's link, right into the endpoint's namespace; nothing of it is in the
+host's own, and no packet of it passes through the host's routing or its firewall.  Between hosts
+the physical network carries packets as they are.
+
+What a macvlan sends never reaches the link that it is on, nor the other way round: a host and its
+own endpoints do not hear each other.  With ``host_access`` the host has a macvlan, too,
+``mns<VNI>``, with an address of the pool, and a route to each of its own endpoints by it: macvlans
+in bridge mode do hear each other.  That address is what the host has for its own endpoints.
+
+linux/if_link.h (IFLA_MACVLAN_MODE), drivers/net/macvlan.c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meshnet.backends import NetworkPlan
+from meshnet.backends.overlay import link_sysctls
+from meshnet.firewall import FirewallNetwork
+from meshnet.state import AddressKey, Link, LinkKind, Nexthop, Route, RouteKey
+from meshnet.wire.mac import endpoint_mac
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from meshnet.backends import NetworkInput, NexthopIds, Peer
+    from meshnet.model import HostId, Network
+    from meshnet.state import KernelState
+
+
+def shim_name(network: Network) -> str:
+    """Name of the macvlan by which a host reaches its own endpoints; at most 11 characters."""
+    return f"mns{network.vni}"
+
+
+class MacvlanBackend:
+    """The mode (see `meshnet.backends.Backend`)."""
+
+    def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
+        """Nothing, or with ``host_access`` the host's own macvlan and the routes by it."""
+        network = wanted.network
+        parent = network.parent or ""
+        parent_mtu_bytes = wanted.underlay.links[parent].mtu_bytes
+        mtu_bytes, errors = parent_mtu_bytes, []
+        if network.mtu_bytes is not None:
+            mtu_bytes = min(network.mtu_bytes, parent_mtu_bytes)
+            if mtu_bytes < network.mtu_bytes:
+                errors.append(
+                    f"MTU {network.mtu_bytes} is more than the {mtu_bytes} of link {parent}: raise "
+                    "that, or create the network with a smaller --mtu"
+                )
+        if wanted.host_addresses:
+            _plan_shim(wanted, parent, mtu_bytes, state)
+        return NetworkPlan(
+            mtu_bytes=mtu_bytes,
+            uplink=parent,
+            endpoint_link=LinkKind.MACVLAN,
+            firewall=FirewallNetwork((), (), network.subnets, ()),
+            errors=tuple(errors),
+        )
+
+    def plan_peers(
+        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
+    ) -> dict[HostId, str]:
+        """Nothing: the physical network leads to other hosts' endpoints."""
+        return {}
+
+
+MACVLAN = MacvlanBackend()
+
+
+def _plan_shim(wanted: NetworkInput, parent: str, mtu_bytes: int, state: KernelState) -> None:
+    """The host's own macvlan, and a route by it to each endpoint of an IP version it has."""
+    shim = shim_name(wanted.network)
+    settings = [
+        setting
+        for setting in link_sysctls(wanted.network.subnets, wanted.underlay, mtu_bytes, tunnel=True)
+        if setting[1] != "forwarding"
+    ]
+    state.links[shim] = Link(
+        LinkKind.MACVLAN,
+        mtu_bytes,
+        endpoint_mac(wanted.host_addresses[0]),
+        # It hears who asks for the host's other addresses, and answers for its own alone; nobody
+        # is routed from there.
+        sysctls=(("ipv4", "arp_ignore", "1"), ("ipv4", "forwarding", "0"), *settings),
+        parent=parent,
+    )
+    sources = {a.version: a.packed for a in wanted.host_addresses}
+    for address in wanted.host_addresses:
+        state.addresses[AddressKey(shim, address.packed, address.max_prefixlen)] = True
+    for endpoint in wanted.endpoints:
+        for interface in endpoint.addresses:
+            source = sources.get(interface.version)
+            if source is not None:
+                key = RouteKey(interface.ip.packed, interface.max_prefixlen)
+                state.routes[key] = Route(0, source, Nexthop(shim, b""))

@@ -1,0 +1,376 @@
+"""The skeleton of our nftables tables: chains, rules, counters and named sets, as text.
+
+Two tables, ``inet meshnet`` and ``bridge meshnet``, are replaced as a whole in one transaction; no
+other table is touched.  A packet's way through them::
+
+    endpoint ── bridge prerouting ── not its own MAC, address, ARP or neighbour ──────── drop
+                      │
+    bridge mnbN  ─┐   ▼        ┌─ from a network's link to the same network's ────────── accept
+    VXLAN  mnvN  ─┼─► forward ─┼─ from a network ─► leave: tunnel port, other network ── drop
+    elsewhere    ─┘            └─ to a network ──► enter: neither answer nor published ─ drop
+                                                              │
+                        postrouting: from this host's subnet ─┴─ to outside ── masquerade
+
+    tunnel packet ── raw: not tracked ── input: not of a member, or of an endpoint ───── drop
+
+Rules name what is there for as long as the networks are as they are; what comes and goes, the
+endpoints, published ports and members, is in named sets (`meshnet.firewall.elements`), which
+`render_rules` declares empty.  A rule that drops counts in a counter of `COUNTERS`.
+
+Every rule on a packet's way costs (docs/design/firewall-cost.md): what stays within its network is
+through the forward chain at the first look-up.
+
+Pure: the text is made from values that `meshnet.codec` has validated; it never reaches a shell.
+"""
+
+from __future__ import annotations
+
+from ipaddress import collapse_addresses
+from typing import TYPE_CHECKING, NamedTuple
+
+from meshnet.firewall import elements
+from meshnet.firewall.elements import SETS, TABLE, render_elements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from meshnet.model import IpAddress, IpNetwork
+    from meshnet.state import Ruleset
+
+FAMILIES = ("inet", "bridge")
+"""Families of our tables: neither what goes from port to port of a bridge nor ARP passes a hook of
+``inet``."""
+
+COUNTERS = {
+    "spoofed_ipv4": "bridge",
+    "spoofed_ipv6": "bridge",
+    "spoofed_arp": "bridge",
+    "spoofed_neighbour": "bridge",
+    "router_advertisement": "bridge",
+    "ethertype": "bridge",
+    "tunnel_not_a_member": "inet",
+    "tunnel_from_endpoint": "inet",
+    "other_network": "inet",
+    "internal": "inet",
+    "unpublished": "inet",
+    "loopback": "inet",
+}
+"""Why packets are dropped (docs/firewall.md), and the family of the table that counts them."""
+
+_FAMILY = {4: "ip", 6: "ip6"}
+_LOOPBACK = "127.0.0.0/8"
+_MULTICAST = {4: "224.0.0.0/4", 6: "ff00::/8"}
+
+
+class FirewallNetwork(NamedTuple):
+    """What the rules need to know of one network.
+
+    A network without links has endpoints to check and nothing else.
+
+    Attributes:
+        links: names of its links on this host that packets are routed by: bridge, tunnel devices.
+        ports: UDP ports of its tunnels.
+        cidrs: the whole network.
+        subnets: this host's part of it.
+        vni: of its tunnels.
+        internal: nothing goes in or out.
+        direct: peers' packets may arrive without a tunnel.
+    """
+
+    links: Sequence[str] = ()
+    ports: Sequence[int] = ()
+    cidrs: Sequence[IpNetwork] = ()
+    subnets: Sequence[IpNetwork] = ()
+    vni: int = 0
+    internal: bool = False
+    direct: bool = False
+
+
+class Count(NamedTuple):
+    """What a counter counted."""
+
+    packets: int
+    size_bytes: int
+
+
+def render_rules(networks: Sequence[FirewallNetwork], underlay_ip: IpAddress) -> str:
+    """The text of both tables, with empty sets."""
+    routed = [n for n in networks if n.links]
+    return _inet(routed, underlay_ip) + _bridge()
+
+
+def render_script(ruleset: Ruleset, counts: Mapping[str, Count]) -> str:
+    """What ``nft -f`` replaces both tables by, in one transaction.
+
+    Args:
+        counts: what the counters have counted, to go on from; one that is missing starts anew.
+    """
+    text = ""
+    for family in FAMILIES:
+        # It exists after the first line, so that the second cannot fail.
+        text += f"table {family} {TABLE}\ndelete table {family} {TABLE}\n"
+    for name, family in COUNTERS.items():
+        count = counts.get(name, Count(0, 0))
+        text += (
+            f"table {family} {TABLE} {{ counter {name} {{ "
+            f"packets {count.packets} bytes {count.size_bytes}; }}; }}\n"
+        )
+    return text + ruleset.text + render_elements(ruleset.elements)
+
+
+def _inet(networks: Sequence[FirewallNetwork], underlay_ip: IpAddress) -> str:
+    links = [link for n in networks for link in n.links]
+    ports = sorted({port for n in networks for port in n.ports})
+    text = f"table inet {TABLE} {{\n" + _declare("inet")
+    text += _raw(links, ports, underlay_ip)
+    if links:
+        text += _tunnel(networks, links, ports, underlay_ip)
+        text += _isolate(networks)
+        text += _forward(networks, links, ports)
+        text += _nat(networks)
+    return text + "}\n"
+
+
+def _declare(family: str) -> str:
+    return "".join(s.declare(name) for name, s in SETS.items() if s.family == family)
+
+
+def _raw(links: Sequence[str], ports: Sequence[int], underlay_ip: IpAddress) -> str:
+    """Keep tunnel packets out of connection tracking, and loopback addresses out of the host.
+
+    A tunnel's source port is a hash of the inner flow (RFC 7348 §5): each flow between two hosts
+    would take an entry of its own, and a busy host's table would be full of them.  Others' packets
+    to such a port are tracked, or they could not be masqueraded.
+
+    Bridges have ``route_localnet``, for answers to what was sent from 127.0.0.1 to a published
+    port; without it the kernel itself would drop the rest (CVE-2020-8558).
+    """
+    ip, numbers = _FAMILY[underlay_ip.version], _braces(map(str, ports))
+    before, out = [], []
+    if ports:
+        before.append(f"{ip} daddr {underlay_ip} udp dport {numbers} notrack")
+        out.append(f"{ip} saddr {underlay_ip} udp dport {numbers} notrack")
+    if links:
+        before.append(f"ip daddr {_LOOPBACK} iifname {_quoted(links)} {_drop('loopback')}")
+    return _chain("raw_prerouting", before, "filter hook prerouting priority raw") + _chain(
+        "raw_output", out, "filter hook output priority raw"
+    )
+
+
+def _tunnel(
+    networks: Sequence[FirewallNetwork],
+    links: Sequence[str],
+    ports: Sequence[int],
+    underlay_ip: IpAddress,
+) -> str:
+    """Input: tunnel packets to any address of the host, at which the kernel's VTEPs listen.
+
+    Packets of other VNIs are somebody else's.
+    """
+    ip, vnis = _FAMILY[underlay_ip.version], sorted({n.vni for n in networks if n.ports})
+    rules, tunnel = [], []
+    if ports:
+        rules.append(f"udp dport {_braces(map(str, ports))} jump tunnel")
+        members = elements.MEMBERS[underlay_ip.version]
+        tunnel = [
+            f"iifname {_quoted(links)} {_drop('tunnel_from_endpoint')}",
+            f"@th,96,24 {_braces(map(str, vnis))} {ip} saddr != @{members} "
+            f"{_drop('tunnel_not_a_member')}",
+        ]
+    if len(networks) > 1:
+        rules.append(f"iifname {_quoted(links)} jump isolate")
+        for network in networks:
+            rules += _isolate_peers(network, networks) if network.direct else ()
+    return _chain("tunnel", tunnel) + _chain("input", rules, "filter hook input priority filter")
+
+
+def _isolate(networks: Sequence[FirewallNetwork]) -> str:
+    """What comes from a network may enter none but its own, not even another's gateway.
+
+    A packet that goes to no network is through after one look-up.
+    """
+    if len(networks) < 2:
+        return ""
+    chains, isolate = "", []
+    for version, cidrs in _cidrs(networks).items():
+        ip = _FAMILY[version]
+        rules = []
+        for network in networks:
+            own = [c for c in network.cidrs if c.version == version]
+            but = f" {ip} daddr != {_braces(map(str, own))}" if own else ""
+            rules.append(f"iifname {_quoted(network.links)}{but} {_drop('other_network')}")
+        chains += _chain(f"isolate{version}", rules)
+        isolate.append(f"{ip} daddr {_braces(map(str, cidrs))} jump isolate{version}")
+    return chains + _chain("isolate", isolate)
+
+
+def _isolate_peers(network: FirewallNetwork, networks: Sequence[FirewallNetwork]) -> Iterable[str]:
+    """With direct routing a network's packets may come by the underlay: known by their source."""
+    for version, cidrs in _cidrs([n for n in networks if n is not network]).items():
+        for cidr in network.cidrs:
+            if cidr.version == version:
+                ip = _FAMILY[version]
+                yield (
+                    f"{ip} saddr {cidr} {ip} daddr {_braces(map(str, cidrs))} "
+                    f"{_drop('other_network')}"
+                )
+
+
+def _forward(
+    networks: Sequence[FirewallNetwork], links: Sequence[str], ports: Sequence[int]
+) -> str:
+    """What is published is told by ``ct status dnat``, in both directions.
+
+    A tunnel packet of an endpoint would reach other hosts with this host's address, that of a
+    member.  One that stays within the network is like any other.
+    """
+    internal = _quoted([link for n in networks if n.internal for link in n.links])
+    forward = ["iifname . oifname @paths accept"]
+    if any(n.internal for n in networks):
+        forward += [f"{side} {internal} {_drop('internal')}" for side in ("iifname", "oifname")]
+    forward += [f"iifname {_quoted(links)} jump leave", f"oifname {_quoted(links)} jump enter"]
+    leave = []
+    if ports:
+        leave.append(f"udp dport {_braces(map(str, ports))} {_drop('tunnel_from_endpoint')}")
+    leave.append("ct status dnat accept")
+    if len(networks) > 1:
+        leave.append("jump isolate")
+    enter = ["ct state established,related accept", "ct status dnat accept"]
+    enter += [
+        f"iifname != {_quoted(links)} oifname {_quoted(n.links)} {_FAMILY[c.version]} saddr {c} "
+        "accept"
+        for n in networks
+        if n.direct
+        for c in n.cidrs
+    ]
+    enter.append(_drop("unpublished"))
+    return (
+        _chain("leave", leave)
+        + _chain("enter", enter)
+        + _chain("forward", forward, "filter hook forward priority filter")
+    )
+
+
+def _nat(networks: Sequence[FirewallNetwork]) -> str:
+    """Published ports, and masquerading: for what leaves the networks, and where else an answer to
+    a published port would not come back by this host.
+
+    Linux takes no answer to ::1 from a link that is not loopback (``rt6_need_strict`` in
+    net/ipv6/route.c), so nothing is published there.
+    """
+    publish = [
+        f"{which} fib daddr type local dnat {ip} to {key}meta l4proto . th dport "
+        f"map @{names[version]}"
+        for version, ip, which in ((4, "ip", "meta nfproto ipv4"), (6, "ip6", "ip6 daddr != ::1"))
+        for names, key in ((elements.PUBLISHED_AT, f"{ip} daddr . "), (elements.PUBLISHED, ""))
+    ]
+    answer = [f"ip saddr {_LOOPBACK} masquerade fully-random"]
+    masquerade = ["ct status dnat jump answer"]
+    all_cidrs = _cidrs(networks)
+    for version, ip in _FAMILY.items():
+        subnets = [s for n in networks for s in n.subnets if s.version == version]
+        outward = [s for n in networks if not n.internal for s in n.subnets if s in subnets]
+        if subnets:
+            answer += [f"{ip} saddr {s} {ip} daddr {s} masquerade fully-random" for s in subnets]
+            answer.append(f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random")
+        if outward:
+            masquerade.append(
+                f"{ip} saddr {_braces(map(str, outward))} "
+                f"{ip} daddr != {_braces(map(str, all_cidrs[version]))} "
+                f"{ip} daddr != {_MULTICAST[version]} masquerade fully-random"
+            )
+    return (
+        _chain("nat_prerouting", publish, "nat hook prerouting priority dstnat")
+        + _chain("nat_output", publish, "nat hook output priority -100")
+        + _chain("answer", answer)
+        + _chain("postrouting", masquerade, "nat hook postrouting priority srcnat")
+    )
+
+
+def _bridge() -> str:
+    """What an endpoint may send: from its own MAC and addresses, and in their name only.
+
+    Duplicate address detection (RFC 4862 §5.4.2) asks from no address, for one's own.
+    """
+    spoofed = {
+        name: f"iifname . ether saddr . {expression}"
+        for name, expression in (
+            ("ipv4", "ip saddr"),
+            ("ipv6", "ip6 saddr"),
+            ("target", "@th,64,128"),
+        )
+    }
+    return (
+        f"table bridge {TABLE} {{\n"
+        + _declare("bridge")
+        + _chain("from_ipv4", [f"{spoofed['ipv4']} @sources4 accept", _drop("spoofed_ipv4")])
+        + _chain(
+            "from_arp",
+            [
+                "iifname . ether saddr . arp saddr ip @sources4 "
+                "iifname . arp saddr ether . arp saddr ip @sources4 accept",
+                _drop("spoofed_arp"),
+            ],
+        )
+        + _chain(
+            "from_ipv6",
+            [
+                "meta l4proto ipv6-icmp jump from_icmpv6",
+                f"{spoofed['ipv6']} @sources6 accept",
+                _drop("spoofed_ipv6"),
+            ],
+        )
+        + _chain(
+            "from_icmpv6",
+            [
+                "icmpv6 type { nd-router-advert, nd-redirect } " + _drop("router_advertisement"),
+                f"icmpv6 type nd-neighbor-advert {spoofed['target']} != @targets6 "
+                + _drop("spoofed_neighbour"),
+                f"ip6 saddr :: icmpv6 type nd-neighbor-solicit {spoofed['target']} @targets6 "
+                "accept",
+            ],
+        )
+        + _chain(
+            "prerouting",
+            [
+                'iifname "mne*" ether type vmap '
+                "{ ip : goto from_ipv4, ip6 : goto from_ipv6, arp : goto from_arp }",
+                f'iifname "mne*" {_drop("ethertype")}',
+            ],
+            "filter hook prerouting priority dstnat",
+        )
+        + "}\n"
+    )
+
+
+def _cidrs(networks: Sequence[FirewallNetwork]) -> dict[int, list[IpNetwork]]:
+    """All CIDRs by IP version, without those versions that have none.
+
+    Collapsed: the kernel refuses a set, and with it the table, in which two intervals overlap.
+    """
+    found = {}
+    for version in (4, 6):
+        cidrs = [c for n in networks for c in n.cidrs if c.version == version]
+        if cidrs:
+            found[version] = list(collapse_addresses(cidrs))  # type: ignore[type-var]
+    return found
+
+
+def _chain(name: str, rules: Sequence[str], hook: str = "") -> str:
+    """A chain; one without rules is left out."""
+    if not rules:
+        return ""
+    base = f"\t\ttype {hook}; policy accept;\n" if hook else ""
+    return f"\tchain {name} {{\n{base}" + "".join(f"\t\t{rule}\n" for rule in rules) + "\t}\n"
+
+
+def _drop(reason: str) -> str:
+    return f"counter name {reason} drop"
+
+
+def _quoted(links: Iterable[str]) -> str:
+    return _braces(f'"{link}"' for link in links)
+
+
+def _braces(items: Iterable[str]) -> str:
+    return "{ " + ", ".join(items) + " }"

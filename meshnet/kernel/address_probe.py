@@ -1,0 +1,171 @@
+"""Asking the wire whether an address is free: ARP probes and duplicate address detection.
+
+Frames go out by a link of the host on the physical network, and what answers comes in there.  Of
+the mesh nobody else asks for the same address at the same time: etcd decided who may.
+
+RFC 5227 waits up to a second, sends three probes one to two seconds apart and listens for two
+more; RFC 4862 takes one second.  Those times are for hosts that all start at once and for slow
+networks (RFC 5227 §1.1 calls them tunable), and somebody waits for an attach: here three probes go
+out and are answered within three times `_WAIT_S`, which is a hundred round trips of a switched
+network.  A machine that is slower to answer finds out by its own conflict detection (§2.4).
+
+linux/if_packet.h.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from meshnet.errors import KernelRefusedError
+from meshnet.kernel.bpf import (
+    EVERYTHING,
+    IF_EQUAL,
+    LOAD_U8,
+    LOAD_U32,
+    RETURN,
+    attach_filter,
+)
+from meshnet.wire import arp, nd
+
+if TYPE_CHECKING:
+    from meshnet.kernel.bpf import Step
+    from meshnet.model import IpAddress
+
+_PROBES = 3
+"""PROBE_NUM of RFC 5227 §1.1."""
+_WAIT_S = 0.08
+_ARPHRD_ETHER = 1
+_FRAME_BYTES = 1514
+_PACKET_MREQ = struct.Struct("=iHH8s")
+_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, _PACKET_MR_MULTICAST = 263, 1, 0
+
+
+class AddressProber(Protocol):
+    """Asks the wire."""
+
+    async def probe(self, link: str, address: IpAddress) -> bytes | None:
+        """The MAC of whoever answers for an address on a link; None: nobody does.
+
+        Raises:
+            KernelRefusedError: the link is gone, down, or no Ethernet.
+        """
+        ...
+
+
+class WireProber:
+    """`AddressProber` by packet sockets; the calling thread's namespace has the link."""
+
+    async def probe(self, link: str, address: IpAddress) -> bytes | None:
+        """See `AddressProber`."""
+        try:
+            opened = _open(link, address)
+            try:
+                return await _ask(trio.socket.from_stdlib_socket(opened), address)
+            finally:
+                # The kernel waits for all processors, 12 ms, before it has closed one.
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(opened.close)
+        except OSError as error:
+            raise KernelRefusedError(
+                f"address {address} cannot be probed on link {link}: {error}"
+            ) from error
+
+
+def announce(link: str, address: IPv6Address, mac: bytes) -> None:
+    """Tell all nodes on a link of the calling thread's namespace that an address is here now.
+
+    For IPv4 the kernel does it, if it is told to (``arp_notify``).  Once, not several times as
+    RFC 4861 §7.2.6 allows: whoever missed it asks.
+
+    Raises:
+        OSError: the link is gone or down.
+    """
+    index = socket.if_nametoindex(link)
+    # Not by a packet socket: the kernel takes 12 ms to close one.
+    with socket.socket(socket.AF_INET6, socket.SOCK_RAW, nd.ICMPV6) as sender:
+        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, nd.HOP_LIMIT)
+        sender.bind((str(address), 0))
+        everybody = str(IPv6Address(nd.ALL_NODES))
+        sender.sendto(nd.encode_announcement(address, mac), (everybody, 0, 0, index))
+
+
+async def _ask(wire: trio.socket.SocketType, address: IpAddress) -> bytes | None:
+    *_, hardware, mac = wire.getsockname()
+    if hardware != _ARPHRD_ETHER:
+        raise OSError("it is no Ethernet link")
+    if isinstance(address, IPv4Address):
+        probe = arp.encode_probe(address, mac)
+    else:
+        probe = nd.encode_probe(address, mac)
+    for _ in range(_PROBES):
+        await wire.send(probe)
+        with trio.move_on_after(_WAIT_S):
+            while True:
+                frame = await wire.recv(_FRAME_BYTES)
+                if isinstance(address, IPv4Address):
+                    found = arp.find_conflict(frame, address, mac)
+                else:
+                    found = nd.find_conflict(frame, address, mac)
+                if found is not None:
+                    return found
+    return None
+
+
+def _open(link: str, address: IpAddress) -> socket.socket:
+    """A socket that sees only what concerns the address: there may be hundreds of them."""
+    opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+    try:
+        if isinstance(address, IPv4Address):
+            attach_filter(opened, _arp_filter(address))
+            opened.bind((link, arp.ETHERTYPE))
+        else:
+            attach_filter(opened, _nd_filter(address))
+            opened.bind((link, nd.ETHERTYPE))
+            # Somebody else's detection for the address goes to this group.
+            group = nd.group_mac(nd.solicited_node(address))
+            index = socket.if_nametoindex(link)
+            opened.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, _membership(index, group))
+            everybody = nd.group_mac(nd.ALL_NODES)
+            opened.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, _membership(index, everybody))
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def _membership(index: int, mac: bytes) -> bytes:
+    """``struct packet_mreq``."""
+    return _PACKET_MREQ.pack(index, _PACKET_MR_MULTICAST, len(mac), mac)
+
+
+def _arp_filter(address: IPv4Address) -> list[Step]:
+    """Packets whose sender has the address, or that ask for it."""
+    number = int(address)
+    return [
+        (LOAD_U32, 0, 0, arp.SENDER_IP_AT),
+        (IF_EQUAL, 2, 0, number),
+        (LOAD_U32, 0, 0, arp.TARGET_IP_AT),
+        (IF_EQUAL, 0, 1, number),
+        (RETURN, 0, 0, EVERYTHING),
+        (RETURN, 0, 0, 0),
+    ]
+
+
+def _nd_filter(address: IPv6Address) -> list[Step]:
+    """Solicitations and advertisements of the address."""
+    packed = address.packed
+    wanted = [(LOAD_U8, nd.NEXT_HEADER_AT, nd.ICMPV6)]
+    wanted += [
+        (LOAD_U32, nd.TARGET_AT + at, int.from_bytes(packed[at : at + 4], "big"))
+        for at in range(0, 16, 4)
+    ]
+    program: list[Step] = []
+    for number, (load, at, value) in enumerate(wanted):
+        to_the_end = 2 * (len(wanted) - number - 1) + 1
+        program += [(load, 0, 0, at), (IF_EQUAL, 0, to_the_end, value)]
+    return [*program, (RETURN, 0, 0, EVERYTHING), (RETURN, 0, 0, 0)]

@@ -1,0 +1,64 @@
+"""Elements of endpoints' links, which two threads write: the wiring's and the reconciler's.
+
+The wiring adds an endpoint's elements with its link and takes them away with it, at once.  A pass
+compares with the endpoints as they were when it began, so its operations on such elements may be
+out of date: it would cut off an endpoint that came meanwhile.  Both write under one lock, and what
+the wiring said last holds.
+
+Imports no socket, file, clock or trio.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from meshnet.firewall.elements import SETS
+from meshnet.state import Ruleset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from meshnet.diff import Op
+    from meshnet.state import ElementKey
+
+
+def are_wired(ops: Iterable[Op]) -> bool:
+    """Whether any operation is on an element of an endpoint's link."""
+    return any(SETS[op.key.set_name].wired for op in ops)
+
+
+class WiredElements:
+    """The elements of all endpoints that are connected now.
+
+    Attributes:
+        lock: held by whoever writes such elements to the kernel, from before it looks here.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._elements: dict[ElementKey, bytes] = {}
+
+    def add(self, elements: Mapping[ElementKey, bytes]) -> bool:
+        """An endpoint with these elements is connected; returns whether that is news."""
+        before = len(self._elements)
+        self._elements.update(elements)
+        return len(self._elements) > before
+
+    def remove(self, elements: Mapping[ElementKey, bytes]) -> None:
+        """One is not any more."""
+        for key in elements:
+            self._elements.pop(key, None)
+
+    def still_right(self, ops: Sequence[Op]) -> list[Op]:
+        """Operations on elements, without those that are out of date."""
+        return [
+            op
+            for op in ops
+            if not SETS[op.key.set_name].wired or self._elements.get(op.key) == op.value
+        ]
+
+    def bring_up_to_date(self, ruleset: Ruleset) -> Ruleset:
+        """A ruleset with the endpoints that are connected now."""
+        others = {k: v for k, v in ruleset.elements.items() if not SETS[k.set_name].wired}
+        return Ruleset(ruleset.text, others | self._elements)
