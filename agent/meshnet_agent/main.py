@@ -204,7 +204,9 @@ async def _run(config: AgentConfig) -> None:
             )
             await images.collect()
             service = Service(agent, images)
-            containers = Containers(disk.path, Path(config.run_dir), service.attach, service.detach)
+            containers = Containers(
+                disk.path, Path(config.run_dir), service.attach, service.detach, service.passed_over
+            )
             await _serve(service, containers, agent, socket_path)
 
 
