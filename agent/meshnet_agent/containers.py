@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 60.0
 _KILL_S = 10.0
+_LASTING_S = 10.0
+"""A run that took longer was a good one: the pauses begin anew."""
 _LOST_STATUS = 255
 """Of a container whose exit nobody saw: the host went down, or its conmon was killed."""
 _AT_ONCE = 4
@@ -62,7 +64,7 @@ class Container:
 
     Attributes:
         lock: held while a step of its life is under way.
-        ended: set when its process has ended and everything is put away; renewed by a start.
+        ended: set when it has ended for good, restarts included, and everything is put away.
     """
 
     def __init__(self, record: Record, bundle: Bundle) -> None:
@@ -116,7 +118,7 @@ class Containers:
                 container = Container(record, self._bundle(record.id))
                 self._containers[record.id] = container
                 if record.state is State.EXITED:
-                    container.ended.set()
+                    nursery.start_soon(self._found_exited, container)
                 elif record.shim is not None and self._is_alive(record.shim):
                     self._watch(container, record.shim)
                 else:
@@ -238,7 +240,6 @@ class Containers:
             namespaces, etc = self._namespaces(record.options)
             await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc)
             pid = await self._shim(container, runtime).create()
-            container.ended = trio.Event()
             await container.change(
                 process=self._identify(pid),
                 shim=self._identify(int((bundle.run / CONMON_PID).read_text())),
@@ -335,10 +336,10 @@ class Containers:
     async def stop(self, name: str, timeout_s: int | None) -> Document:
         """End a container: its stop signal, then SIGKILL; returns when it has ended."""
         container = self.find(name)
-        if container.record.state is not State.EXITED:
-            ended = container.ended
-            await container.change(stopped=True)
-            record = container.record
+        ended = container.ended
+        await container.change(stopped=True)
+        record = container.record
+        if record.state is not State.EXITED:
             if record.state is State.RUNNING:
                 self._signal(container, _signal_of(record.stop_signal))
                 with trio.move_on_after(
@@ -429,6 +430,13 @@ class Containers:
             return
         await self._ended(container, read_exit(container.bundle.exits, container.record.id))
 
+    async def _found_exited(self, container: Container) -> None:
+        """At the agent's start: it had ended before; a restart of it may have been under way."""
+        async with container.lock, self._slots:
+            await self._put_away(container)
+            await container.change(process=None, shim=None, endpoints=())
+        await self._after_end(container, 0.0)
+
     async def _ended(self, container: Container, exit_code: int | None) -> None:
         """Put away what a container had, record how it ended, and do what its options say."""
         ran = container.record.started_s or time.time()
@@ -446,38 +454,56 @@ class Containers:
                 )
             record = container.record
             _log.info("container ended", container=record.name, exit_code=record.exit_code)
-            assert record.exit_code is not None
-            policy = parse_restart(record.options.restart)
-            if not record.stopped and policy.wants(record.exit_code, record.restarts):
-                assert self._nursery is not None
-                lasted_s = time.time() - ran
-                self._nursery.start_soon(self._restart, container, lasted_s)
-                return
-            if record.options.rm:
-                await self._purge(container)
-            container.ended.set()
+            await self._after_end(container, time.time() - ran)
+
+    async def _after_end(self, container: Container, lasted_s: float) -> None:
+        """Restart it, remove it, or let it be, as its options say."""
+        record = container.record
+        if self._wants_restart(record):
+            self.nursery.start_soon(self._restart, container, lasted_s)
+            return
+        if record.options.rm:
+            await self._purge(container)
+        container.ended.set()
+
+    def _wants_restart(self, record: Record) -> bool:
+        policy = parse_restart(record.options.restart)
+        return (
+            not record.stopped
+            and record.id in self._containers
+            and record.exit_code is not None
+            and policy.wants(record.exit_code, record.restarts)
+        )
 
     async def _restart(self, container: Container, lasted_s: float) -> None:
-        restarts = 0 if lasted_s > 10 else container.record.restarts
-        await trio.sleep(min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(restarts, 16)))
-        if container.record.stopped or container.record.id not in self._containers:
-            container.ended.set()
-            return
-        before = container.ended
-        try:
+        """Start it again; one that cannot be made is tried again, ever later."""
+        failures = 0 if lasted_s > _LASTING_S else container.record.restarts
+        while True:
+            await trio.sleep(min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(failures, 16)))
+            if not self._wants_restart(container.record):
+                container.ended.set()
+                return
+            failures += 1
             with trio.CancelScope(shield=True):
-                await container.change(restarts=container.record.restarts + 1)
-                await self._launch(container)
-                container.ended = before  # whoever waits, waits for the last end
-                await self.start(container.record.id)
-        except MeshnetError as error:
-            _log.error("not restarted", container=container.record.name, reason=str(error))
-            async with container.lock:
-                await self._put_away(container)
-                await container.change(
-                    state=State.EXITED, process=None, shim=None, endpoints=(), error=str(error)
-                )
-            before.set()
+                try:
+                    exit_code = container.record.exit_code
+                    await container.change(restarts=container.record.restarts + 1)
+                    await self._launch(container)
+                    await self.start(container.record.id)
+                    return
+                except MeshnetError as error:
+                    _log.error("not restarted", container=container.record.name, reason=str(error))
+                    if container.record.state is not State.EXITED:
+                        return  # its end is watched
+                    async with container.lock:
+                        await self._put_away(container)
+                        await container.change(
+                            exit_code=exit_code,
+                            error=str(error),
+                            process=None,
+                            shim=None,
+                            endpoints=(),
+                        )
 
     async def _put_away(self, container: Container) -> None:
         """Cgroup, processes, endpoints, mounts: all not on disk.  A failure is only logged."""

@@ -30,7 +30,7 @@ CLIENT = [sys.executable, "-m", "meshnet.cli.main"]
 NAMESPACES = ("pid", "mnt", "uts", "ipc", "net", "cgroup")
 APPLETS = (
     "sh", "true", "sleep", "cat", "echo", "id", "ip", "ping", "env", "hostname", "touch",
-    "readlink",    "kill", "head", "yes", "pwd", "stty", "tail", "grep", "ls",
+    "readlink",    "kill", "head", "yes", "pwd", "stty", "tail", "grep", "httpd", "ls",
 )  # fmt: skip
 
 
@@ -258,6 +258,17 @@ def test_networks_life_and_a_killed_agent(make_lab: MakeLab, rootfs: Path) -> No
     mine = web["endpoints"][0]["address"].split("/")[0]
     assert ping(far, mine)
     assert web["networks"] == ["prod"]
+    # A server behind a published port, its files those of the tree.
+    served_by = ("--name", "files", "--net", "prod", "-p", "8080:80")
+    detached(h1, rootfs, *served_by, "--", "httpd", "-f", "-p", "80", "-h", "/etc")
+    url = f"http://{h1.underlay_ip}:8080/passwd"
+    fetch = f"import urllib.request as r; print(r.urlopen({url!r}, timeout=5).read().decode())"
+
+    def served() -> bool:
+        return "web:x:70" in h2.run([sys.executable, "-c", fetch], check=False).stdout
+
+    wait_until(served, 10, "the published port answers")
+    meshnet(h1, "rm", "-f", "files")
     error = run(h1, rootfs, "true", options=("--name", "web"))
     assert error.returncode == 5, error
     inner = shell(h1, rootfs, "ip -o -4 addr show eth0; cat /etc/hosts", "--net", "container:web")
