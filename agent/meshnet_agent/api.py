@@ -38,7 +38,9 @@ from meshnet.model import (
     default_port,
 )
 from meshnet.ports import parse_all_published
+from meshnet_agent.containers_api import container_routes
 from meshnet_agent.endpoints import AttachRequest
+from meshnet_agent.exec_sessions import ExecSessions
 from meshnet_agent.openapi import describe, takes
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
+    from meshnet_agent.containers import Containers
     from meshnet_agent.images import Images
     from meshnet_agent.service import Service
 
@@ -118,7 +121,9 @@ _SHOWN, _LONGEST_MESSAGE = 300, 1000
 """Characters of what a request said that are repeated, and of a whole message."""
 
 
-def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
+def make_app(
+    service: Service, is_ready: Callable[[], bool], containers: Containers | None = None
+) -> Starlette:
     """The ASGI application.
 
     Args:
@@ -147,6 +152,11 @@ def make_app(service: Service, is_ready: Callable[[], bool]) -> Starlette:
             route("/v1/hosts", "GET", handlers.list_hosts),
             route("/v1/hosts/{id}", "DELETE", handlers.remove_host),
             route("/v1/status", "GET", handlers.status),
+            *(
+                container_routes(containers, ExecSessions(containers), route, _body)
+                if containers is not None
+                else []
+            ),
             route("/v1/images", "GET", handlers.list_images),
             route("/v1/images", "POST", handlers.load_images),
             # Names of images have slashes.

@@ -37,6 +37,7 @@ from meshnet.model import Datapath
 from meshnet.vtep.native import library
 from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
+from meshnet_agent.containers import Containers
 from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
 from meshnet_agent.images import Images
 from meshnet_agent.logs import configure_logs
@@ -209,7 +210,11 @@ async def _run(config: AgentConfig) -> None:
                 max_entries=config.image_max_entries,
             )
             await images.collect()
-            await _serve(Service(agent, images), agent, socket_path)
+            service = Service(agent, images)
+            containers = Containers(
+                disk.path, Path(config.run_dir), service.attach, service.detach, service.passed_over
+            )
+            await _serve(service, containers, agent, socket_path)
 
 
 @contextlib.asynccontextmanager
@@ -253,7 +258,7 @@ def _path(text: str | None) -> Path | None:
     return Path(text) if text is not None else None
 
 
-async def _serve(service: Service, agent: Agent, socket_path: Path) -> None:
+async def _serve(service: Service, containers: Containers, agent: Agent, socket_path: Path) -> None:
     """Run agent and API until a signal; the agent, the inner one, stops first."""
     listener = _listen(socket_path)
     hypercorn = HypercornConfig()
@@ -261,7 +266,7 @@ async def _serve(service: Service, agent: Agent, socket_path: Path) -> None:
     hypercorn.graceful_timeout = 1.0
     hypercorn.loglevel = "ERROR"
     stopping = trio.Event()
-    app = make_app(service, lambda: agent.ready and not stopping.is_set())
+    app = make_app(service, lambda: agent.ready and not stopping.is_set(), containers)
 
     async def serve_api(task_status: trio.TaskStatus[list[str]]) -> None:
         await serve(
@@ -277,6 +282,7 @@ async def _serve(service: Service, agent: Agent, socket_path: Path) -> None:
             root.start_soon(_stop_on_signal, agent, running)
             async with trio.open_nursery() as inner:
                 await inner.start(agent.run)
+                await inner.start(containers.run)
                 notify("READY=1")
                 _log.info("ready", host=agent.host.id, socket=str(socket_path))
         stopping.set()

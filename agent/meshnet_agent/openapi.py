@@ -38,7 +38,7 @@ _ERROR = {
 }
 
 
-def takes(body: type[msgspec.Struct]) -> Callable[[_Handler], _Handler]:
+def takes(body: type[Any]) -> Callable[[_Handler], _Handler]:
     """Say what a handler's request body is."""
 
     def mark(handler: _Handler) -> _Handler:
@@ -51,7 +51,7 @@ def takes(body: type[msgspec.Struct]) -> Callable[[_Handler], _Handler]:
 def describe(routes: Iterable[BaseRoute]) -> dict[str, Any]:
     """The document, of the routes that there are."""
     paths: dict[str, dict[str, Any]] = {}
-    bodies: dict[str, type[msgspec.Struct]] = {}
+    bodies: dict[str, type[Any]] = {}
     for route in routes:
         if isinstance(route, Route):
             for method in sorted((route.methods or set()) - {"HEAD"}):
@@ -67,7 +67,7 @@ def describe(routes: Iterable[BaseRoute]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, method: str, bodies: dict[str, type[msgspec.Struct]]) -> Any:  # noqa: ANN401
+def _operation(route: Route, method: str, bodies: dict[str, type[Any]]) -> Any:  # noqa: ANN401
     handler = inspect.unwrap(route.endpoint)
     error = {"$ref": "#/components/schemas/Error"}
     found: dict[str, Any] = {

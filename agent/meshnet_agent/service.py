@@ -54,12 +54,14 @@ class Service:
     """The operations of the API on one agent.
 
     Attributes:
+        passed_over: OCI runtimes that cannot run here, and why; empty until one was needed.
         images: this host's images, which need neither the mesh nor the kernel's tables.
     """
 
     def __init__(self, agent: Agent, images: Images) -> None:
         self._agent = agent
         self.images = images
+        self.passed_over: dict[str, str] = {}
 
     async def wait_for_network(self, name: str) -> ReadyNetwork:
         """A network, once it is up on this host.
@@ -251,6 +253,9 @@ class Service:
     def _notes(self) -> list[str]:
         """What an operator should know, and is no error."""
         notes = self._agent.endpoints.ports.notes()
+        notes += [
+            f"{name} runs no containers here: {why}" for name, why in self.passed_over.items()
+        ]
         underlay = self._agent.reconciler.result.underlay
         if underlay is not None and not underlay.nexthop_objects:
             notes.append(_NO_NEXTHOP_OBJECTS)

@@ -53,9 +53,22 @@ class Client:
         """Ask for something to be done; members of `body` that are None are left out."""
         return self._call("POST", parts, {k: v for k, v in body.items() if v is not None})
 
-    def delete(self, *parts: str) -> Any:  # noqa: ANN401
+    def delete(self, *parts: str, query: dict[str, str] | None = None) -> Any:  # noqa: ANN401
         """Remove a resource."""
-        return self._call("DELETE", parts, None)
+        return self._call("DELETE", parts, None, query)
+
+    def wait(self, *parts: str) -> Any:  # noqa: ANN401
+        """Read a resource that is there when something has happened, however long that takes."""
+        return self._call("GET", parts, None, timeout_s=None)
+
+    def stream(self, *parts: str, query: dict[str, str]) -> Iterator[bytes]:
+        """Read lines of a resource as they come."""
+        with self._connected(parts, query, timeout_s=None) as (connection, url):
+            connection.request("GET", url)
+            response = connection.getresponse()
+            if response.status >= 400:
+                _document(response)
+            yield from response
 
     def upload(self, *parts: str, query: dict[str, str], write: Callable[[IO[bytes]], None]) -> Any:  # noqa: ANN401
         """Send a stream of any length, which `write` writes.  Waits for the answer for ever."""
@@ -76,9 +89,16 @@ class Client:
                 _document(response)
             shutil.copyfileobj(response, output)
 
-    def _call(self, method: str, parts: tuple[str, ...], body: dict[str, Any] | None) -> Any:  # noqa: ANN401
+    def _call(
+        self,
+        method: str,
+        parts: tuple[str, ...],
+        body: dict[str, Any] | None,
+        query: dict[str, str] | None = None,
+        timeout_s: float | None = _TIMEOUT_S,
+    ) -> Any:  # noqa: ANN401
         payload = json.dumps(body).encode() if body is not None else None
-        with self._connected(parts, {}) as (connection, url):
+        with self._connected(parts, query or {}, timeout_s) as (connection, url):
             connection.request(method, url, payload, {"Content-Type": "application/json"})
             return _document(connection.getresponse())
 

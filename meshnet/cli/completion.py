@@ -80,3 +80,8 @@ def _ask(parsed_args: argparse.Namespace, what: str) -> Any:  # noqa: ANN401
 def complete_images(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
     """Names of images, or none while no agent answers."""
     return [str(name) for d in _ask(parsed_args, "images") or [] for name in d["names"]]
+
+
+def complete_containers(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
+    """Names of containers, or none while no agent answers."""
+    return [str(d["name"]) for d in _ask(parsed_args, "containers") or []]

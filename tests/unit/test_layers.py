@@ -21,7 +21,8 @@ EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep")
 PURE_IN_EDGES = {
     "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
     "kernel/ordering.py",
-    "runtime/oci.py", "runtime/names.py",
+    "runtime/oci.py", "runtime/names.py", "runtime/options.py", "runtime/seccomp.py",
+    "runtime/spec.py", "runtime/users.py",
 }  # fmt: skip
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",

@@ -1,0 +1,117 @@
+"""What is known of a container, as a value and as a file that survives the agent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import structlog
+
+from meshnet.runtime.options import ContainerOptions  # noqa: TC001  (msgspec reads it)
+from meshnet_agent.disk import write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_log = structlog.get_logger()
+FILE = "container.json"
+
+
+class State(StrEnum):
+    """Where a container is in its life; the words are Docker's, but for the first."""
+
+    CREATING = "creating"
+    CREATED = "created"
+    RUNNING = "running"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A process for ever: pids are reused, with the start time and the boot they are not."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One container.
+
+    Attributes:
+        image_id: digest of the image that it holds.
+        args, env, user, workdir, stop_signal: of the options, or else of the image.
+        lowerdirs: what its root file system is stacked on, the uppermost first.
+        process: its first process, while there is one.
+        shim: the conmon that keeps it.
+        created_s, started_s, finished_s: Unix time.
+        stopped: somebody wanted its end: it is not restarted.
+        endpoints: documents of its endpoints (`meshnet_agent.documents`).
+    """
+
+    id: str
+    name: str
+    options: ContainerOptions
+    created_s: float
+    args: tuple[str, ...]
+    lowerdirs: tuple[str, ...]
+    image_id: str | None = None
+    env: tuple[str, ...] = ()
+    user: str = ""
+    workdir: str = "/"
+    stop_signal: str = "SIGTERM"
+    state: State = State.CREATING
+    process: ProcessId | None = None
+    shim: ProcessId | None = None
+    started_s: float | None = None
+    finished_s: float | None = None
+    exit_code: int | None = None
+    error: str | None = None
+    restarts: int = 0
+    stopped: bool = False
+    endpoints: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def hostname(self) -> str:
+        """Its own, or the beginning of its id."""
+        return self.options.hostname or self.id
+
+    def document(self) -> dict[str, Any]:
+        """The document of ``ps`` and ``inspect`` (docs/cli.md)."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "pid": self.process.pid if self.process is not None else None,
+            "state": self.state,
+            "exit_code": self.exit_code,
+            "image": self.options.image or self.options.rootfs,
+            "networks": list(self.options.networks),
+            "command": list(self.args),
+            "endpoints": list(self.endpoints),
+            "restarts": self.restarts,
+            "error": self.error,
+            "created_s": self.created_s,
+            "started_s": self.started_s,
+            "finished_s": self.finished_s,
+        }
+
+
+_decoder = msgspec.json.Decoder(Record)
+
+
+def save(directory: Path, record: Record) -> None:
+    """Write a container's record; on return it survives a power cut."""
+    write_whole(directory / FILE, msgspec.json.encode(record))
+
+
+def load_all(directory: Path) -> Iterator[Record]:
+    """All containers below a directory; a file that cannot be read is logged and left alone."""
+    for file in sorted(directory.glob(f"*/{FILE}")):
+        try:
+            yield _decoder.decode(file.read_bytes())
+        except (OSError, msgspec.DecodeError) as error:
+            _log.error("container cannot be read", file=str(file), reason=str(error))

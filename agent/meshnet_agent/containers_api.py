@@ -1,0 +1,157 @@
+"""The API's requests on containers (docs/api.md), for `meshnet_agent.containers`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+from starlette.responses import Response, StreamingResponse
+
+from meshnet.errors import UsageError
+from meshnet.runtime.conmon import StartError
+from meshnet.runtime.oci_runtime import exit_status_of
+from meshnet.runtime.options import ContainerOptions
+from meshnet_agent.openapi import takes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from starlette.requests import Request
+    from starlette.routing import Route
+
+    from meshnet_agent.containers import Container, Containers
+    from meshnet_agent.exec_sessions import ExecSessions
+
+    Handler = Callable[[Request], Awaitable[object]]
+    MakeRoute = Callable[[str, str, Handler], Route]
+    ReadBody = Callable[[Request, type[Any]], Awaitable[Any]]
+
+_FIELDS = frozenset(f.name for f in fields(ContainerOptions))
+_CHUNK_BYTES = 64 * 1024
+_POLL_S = 0.1
+
+
+class SignalRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /v1/containers/NAME/kill``."""
+
+    signal: str = "KILL"
+
+
+class StopRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /v1/containers/NAME/stop``."""
+
+    timeout_s: int | None = None
+
+
+def container_routes(
+    containers: Containers, sessions: ExecSessions, route: MakeRoute, read_body: ReadBody
+) -> list[Route]:
+    """The routes; `route` guards a handler, `read_body` reads a body of a type."""
+
+    async def options_of(request: Request) -> ContainerOptions:
+        document = await read_body(request, dict[str, Any])
+        for unknown in document.keys() - _FIELDS:
+            raise UsageError(f"a container has no option {unknown!r}: see docs/api.md")
+        try:
+            return msgspec.convert(document, ContainerOptions)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"request body of {request.url.path}: {error}") from error
+
+    def name_of(request: Request) -> str:
+        return str(request.path_params["name"])
+
+    async def list_all(_request: Request) -> object:
+        return containers.documents()
+
+    @takes(ContainerOptions)
+    async def create(request: Request) -> object:
+        return await containers.create(await options_of(request))
+
+    async def inspect(request: Request) -> object:
+        return containers.inspect(name_of(request))
+
+    async def remove(request: Request) -> object:
+        force = request.query_params.get("force") == "1"
+        return await containers.remove(name_of(request), force=force)
+
+    async def start(request: Request) -> object:
+        return await containers.start(name_of(request))
+
+    @takes(StopRequest)
+    async def stop(request: Request) -> object:
+        wanted = await read_body(request, StopRequest)
+        return await containers.stop(name_of(request), wanted.timeout_s)
+
+    @takes(SignalRequest)
+    async def kill(request: Request) -> object:
+        wanted = await read_body(request, SignalRequest)
+        return await containers.kill(name_of(request), wanted.signal)
+
+    async def wait(request: Request) -> object:
+        return await containers.wait(name_of(request))
+
+    async def stats(request: Request) -> object:
+        return await containers.stats(name_of(request))
+
+    async def logs(request: Request) -> Response:
+        container = containers.find(name_of(request))
+        follow = request.query_params.get("follow") == "1"
+        return StreamingResponse(_log(container, follow), media_type="application/octet-stream")
+
+    @takes(ContainerOptions)
+    async def exec_create(request: Request) -> object:
+        return await sessions.create(name_of(request), await options_of(request))
+
+    async def exec_start(request: Request) -> object:
+        return await sessions.start(name_of(request))
+
+    async def exec_wait(request: Request) -> object:
+        return await sessions.wait(name_of(request))
+
+    def telling_status(handler: Handler) -> Handler:
+        @functools.wraps(handler)
+        async def told(request: Request) -> object:
+            try:
+                return await handler(request)
+            except StartError as error:
+                # An ordinary answer: these statuses are not those of an error of the API.
+                return {"failed": str(error), "exit_status": exit_status_of(str(error))}
+
+        return told
+
+    one = "/v1/containers/{name}"
+    return [
+        route("/v1/containers", "GET", list_all),
+        route("/v1/containers", "POST", telling_status(create)),
+        route(one, "GET", inspect),
+        route(one, "DELETE", remove),
+        route(f"{one}/start", "POST", telling_status(start)),
+        route(f"{one}/stop", "POST", stop),
+        route(f"{one}/kill", "POST", kill),
+        route(f"{one}/wait", "GET", wait),
+        route(f"{one}/stats", "GET", stats),
+        route(f"{one}/logs", "GET", logs),
+        route(f"{one}/exec", "POST", exec_create),
+        route("/v1/exec/{name}/start", "POST", telling_status(exec_start)),
+        route("/v1/exec/{name}/wait", "GET", exec_wait),
+    ]
+
+
+async def _log(container: Container, follow: bool) -> AsyncIterator[bytes]:
+    """The log's bytes; with `follow` until the container has ended."""
+    try:
+        file = await trio.open_file(container.bundle.log, "rb")
+    except FileNotFoundError:
+        return
+    async with file:
+        while True:
+            over = container.ended.is_set()  # before the read: what came until then is in it
+            while chunk := await file.read(_CHUNK_BYTES):
+                yield chunk
+            if over or not follow:
+                return
+            with trio.move_on_after(_POLL_S):
+                await container.ended.wait()

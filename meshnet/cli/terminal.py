@@ -1,0 +1,124 @@
+"""A container's terminal: stdin, output, signals and the window's size, by conmon's socket.
+
+Needs no agent: the socket is conmon's own (`meshnet.runtime.conmon` has the protocol).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_INPUT_BYTES = 8192
+_MESSAGE_BYTES = 64 * 1024
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
+              signal.SIGUSR2)  # fmt: skip
+
+
+class Attachment:
+    """A connection to a container's stdio; open it before the container starts.
+
+    Args:
+        attach, window: conmon's socket and its FIFO for sizes.
+    """
+
+    def __init__(self, attach: str, window: str, *, tty: bool, interactive: bool) -> None:
+        self._window = window
+        self._tty = tty
+        self._interactive = interactive
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.connect(attach)
+
+    def run(self, forward: Callable[[str], None]) -> None:
+        """Copy until the container closes its output.
+
+        Args:
+            forward: sends a signal, by name, to the container.
+        """
+        with self._socket, _wakeups() as wakeup, self._raw_terminal():
+            self._resize()
+            reads = [self._socket.fileno(), wakeup]
+            if self._interactive:
+                reads.append(_STDIN)
+            while True:
+                ready, _, _ = select.select(reads, [], [])
+                if wakeup in ready:
+                    for number in os.read(wakeup, 64):
+                        self._take_signal(signal.Signals(number), forward)
+                if _STDIN in ready and not self._send_input():
+                    reads.remove(_STDIN)
+                if self._socket.fileno() in ready and not self._print_output():
+                    return
+
+    def _take_signal(self, number: signal.Signals, forward: Callable[[str], None]) -> None:
+        if number is signal.SIGWINCH:
+            self._resize()
+        elif number in _FORWARDED:
+            forward(number.name)
+
+    def _send_input(self) -> bool:
+        data = os.read(_STDIN, _INPUT_BYTES)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if data:
+                self._socket.send(data)
+            else:
+                self._socket.shutdown(socket.SHUT_WR)
+        return bool(data)
+
+    def _print_output(self) -> bool:
+        try:
+            message = self._socket.recv(_MESSAGE_BYTES)
+        except ConnectionResetError:
+            return False
+        stream = _STDERR if message[:1] == b"\x03" else _STDOUT
+        data = memoryview(message)[1:]
+        while data:
+            data = data[os.write(stream, data) :]
+        return bool(message)
+
+    def _resize(self) -> None:
+        if self._tty and os.isatty(_STDIN):
+            size = os.get_terminal_size(_STDIN)
+            with contextlib.suppress(OSError), open(self._window, "wb", buffering=0) as fifo:
+                fifo.write(b"%d %d\n" % (size.lines, size.columns))
+
+    @contextlib.contextmanager
+    def _raw_terminal(self) -> Iterator[None]:
+        if not (self._tty and self._interactive and os.isatty(_STDIN)):
+            yield
+            return
+        import termios
+        import tty
+
+        before = termios.tcgetattr(_STDIN)
+        tty.setraw(_STDIN)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(_STDIN, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
+def _wakeups() -> Iterator[int]:
+    """A descriptor that tells of signals; they do nothing else meanwhile."""
+    sys.stdout.flush()
+    numbers = (*_FORWARDED, signal.SIGWINCH)
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)

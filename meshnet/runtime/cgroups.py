@@ -1,0 +1,101 @@
+"""What a container uses, read from its cgroup's files (v1 and v2) and its links' counters."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counters since the container's start; times in seconds.
+
+    Attributes:
+        memory_limit_bytes: None: no limit.
+        throttled_s: how long it was held back by its CPU limit, in `throttled` periods.
+    """
+
+    cpu_s: float
+    throttled: int
+    throttled_s: float
+    memory_bytes: int
+    memory_limit_bytes: int | None
+    pids: int
+    rx_bytes: int
+    tx_bytes: int
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def read_usage(pid: int) -> Usage:
+    """Usage of the container whose first process this is; what cannot be read counts as 0."""
+    paths = _paths(pid)
+    rx, tx = _traffic(pid)
+    if "" in paths and (paths[""] / "memory.current").exists():
+        unified = paths[""]
+        cpu = _table(unified / "cpu.stat")
+        return Usage(
+            cpu.get("usage_usec", 0) / 1e6,
+            cpu.get("nr_throttled", 0),
+            cpu.get("throttled_usec", 0) / 1e6,
+            _number(unified / "memory.current"),
+            _number(unified / "memory.max") or None,
+            _number(unified / "pids.current"),
+            rx,
+            tx,
+        )
+    nowhere = Path("/nonexistent")
+    cpu = _table(paths.get("cpu", nowhere) / "cpu.stat")
+    memory = paths.get("memory", nowhere)
+    limit = _number(memory / "memory.limit_in_bytes")
+    return Usage(
+        _number(paths.get("cpuacct", nowhere) / "cpuacct.usage") / 1e9,
+        cpu.get("nr_throttled", 0),
+        cpu.get("throttled_time", 0) / 1e9,
+        _number(memory / "memory.usage_in_bytes"),
+        limit if limit < 1 << 60 else None,
+        _number(paths.get("pids", nowhere) / "pids.current"),
+        rx,
+        tx,
+    )
+
+
+def _paths(pid: int) -> dict[str, Path]:
+    """Directories of a process's cgroup, by controller; that of v2 under the empty name."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for controller in controllers.split(","):
+                found[controller] = _ROOT / controllers / path.lstrip("/")
+    return found
+
+
+def _number(path: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    return 0
+
+
+def _table(path: Path) -> dict[str, int]:
+    with contextlib.suppress(OSError):
+        rows = (line.split() for line in path.read_text().splitlines())
+        return {row[0]: int(row[1]) for row in rows if len(row) == 2}
+    return {}
+
+
+def _traffic(pid: int) -> tuple[int, int]:
+    rx = tx = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]:
+            name, _, counters = line.partition(":")
+            if name.strip() != "lo":
+                fields = counters.split()
+                rx, tx = rx + int(fields[0]), tx + int(fields[8])
+    return rx, tx

@@ -1,0 +1,175 @@
+"""What a container is asked to be: the options of ``meshnet run``, and how their words are read.
+
+Words and defaults are Docker's (docs/run.md).  Pure: imports no socket, file, clock or trio.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from meshnet.errors import UsageError
+
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([bkmgt]?)b?", re.IGNORECASE)
+_RESTART = re.compile(r"no|always|on-failure(?::(\d+))?")
+_CONTAINER = "container:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerOptions:
+    """All options of one container.
+
+    Attributes:
+        image: reference of an image; None: `rootfs` is a plain directory.
+        command: program and arguments; empty: the image's own.
+        networks: names of networks, or one of ``none``, ``host`` and ``container:NAME``.
+        publish: ports of the host that lead to the first network's endpoint.
+        cpus: how many CPUs' time it may use; a fraction is usual.
+        memory_bytes: hard limit; the kernel kills what exceeds it.
+        pid, ipc, uts: ``host`` or ``container:NAME``; None: a namespace of its own.
+        stop_timeout_s: seconds between the stop signal and SIGKILL.
+    """
+
+    image: str | None = None
+    rootfs: str | None = None
+    command: tuple[str, ...] = ()
+    entrypoint: str | None = None
+    name: str | None = None
+    networks: tuple[str, ...] = ()
+    publish: tuple[str, ...] = ()
+    hostname: str | None = None
+    env: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+    tmpfs: tuple[str, ...] = ()
+    user: str | None = None
+    workdir: str | None = None
+    init: bool = False
+    tty: bool = False
+    interactive: bool = False
+    rm: bool = False
+    restart: str = "no"
+    cpus: float | None = None
+    cpu_shares: int | None = None
+    cpuset_cpus: str | None = None
+    memory_bytes: int | None = None
+    memory_reservation_bytes: int | None = None
+    pids_limit: int | None = None
+    blkio_weight: int | None = None
+    cap_add: tuple[str, ...] = ()
+    cap_drop: tuple[str, ...] = ()
+    privileged: bool = False
+    read_only: bool = False
+    pid: str | None = None
+    ipc: str | None = None
+    uts: str | None = None
+    stop_signal: str | None = None
+    stop_timeout_s: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A directory or file of the host inside the container."""
+
+    source: str
+    destination: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """When a container that ended is started again.
+
+    Attributes:
+        most: how many times in a row; None: without end.
+    """
+
+    always: bool = False
+    on_failure: bool = False
+    most: int | None = None
+
+    def wants(self, exit_code: int, restarts: int) -> bool:
+        """Whether a container that ended so, after so many restarts, is to run again."""
+        if self.always:
+            return True
+        return self.on_failure and exit_code != 0 and (self.most is None or restarts < self.most)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``256m``; units b, k, m, g, t are powers of 1024.
+
+    Raises:
+        UsageError: not a size.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise UsageError(f"size {text!r} is not usable: give bytes or a unit, such as 256m")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def parse_volume(text: str) -> Volume:
+    """``SRC:DST[:ro|rw]``, both absolute paths.
+
+    Raises:
+        UsageError: anything else.
+    """
+    parts = text.split(":")
+    mode = parts.pop() if len(parts) == 3 else "rw"
+    if len(parts) != 2 or mode not in ("ro", "rw") or not all(p.startswith("/") for p in parts):
+        raise UsageError(f"volume {text!r} is not usable: give /SRC:/DST or /SRC:/DST:ro")
+    return Volume(parts[0], parts[1], mode == "ro")
+
+
+def parse_restart(text: str) -> RestartPolicy:
+    """``no``, ``always``, ``on-failure`` or ``on-failure:N``.
+
+    Raises:
+        UsageError: anything else.
+    """
+    found = _RESTART.fullmatch(text)
+    if found is None:
+        raise UsageError(f"restart policy {text!r} is unknown: no, on-failure[:N] or always")
+    return RestartPolicy(
+        always=text == "always",
+        on_failure=text.startswith("on-failure"),
+        most=int(found[1]) if found[1] else None,
+    )
+
+
+def shared_with(text: str | None) -> str | None:
+    """The container of ``container:NAME``; None for any other word."""
+    if text is None or not text.startswith(_CONTAINER):
+        return None
+    return text.removeprefix(_CONTAINER)
+
+
+def check_options(options: ContainerOptions) -> None:
+    """Refuse options that contradict each other or cannot be read.
+
+    Raises:
+        UsageError: the message says which.
+    """
+    if (options.image is None) == (options.rootfs is None):
+        raise UsageError("give an image or --rootfs DIR, one of them")
+    if options.rootfs is not None and not options.rootfs.startswith("/"):
+        raise UsageError(f"rootfs {options.rootfs!r} is not an absolute path")
+    if options.rootfs is not None and not (options.command or options.entrypoint):
+        raise UsageError("a --rootfs says nothing of what to run: give a command")
+    alone = [n for n in options.networks if n in ("none", "host") or shared_with(n) is not None]
+    if alone and len(options.networks) > 1:
+        raise UsageError(f"--net {alone[0]} goes with no other --net")
+    if options.publish and (alone or not options.networks):
+        raise UsageError("--publish needs a network of its own: give --net NAME")
+    for word in (options.pid, options.ipc, options.uts):
+        if word not in (None, "host") and not shared_with(word):
+            raise UsageError(f"namespace {word!r} is unknown: host or container:NAME")
+    if options.rm and options.restart != "no":
+        raise UsageError("--rm and --restart contradict each other: give one")
+    if options.cpus is not None and options.cpus < 0.01:
+        raise UsageError(f"--cpus {options.cpus} is too few: give 0.01 or more")
+    parse_restart(options.restart)
+    for volume in options.volumes:
+        parse_volume(volume)
+    for text in (*options.command, *options.env, *options.tmpfs):
+        if "\0" in text:
+            raise UsageError("a NUL is in an argument or a variable")

@@ -1,0 +1,151 @@
+"""What an agent makes of the containers that it finds on disk; no runtime, no kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from meshnet.errors import ConflictError, NotFoundError, UsageError
+from meshnet.runtime.options import ContainerOptions
+from meshnet_agent import containers as module
+from meshnet_agent.container_record import FILE, ProcessId, Record, State, load_all, save
+from meshnet_agent.containers import Containers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BEFORE = ProcessId(1, 1, "another boot")
+
+
+class FakeRuntime:
+    """Remembers whom it was to delete."""
+
+    def __init__(self) -> None:
+        self.path = "fake"
+        self.deleted: list[str] = []
+
+    async def delete(self, identity: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.deleted.append(identity)
+
+
+def record(number: int, state: State = State.RUNNING, **fields: Any) -> Record:  # noqa: ANN401
+    options = ContainerOptions(rootfs="/r", command=("true",), **fields.pop("options", {}))
+    values: dict[str, Any] = {
+        "id": f"{number:012x}", "name": f"c{number}", "options": options, "created_s": number,
+        "args": ("true",), "lowerdirs": ("/r",), "state": state, "started_s": 1.0,
+        "process": BEFORE, "shim": BEFORE,
+    }  # fmt: skip
+    return Record(**values | fields)
+
+
+class Host:
+    """A host's directories, and the agent's part on them."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runtime = FakeRuntime()
+        self.detached: list[tuple[int, str]] = []
+        self.passed_over: dict[str, str] = {}
+        self.state = directory / "state"
+        self.containers = Containers(
+            self.state, directory / "run", self._attach, self._detach, self.passed_over
+        )
+
+        async def find_runtime(_root: Path) -> tuple[FakeRuntime, dict[str, str]]:
+            await trio.lowlevel.checkpoint()
+            return self.runtime, {"crun": "too old"}
+
+        monkeypatch.setattr(module, "find_runtime", find_runtime)
+        monkeypatch.setattr(module, "check_may_run", lambda: None)
+
+    async def _attach(self, _request: object) -> dict[str, Any]:
+        raise AssertionError("nothing is attached here")
+
+    async def _detach(self, pid: int, network: str) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        self.detached.append((pid, network))
+        raise NotFoundError("its own watch was faster")
+
+    def put(self, wanted: Record, exit_status: str | None = None) -> Path:
+        directory = self.state / "containers" / wanted.id
+        (directory / "exits").mkdir(parents=True)
+        save(directory, wanted)
+        if exit_status is not None:
+            (directory / "exits" / wanted.id).write_text(exit_status)
+        return directory
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(tmp_path, monkeypatch)
+
+
+def test_a_record_survives_the_disk(tmp_path: Path) -> None:
+    wanted = record(1, endpoints=({"network": "prod", "address": "10.42.0.2/24"},))
+    (tmp_path / wanted.id).mkdir()
+    save(tmp_path / wanted.id, wanted)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / FILE).write_text("{")
+    assert list(load_all(tmp_path)) == [wanted]
+    assert (tmp_path / "bad" / FILE).exists()
+
+
+async def test_what_ended_while_no_agent_was_there(host: Host, nursery: trio.Nursery) -> None:
+    endpoint = {"network": "prod", "pid": 77}
+    host.put(record(1, endpoints=(endpoint,)), "3")
+    host.put(record(2))
+    gone = host.put(record(3, options={"rm": True}), "0")
+    half = host.put(record(4, State.CREATING))
+    host.put(record(5, State.EXITED, exit_code=9, process=None, shim=None))
+    await nursery.start(host.containers.run)
+    statuses = {}
+    for name in ("c1", "c2", "c5"):
+        with trio.fail_after(10):
+            statuses[name] = (await host.containers.wait(name))["exit_code"]
+    assert statuses == {"c1": 3, "c2": 255, "c5": 9}
+    with trio.fail_after(10):
+        while len(host.containers.documents()) > 3:  # noqa: ASYNC110  (there is no event for it)
+            await trio.sleep(0.01)
+    assert not gone.exists()
+    assert not half.exists()
+    assert host.detached == [(77, "prod")]
+    assert set(host.runtime.deleted) == {f"{n:012x}" for n in range(1, 6)}
+    assert [d["name"] for d in host.containers.documents()] == ["c5", "c2", "c1"]
+    assert all(d["state"] == "exited" and d["pid"] is None for d in host.containers.documents())
+    on_disk = {r.name: r.exit_code for r in load_all(host.state / "containers")}
+    assert on_disk == statuses
+    assert host.passed_over == {"crun": "too old"}
+    nursery.cancel_scope.cancel()
+
+
+async def test_names_ids_and_refusals(host: Host, nursery: trio.Nursery) -> None:
+    for number in (0x10, 0x11):
+        host.put(record(number, State.EXITED, exit_code=0, process=None, shim=None))
+    await nursery.start(host.containers.run)
+    found = host.containers.find(f"{0x10:012x}")
+    assert host.containers.find("c16") is found
+    with pytest.raises(UsageError, match="begins 2"):
+        host.containers.find("0000")
+    with pytest.raises(NotFoundError):
+        host.containers.find("")
+    with pytest.raises(ConflictError, match="taken"):
+        await host.containers.create(ContainerOptions(rootfs="/r", command=("true",), name="c16"))
+    with pytest.raises(ConflictError, match="does not run"):
+        await host.containers.kill("c16", "TERM")
+    with pytest.raises(ConflictError, match="not created"):
+        await host.containers.start("c16")
+    await host.containers.remove("c16", force=False)
+    with pytest.raises(NotFoundError):
+        host.containers.find("c16")
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_failed_create_leaves_nothing(host: Host, nursery: trio.Nursery) -> None:
+    await nursery.start(host.containers.run)
+    with pytest.raises(UsageError, match="no directory"):
+        await host.containers.create(ContainerOptions(rootfs="/none", command=("true",)))
+    assert host.containers.documents() == []
+    assert list((host.state / "containers").glob("*")) == []
+    nursery.cancel_scope.cancel()
