@@ -76,6 +76,12 @@ def _look(host: Namespace) -> tuple[str, str, str]:
     return shown[0], shown[1], shown[2]
 
 
+def _wait_until_settled(host: Namespace) -> tuple[str, str, str]:
+    """The same once addresses are usable, so that nothing about them changes by itself."""
+    wait_until(lambda: "tentative" not in _look(host)[0], 10, "duplicate address detection")
+    return _look(host)
+
+
 def _index(host: Namespace, link: str) -> str:
     return host.run(["ip", "-o", "link", "show", link]).stdout.partition(":")[0]
 
@@ -135,7 +141,7 @@ def test_a_network_in_the_place_of_the_hosts_links(make_lab: MakeLab) -> None:
         (inner[0], address_of(over[1])),
     )
     assert all(ping(*way) for way in ways)
-    before = [_look(host) for host in (h1, h2)]
+    before = [_wait_until_settled(host) for host in (h1, h2)]
     with _transfer(h1, outsider), _transfer(outsider, h2):
         with _hardly_lost("taken over", *ways):
             created = meshnet(h1, "network", "create", "lan", *LAN)
@@ -191,10 +197,8 @@ def _ports(host: Namespace) -> str:
 def test_a_gateway_that_falls_silent_and_processes_that_are_killed(make_lab: MakeLab) -> None:
     lab = make_lab(1, agent_args=("--takeover-confirm", "3"))
     (host,) = lab.hosts
-    # Usable from the start, so that nothing about it changes in between.
-    wait_until(lambda: "tentative" not in _look(host)[0], 10, "duplicate address detection")
     host.run(["ip", "route", "add", "192.0.2.0/24", "via", str(lab.underlay.gateway_ip)])
-    before = _look(host)
+    before = _wait_until_settled(host)
 
     def error() -> str:
         (network,) = meshnet(host, "status")["networks"]
