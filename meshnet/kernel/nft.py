@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from meshnet.state import Ruleset
 
 _TIMEOUT_S = 30
+_TRIES = 3
 
 
 class NftTables:
@@ -50,8 +51,13 @@ class NftTables:
         Raises:
             KernelRefusedError: nft or the kernel refused the script.
         """
-        _nft(["-f", "-"], render_script(ruleset, counts))
-        self._text, self._digest = ruleset.text, _digest("".join(self._list()))
+        for _ in range(_TRIES):
+            _nft(["-f", "-"], render_script(ruleset, counts))
+            digest = _digest("".join(self._list()))
+            if ruleset.text != self._text or digest == self._digest:
+                break
+            # One text has one listing: somebody changed it in between, or nft was upgraded.
+        self._text, self._digest = ruleset.text, digest
         document = json.dumps({"text": self._text, "listing_sha256": self._digest})
         draft = self._memory.with_suffix(".new")
         draft.write_text(document)
