@@ -60,6 +60,8 @@ _GROUP = "meshnet"
 _USES_VXLAN = {"auto": None, "kernel": True, "userspace": False}
 _SWITCH_S = 0.0001
 """How long a thread may keep the interpreter while another wants it."""
+_BACKLOG = 4096
+"""Clients that may wait to be served; where more come at once, Linux refuses them (``EAGAIN``)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -263,6 +265,7 @@ async def _serve(service: Service, containers: Containers, agent: Agent, socket_
     listener = _listen(socket_path)
     hypercorn = HypercornConfig()
     hypercorn.bind = [f"fd://{listener.fileno()}"]
+    hypercorn.backlog = _BACKLOG
     hypercorn.graceful_timeout = 1.0
     hypercorn.loglevel = "ERROR"
     stopping = trio.Event()
@@ -315,7 +318,7 @@ def _listen(path: Path) -> socket.socket:
     with contextlib.suppress(KeyError, PermissionError):
         os.chown(path, -1, grp.getgrnam(_GROUP).gr_gid)
     listener.setblocking(False)
-    listener.listen(128)
+    listener.listen(_BACKLOG)
     return listener
 
 

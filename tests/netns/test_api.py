@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -66,6 +68,21 @@ def test_socket_and_requests(make_lab: MakeLab) -> None:
         assert words in document["error"]["message"]
         assert document["error"]["exit_status"] in (2, 4)
     assert request(host, "GET", "/healthz")[0] == 200
+
+
+def test_many_clients_wait_their_turn(make_lab: MakeLab) -> None:
+    """Hundreds of containers may start at one instant: none finds the agent unreachable."""
+    (host,) = make_lab(1).hosts
+    os.kill(host.agent_pid, signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        try:
+            for _ in range(500):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.settimeout(10)
+                client.connect(str(host.socket_path))
+        finally:
+            os.kill(host.agent_pid, signal.SIGCONT)
+    assert request(host, "GET", "/healthz") == (200, {"status": "ok"})
 
 
 def test_signal_while_etcd_does_not_answer(make_lab: MakeLab) -> None:
