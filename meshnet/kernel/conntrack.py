@@ -35,7 +35,6 @@ CTA_PROTO_NUM, CTA_PROTO_DST_PORT = 1, 3
 CTA_FILTER_ORIG_FLAGS, CTA_FILTER_REPLY_FLAGS = 1, 2
 CTA_FILTER_F_CTA_PROTO_NUM, CTA_FILTER_F_CTA_PROTO_DST_PORT = 1 << 3, 1 << 5
 _NFGENMSG = struct.Struct(">BBH")  # family, version, resource
-_NESTED = 0x8000
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -86,8 +85,10 @@ def _dump_udp(table: rtnl.RtnlSocket, version: int, port: int) -> list[_Flow]:
     wanted = rtnl.attr(CTA_PROTO_NUM, bytes([socket.IPPROTO_UDP]))
     wanted += rtnl.attr(CTA_PROTO_DST_PORT, port.to_bytes(2, "big"))
     flags = rtnl.U32.pack(CTA_FILTER_F_CTA_PROTO_NUM | CTA_FILTER_F_CTA_PROTO_DST_PORT)
-    body = _head(version) + _nested(CTA_TUPLE_ORIG, _nested(CTA_TUPLE_PROTO, wanted))
-    body += _nested(
+    body = _head(version) + rtnl.nested_attr(
+        CTA_TUPLE_ORIG, rtnl.nested_attr(CTA_TUPLE_PROTO, wanted)
+    )
+    body += rtnl.nested_attr(
         CTA_FILTER,
         rtnl.attr(CTA_FILTER_ORIG_FLAGS, flags)
         + rtnl.attr(CTA_FILTER_REPLY_FLAGS, rtnl.U32.pack(0)),
@@ -99,12 +100,8 @@ def _dump_udp(table: rtnl.RtnlSocket, version: int, port: int) -> list[_Flow]:
 
 
 def _encode_delete(version: int, flow: _Flow) -> rtnl.Request:
-    body = _head(version) + _nested(CTA_TUPLE_ORIG, flow.tuple_bytes)
+    body = _head(version) + rtnl.nested_attr(CTA_TUPLE_ORIG, flow.tuple_bytes)
     return rtnl.Request(IPCTNL_MSG_CT_DELETE, 0, body)
-
-
-def _nested(kind: int, payload: bytes) -> bytes:
-    return rtnl.attr(kind | _NESTED, payload)
 
 
 def _head(version: int) -> bytes:

@@ -35,7 +35,6 @@ IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 15, 
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
 IFA_F_NODAD = 0x02
 RT_SCOPE_UNIVERSE = 0
-NLA_F_NESTED = 0x8000
 
 _KINDS = {
     b"vxlan": LinkKind.VXLAN,
@@ -149,13 +148,13 @@ def encode_veth(
     if peer_gso_max_bytes is not None:
         peer += rtnl.attr(IFLA_GSO_MAX_SIZE, rtnl.U32.pack(peer_gso_max_bytes))
     data = rtnl.attr(VETH_INFO_PEER, peer)
-    info = _string(IFLA_INFO_KIND, "veth") + rtnl.attr(IFLA_INFO_DATA | NLA_F_NESTED, data)
+    info = _string(IFLA_INFO_KIND, "veth") + rtnl.nested_attr(IFLA_INFO_DATA, data)
     body = (
         rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, IFF_UP, IFF_UP)
         + _string(IFLA_IFNAME, name)
         + rtnl.attr(IFLA_MTU, rtnl.U32.pack(mtu_bytes))
         + rtnl.attr(IFLA_MASTER, rtnl.U32.pack(master))
-        + rtnl.attr(IFLA_LINKINFO | NLA_F_NESTED, info)
+        + rtnl.nested_attr(IFLA_LINKINFO, info)
     )
     return rtnl.Request(rtnl.RTM_NEWLINK, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
 
@@ -171,7 +170,7 @@ def encode_macvlan(
         lower: ifindex of the link that it is on.
     """
     mode = rtnl.attr(IFLA_MACVLAN_MODE, rtnl.U32.pack(MACVLAN_MODE_BRIDGE))
-    info = _string(IFLA_INFO_KIND, "macvlan") + rtnl.attr(IFLA_INFO_DATA | NLA_F_NESTED, mode)
+    info = _string(IFLA_INFO_KIND, "macvlan") + rtnl.nested_attr(IFLA_INFO_DATA, mode)
     body = (
         rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
         + _string(IFLA_IFNAME, name)
@@ -179,7 +178,7 @@ def encode_macvlan(
         + rtnl.attr(IFLA_ADDRESS, mac)
         + rtnl.attr(IFLA_LINK, rtnl.U32.pack(lower))
         + rtnl.attr(IFLA_NET_NS_FD, rtnl.U32.pack(netns_fd))
-        + rtnl.attr(IFLA_LINKINFO | NLA_F_NESTED, info)
+        + rtnl.nested_attr(IFLA_LINKINFO, info)
     )
     return rtnl.Request(rtnl.RTM_NEWLINK, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL, body)
 
@@ -191,9 +190,9 @@ def encode_no_link_local(index: int, mode: int = ADDR_GEN_NONE) -> rtnl.Request:
         mode: or let it, in some way (IN6_ADDR_GEN_MODE_…).
     """
     generation = rtnl.attr(IFLA_INET6_ADDR_GEN_MODE, bytes((mode,)))
-    spec = rtnl.attr(socket.AF_INET6 | NLA_F_NESTED, generation)
+    spec = rtnl.nested_attr(socket.AF_INET6, generation)
     body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0)
-    return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.attr(IFLA_AF_SPEC | NLA_F_NESTED, spec))
+    return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.nested_attr(IFLA_AF_SPEC, spec))
 
 
 def encode_hairpin(index: int) -> rtnl.Request:
@@ -205,7 +204,7 @@ def encode_hairpin(index: int) -> rtnl.Request:
     """
     port = rtnl.attr(IFLA_BRPORT_MODE, b"\1")
     body = rtnl.IFINFO.pack(AF_BRIDGE, 0, index, 0, 0)
-    return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.attr(IFLA_PROTINFO | NLA_F_NESTED, port))
+    return rtnl.Request(rtnl.RTM_SETLINK, 0, body + rtnl.nested_attr(IFLA_PROTINFO, port))
 
 
 def encode_link_up(index: int) -> rtnl.Request:

@@ -34,17 +34,12 @@ NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_FLAGS = 1, 
 NFTA_DATA_VALUE, NFT_SET_ELEM_CATCHALL = 1, 2
 NFTA_OBJ_TABLE, NFTA_OBJ_NAME, NFTA_OBJ_TYPE, NFTA_OBJ_DATA = 1, 2, 3, 4
 NFT_OBJECT_COUNTER, NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS = 1, 1, 2
-NLA_F_NESTED = 0x8000
 _NFGENMSG = struct.Struct(">BBH")  # family, version, resource (of a batch: the subsystem)
 _FAMILIES = {"inet": 1, "bridge": 7}
 
 
 def _kind(message: int) -> int:
     return NFNL_SUBSYS_NFTABLES << 8 | message
-
-
-def _nested(kind: int, payload: bytes) -> bytes:
-    return rtnl.attr(kind | NLA_F_NESTED, payload)
 
 
 def _head(family: str, table_attribute: int) -> bytes:
@@ -68,7 +63,7 @@ def encode_element(op: Op) -> list[rtnl.Request]:
     """
     set_name, key = op.key
     if key:
-        element = _nested(NFTA_SET_ELEM_KEY, rtnl.attr(NFTA_DATA_VALUE, key))
+        element = rtnl.nested_attr(NFTA_SET_ELEM_KEY, rtnl.attr(NFTA_DATA_VALUE, key))
     else:
         element = rtnl.attr(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_CATCHALL.to_bytes(4, "big"))
     requests = []
@@ -76,13 +71,15 @@ def encode_element(op: Op) -> list[rtnl.Request]:
         requests.append(_element_request(NFT_MSG_DELSETELEM, 0, set_name, element))
     if op.value is not None:
         if op.value:
-            element += _nested(NFTA_SET_ELEM_DATA, rtnl.attr(NFTA_DATA_VALUE, op.value))
+            element += rtnl.nested_attr(NFTA_SET_ELEM_DATA, rtnl.attr(NFTA_DATA_VALUE, op.value))
         requests.append(_element_request(NFT_MSG_NEWSETELEM, rtnl.NLM_F_CREATE, set_name, element))
     return requests
 
 
 def _element_request(message: int, flags: int, set_name: str, element: bytes) -> rtnl.Request:
-    elements = _nested(NFTA_SET_ELEM_LIST_ELEMENTS, _nested(NFTA_LIST_ELEM, element))
+    elements = rtnl.nested_attr(
+        NFTA_SET_ELEM_LIST_ELEMENTS, rtnl.nested_attr(NFTA_LIST_ELEM, element)
+    )
     return rtnl.Request(_kind(message), flags, _SET_HEADS[set_name] + elements)
 
 

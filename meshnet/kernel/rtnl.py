@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NLMSG_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
 ATTR_HEADER = struct.Struct("=HH")  # length, type
+NLA_F_NESTED = 0x8000
 IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
 IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst, src, tos, table, protocol, scope, type, flags
@@ -81,6 +82,11 @@ def attr(kind: int, payload: bytes) -> bytes:
     """One attribute, padded to four bytes."""
     length = 4 + len(payload)
     return ATTR_HEADER.pack(length, kind) + payload + bytes(-length & 3)
+
+
+def nested_attr(kind: int, payload: bytes) -> bytes:
+    """One attribute that holds others (``NLA_F_NESTED``)."""
+    return attr(kind | NLA_F_NESTED, payload)
 
 
 def parse_attrs(data: bytes, start: int, end: int) -> dict[int, bytes]:

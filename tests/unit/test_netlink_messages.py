@@ -228,7 +228,7 @@ def test_vxlan_devices(local: bytes) -> None:
     data += rtnl.attr(local_kind, local)
     info = rtnl.attr(links.IFLA_INFO_KIND, b"vxlan\0") + rtnl.attr(links.IFLA_INFO_DATA, data)
     body = rtnl.IFINFO.pack(0, 0, IFINDEX, 0, 0) + rtnl.attr(links.IFLA_IFNAME, b"mnv4097\0")
-    body += rtnl.attr(links.IFLA_LINKINFO | links.NLA_F_NESTED, info)
+    body += rtnl.attr(links.IFLA_LINKINFO | rtnl.NLA_F_NESTED, info)
     link = links.decode_link(dumped(datagram(rtnl.RTM_NEWLINK, body)))
     assert (link.name, link.up, link.kind) == ("mnv4097", False, LinkKind.VXLAN)
     assert link.vxlan == Vxlan(4097, 4789, local)

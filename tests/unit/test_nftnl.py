@@ -106,7 +106,7 @@ def test_published_ports_lead_to_the_address_of_their_ip_version(default_route: 
 
 def test_counters() -> None:
     counted = rtnl.attr(1, (180).to_bytes(8, "big")) + rtnl.attr(2, (3).to_bytes(8, "big"))
-    data = bytes(4) + rtnl.attr(2, b"unpublished\0") + rtnl.attr(4 | nftnl.NLA_F_NESTED, counted)
+    data = bytes(4) + rtnl.attr(2, b"unpublished\0") + rtnl.attr(4 | rtnl.NLA_F_NESTED, counted)
     others = bytes(4) + rtnl.attr(2, b"somebody's\0") + rtnl.attr(4, counted)
     found = nftnl.decode_counters([(d, 0, len(d)) for d in (data, others)])
     assert {name: tuple(count) for name, count in found.items()} == {"unpublished": (3, 180)}

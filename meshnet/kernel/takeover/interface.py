@@ -193,12 +193,12 @@ class Interfaces:
             + rtnl.attr(IFLA_BR_MCAST_SNOOPING, b"\0")
         )
         info = rtnl.attr(links.IFLA_INFO_KIND, b"bridge\0")
-        info += rtnl.attr(links.IFLA_INFO_DATA | links.NLA_F_NESTED, data)
+        info += rtnl.nested_attr(links.IFLA_INFO_DATA, data)
         body = (
             rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
             + rtnl.attr(links.IFLA_IFNAME, name.encode() + b"\0")
             + rtnl.attr(links.IFLA_ADDRESS, link.mac)
-            + rtnl.attr(links.IFLA_LINKINFO | links.NLA_F_NESTED, info)
+            + rtnl.nested_attr(links.IFLA_LINKINFO, info)
         )
         flags = rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL
         self._must([rtnl.Request(rtnl.RTM_NEWLINK, flags, body)], [f"make bridge {name}"])
