@@ -1,0 +1,48 @@
+"""What a fault is: something that is done to a mesh, what it may cut meanwhile, and its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from random import Random
+
+    from tests.netns.faults.mesh import FaultMesh, Member
+
+
+def cuts_nothing(_source: Member, _target: Member) -> bool:
+    """Most faults are of the control plane: no packet may be lost."""
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """A fault that has happened.
+
+    Attributes:
+        what: what was done and to whom, for people.
+        heal: ends it, if it does not end by itself; called exactly once.
+        lasts_s: how long it is left as it is before `heal`, in seconds.
+        cuts: whether packets from one endpoint to another may be lost, from its start until the
+            mesh is whole again after `heal`.
+        whole_within_s: seconds after `heal` in which every invariant holds again.
+    """
+
+    what: str
+    heal: Callable[[], None]
+    lasts_s: float = 0.0
+    cuts: Callable[[Member, Member], bool] = cuts_nothing
+    whole_within_s: float = 15.0
+
+
+class Fault(Protocol):
+    """One kind of fault.  All choices come from the generator given, so a seed replays them."""
+
+    @property
+    def name(self) -> str:
+        """One word or two, as in docs/reliability.md."""
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Make it happen."""
