@@ -1,4 +1,4 @@
-"""A Docker of a benchmark's own, on a lab host: the peer of published ports.
+"""A Docker of a benchmark's own, on a lab host: the peer of published ports and of ``run``.
 
 ``dockerd`` is started by hand in the host's network namespace, in a mount namespace of its own,
 with all its files in a scratch directory and its socket there.  It neither sees nor touches a
@@ -27,18 +27,14 @@ _READY_S, _END_S, _CALL_S = 60.0, 30.0, 60.0
 _CGROUPS = Path("/sys/fs/cgroup")
 # In a mount namespace of its own, where a containerd of the machine is not to be found.
 _START = 'mkdir -p /run/containerd && mount -t tmpfs none /run/containerd && exec "$@"'
-# Without CAP_SYS_RESOURCE, as in a sandbox, the limits that dockerd hands on are refused.  The
-# system call filter would slow the server, and only the network is to be compared.
-_RUN_OPTIONS = (
-    *("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"),
-    *("--security-opt", "seccomp=unconfined"),
-)
+LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
+"""Without CAP_SYS_RESOURCE, as in a sandbox, the limits that an engine hands on are refused."""
 
 
 class Docker:
     """A running ``dockerd``; see `open_docker`."""
 
-    def __init__(self, host: LabHost, directory: Path) -> None:
+    def __init__(self, host: LabHost, directory: Path, storage: str) -> None:
         self._host = host
         self._socket = directory / "docker.sock"
         self._log = directory / "dockerd.log"
@@ -47,7 +43,7 @@ class Docker:
         config.write_text("{}")
         argv = [
             *("unshare", "--mount", "--", "sh", "-c", _START, "sh"),
-            *(find("dockerd"), "--config-file", str(config), "--storage-driver", "vfs"),
+            *(find("dockerd"), "--config-file", str(config), "--storage-driver", storage),
             *("--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
             *("--pidfile", str(directory / "docker.pid"), "-H", f"unix://{self._socket}"),
             *("--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", self._cgroup),
@@ -75,8 +71,12 @@ class Docker:
         Raises:
             CommandFailedError: it failed; the text has what it printed.
         """
-        argv = [find("docker"), "-H", f"unix://{self._socket}", *arguments]
-        return self._host.run(argv, check=check, timeout=_CALL_S)
+        return self._host.run([*self.argv, *arguments], check=check, timeout=_CALL_S)
+
+    @property
+    def argv(self) -> list[str]:
+        """How the client is called; it runs in any namespace."""
+        return [find("docker"), "-H", f"unix://{self._socket}"]
 
     def load(self, image: str, program: Path) -> None:
         """Make an image with one program at its root."""
@@ -85,9 +85,13 @@ class Docker:
             tar.add(program, arcname=program.name)
         self.call("import", str(archive), image)
 
-    def run(self, image: str, published: str, argv: Sequence[str]) -> None:
-        """Start a container on Docker's default network with a published port."""
-        self.call("run", "--detach", *_RUN_OPTIONS, "--publish", published, image, *argv)
+    def serve(self, image: str, published: str, argv: Sequence[str]) -> None:
+        """Start a container on Docker's default network with a published port.
+
+        The system call filter would slow it, and only the network is to be compared.
+        """
+        options = (*LIMITS, "--security-opt", "seccomp=unconfined", "--publish", published)
+        self.call("run", "--detach", *options, image, *argv)
 
     def end(self) -> None:
         """Remove its containers, end it, and remove what it leaves in the control groups."""
@@ -101,24 +105,31 @@ class Docker:
             except subprocess.TimeoutExpired:
                 self._daemon.kill()
                 self._daemon.wait()
-        for group in (_CGROUPS / self._cgroup, *_CGROUPS.glob(f"*/{self._cgroup}")):
+        remove_cgroups(self._cgroup)
+
+
+def remove_cgroups(name: str) -> None:
+    """Remove what an engine has left of the control group that its containers were in."""
+    for group in (_CGROUPS / name, *_CGROUPS.glob(f"*/{name}")):
+        for path in (*sorted(group.glob("**/"), reverse=True), group):
             with contextlib.suppress(OSError):
-                group.rmdir()
+                path.rmdir()
 
 
 @contextlib.contextmanager
-def open_docker(host: LabHost, directory: Path) -> Iterator[Docker]:
+def open_docker(host: LabHost, directory: Path, *, storage: str = "vfs") -> Iterator[Docker]:
     """A Docker on a lab host while the block runs.
 
     Args:
         directory: for its files; removed at the end.
+        storage: its storage driver; that of the default copies, and works on any file system.
 
     Raises:
         NotAvailableError: it is not installed.
         RuntimeError: it does not start.
     """
     directory.mkdir()
-    docker = Docker(host, directory)
+    docker = Docker(host, directory, storage)
     try:
         docker.wait_until_ready()
         yield docker

@@ -103,7 +103,7 @@ def _start_ours(host: LabHost, web: Path) -> None:
 def _start_dockers(docker: Docker, web: Path) -> None:
     docker.load("web", web)
     for port in _PORTS:
-        docker.run("web", f"{port}:80", ["/web", "serve", "80"])
+        docker.serve("web", f"{port}:80", ["/web", "serve", "80"])
 
 
 def _load(client: LabHost, host: LabHost, web: Path, keep: str) -> Load:
