@@ -9,7 +9,10 @@ Pure: imports nothing of meshnet and no I/O.
 
 from __future__ import annotations
 
-from typing import ClassVar
+# typing.TYPE_CHECKING without importing typing: the client has to start fast.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 
 class MeshnetError(Exception):

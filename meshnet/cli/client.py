@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import shutil
-import socket
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, cast
-from urllib.parse import quote, urlencode
 
 from meshnet.errors import (
     AgentUnreachableError,
@@ -16,23 +11,19 @@ from meshnet.errors import (
     UsageError,
     error_classes,
 )
+from meshnet.unix_http import Connection
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import IO, Any
+
+    from meshnet.unix_http import Answer
 
 DEFAULT_SOCKET = "/run/meshnet/agent.sock"
 _TIMEOUT_S = 60.0
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str, timeout_s: float | None) -> None:
-        super().__init__("meshnet", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+_UNQUOTED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~")
+"""RFC 3986 §2.3."""
 
 
 class Client:
@@ -59,35 +50,39 @@ class Client:
 
     def wait(self, *parts: str) -> Any:  # noqa: ANN401
         """Read a resource that is there when something has happened, however long that takes."""
-        return self._call("GET", parts, None, timeout_s=None)
+        return self.ask(*parts).result()
+
+    def ask(self, *parts: str) -> Question:
+        """Ask for a resource that is there when something has happened; its result comes later."""
+        with self._errors():
+            connection = Connection(self._path, None)
+            try:
+                connection.request("GET", _target(parts, {}))
+            except BaseException:
+                connection.close()
+                raise
+        return Question(self, connection)
 
     def stream(self, *parts: str, query: dict[str, str]) -> Iterator[bytes]:
         """Read lines of a resource as they come."""
-        with self._connected(parts, query, timeout_s=None) as (connection, url):
-            connection.request("GET", url)
-            response = connection.getresponse()
-            if response.status >= 400:
-                _document(response)
-            yield from response
+        with self._connected(None) as connection:
+            connection.request("GET", _target(parts, query))
+            yield from _good(connection.answer()).lines()
 
     def upload(self, *parts: str, query: dict[str, str], write: Callable[[IO[bytes]], None]) -> Any:  # noqa: ANN401
         """Send a stream of any length, which `write` writes.  Waits for the answer for ever."""
-        with self._connected(parts, query, timeout_s=None) as (connection, url):
-            connection.putrequest("POST", url)
-            connection.putheader("Transfer-Encoding", "chunked")
-            connection.endheaders()
-            write(cast("IO[bytes]", _Chunks(connection)))
-            connection.send(b"0\r\n\r\n")
-            return _document(connection.getresponse())
+        with self._connected(None) as connection:
+            connection.begin_upload("POST", _target(parts, query))
+            write(connection)  # type: ignore[arg-type]  # of a file only write() is asked for
+            connection.finish()
+            return _document(connection.answer())
 
     def download(self, *parts: str, output: IO[bytes]) -> None:
         """Write a resource that is no document to a file."""
-        with self._connected(parts, {}, timeout_s=None) as (connection, url):
-            connection.request("GET", url)
-            response = connection.getresponse()
-            if response.status >= 400:
-                _document(response)
-            shutil.copyfileobj(response, output)
+        with self._connected(None) as connection:
+            connection.request("GET", _target(parts, {}))
+            for chunk in _good(connection.answer()).chunks():
+                output.write(chunk)
 
     def _call(
         self,
@@ -95,53 +90,78 @@ class Client:
         parts: tuple[str, ...],
         body: dict[str, Any] | None,
         query: dict[str, str] | None = None,
-        timeout_s: float | None = _TIMEOUT_S,
     ) -> Any:  # noqa: ANN401
-        payload = json.dumps(body).encode() if body is not None else None
-        with self._connected(parts, query or {}, timeout_s) as (connection, url):
-            connection.request(method, url, payload, {"Content-Type": "application/json"})
-            return _document(connection.getresponse())
+        document = json.dumps(body).encode() if body is not None else None
+        with self._connected(_TIMEOUT_S) as connection:
+            connection.request(method, _target(parts, query or {}), document)
+            return _document(connection.answer())
 
     @contextmanager
-    def _connected(
-        self, parts: tuple[str, ...], query: dict[str, str], timeout_s: float | None = _TIMEOUT_S
-    ) -> Iterator[tuple[_UnixConnection, str]]:
-        if "" in parts:
-            raise UsageError("the name is empty: give one")
-        connection = _UnixConnection(self._path, timeout_s)
-        url = "/v1/" + "/".join(quote(part, safe="") for part in parts)
+    def _connected(self, timeout_s: float | None) -> Iterator[Connection]:
+        with self._errors(), Connection(self._path, timeout_s) as connection:
+            yield connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What goes wrong on the way means that there is no agent."""
         try:
-            yield connection, f"{url}?{urlencode(query)}" if query else url
+            yield
         except PermissionError as error:
             raise AgentUnreachableError(
                 f"socket {self._path} may not be opened by this user: use sudo, or join the group "
                 "meshnet"
             ) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise AgentUnreachableError(
                 f"no agent answers on {self._path} ({error}): start meshnet-agent, or give "
                 "--socket PATH"
             ) from error
-        finally:
-            connection.close()
 
 
-class _Chunks:
-    """A file that sends what is written to it, in HTTP's chunked coding (RFC 9112 §7.1)."""
+class Question:
+    """A question that the agent has, and will answer; see `Client.ask`."""
 
-    def __init__(self, connection: _UnixConnection) -> None:
+    def __init__(self, client: Client, connection: Connection) -> None:
+        self._client = client
         self._connection = connection
 
-    def write(self, data: bytes) -> int:
-        """Send some bytes."""
-        if data:  # an empty chunk would be the end
-            self._connection.send(b"%x\r\n%b\r\n" % (len(data), data))
-        return len(data)
+    def result(self) -> Any:  # noqa: ANN401
+        """Wait for the answer, however long that takes.  Call it once.
+
+        Raises:
+            AgentUnreachableError: the agent went away before it answered.
+            MeshnetError: what it answered.
+        """
+        with self._client._errors(), self._connection as connection:
+            return _document(connection.answer())
 
 
-def _document(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401
-    document = json.loads(response.read())
-    if response.status >= 400:
+def _target(parts: tuple[str, ...], query: dict[str, str]) -> str:
+    if "" in parts:
+        raise UsageError("the name is empty: give one")
+    path = "/v1/" + "/".join(part if _UNQUOTED.issuperset(part) else _quote(part) for part in parts)
+    if not query:
+        return path
+    from urllib.parse import urlencode
+
+    return f"{path}?{urlencode(query)}"
+
+
+def _quote(part: str) -> str:
+    from urllib.parse import quote
+
+    return quote(part, safe="")
+
+
+def _good(answer: Answer) -> Answer:
+    if answer.status >= 400:
+        _document(answer)
+    return answer
+
+
+def _document(answer: Answer) -> Any:  # noqa: ANN401
+    document = json.loads(answer.read())
+    if answer.status >= 400:
         raise _error_of(document)
     return document
 

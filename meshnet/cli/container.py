@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 import time
-from typing import TYPE_CHECKING, Any
 
 from meshnet.cli.client import Client
 from meshnet.cli.completion import complete_containers, complete_networks
 from meshnet.cli.output import joined, print_either, print_json, print_table
 from meshnet.errors import AgentUnreachableError, MeshnetError, NotFoundError, UsageError
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from meshnet.cli.completion import Subparsers
 
+_ASK_AGAIN_S = 0.05
 _RUN_EPILOG = """\
 examples:
   meshnet run --net prod --detach --name web web:1
@@ -155,8 +156,6 @@ def _add_exec(commands: Subparsers) -> None:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    from meshnet.runtime.options import parse_size
-
     words = list(args.words)
     if words[:1] == ["--"]:
         words = words[1:]
@@ -166,7 +165,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError("give an image, or --rootfs DIR and a command")
         image = words.pop(0)
     sizes = {
-        f"{name}_bytes": parse_size(value) if value is not None else None
+        f"{name}_bytes": _size(value) if value is not None else None
         for name, value in (
             ("memory", args.memory),
             ("memory_reservation", args.memory_reservation),
@@ -190,6 +189,12 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             "stop_timeout_s": args.stop_timeout,
         }
     )
+
+
+def _size(text: str) -> int:
+    from meshnet.runtime.options import parse_size
+
+    return parse_size(text)
 
 
 def _env(words: list[str]) -> list[str]:
@@ -256,7 +261,7 @@ def _say_failed(answer: dict[str, Any]) -> int:
 
 
 class _Ending:
-    """Waits for the exit status from before the start on: afterwards ``--rm`` may have been faster.
+    """The exit status, asked for before the start: afterwards ``--rm`` may have been faster.
 
     While no agent answers, conmon's own file is looked at.
     """
@@ -265,20 +270,29 @@ class _Ending:
         self._client = Client(path)
         self._parts = parts
         self._file = exit_file
-        self._status: int | None = None
-        self._thread = threading.Thread(target=self._wait, daemon=True)
-        self._thread.start()
+        self._asked = self._client.ask(*parts)
 
-    def _wait(self) -> None:
-        while self._status is None:
+    def status(self) -> int:
+        """Wait for the status."""
+        ask: Callable[[], Any] = self._asked.result
+        while True:
             try:
-                self._status = int(self._client.wait(*self._parts)["exit_code"])
+                return int(ask()["exit_code"])
             except AgentUnreachableError:
-                self._status = self._look()
-                time.sleep(0.05)
+                found = self._look()
+                time.sleep(_ASK_AGAIN_S)
             except (MeshnetError, TypeError, ValueError):
-                self._status = self._look()
-                return
+                found = self._look()
+                if found is None:
+                    raise NotFoundError(
+                        "how the container ended is not known: it was removed meanwhile"
+                    ) from None
+            if found is not None:
+                return found
+            ask = self._ask_again
+
+    def _ask_again(self) -> Any:  # noqa: ANN401
+        return self._client.wait(*self._parts)
 
     def _look(self) -> int | None:
         try:
@@ -286,13 +300,6 @@ class _Ending:
                 return int(file.read())
         except (OSError, ValueError):
             return None
-
-    def status(self) -> int:
-        """The status, once it is known."""
-        self._thread.join()
-        if self._status is None:
-            raise NotFoundError("how the container ended is not known: it was removed meanwhile")
-        return self._status
 
 
 def _ps(args: argparse.Namespace) -> int:

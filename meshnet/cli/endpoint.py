@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from meshnet.cli.client import Client
 from meshnet.cli.completion import complete_endpoints, complete_networks, complete_published
 from meshnet.cli.output import joined, print_either, print_json, print_table
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     import argparse
 
@@ -26,7 +26,7 @@ def add_parser(commands: Subparsers) -> None:
     _add_target(detach)
     detach.set_defaults(run=_detach)
     group = commands.add_parser("endpoint", help="list endpoints, publish their ports")
-    actions = group.add_subparsers(metavar="ACTION", required=True)
+    actions = group.add_subparsers(prog=group.prog, metavar="ACTION", required=True)
     ls = actions.add_parser("ls", help="list the endpoints of all hosts")
     ls.add_argument("--json", action="store_true", help="print one JSON document")
     ls.set_defaults(run=_ls)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from meshnet.cli.client import Client
 from meshnet.cli.output import joined, print_either, print_json, print_table
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     import argparse
 
@@ -19,7 +18,7 @@ def add_parser(commands: Subparsers) -> None:
     hosts.add_argument("--json", action="store_true", help="print one JSON document")
     hosts.set_defaults(run=_hosts)
     group = commands.add_parser("host", help="remove a host that is gone for good")
-    actions = group.add_subparsers(metavar="ACTION", required=True)
+    actions = group.add_subparsers(prog=group.prog, metavar="ACTION", required=True)
     rm = actions.add_parser(
         "rm",
         help="forget a host: its subnets and endpoints are freed",

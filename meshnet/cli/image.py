@@ -15,7 +15,6 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
 
 from meshnet.cli.client import Client
 from meshnet.cli.completion import complete_images
@@ -23,9 +22,11 @@ from meshnet.cli.output import joined, print_either, print_json, print_table
 from meshnet.cli.skopeo import skopeo
 from meshnet.errors import NotFoundError, UsageError
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
+    from typing import IO, Any
 
     from meshnet.cli.completion import Subparsers
 
@@ -37,7 +38,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 def add_parser(commands: Subparsers) -> None:
     """Add the command group."""
     group = commands.add_parser("image", help="load, list, inspect, remove, pull and push images")
-    actions = group.add_subparsers(metavar="ACTION", required=True)
+    actions = group.add_subparsers(prog=group.prog, metavar="ACTION", required=True)
     load = actions.add_parser(
         "load",
         help="load images from a file or a directory",

@@ -64,7 +64,7 @@ example:
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``lab`` and its commands to the program's commands."""
     lab = _command(subparsers, "lab", _LAB_HELP, _LAB_DESCRIPTION, _LAB_EPILOG)
-    commands = lab.add_subparsers(metavar="COMMAND", required=True)
+    commands = lab.add_subparsers(prog=lab.prog, metavar="COMMAND", required=True)
 
     up = _command(commands, "up", "make the hosts and start them", _UP_DESCRIPTION, _UP_EPILOG)
     up.add_argument(

@@ -5,16 +5,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-from meshnet.cli import completion, container, endpoint, host, image, lab, network, status
 from meshnet.cli.client import DEFAULT_SOCKET
 from meshnet.cli.parser import Parser
 from meshnet.errors import MeshnetError, UsageError
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+    from typing import NoReturn
 
+GROUPS = {
+    "network": ("network",),
+    "endpoint": ("attach", "detach", "endpoint"),
+    "container": (
+        "run", "exec", "ps", "logs", "stop", "kill", "rm", "inspect", "wait", "stats",
+    ),
+    "host": ("hosts", "host"),
+    "status": ("status",),
+    "image": ("image",),
+    "lab": ("lab",),
+    "completion": ("completion",),
+}  # fmt: skip
+"""Modules of this package, in the order of the help, and the commands that each adds."""
 _EXIT_STATUSES = """\
 exit status:
   0 done                  5 conflict (exists, already attached, address taken)
@@ -31,8 +45,8 @@ a first network:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def make_parser(groups: Iterable[str] = GROUPS) -> argparse.ArgumentParser:
+    """The command line, or that part of it which some groups make."""
     parser = Parser(
         prog="meshnet",
         description="Put any process of any host on one network.",
@@ -47,18 +61,36 @@ def make_parser() -> argparse.ArgumentParser:
         default=os.environ.get("MESHNET_SOCKET", DEFAULT_SOCKET),
         help=f"the agent's socket (default: $MESHNET_SOCKET or {DEFAULT_SOCKET})",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=False)
-    for group in (network, endpoint, container, host, status, image, lab, completion):
-        group.add_parser(commands)
+    # With prog given, argparse need not format a usage to find it.
+    commands = parser.add_subparsers(
+        title="commands", prog=parser.prog, metavar="COMMAND", required=False
+    )
+    for group in groups:
+        import_module(f"meshnet.cli.{group}").add_parser(commands)
     parser.set_defaults(run=None)
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def groups_for(arguments: Sequence[str]) -> Iterable[str]:
+    """The group of the command that is asked for; all, if it takes all to say what is wrong."""
+    words = iter(arguments)
+    for word in words:
+        if word == "--socket":
+            next(words, None)
+        elif not word.startswith("-"):
+            return [group for group, commands in GROUPS.items() if word in commands] or GROUPS
+        elif word in ("-h", "--help"):
+            break
+    return GROUPS
+
+
+def run_command(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit status."""
-    parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:
-        completion.complete(parser)
+        from meshnet.cli.completion import complete
+
+        complete(make_parser())
+    parser = make_parser(groups_for(arguments))
     parsed = parser.parse_args(arguments)
     if parsed.version:
         from importlib.metadata import version
@@ -69,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return UsageError.exit_status
     try:
-        return int(parsed.run(parsed))
+        status = int(parsed.run(parsed))
+        sys.stdout.flush()
     except MeshnetError as error:
         print(f"meshnet: {error}", file=sys.stderr)
         return error.exit_status
@@ -82,7 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    return status
+
+
+def main() -> NoReturn:
+    """The program."""
+    status = run_command(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking the interpreter down in order is a tenth of a short command's time
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from meshnet.cli.client import Client
 from meshnet.cli.completion import complete_networks
 from meshnet.cli.output import joined, print_either, print_json, print_table
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     import argparse
 
@@ -20,7 +20,7 @@ MODES = ("vxlan", "udp", "macvlan", "underlay-bridge", "bridge")
 def add_parser(commands: Subparsers) -> None:
     """Add the command group."""
     group = commands.add_parser("network", help="create, list, inspect and remove networks")
-    actions = group.add_subparsers(metavar="ACTION", required=True)
+    actions = group.add_subparsers(prog=group.prog, metavar="ACTION", required=True)
     _add_create(actions)
     ls = actions.add_parser("ls", help="list networks")
     ls.add_argument("--json", action="store_true", help="print one JSON document")

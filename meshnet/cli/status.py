@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from meshnet.cli.client import Client
 from meshnet.cli.output import print_json, print_table
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
     from meshnet.cli.completion import Subparsers
 

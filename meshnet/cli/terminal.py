@@ -11,8 +11,8 @@ import select
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 

@@ -1,16 +1,16 @@
 """Starting an agent for a lab host, and asking it whether it is ready.
 
-May import only the standard library.
+May import only the standard library and `meshnet.unix_http`.
 """
 
 from __future__ import annotations
 
-import http.client
 import os
-import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
+
+from meshnet.unix_http import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,19 +19,6 @@ if TYPE_CHECKING:
 _HTTP_TIMEOUT_S = 2.0
 _TAIL_LINES = 15
 _TAIL_BYTES = 16_384
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix stream socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_HTTP_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_HTTP_TIMEOUT_S)
-        self.sock.connect(str(self._path))
 
 
 def spawn_agent(
@@ -62,14 +49,12 @@ def spawn_agent(
 
 def is_ready(socket_path: Path) -> bool:
     """Whether an agent answers GET /readyz with 200."""
-    connection = _UnixConnection(socket_path)
     try:
-        connection.request("GET", "/readyz")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
+        with Connection(str(socket_path), _HTTP_TIMEOUT_S) as connection:
+            connection.request("GET", "/readyz")
+            return connection.answer().status == 200
+    except OSError:
         return False
-    finally:
-        connection.close()
 
 
 def log_tail(path: Path) -> str:

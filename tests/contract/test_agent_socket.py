@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 _MEMBERS, _NOBODY = 54_321, 65_534
 _SECRET = "s3cret-of-etcd"
 _AS_USER = """
-import os, shutil, sys
+import locale, os, sys
 from meshnet.cli import main, status  # while the files may still be read
 os.setgroups([int(group) for group in sys.argv[2:]])
 os.setgid(65534)
 os.setuid(65534)
-sys.exit(main.main(["--socket", sys.argv[1], "status", "--json"]))
+sys.exit(main.run_command(["--socket", sys.argv[1], "status", "--json"]))
 """
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from meshnet.cli.main import main
+from meshnet.cli.main import run_command
 from meshnet.cli.skopeo import error_of
 from meshnet.errors import MeshnetError, NotFoundError, PolicyRefusedError
 from meshnet.lab.poll import wait_until
@@ -63,7 +63,7 @@ def run(host: LabHost, *arguments: object, status: int = 0) -> str:
         contextlib.redirect_stdout(io.StringIO()) as output,
         contextlib.redirect_stderr(io.StringIO()) as errors,
     ):
-        found = main(["--socket", str(host.socket_path), "image", *map(str, arguments)])
+        found = run_command(["--socket", str(host.socket_path), "image", *map(str, arguments)])
     assert found == status, errors.getvalue()
     assert errors.getvalue().count("\n") == (status != 0)
     return errors.getvalue() if status else output.getvalue()

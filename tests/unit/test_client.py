@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
+
+from meshnet.cli.main import GROUPS, groups_for, make_parser
 
 COMMANDS = (
     "",
@@ -117,8 +120,48 @@ def test_bash_completes_commands() -> None:
     assert done.stdout.strip() == "network"
 
 
-def test_the_client_starts_without_the_agents_libraries() -> None:
-    code = "import sys, meshnet.cli.main; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not loaded & {"trio", "pyroute2", "etcd3", "grpc", "msgspec", "scapy", "argcomplete"}
+SLOW = ("http.client", "email", "ssl", "typing", "dataclasses", "shutil", "threading", "subprocess",
+        "tarfile", "urllib.parse", "ipaddress")  # fmt: skip
+LIBRARIES = ("trio", "pyroute2", "etcd3", "grpc", "msgspec", "scapy", "argcomplete")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("attach", "1", "--net", "prod", "--json"),
+        ("run", "--rm", "--net", "prod", "image", "true"),
+        ("exec", "web", "true"),
+        ("status",),
+        ("network", "ls"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_slow_to_import_is_not(arguments: tuple[str, ...]) -> None:
+    """Up to where nobody answers."""
+    code = (
+        "import sys; from meshnet.cli.main import run_command; "
+        "status = run_command(['--socket', '/nowhere/agent.sock', *sys.argv[1:]]); "
+        "print(status, *sys.modules)"
+    )
+    argv = [sys.executable, "-I", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"]
+    done = subprocess.run([*argv, *arguments], capture_output=True, text=True, check=True)
+    status, *loaded = done.stdout.split()
+    assert status == "3", done
+    assert not {*SLOW, *LIBRARIES} & set(loaded)
+
+
+def test_the_table_of_commands_is_what_the_groups_add() -> None:
+    for group, commands in GROUPS.items():
+        assert commands_of([group]) == list(commands)
+        for command in commands:
+            assert groups_for(["--json", "--socket", "/a", command, "image"]) == [group]
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h", "run"), ("rnu",), ("--version",)], ids=str)
+def test_help_and_wrong_words_know_all_commands(arguments: tuple[str, ...]) -> None:
+    assert groups_for(arguments) == GROUPS
+
+
+def commands_of(groups: list[str]) -> list[str]:
+    usage = make_parser(groups).format_help()
+    return re.findall(r"^    (\w+)", usage.partition("commands:")[2].partition("exit")[0], re.M)
