@@ -64,14 +64,16 @@ class Shim:
         conmon = shutil.which("conmon")
         if conmon is None:
             raise KernelRefusedError("conmon is not installed: install it to run containers")
+        program, *words = [*self.runtime.enter, str(self.runtime.path)]
+        arguments = [*words, "--root", str(self.runtime.root)]
+        arguments += ["--log", str(self.bundle / "runtime.log")]
         return [
             *(conmon, "--api-version", "1", "--cid", self.identity, "--cuuid", self.identity),
-            *("--runtime", str(self.runtime.path), "--bundle", str(self.bundle), "--full-attach"),
+            *("--runtime", program, "--bundle", str(self.bundle), "--full-attach"),
             *("--container-pidfile", str(self.bundle / "pid")),
             *("--conmon-pidfile", str(self.bundle / CONMON_PID)),
             *("--log-path", f"k8s-file:{self.log}", "--exit-dir", str(self.exits)),
-            *("--runtime-arg", "--root", "--runtime-arg", str(self.runtime.root)),
-            *("--runtime-arg", "--log", "--runtime-arg", str(self.bundle / "runtime.log")),
+            *(word for argument in arguments for word in ("--runtime-arg", argument)),
             *(["--terminal"] if self.tty else []),
             *(["--stdin"] if self.stdin else []),
             *more,

@@ -20,6 +20,8 @@ import trio
 from meshnet.errors import KernelRefusedError
 
 _CANDIDATES = ("crun", "runc")
+_UNIFIED = Path("/sys/fs/cgroup/unified")
+_HIDE_UNIFIED = f'umount {_UNIFIED} && exec "$@"'
 _NOT_FOUND = re.compile("not found|no such file", re.IGNORECASE)
 _NOT_EXECUTABLE = re.compile("permission denied|is a directory|exec format", re.IGNORECASE)
 _LEVEL = re.compile(r'^time="[^"]*" level=\w+ msg=')
@@ -31,10 +33,13 @@ class OciRuntime:
 
     Attributes:
         root: where it remembers its containers; gone after a reboot, as they are.
+        enter: words before `path` where it makes processes (`create`, `exec`); nothing that they
+            make for it outlasts the call.
     """
 
     path: Path
     root: Path
+    enter: tuple[str, ...] = ()
 
     async def start(self, identity: str) -> None:
         """Let the paused process of a created container go on.
@@ -88,24 +93,42 @@ async def find_runtime(root: Path) -> tuple[OciRuntime, dict[str, str]]:
     passed_over: dict[str, str] = {}
     for name in _CANDIDATES:
         found = shutil.which(name)
-        reason = "not installed"
-        if found is not None:
-            reason = await _try(Path(found))
+        if found is None:
+            passed_over[name] = "not installed"
+            continue
+        for enter in _ways(name):
+            reason = await _try((*enter, found))
             if _NOT_FOUND.search(reason):
-                return OciRuntime(Path(found), root), passed_over
-        passed_over[name] = reason
+                passed_over.pop(name, None)
+                return OciRuntime(Path(found), root, enter), passed_over
+            passed_over.setdefault(name, reason)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise KernelRefusedError(f"no OCI runtime can run on this host ({reasons}): install runc")
 
 
-async def _try(path: Path) -> str:
+def _ways(name: str) -> list[tuple[str, ...]]:
+    """What to put before a runtime: nothing, or what may help if that does not do.
+
+    crun refuses cgroups v1 where a v2 tree beside them has controllers (hybrid), and takes v1 alone
+    where it does not see that tree.  So it gets a mount namespace without it, one for each call:
+    one that lasted would keep root file systems mounted that are no more.  What the container
+    mounts is in a namespace of its own in any case.
+    """
+    unshare = shutil.which("unshare")
+    if name != "crun" or unshare is None or not _UNIFIED.is_mount():
+        return [()]
+    hidden = (unshare, "--mount", "--propagation", "slave", "--", "sh", "-c", _HIDE_UNIFIED, "sh")
+    return [(), hidden]
+
+
+async def _try(program: tuple[str, ...]) -> str:
     with TemporaryDirectory(prefix="meshnet-probe-") as directory:
         identity = Path(directory).name
         bundle = Path(directory, "bundle")
         (bundle / "rootfs").mkdir(parents=True)
         (bundle / "config.json").write_text(json.dumps(_probe(identity)))
         command: list[str | Path] = [
-            path,
+            *program,
             "--root",
             Path(directory, "state"),
             "run",
