@@ -18,10 +18,11 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from ipaddress import ip_interface
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import KernelRefusedError, PolicyRefusedError, UsageError
 from meshnet.runtime import seccomp
@@ -88,6 +89,14 @@ class Sources:
         self._store.release(image_id, container)
 
 
+@cache
+def _profile() -> dict[str, Any]:
+    profile: dict[str, Any] = json.loads(
+        files("meshnet.runtime").joinpath("seccomp.json").read_text()
+    )
+    return profile
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """A container's two directories."""
@@ -149,7 +158,6 @@ class Bundle:
         rootfs = self.state / "rootfs"
         effective = _own_capabilities()
         machine, release = os.uname().machine, os.uname().release.split(".")
-        profile = json.loads(files("meshnet.runtime").joinpath("seccomp.json").read_text())
         held = capabilities(options, effective)
         kernel = (int(release[0]), int(release[1]))
         return Surroundings(
@@ -162,7 +170,7 @@ class Bundle:
             cgroup=f"/meshnet/{record.id}",
             namespaces=namespaces,
             files=etc,
-            seccomp=seccomp.resolve(profile, held, machine, kernel),
+            seccomp=seccomp.resolve(_profile(), held, machine, kernel),
             effective=effective,
             init=_find_init() if options.init else None,
         )

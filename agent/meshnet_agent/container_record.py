@@ -103,9 +103,9 @@ class Record:
 _decoder = msgspec.json.Decoder(Record)
 
 
-def save(directory: Path, record: Record) -> None:
-    """Write a container's record; on return it survives a power cut."""
-    write_whole(directory / FILE, msgspec.json.encode(record))
+def save(directory: Path, record: Record, *, keep: bool = True) -> None:
+    """Write a container's record; on return it survives the agent, with `keep` also a power cut."""
+    write_whole(directory / FILE, msgspec.json.encode(record), keep=keep)
 
 
 def load_all(directory: Path) -> Iterator[Record]:

@@ -18,6 +18,7 @@ import secrets
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,10 +74,19 @@ class Container:
         self.lock = trio.Lock()
         self.ended = trio.Event()
 
+    def note(self, **fields: object) -> None:
+        """Change the record here only, where what is on disk leads to the same clean-up."""
+        self.record = replace(self.record, **fields)  # type: ignore[arg-type]
+
     async def change(self, **fields: object) -> None:
         """Change the record, here and on disk."""
-        self.record = replace(self.record, **fields)  # type: ignore[arg-type]
+        self.note(**fields)
         await trio.to_thread.run_sync(save, self.bundle.state, self.record)
+
+    async def change_for_this_boot(self, **fields: object) -> None:
+        """The same, for what means nothing after a power cut: it may be lost in one."""
+        self.note(**fields)
+        await trio.to_thread.run_sync(partial(save, self.bundle.state, self.record, keep=False))
 
 
 class Containers:
@@ -240,7 +250,7 @@ class Containers:
             namespaces, etc = self._namespaces(record.options)
             await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc)
             pid = await self._shim(container, runtime).create()
-            await container.change(
+            await container.change_for_this_boot(
                 process=self._identify(pid),
                 shim=self._identify(int((bundle.run / CONMON_PID).read_text())),
             )
@@ -249,7 +259,9 @@ class Containers:
             await self._attach_networks(container, pid)
             if etc is None:
                 await trio.to_thread.run_sync(bundle.write_etc, container.record)
-            await container.change(state=State.CREATED, exit_code=None, finished_s=None)
+            await container.change_for_this_boot(
+                state=State.CREATED, exit_code=None, finished_s=None
+            )
         assert container.record.shim is not None
         self._watch(container, container.record.shim)
 
@@ -277,7 +289,7 @@ class Containers:
                 publish=parse_all_published(record.options.publish) if number == 0 else (),
             )
             endpoint = await self._attach(request)
-            await container.change(endpoints=(*container.record.endpoints, endpoint))
+            container.note(endpoints=(*container.record.endpoints, endpoint))
 
     def _namespaces(self, options: ContainerOptions) -> tuple[dict[str, str | None], Bundle | None]:
         """Namespaces to join (see `Surroundings`), and whose files of /etc are shared."""
@@ -443,7 +455,7 @@ class Containers:
         with trio.CancelScope(shield=True):
             async with container.lock, self._slots:
                 await self._put_away(container)
-                await container.change(
+                container.note(
                     state=State.EXITED,
                     exit_code=_LOST_STATUS if exit_code is None else exit_code,
                     error="nobody saw how it ended" if exit_code is None else None,
@@ -452,6 +464,8 @@ class Containers:
                     shim=None,
                     endpoints=(),
                 )
+                if not self._is_to_go(container.record):
+                    await container.change()
             record = container.record
             _log.info("container ended", container=record.name, exit_code=record.exit_code)
             await self._after_end(container, time.time() - ran)
@@ -462,9 +476,14 @@ class Containers:
         if self._wants_restart(record):
             self.nursery.start_soon(self._restart, container, lasted_s)
             return
-        if record.options.rm:
-            await self._purge(container)
+        if self._is_to_go(record):
+            async with container.lock:
+                await self._forget(container)
         container.ended.set()
+
+    def _is_to_go(self, record: Record) -> bool:
+        """Whether nothing is to be left of a container that has ended."""
+        return record.options.rm and not self._wants_restart(record)
 
     def _wants_restart(self, record: Record) -> bool:
         policy = parse_restart(record.options.restart)
@@ -510,30 +529,44 @@ class Containers:
         record = container.record
         if record.shim is not None and read_exit(container.bundle.exits, record.id) is None:
             self._send(record.shim, signal.SIGKILL)
-        try:
-            await (await self._find_runtime()).delete(record.id)
-        except MeshnetError as error:
-            _log.error("container not deleted", container=record.name, reason=str(error))
-        for endpoint in record.endpoints:
-            # The endpoint's own watch may have been faster.
-            with contextlib.suppress(NotFoundError):
-                await self._detach(endpoint["pid"], endpoint["network"])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._detach_all, record)
+            try:
+                await (await self._find_runtime()).delete(record.id)
+            except MeshnetError as error:
+                _log.error("container not deleted", container=record.name, reason=str(error))
         try:
             await trio.to_thread.run_sync(container.bundle.unmount)
         except MeshnetError as error:
             _log.error("root file system stays", container=record.name, reason=str(error))
 
+    async def _detach_all(self, record: Record) -> None:
+        for endpoint in record.endpoints:
+            try:
+                await self._detach(endpoint["pid"], endpoint["network"])
+            except NotFoundError:
+                pass  # the endpoint's own watch was faster
+            except MeshnetError as error:
+                _log.error("endpoint stays", container=record.name, reason=str(error))
+
     async def _purge(self, container: Container) -> None:
         """Remove a container and everything of it."""
         async with container.lock:
-            record = container.record
             await self._put_away(container)
-            if record.options.image is not None and record.image_id is not None:
-                image = Digest(record.image_id)
-                await trio.to_thread.run_sync(self._sources.release, image, record.id)
-            await trio.to_thread.run_sync(container.bundle.remove)
-            self._containers.pop(record.id, None)
+            await self._forget(container)
         container.ended.set()
+
+    async def _forget(self, container: Container) -> None:
+        """Remove what is left of a container that was put away: its files, its hold on an image."""
+        record = container.record
+
+        def remove() -> None:
+            if record.options.image is not None and record.image_id is not None:
+                self._sources.release(Digest(record.image_id), record.id)
+            container.bundle.remove()
+
+        await trio.to_thread.run_sync(remove)
+        self._containers.pop(record.id, None)
 
     # --- small things ---------------------------------------------------------------------------
 

@@ -222,8 +222,12 @@ def set_aside(file: Path, reason: str) -> None:
     file.rename(bad)
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Replace a file atomically and durably."""
+def write_whole(file: Path, content: bytes, *, keep: bool = True) -> None:
+    """Replace a file atomically and durably.
+
+    Args:
+        keep: else a power cut may bring the file back as it was before; it is never half.
+    """
     draft = file.with_name(file.name + _UNFINISHED)
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as opened:
@@ -231,6 +235,8 @@ def write_whole(file: Path, content: bytes) -> None:
         opened.flush()
         os.fsync(fd)
     os.replace(draft, file)
+    if not keep:
+        return
     directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
