@@ -8,13 +8,15 @@ PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc 
 	iputils-ping libc6-dev nftables openssl procps python3-venv runc tcpdump util-linux zstd
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io
+BENCH_RUN_PACKAGES := crun docker.io podman
 SETUP := $(VENV)/.ready
 SCALE := build/scale.json
 DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
+RUN := build/run.json
 
-.PHONY: demo test native fuzz lint type bench bench-scale bench-datapath bench-published setup \
-	constraints clean
+.PHONY: demo test native fuzz lint type bench bench-scale bench-datapath bench-published bench-run \
+	setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
@@ -55,6 +57,11 @@ bench-published: $(SETUP)  ## ten published ports beside those of Docker's own n
 	$(call install,$(PUBLISHED_PACKAGES))
 	mkdir -p $(dir $(PUBLISHED))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench published --json $(PUBLISHED)
+
+bench-run: $(SETUP)  ## the time of meshnet run beside docker run and podman run
+	$(call install,$(BENCH_RUN_PACKAGES))
+	mkdir -p $(dir $(RUN))
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.bench run --json $(RUN)
 
 setup: $(SETUP)
 

@@ -2,7 +2,7 @@
 
 One host with one network; every attach is to a fresh container, which is detached and ended after.
 The process is the installed console script under this interpreter.  Beside it, in turn, what any
-Python program costs: the interpreter with nothing to do, and with the modules of HTTP, JSON and
+Python program costs: the interpreter with nothing to do, and with the modules of sockets, JSON and
 argument parsing that the client cannot do without.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.lab.topology import Lab
-from tests.bench.common import Measure, at_most, percentile
+from tests.bench.common import Measure, at_most, client_environment, percentile
 from tests.netns.mesh import create_network
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ATTACHES = 200
 _EVERY = 50
 _NETWORK = "prod"
-_LIBRARIES = "import argparse, http.client, json, socket, urllib.parse"
+_LIBRARIES = "import argparse, json, socket"
 
 
 def run(run: Run) -> list[Measure]:
@@ -78,7 +78,7 @@ class _Client:
 
     def __init__(self, host: LabHost) -> None:
         self._argv = [sys.executable, str(Path(sys.executable).with_name("meshnet"))]
-        self._env = {**os.environ, "MESHNET_SOCKET": str(host.socket_path)}
+        self._env = client_environment(host)
 
     def run(self, arguments: Sequence[str]) -> tuple[float, str]:
         """Milliseconds from spawn to exit, and what it printed."""

@@ -34,7 +34,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.lab.topology import Lab
-from tests.bench.common import Measure, at_most, median_of, median_ratio, percentile
+from tests.bench.common import (
+    Measure,
+    at_most,
+    client_environment,
+    median_of,
+    median_ratio,
+    percentile,
+)
 from tests.bench.docker import LIMITS, open_docker
 from tests.bench.native import NotAvailableError, find
 from tests.bench.podman import open_podman
@@ -156,8 +163,8 @@ def _open_ours(host: LabHost, directory: Path, tree: Path) -> Engine:
     script = Path(sys.executable).with_name("meshnet")
     if not script.exists():
         raise NotAvailableError(f"{script} is not there: install the project")
-    env = {**os.environ, "MESHNET_SOCKET": str(host.socket_path)}
-    engine = Engine("meshnet", (sys.executable, str(script)), ("--net", _NETWORK), env)
+    argv = (sys.executable, str(script))
+    engine = Engine("meshnet", argv, ("--net", _NETWORK), client_environment(host))
     layout = directory / "layout.tar"
     layout.write_bytes(Layout().add("", tree.read_bytes()).tar())
     engine.call("image", "load", "--name", _IMAGE, str(layout))
