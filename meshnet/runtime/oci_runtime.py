@@ -96,7 +96,7 @@ async def find_runtime(root: Path) -> tuple[OciRuntime, dict[str, str]]:
         if found is None:
             passed_over[name] = "not installed"
             continue
-        for enter in _ways(name):
+        for enter in ways_to_run(name):
             reason = await _try((*enter, found))
             if _NOT_FOUND.search(reason):
                 passed_over.pop(name, None)
@@ -106,7 +106,7 @@ async def find_runtime(root: Path) -> tuple[OciRuntime, dict[str, str]]:
     raise KernelRefusedError(f"no OCI runtime can run on this host ({reasons}): install runc")
 
 
-def _ways(name: str) -> list[tuple[str, ...]]:
+def ways_to_run(name: str) -> list[tuple[str, ...]]:
     """What to put before a runtime: nothing, or what may help if that does not do.
 
     crun refuses cgroups v1 where a v2 tree beside them has controllers (hybrid), and takes v1 alone
