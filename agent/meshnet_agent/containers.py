@@ -12,14 +12,9 @@ process waits until its networks are attached: it never sees a moment without th
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 import signal
 import time
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -27,27 +22,29 @@ import trio
 
 from meshnet.codec import check_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageError
-from meshnet.kernel.netns import start_ticks
 from meshnet.ports import parse_all_published
 from meshnet.runtime.cgroups import read_usage
-from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, read_exit
+from meshnet.runtime.conmon import ATTACH, WINDOW_SIZE, read_exit
 from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
-from meshnet.runtime.options import ContainerOptions, check_options, parse_restart, shared_with
+from meshnet.runtime.options import ContainerOptions, check_options, parse_restart
 from meshnet_agent.bundle import (
     Bundle,
     Sources,
     check_may_run,
-    open_to_group,
     remove_ended_execs,
 )
-from meshnet_agent.container_record import ProcessId, Record, State, load_all, save
-from meshnet_agent.endpoints import AttachRequest
+from meshnet_agent.container_record import ProcessId, Record, State, load_all
+from meshnet_agent.container_registry import Container, Registry
+from meshnet_agent.launch import launch
+from meshnet_agent.processes import is_alive, send, wait_for_end
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from meshnet_agent.documents import Document
+    from meshnet_agent.endpoints import AttachRequest
 
 _log = structlog.get_logger()
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 60.0
@@ -58,35 +55,6 @@ _LOST_STATUS = 255
 """Of a container whose exit nobody saw: the host went down, or its conmon was killed."""
 _AT_ONCE = 4
 """Containers that are made or taken down at the same time; others wait."""
-
-
-class Container:
-    """One container and what is going on with it.
-
-    Attributes:
-        lock: held while a step of its life is under way.
-        ended: set when it has ended for good, restarts included, and everything is put away.
-    """
-
-    def __init__(self, record: Record, bundle: Bundle) -> None:
-        self.record = record
-        self.bundle = bundle
-        self.lock = trio.Lock()
-        self.ended = trio.Event()
-
-    def note(self, **fields: object) -> None:
-        """Change the record here only, where what is on disk leads to the same clean-up."""
-        self.record = replace(self.record, **fields)  # type: ignore[arg-type]
-
-    async def change(self, **fields: object) -> None:
-        """Change the record, here and on disk."""
-        self.note(**fields)
-        await trio.to_thread.run_sync(save, self.bundle.state, self.record)
-
-    async def change_for_this_boot(self, **fields: object) -> None:
-        """The same, for what means nothing after a power cut: it may be lost in one."""
-        self.note(**fields)
-        await trio.to_thread.run_sync(partial(save, self.bundle.state, self.record, keep=False))
 
 
 class Containers:
@@ -112,12 +80,11 @@ class Containers:
         self._sources = Sources(state_dir.absolute() / "images")
         self._attach = attach
         self._detach = detach
-        self._containers: dict[str, Container] = {}
+        self.registry = Registry()
         self._runtime: OciRuntime | None = None
         self._probing = trio.Lock()
         self._slots = trio.CapacityLimiter(_AT_ONCE)
         self._nursery: trio.Nursery | None = None
-        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._passed_over = passed_over
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -126,10 +93,10 @@ class Containers:
             self._nursery = nursery
             for record in await trio.to_thread.run_sync(lambda: list(load_all(self._state))):
                 container = Container(record, self._bundle(record.id))
-                self._containers[record.id] = container
+                self.registry.add(container)
                 if record.state is State.EXITED:
                     nursery.start_soon(self._found_exited, container)
-                elif record.shim is not None and self._is_alive(record.shim):
+                elif record.shim is not None and is_alive(record.shim):
                     self._watch(container, record.shim)
                 else:
                     nursery.start_soon(self._found_ended, container)
@@ -139,31 +106,9 @@ class Containers:
 
     # --- looking --------------------------------------------------------------------------------
 
-    def documents(self) -> list[Document]:
-        """All containers, the newest first."""
-        records = [c.record for c in self._containers.values()]
-        return [r.document() for r in sorted(records, key=lambda r: -r.created_s)]
-
-    def find(self, name: str) -> Container:
-        """A container by its name, its id, or the beginning of the id.
-
-        Raises:
-            NotFoundError: there is none.
-            UsageError: several ids begin so.
-        """
-        for container in self._containers.values():
-            if name in (container.record.name, container.record.id):
-                return container
-        found = [c for i, c in self._containers.items() if name and i.startswith(name)]
-        if not found:
-            raise NotFoundError(f"container {name} does not exist: meshnet ps -a lists them")
-        if len(found) > 1:
-            raise UsageError(f"{name} begins {len(found)} containers' ids: give more of it")
-        return found[0]
-
     def inspect(self, name: str) -> Document:
         """All that is known of a container."""
-        container = self.find(name)
+        container = self.registry.find(name)
         record = container.record
         options = {f: getattr(record.options, f) for f in ContainerOptions.__slots__}
         return record.document() | {
@@ -177,16 +122,10 @@ class Containers:
 
     async def stats(self, name: str) -> Document:
         """What a running container uses."""
-        record = self._running(name).record
+        record = self.registry.running(name).record
         assert record.process is not None
         usage = await trio.to_thread.run_sync(read_usage, record.process.pid)
         return {"name": record.name, **usage.document()}
-
-    def _running(self, name: str) -> Container:
-        container = self.find(name)
-        if container.record.state is not State.RUNNING or container.record.process is None:
-            raise ConflictError(f"container {name} does not run: meshnet ps -a shows its state")
-        return container
 
     # --- making ---------------------------------------------------------------------------------
 
@@ -201,12 +140,11 @@ class Containers:
         identity = secrets.token_hex(6)
         name = options.name or f"c-{identity}"
         check_name("container", name)
-        if any(c.record.name == name for c in self._containers.values()):
-            raise ConflictError(f"container name {name} is taken: choose another, or remove that")
         record = Record(
             id=identity, name=name, options=options, created_s=time.time(), args=(), lowerdirs=()
         )
-        container = self._containers[identity] = Container(record, self._bundle(identity))
+        container = Container(record, self._bundle(identity))
+        self.registry.add(container)
         try:
             with trio.CancelScope(shield=True):
                 await self._make(container)
@@ -243,74 +181,14 @@ class Containers:
 
     async def _launch(self, container: Container) -> None:
         """From nothing to a process that waits."""
-        runtime = await self._find_runtime()
+        runtime = await self.runtime()
         async with container.lock, self._slots:
-            record, bundle = container.record, container.bundle
-            await trio.to_thread.run_sync(bundle.make)
-            namespaces, etc = self._namespaces(record.options)
-            await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc)
-            pid = await self._shim(container, runtime).create()
-            await container.change_for_this_boot(
-                process=self._identify(pid),
-                shim=self._identify(int((bundle.run / CONMON_PID).read_text())),
-            )
-            for file, mode in ((ATTACH, 0o770), (WINDOW_SIZE, 0o660)):
-                open_to_group(bundle.run / file, mode)
-            await self._attach_networks(container, pid)
-            if etc is None:
-                await trio.to_thread.run_sync(bundle.write_etc, container.record)
-            await container.change_for_this_boot(
-                state=State.CREATED, exit_code=None, finished_s=None
-            )
+            await launch(container, runtime, self.registry, self._attach)
         assert container.record.shim is not None
         self._watch(container, container.record.shim)
 
-    def _shim(self, container: Container, runtime: OciRuntime) -> Shim:
-        return Shim(
-            runtime=runtime,
-            identity=container.record.id,
-            bundle=container.bundle.run,
-            log=container.bundle.log,
-            exits=container.bundle.exits,
-            tty=container.record.options.tty,
-            stdin=container.record.options.interactive,
-        )
-
-    async def _attach_networks(self, container: Container, pid: int) -> None:
-        record = container.record
-        for number, network in enumerate(_own_networks(record.options)):
-            name = record.name if number == 0 else f"{record.name}.{network}"[:63]
-            request = AttachRequest(
-                pid=pid,
-                network=network,
-                ifname=f"eth{number}",
-                name=name,
-                default_route=number == 0,
-                publish=parse_all_published(record.options.publish) if number == 0 else (),
-            )
-            endpoint = await self._attach(request)
-            container.note(endpoints=(*container.record.endpoints, endpoint))
-
-    def _namespaces(self, options: ContainerOptions) -> tuple[dict[str, str | None], Bundle | None]:
-        """Namespaces to join (see `Surroundings`), and whose files of /etc are shared."""
-        found: dict[str, str | None] = {}
-        network = options.networks[0] if len(options.networks) == 1 else None
-        for kind, file, word in (
-            ("network", "net", network),
-            ("pid", "pid", options.pid),
-            ("ipc", "ipc", options.ipc),
-            ("uts", "uts", options.uts),
-        ):
-            other = shared_with(word)
-            found[kind] = None if word == "host" else ""
-            if other is not None:
-                process = self._running(other).record.process
-                assert process is not None
-                found[kind] = f"/proc/{process.pid}/ns/{file}"
-        other = shared_with(network)
-        return found, self.find(other).bundle if other is not None else None
-
-    async def _find_runtime(self) -> OciRuntime:
+    async def runtime(self) -> OciRuntime:
+        """The OCI runtime (`find_runtime`)."""
         async with self._probing:
             if self._runtime is None:
                 check_may_run()
@@ -325,8 +203,8 @@ class Containers:
         Raises:
             ConflictError: it is not in that state.
         """
-        container = self.find(name)
-        runtime = await self._find_runtime()
+        container = self.registry.find(name)
+        runtime = await self.runtime()
         async with container.lock:
             record = container.record
             if record.state is not State.CREATED:
@@ -341,13 +219,13 @@ class Containers:
 
     async def kill(self, name: str, signal_name: str) -> Document:
         """Send a signal to a container's first process."""
-        container = self._running(name)
+        container = self.registry.running(name)
         self._signal(container, _signal_of(signal_name))
         return container.record.document()
 
     async def stop(self, name: str, timeout_s: int | None) -> Document:
         """End a container: its stop signal, then SIGKILL; returns when it has ended."""
-        container = self.find(name)
+        container = self.registry.find(name)
         ended = container.ended
         await container.change(stopped=True)
         record = container.record
@@ -375,7 +253,7 @@ class Containers:
         Raises:
             ConflictError: it runs.
         """
-        container = self.find(name)
+        container = self.registry.find(name)
         document = container.record.document()
         if container.record.state in (State.RUNNING, State.CREATING) and not force:
             raise ConflictError(
@@ -384,29 +262,20 @@ class Containers:
         if container.record.state is not State.EXITED:
             await container.change(stopped=True)
             await self._kill_and_wait(container, container.ended)
-        if container.record.id in self._containers:
+        if container in self.registry:
             await self._purge(container)
         return document
 
     async def wait(self, name: str) -> Document:
         """Wait until a container has ended for good, restarts included; returns its status."""
-        container = self.find(name)
+        container = self.registry.find(name)
         await container.ended.wait()
         return {"name": container.record.name, "exit_code": container.record.exit_code}
 
     def _signal(self, container: Container, number: signal.Signals) -> None:
         process = container.record.process
         if process is not None:
-            self._send(process, number)
-
-    def _send(self, process: ProcessId, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            fd = os.pidfd_open(process.pid)
-            try:
-                if self._is_alive(process):
-                    signal.pidfd_send_signal(fd, number)
-            finally:
-                os.close(fd)
+            send(process, number)
 
     # --- watching -------------------------------------------------------------------------------
 
@@ -416,24 +285,12 @@ class Containers:
         self._nursery.start_soon(self._wait_for_end, container, process)
 
     async def _wait_for_end(self, container: Container, shim: ProcessId) -> None:
-        await self.wait_for_process(shim)
+        await wait_for_end(shim)
         exit_code = read_exit(container.bundle.exits, container.record.id)
         if exit_code is None and container.record.process is not None:
             # Somebody killed conmon: nobody will know the status.
-            await self.wait_for_process(container.record.process)
+            await wait_for_end(container.record.process)
         await self._ended(container, exit_code)
-
-    async def wait_for_process(self, process: ProcessId) -> None:
-        """Wait until a process has ended."""
-        try:
-            fd = os.pidfd_open(process.pid)
-        except ProcessLookupError:
-            return
-        try:
-            if self._is_alive(process):
-                await trio.lowlevel.wait_readable(fd)
-        finally:
-            os.close(fd)
 
     async def _found_ended(self, container: Container) -> None:
         """At the agent's start: it ended while no agent was there."""
@@ -464,7 +321,7 @@ class Containers:
                     shim=None,
                     endpoints=(),
                 )
-                if not self._is_to_go(container.record):
+                if not self._is_to_go(container):
                     await container.change()
             record = container.record
             _log.info("container ended", container=record.name, exit_code=record.exit_code)
@@ -472,24 +329,24 @@ class Containers:
 
     async def _after_end(self, container: Container, lasted_s: float) -> None:
         """Restart it, remove it, or let it be, as its options say."""
-        record = container.record
-        if self._wants_restart(record):
+        if self._wants_restart(container):
             self.nursery.start_soon(self._restart, container, lasted_s)
             return
-        if self._is_to_go(record):
+        if self._is_to_go(container):
             async with container.lock:
                 await self._forget(container)
         container.ended.set()
 
-    def _is_to_go(self, record: Record) -> bool:
+    def _is_to_go(self, container: Container) -> bool:
         """Whether nothing is to be left of a container that has ended."""
-        return record.options.rm and not self._wants_restart(record)
+        return container.record.options.rm and not self._wants_restart(container)
 
-    def _wants_restart(self, record: Record) -> bool:
+    def _wants_restart(self, container: Container) -> bool:
+        record = container.record
         policy = parse_restart(record.options.restart)
         return (
             not record.stopped
-            and record.id in self._containers
+            and container in self.registry
             and record.exit_code is not None
             and policy.wants(record.exit_code, record.restarts)
         )
@@ -499,7 +356,7 @@ class Containers:
         failures = 0 if lasted_s > _LASTING_S else container.record.restarts
         while True:
             await trio.sleep(min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(failures, 16)))
-            if not self._wants_restart(container.record):
+            if not self._wants_restart(container):
                 container.ended.set()
                 return
             failures += 1
@@ -528,11 +385,11 @@ class Containers:
         """Cgroup, processes, endpoints, mounts: all not on disk.  A failure is only logged."""
         record = container.record
         if record.shim is not None and read_exit(container.bundle.exits, record.id) is None:
-            self._send(record.shim, signal.SIGKILL)
+            send(record.shim, signal.SIGKILL)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._detach_all, record)
             try:
-                await (await self._find_runtime()).delete(record.id)
+                await (await self.runtime()).delete(record.id)
             except MeshnetError as error:
                 _log.error("container not deleted", container=record.name, reason=str(error))
         try:
@@ -566,7 +423,7 @@ class Containers:
             container.bundle.remove()
 
         await trio.to_thread.run_sync(remove)
-        self._containers.pop(record.id, None)
+        self.registry.drop(container)
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -576,48 +433,12 @@ class Containers:
         assert self._nursery is not None
         return self._nursery
 
-    async def runtime(self) -> OciRuntime:
-        """The OCI runtime (`find_runtime`)."""
-        return await self._find_runtime()
-
-    def running(self, name: str) -> Container:
-        """A container that runs.
-
-        Raises:
-            NotFoundError, ConflictError: there is none, or it does not run.
-        """
-        return self._running(name)
-
     def run_dir(self, name: str) -> Path:
         """A directory for sockets."""
         return self._run / name
 
     def _bundle(self, identity: str) -> Bundle:
         return Bundle(self._state / identity, self._run / identity)
-
-    def _identify(self, pid: int) -> ProcessId:
-        return ProcessId(pid, start_ticks(pid), self._boot_id)
-
-    def identify(self, pid: int) -> ProcessId:
-        """A process for ever."""
-        return self._identify(pid)
-
-    def send(self, process: ProcessId, number: signal.Signals) -> None:
-        """Signal a process, if it is still that one."""
-        self._send(process, number)
-
-    def _is_alive(self, process: ProcessId) -> bool:
-        try:
-            return (
-                process.boot_id == self._boot_id and start_ticks(process.pid) == process.start_ticks
-            )
-        except NotFoundError:
-            return False
-
-
-def _own_networks(options: ContainerOptions) -> tuple[str, ...]:
-    words = options.networks
-    return tuple(w for w in words if w not in ("none", "host") and shared_with(w) is None)
 
 
 def _signal_of(text: str) -> signal.Signals:

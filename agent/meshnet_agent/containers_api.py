@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.routing import Route
 
-    from meshnet_agent.containers import Container, Containers
+    from meshnet_agent.container_registry import Container
+    from meshnet_agent.containers import Containers
     from meshnet_agent.exec_sessions import ExecSessions
 
     Handler = Callable[[Request], Awaitable[object]]
@@ -64,7 +65,7 @@ def container_routes(
         return str(request.path_params["name"])
 
     async def list_all(_request: Request) -> object:
-        return containers.documents()
+        return containers.registry.documents()
 
     @takes(ContainerOptions)
     async def create(request: Request) -> object:
@@ -97,7 +98,7 @@ def container_routes(
         return await containers.stats(name_of(request))
 
     async def logs(request: Request) -> Response:
-        container = containers.find(name_of(request))
+        container = containers.registry.find(name_of(request))
         follow = request.query_params.get("follow") == "1"
         return StreamingResponse(_log(container, follow), media_type="application/octet-stream")
 

@@ -24,6 +24,7 @@ from meshnet.runtime.conmon import (
     read_exit,
 )
 from meshnet_agent.bundle import open_to_group
+from meshnet_agent.processes import identify, send, wait_for_end
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +65,7 @@ class ExecSessions:
         Raises:
             ConflictError: the container does not run.
         """
-        container = self._containers.running(name)
+        container = self._containers.registry.running(name)
         if not wanted.command:
             raise UsageError("exec needs a command")
         record = container.record
@@ -92,7 +93,7 @@ class ExecSessions:
             stdin=options.interactive,
         )
         waiting = await shim.prepare_exec(process)
-        conmon = self._containers.identify(int((directory / CONMON_PID).read_text()))
+        conmon = identify(int((directory / CONMON_PID).read_text()))
         for file, mode in ((ATTACH, 0o770), (WINDOW_SIZE, 0o660)):
             open_to_group(directory / file, mode)
         session = _Session(record.id, directory, waiting, conmon)
@@ -130,9 +131,9 @@ class ExecSessions:
         with trio.move_on_after(_FORGET_S) as waiting:
             await session.started.wait()
         if waiting.cancelled_caught:
-            self._containers.send(session.shim, signal.SIGKILL)
+            send(session.shim, signal.SIGKILL)
             await session.waiting.close()
-        await self._containers.wait_for_process(session.shim)
+        await wait_for_end(session.shim)
         session.exit_code = read_exit(session.directory, session.container)
         with contextlib.suppress(OSError):
             await trio.to_thread.run_sync(shutil.rmtree, session.directory)

@@ -106,14 +106,16 @@ async def test_what_ended_while_no_agent_was_there(host: Host, nursery: trio.Nur
             statuses[name] = (await host.containers.wait(name))["exit_code"]
     assert statuses == {"c1": 3, "c2": 255, "c5": 9}
     with trio.fail_after(10):
-        while len(host.containers.documents()) > 3:  # noqa: ASYNC110  (there is no event for it)
+        while len(host.containers.registry.documents()) > 3:  # noqa: ASYNC110  (there is no event for it)
             await trio.sleep(0.01)
     assert not gone.exists()
     assert not half.exists()
     assert host.detached == [(77, "prod")]
     assert set(host.runtime.deleted) == {f"{n:012x}" for n in range(1, 6)}
-    assert [d["name"] for d in host.containers.documents()] == ["c5", "c2", "c1"]
-    assert all(d["state"] == "exited" and d["pid"] is None for d in host.containers.documents())
+    assert [d["name"] for d in host.containers.registry.documents()] == ["c5", "c2", "c1"]
+    assert all(
+        d["state"] == "exited" and d["pid"] is None for d in host.containers.registry.documents()
+    )
     on_disk = {r.name: r.exit_code for r in load_all(host.state / "containers")}
     assert on_disk == statuses
     assert host.passed_over == {"crun": "too old"}
@@ -124,12 +126,12 @@ async def test_names_ids_and_refusals(host: Host, nursery: trio.Nursery) -> None
     for number in (0x10, 0x11):
         host.put(record(number, State.EXITED, exit_code=0, process=None, shim=None))
     await nursery.start(host.containers.run)
-    found = host.containers.find(f"{0x10:012x}")
-    assert host.containers.find("c16") is found
+    found = host.containers.registry.find(f"{0x10:012x}")
+    assert host.containers.registry.find("c16") is found
     with pytest.raises(UsageError, match="begins 2"):
-        host.containers.find("0000")
+        host.containers.registry.find("0000")
     with pytest.raises(NotFoundError):
-        host.containers.find("")
+        host.containers.registry.find("")
     with pytest.raises(ConflictError, match="taken"):
         await host.containers.create(ContainerOptions(rootfs="/r", command=("true",), name="c16"))
     with pytest.raises(ConflictError, match="does not run"):
@@ -138,7 +140,7 @@ async def test_names_ids_and_refusals(host: Host, nursery: trio.Nursery) -> None
         await host.containers.start("c16")
     await host.containers.remove("c16", force=False)
     with pytest.raises(NotFoundError):
-        host.containers.find("c16")
+        host.containers.registry.find("c16")
     nursery.cancel_scope.cancel()
 
 
@@ -146,6 +148,6 @@ async def test_a_failed_create_leaves_nothing(host: Host, nursery: trio.Nursery)
     await nursery.start(host.containers.run)
     with pytest.raises(UsageError, match="no directory"):
         await host.containers.create(ContainerOptions(rootfs="/none", command=("true",)))
-    assert host.containers.documents() == []
+    assert host.containers.registry.documents() == []
     assert list((host.state / "containers").glob("*")) == []
     nursery.cancel_scope.cancel()
