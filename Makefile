@@ -13,7 +13,7 @@ SCALE := build/scale.json
 DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
 
-.PHONY: demo test native fuzz lint type bench bench-scale bench-datapath bench-published setup \
+.PHONY: demo test test-many native fuzz lint type bench bench-scale bench-datapath bench-published setup \
 	constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
@@ -21,6 +21,11 @@ demo: $(SETUP)  ## three hosts, two networks, packets between them
 
 test: native  ## all tests
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 2
+
+CONTAINERS := 100
+test-many: $(SETUP)  ## CONTAINERS at once on one host, and what they leave: nothing
+	PATH=$(CURDIR)/$(BIN):$$PATH MESHNET_CONTAINERS=$(CONTAINERS) $(BIN)/python -m pytest \
+	  tests/netns/test_run_many.py -k side_by_side
 
 native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
 	@$(BIN)/python -m meshnet.vtep.native

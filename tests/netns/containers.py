@@ -28,7 +28,7 @@ APPLETS = (
     "readlink", "kill", "head", "yes", "pwd", "stty", "tail", "grep", "httpd", "ls", "wget",
     "mkdir", "nc", "seq",
 )  # fmt: skip
-FOREVER = "trap 'exit 9' TERM; while :; do sleep 0.05; done"
+FOREVER = "trap 'exit 9' TERM; sleep 9999 & wait"
 """A script that runs until SIGTERM, and then ends with status 9."""
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import pytest
+
+from meshnet.cli import client as module
+from meshnet.cli.main import main
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COMMANDS = (
     "",
@@ -122,3 +129,25 @@ def test_the_client_starts_without_the_agents_libraries() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {"trio", "pyroute2", "etcd3", "grpc", "msgspec", "scapy", "argcomplete"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run -d image", "run image", "exec web true", "stop -t 300 web", "rm -f web", "wait web"],
+)
+def test_the_life_of_containers_takes_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """A stop that waits longer than the client did was an agent that does not answer."""
+    timeouts = []
+
+    class Connection(module._UnixConnection):
+        def __init__(self, path: str, timeout_s: float | None) -> None:
+            timeouts.append(timeout_s)
+            super().__init__(path, timeout_s)
+
+    monkeypatch.setattr(module, "_UnixConnection", Connection)
+    assert main(["--socket", str(tmp_path / "none"), *command.split()]) == 3
+    assert timeouts == [None]
+    assert main(["--socket", str(tmp_path / "none"), "ps"]) == 3
+    assert timeouts[1] is not None
