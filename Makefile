@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc iperf3 iproute2 \
 	iputils-ping libc6-dev nftables openssl procps python3-venv runc tcpdump util-linux zstd
+# Makers of images and a registry: 91 MB to fetch. Their services are not needed.
+TEST_PACKAGES := buildah docker-registry docker.io skopeo umoci
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io
 SETUP := $(VENV)/.ready
@@ -20,6 +22,7 @@ demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
 
 test: native  ## all tests
+	$(call install,$(TEST_PACKAGES))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 2
 
 CONTAINERS := 100

@@ -33,12 +33,13 @@ _RUN_OPTIONS = (
     *("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"),
     *("--security-opt", "seccomp=unconfined"),
 )
+_NO_NETWORK = ("--bridge=none", "--iptables=false", "--ip6tables=false")
 
 
 class Docker:
     """A running ``dockerd``; see `open_docker`."""
 
-    def __init__(self, host: LabHost, directory: Path) -> None:
+    def __init__(self, host: LabHost, directory: Path, *, network: bool) -> None:
         self._host = host
         self._socket = directory / "docker.sock"
         self._log = directory / "dockerd.log"
@@ -50,6 +51,7 @@ class Docker:
             *(find("dockerd"), "--config-file", str(config), "--storage-driver", "vfs"),
             *("--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
             *("--pidfile", str(directory / "docker.pid"), "-H", f"unix://{self._socket}"),
+            *(() if network else _NO_NETWORK),
             *("--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", self._cgroup),
         ]
         with self._log.open("w") as log:
@@ -78,12 +80,17 @@ class Docker:
         argv = [find("docker"), "-H", f"unix://{self._socket}", *arguments]
         return self._host.run(argv, check=check, timeout=_CALL_S)
 
-    def load(self, image: str, program: Path) -> None:
-        """Make an image with one program at its root."""
+    def load(self, image: str, program: Path, *changes: str) -> None:
+        """Make an image with one program at its root.
+
+        Args:
+            changes: instructions of a Dockerfile that say how it is to be run.
+        """
         archive = program.with_suffix(".tar")
         with tarfile.open(archive, "w") as tar:
             tar.add(program, arcname=program.name)
-        self.call("import", str(archive), image)
+        options = [word for change in changes for word in ("--change", change)]
+        self.call("import", *options, str(archive), image)
 
     def run(self, image: str, published: str, argv: Sequence[str]) -> None:
         """Start a container on Docker's default network with a published port."""
@@ -107,18 +114,19 @@ class Docker:
 
 
 @contextlib.contextmanager
-def open_docker(host: LabHost, directory: Path) -> Iterator[Docker]:
+def open_docker(host: LabHost, directory: Path, *, network: bool = True) -> Iterator[Docker]:
     """A Docker on a lab host while the block runs.
 
     Args:
         directory: for its files; removed at the end.
+        network: False: none of its own, for who only makes images.
 
     Raises:
         NotAvailableError: it is not installed.
         RuntimeError: it does not start.
     """
     directory.mkdir()
-    docker = Docker(host, directory)
+    docker = Docker(host, directory, network=network)
     try:
         docker.wait_until_ready()
         yield docker

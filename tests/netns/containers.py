@@ -119,14 +119,18 @@ def cgroups_of(name: str) -> list[str]:
     return [str(path) for path in found if path.is_dir()]
 
 
-def stray_cgroups() -> list[str]:
+def _stray_cgroups() -> set[str]:
     """Containers' cgroups that no agent of a lab has a container for.
 
     The labs of other tests have containers in the same tree.
     """
     found = [Path(path) for path in cgroups_of("*")]
     known = {path.name for path in LABS_DIR.glob("*/*/state/containers/*")}
-    return [str(path) for path in found if path.name not in known and path.exists()]
+    return {str(path) for path in found if path.name not in known and path.exists()}
+
+
+_STRAY_BEFORE = _stray_cgroups()
+"""Nobody's already when the tests began."""
 
 
 def processes_of(host: LabHost) -> list[str]:
@@ -148,7 +152,7 @@ def leftovers(host: LabHost) -> dict[str, list[str]]:
     links = host.run(["ip", "-br", "link"]).stdout.split()
     return {
         "mounts": [line for line in mounts if str(host.state_dir) in line],
-        "cgroups": stray_cgroups(),
+        "cgroups": sorted(_stray_cgroups() - _STRAY_BEFORE),
         "links": [link for link in links if link.startswith("mne")],
         "processes": processes_of(host),
         "files": [p.name for p in (host.state_dir / "containers").glob("*")],
