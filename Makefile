@@ -34,8 +34,9 @@ native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
 	@$(BIN)/python -m meshnet.vtep.native
 
 MINUTES := 3
-fuzz: $(SETUP)  ## campaigns of hostile input, MINUTES in all
+fuzz: $(VENV)/.fuzz  ## campaigns of hostile input, MINUTES for most of them and MINUTES for the API
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile --minutes $(MINUTES)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile.openapi --minutes $(MINUTES)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -89,13 +90,19 @@ $(VENV)/.bench: $(SETUP) constraints-bench.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r constraints-bench.txt
 	@touch $@
 
+# Only campaigns need schemathesis.
+$(VENV)/.fuzz: $(SETUP) constraints-fuzz.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r constraints-fuzz.txt
+	@touch $@
+
 COMPILE := $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --no-header
 
 constraints: $(SETUP)  ## resolve the versions anew
 	$(COMPILE) --extra dev --output-file constraints.txt pyproject.toml
-	$(COMPILE) --extra bench --constraint constraints.txt --output-file constraints-bench.txt \
-	  pyproject.toml
+	for extra in bench fuzz; do \
+	  $(COMPILE) --extra $$extra --constraint constraints.txt \
+	    --output-file constraints-$$extra.txt pyproject.toml || exit; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -56,7 +56,9 @@ def describe(routes: Iterable[BaseRoute]) -> dict[str, Any]:
         if isinstance(route, Route):
             for method in sorted((route.methods or set()) - {"HEAD"}):
                 operation = _operation(route, method, bodies)
-                paths.setdefault(route.path, {})[method.lower()] = operation
+                # Starlette's ``{image:path}`` is ``{image}`` in a document.
+                path = re.sub(r"{(\w+):\w+}", r"{\1}", route.path)
+                paths.setdefault(path, {})[method.lower()] = operation
     template = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components(bodies.values(), ref_template=template)
     return {

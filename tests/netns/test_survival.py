@@ -12,6 +12,7 @@ import pytest
 
 from meshnet.errors import AgentUnreachableError
 from meshnet.lab.poll import wait_until
+from meshnet.lab.process import process_netns_id
 from tests.netns.mesh import (
     Document,
     PingStream,
@@ -281,6 +282,8 @@ def test_process_end_frees_its_endpoint(make_lab: MakeLab) -> None:
     endpoint = attach(container, host, "prod")
     # Another process of the namespace keeps the endpoint when the first one ends.
     heir = container.popen(["sleep", "100"])
+    netns = process_netns_id(container.pid)
+    wait_until(lambda: process_netns_id(heir.pid) == netns, 5, "the heir has entered")
     subprocess.run(["kill", "-9", str(container.pid)], check=True)
     wait_until(
         lambda: meshnet(host, "endpoint", "ls")[0]["pid"] != container.pid, 5, "the heir is named"
