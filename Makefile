@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc iperf3 iproute2 \
 	iputils-ping libc6-dev nftables openssl procps python3-venv runc tcpdump util-linux zstd
+# Makers of images and a registry: about 80 MB to fetch. Their services are not needed.
+TEST_PACKAGES := buildah docker-registry docker.io skopeo umoci
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io
 BENCH_RUN_PACKAGES := crun docker.io podman
@@ -15,14 +17,20 @@ DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
 RUN := build/run.json
 
-.PHONY: demo test native fuzz lint type bench bench-scale bench-datapath bench-published bench-run \
-	setup constraints clean
+.PHONY: demo test test-many native fuzz lint type bench bench-scale bench-datapath bench-published \
+	bench-run setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
 
 test: native  ## all tests
+	$(call install,$(TEST_PACKAGES))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 2
+
+CONTAINERS := 100
+test-many: $(SETUP)  ## CONTAINERS at once on one host, and what they leave: nothing
+	PATH=$(CURDIR)/$(BIN):$$PATH MESHNET_CONTAINERS=$(CONTAINERS) $(BIN)/python -m pytest \
+	  tests/netns/test_run_many.py -k side_by_side
 
 native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
 	@$(BIN)/python -m meshnet.vtep.native

@@ -261,7 +261,11 @@ def _path(text: str | None) -> Path | None:
 
 
 async def _serve(service: Service, containers: Containers, agent: Agent, socket_path: Path) -> None:
-    """Run agent and API until a signal; the agent, the inner one, stops first."""
+    """Run all parts until a signal.
+
+    Containers stop first: a container that ends is put away by the agent's help, which is not
+    there any more otherwise.  The API is the last.
+    """
     listener = _listen(socket_path)
     hypercorn = HypercornConfig()
     hypercorn.bind = [f"fd://{listener.fileno()}"]
@@ -281,13 +285,15 @@ async def _serve(service: Service, containers: Containers, agent: Agent, socket_
 
     async with trio.open_nursery() as root:
         await root.start(serve_api)
-        with trio.CancelScope() as running:
-            root.start_soon(_stop_on_signal, agent, running)
-            async with trio.open_nursery() as inner:
-                await inner.start(agent.run)
-                await inner.start(containers.run)
-                notify("READY=1")
-                _log.info("ready", host=agent.host.id, socket=str(socket_path))
+        async with trio.open_nursery() as middle:
+            with trio.CancelScope() as running:
+                root.start_soon(_stop_on_signal, agent, running)
+                await middle.start(agent.run)
+                async with trio.open_nursery() as inner:
+                    await inner.start(containers.run)
+                    notify("READY=1")
+                    _log.info("ready", host=agent.host.id, socket=str(socket_path))
+            middle.cancel_scope.cancel()
         stopping.set()
         root.cancel_scope.cancel()
 

@@ -92,6 +92,7 @@ class Reconciler:
         self._passed = trio.Event()
         self._begun = self._ended = 0
         self._tried = trio.Event()
+        self._over = False
         self._retry_s = _RETRY_S[0]
         self._resync_at = self._rested_at = 0.0
 
@@ -126,11 +127,13 @@ class Reconciler:
 
         Raises:
             KernelRefusedError: it could not run, or the firewall is not as it should be; both are
-                tried again.
+                tried again. Or the agent is stopping, and there are no more passes.
         """
         self.mark_dirty()
         next_one = self._begun + 1
         while self._ended < next_one:
+            if self._over:
+                raise KernelRefusedError("no pass can run on this host: its agent is stopping")
             await self._tried.wait()
         if self.blocked is not None:
             raise KernelRefusedError(f"no pass can run on this host: {self.blocked}")
@@ -144,6 +147,14 @@ class Reconciler:
         A failed operation is tried again with growing delays; a pass that could not run at all
         (the underlay address is gone) likewise.
         """
+        try:
+            await self._run_passes(task_status)
+        finally:
+            # Nobody waits for a pass that never comes: clean-up may be shielded.
+            self._over = True
+            self._tried.set()
+
+    async def _run_passes(self, task_status: trio.TaskStatus[None]) -> None:
         started = False
         while True:
             with trio.move_on_at(min(self._all_at, trio.current_time() + self._next_change_s())):

@@ -40,13 +40,23 @@ class Client:
         """Read a resource; `parts` of its path are quoted."""
         return self._call("GET", parts, None)
 
-    def post(self, *parts: str, body: dict[str, Any]) -> Any:  # noqa: ANN401
-        """Ask for something to be done; members of `body` that are None are left out."""
-        return self._call("POST", parts, {k: v for k, v in body.items() if v is not None})
+    def post(self, *parts: str, body: dict[str, Any], timeout_s: float | None = _TIMEOUT_S) -> Any:  # noqa: ANN401
+        """Ask for something to be done; members of `body` that are None are left out.
 
-    def delete(self, *parts: str, query: dict[str, str] | None = None) -> Any:  # noqa: ANN401
-        """Remove a resource."""
-        return self._call("DELETE", parts, None, query)
+        Args:
+            timeout_s: None for what takes as long as others want: the life of containers.
+        """
+        given = {k: v for k, v in body.items() if v is not None}
+        return self._call("POST", parts, given, timeout_s=timeout_s)
+
+    def delete(
+        self,
+        *parts: str,
+        query: dict[str, str] | None = None,
+        timeout_s: float | None = _TIMEOUT_S,
+    ) -> Any:  # noqa: ANN401
+        """Remove a resource; `timeout_s` as in `post`."""
+        return self._call("DELETE", parts, None, query, timeout_s=timeout_s)
 
     def wait(self, *parts: str) -> Any:  # noqa: ANN401
         """Read a resource that is there when something has happened, however long that takes."""
@@ -90,9 +100,11 @@ class Client:
         parts: tuple[str, ...],
         body: dict[str, Any] | None,
         query: dict[str, str] | None = None,
+        *,
+        timeout_s: float | None = _TIMEOUT_S,
     ) -> Any:  # noqa: ANN401
         document = json.dumps(body).encode() if body is not None else None
-        with self._connected(_TIMEOUT_S) as connection:
+        with self._connected(timeout_s) as connection:
             connection.request(method, _target(parts, query or {}), document)
             return _document(connection.answer())
 

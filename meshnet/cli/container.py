@@ -205,15 +205,15 @@ def _env(words: list[str]) -> list[str]:
 
 def _run(args: argparse.Namespace) -> int:
     client = Client(args.socket)
-    made = client.post("containers", body=_options(args))
+    made = client.post("containers", body=_options(args), timeout_s=None)
     if "failed" in made:
         return _say_failed(made)
     if args.detach:
-        started = client.post("containers", made["id"], "start", body={})
+        started = client.post("containers", made["id"], "start", body={}, timeout_s=None)
         return print_either(args.json, made | started, made["id"])
     attachment = _attachment(made, args)
     ending = _Ending(args.socket, ("containers", made["id"], "wait"), made["exit_file"])
-    client.post("containers", made["id"], "start", body={})
+    client.post("containers", made["id"], "start", body={}, timeout_s=None)
     attachment.run(lambda name: _forward(client, made["id"], name))
     return ending.status()
 
@@ -232,10 +232,11 @@ def _exec(args: argparse.Namespace) -> int:
             "tty": args.tty,
             "interactive": args.interactive,
         },
+        timeout_s=None,
     )
     attachment = _attachment(made, args)
     ending = _Ending(args.socket, ("exec", made["id"], "wait"), made["exit_file"])
-    started = client.post("exec", made["id"], "start", body={})
+    started = client.post("exec", made["id"], "start", body={}, timeout_s=None)
     if "failed" in started:
         return _say_failed(started)
     attachment.run(lambda _name: None)
@@ -340,7 +341,7 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace, action: str, body: dict[str, Any]) -> int:
-    document = Client(args.socket).post("containers", args.name, action, body=body)
+    document = Client(args.socket).post("containers", args.name, action, body=body, timeout_s=None)
     return print_either(args.json, document, document["name"])
 
 
@@ -354,7 +355,7 @@ def _kill(args: argparse.Namespace) -> int:
 
 def _rm(args: argparse.Namespace) -> int:
     query = {"force": "1"} if args.force else {}
-    document = Client(args.socket).delete("containers", args.name, query=query)
+    document = Client(args.socket).delete("containers", args.name, query=query, timeout_s=None)
     return print_either(args.json, document, document["name"])
 
 

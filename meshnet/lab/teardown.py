@@ -2,14 +2,15 @@
 
 Trusts only what it can see: processes by ``lab.json`` (pid and start time), by the network
 namespace they live in, and by their parents; namespaces by their names; mounts by
-``/proc/self/mountinfo``.  May import only the standard library, `meshnet.errors` and the lab's
-lower modules.
+``/proc/self/mountinfo``; control groups by the agents' records of their containers.  May import
+only the standard library, `meshnet.errors` and the lab's lower modules.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
 from meshnet.lab.netns import ETCD, delete_netns, list_netns, netns_name, netns_path
+from meshnet.lab.poll import wait_until
 from meshnet.lab.process import (
     NetnsId,
     ProcessRef,
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _MNT_DETACH = 2  # linux/fs.h
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_DEADLINE_S = 5.0
 _ROUNDS = 10
 END_DEADLINE_S = 10.0
 
@@ -201,6 +205,7 @@ def _refuse_from_inside(namespaces: Iterable[str]) -> None:
 
 def _remove_base_dir(base_dir: Path) -> None:
     _unmount_below(base_dir)
+    _remove_cgroups(base_dir)
     try:
         # lab.json last: as long as anything is left, a second attempt recognises the directory.
         for path in removal_order(base_dir):
@@ -232,6 +237,32 @@ def _unmount_below(base_dir: Path) -> None:
         if libc.umount2(os.fsencode(mount_point), _MNT_DETACH) != 0:
             reason = os.strerror(ctypes.get_errno())
             raise KernelRefusedError(f"{mount_point} cannot be unmounted: {reason}")
+
+
+def _remove_cgroups(base_dir: Path) -> None:
+    """Remove the control groups of containers that agents had when they ended."""
+    for record in base_dir.glob("*/state/containers/*"):
+        for group in (
+            *_CGROUPS.glob(f"*/meshnet/{record.name}"),
+            _CGROUPS / "meshnet" / record.name,
+        ):
+            try:
+                # Busy until the last process, which has ended, is reaped.
+                wait_until(lambda: _is_removed(group), _CGROUP_DEADLINE_S, "removed")  # noqa: B023
+            except (OSError, TimeoutError) as exc:
+                raise KernelRefusedError(f"{group} cannot be removed: {exc}") from exc
+
+
+def _is_removed(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as exc:
+        if exc.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def _mount_points() -> list[str]:

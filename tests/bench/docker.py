@@ -29,12 +29,13 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _START = 'mkdir -p /run/containerd && mount -t tmpfs none /run/containerd && exec "$@"'
 LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
 """Without CAP_SYS_RESOURCE, as in a sandbox, the limits that an engine hands on are refused."""
+_NO_NETWORK = ("--bridge=none", "--iptables=false", "--ip6tables=false")
 
 
 class Docker:
     """A running ``dockerd``; see `open_docker`."""
 
-    def __init__(self, host: LabHost, directory: Path, storage: str) -> None:
+    def __init__(self, host: LabHost, directory: Path, storage: str, *, network: bool) -> None:
         self._host = host
         self._socket = directory / "docker.sock"
         self._log = directory / "dockerd.log"
@@ -46,6 +47,7 @@ class Docker:
             *(find("dockerd"), "--config-file", str(config), "--storage-driver", storage),
             *("--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
             *("--pidfile", str(directory / "docker.pid"), "-H", f"unix://{self._socket}"),
+            *(() if network else _NO_NETWORK),
             *("--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", self._cgroup),
         ]
         with self._log.open("w") as log:
@@ -78,12 +80,17 @@ class Docker:
         """How the client is called; it runs in any namespace."""
         return [find("docker"), "-H", f"unix://{self._socket}"]
 
-    def load(self, image: str, program: Path) -> None:
-        """Make an image with one program at its root."""
+    def load(self, image: str, program: Path, *changes: str) -> None:
+        """Make an image with one program at its root.
+
+        Args:
+            changes: instructions of a Dockerfile that say how it is to be run.
+        """
         archive = program.with_suffix(".tar")
         with tarfile.open(archive, "w") as tar:
             tar.add(program, arcname=program.name)
-        self.call("import", str(archive), image)
+        options = [word for change in changes for word in ("--change", change)]
+        self.call("import", *options, str(archive), image)
 
     def serve(self, image: str, published: str, argv: Sequence[str]) -> None:
         """Start a container on Docker's default network with a published port.
@@ -117,19 +124,22 @@ def remove_cgroups(name: str) -> None:
 
 
 @contextlib.contextmanager
-def open_docker(host: LabHost, directory: Path, *, storage: str = "vfs") -> Iterator[Docker]:
+def open_docker(
+    host: LabHost, directory: Path, *, storage: str = "vfs", network: bool = True
+) -> Iterator[Docker]:
     """A Docker on a lab host while the block runs.
 
     Args:
         directory: for its files; removed at the end.
         storage: its storage driver; that of the default copies, and works on any file system.
+        network: False: none of its own, for who only makes images.
 
     Raises:
         NotAvailableError: it is not installed.
         RuntimeError: it does not start.
     """
     directory.mkdir()
-    docker = Docker(host, directory, storage)
+    docker = Docker(host, directory, storage, network=network)
     try:
         docker.wait_until_ready()
         yield docker

@@ -15,6 +15,7 @@ from meshnet.errors import MeshnetError
 from meshnet.lab.netns import list_netns
 from meshnet.lab.state import LabFile
 from meshnet.lab.topology import Lab
+from tests.netns.containers import cgroups_of, make_rootfs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,12 @@ def _processes(lab: Lab) -> list[ProcessRef]:
         return []
 
 
+@pytest.fixture(scope="session")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file system of busybox alone."""
+    return make_rootfs(tmp_path_factory.mktemp("rootfs"))
+
+
 @pytest.fixture
 def lab_name() -> str:
     """A name that no other lab has, of this or another test process."""
@@ -108,6 +115,7 @@ def make_lab() -> Iterator[Callable[..., Lab]]:
     errors = []
     for lab in labs:
         started = _processes(lab)
+        containers = [path.name for path in lab.base_dir.glob("*/state/containers/*")]
         try:
             lab.down()
         except MeshnetError as exc:
@@ -116,6 +124,7 @@ def make_lab() -> Iterator[Callable[..., Lab]]:
             "namespaces": list_netns(lab.name),
             "processes": [ref.pid for ref in started if ref.is_alive()],
             "directory": [str(lab.base_dir)] if lab.base_dir.exists() else [],
+            "cgroups": [path for name in containers for path in cgroups_of(name)],
             "mounts": [
                 line
                 for line in Path("/proc/self/mountinfo").read_text().splitlines()

@@ -2,109 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from meshnet.lab.poll import wait_until
-from tests.images import Member, config_of, directory, symlink, tar
+from tests.images import Layout, config_of
+from tests.netns.containers import (
+    CLIENT,
+    busybox_layer,
+    detached,
+    is_clean,
+    leftovers,
+    run,
+    shell,
+)
 from tests.netns.mesh import attach, create_network, meshnet, ping
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
+    from pathlib import Path
 
-    from meshnet.lab.host import LabHost
     from meshnet.lab.topology import Lab
 
     MakeLab = Callable[..., Lab]
 
 pytestmark = pytest.mark.root
-CLIENT = [sys.executable, "-m", "meshnet.cli.main"]
 NAMESPACES = ("pid", "mnt", "uts", "ipc", "net", "cgroup")
-APPLETS = (
-    "sh", "true", "sleep", "cat", "echo", "id", "ip", "ping", "env", "hostname", "touch",
-    "readlink",    "kill", "head", "yes", "pwd", "stty", "tail", "grep", "httpd", "ls",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file system of busybox alone."""
-    busybox = shutil.which("busybox")
-    assert busybox is not None, "install busybox-static"
-    root = tmp_path_factory.mktemp("rootfs")
-    for name in ("bin", "etc", "proc", "sys", "dev", "tmp"):
-        (root / name).mkdir()
-    shutil.copy(busybox, root / "bin" / "busybox")
-    for name in APPLETS:
-        (root / "bin" / name).symlink_to("busybox")
-    (root / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\nweb:x:70:71::/srv:/bin/sh\n")
-    (root / "etc" / "group").write_text("root:x:0:\nweb:x:71:\nlog:x:72:web\n")
-    (root / "bin" / "closed").write_text("#!/bin/sh\n")
-    return root
-
-
-def run(
-    host: LabHost,
-    rootfs: Path,
-    *words: str,
-    options: tuple[str, ...] = (),
-    stdin: str | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """An attached ``meshnet run --rm``."""
-    argv = [*CLIENT, "run", "--rm", *options, "--rootfs", str(rootfs), *words]
-    return host.run(argv, check=False, input_text=stdin)
-
-
-def shell(host: LabHost, rootfs: Path, script: str, *options: str) -> str:
-    """What a script prints in a container of its own; it must end well."""
-    done = run(host, rootfs, "sh", "-c", script, options=options)
-    assert done.returncode == 0, (script, done)
-    return done.stdout.strip()
-
-
-def detached(host: LabHost, rootfs: Path, *words: str) -> dict[str, Any]:
-    """Options and a command, in the background."""
-    at = words.index("--") if "--" in words else 0
-    options, command = words[:at], words[at + 1 if at else 0 :]
-    argv = ["run", "--json", "--detach", *options, "--rootfs", rootfs, *command]
-    done = host.run([*CLIENT, *map(str, argv)], check=False)
-    assert done.returncode == 0, done
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
-
-
-def leftovers(host: LabHost) -> dict[str, list[str]]:
-    """All that containers can leave behind."""
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    groups = [p for p in Path("/sys/fs/cgroup").glob("**/meshnet/*") if p.is_dir()]
-    links = host.run(["ip", "-br", "link"]).stdout.split()
-    conmons = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(host.run_dir) in path.read_text() and "conmon" in path.read_text():
-                conmons.append(path.parent.name)
-        except OSError:
-            continue
-    return {
-        "mounts": [line for line in mounts if str(host.state_dir) in line],
-        "cgroups": [str(p) for p in groups],
-        "links": [link for link in links if link.startswith("mne")],
-        "conmons": conmons,
-        "files": [p.name for p in (host.state_dir / "containers").glob("*")],
-        "sockets": [p.name for p in (host.run_dir / "containers").glob("*")],
-    }
-
-
-def is_clean(host: LabHost) -> bool:
-    return not any(leftovers(host).values())
 
 
 def test_what_a_process_sees_and_how_it_ends(
@@ -162,21 +88,10 @@ def test_what_a_process_sees_and_how_it_ends(
     assert is_clean(h1), leftovers(h1)
 
 
-def cgroup_file(pid: int, controller: str, name: str) -> str:
-    """A file of the cgroup (v1) of a process, as the kernel has it."""
-    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            return Path(f"/sys/fs/cgroup/{controller}{path}/{name}").read_text().strip()
-    return Path(f"/sys/fs/cgroup{path}/{name}").read_text().strip()
-
-
 def test_two_containers_of_one_image(make_lab: MakeLab, rootfs: Path, tmp_path: Path) -> None:
     lab = make_lab(1)
     h1 = lab.hosts[0]
-    busybox = Member("bin/busybox", data=(rootfs / "bin/busybox").read_bytes(), mode=0o755)
-    links = [symlink(f"bin/{name}", "busybox") for name in APPLETS]
-    layer = tar(directory("bin"), directory("etc"), busybox, *links)
+    layer = busybox_layer(rootfs)
     config = config_of(
         (layer,),
         Entrypoint=["/bin/sh", "-c"],
@@ -186,10 +101,8 @@ def test_two_containers_of_one_image(make_lab: MakeLab, rootfs: Path, tmp_path: 
         User="70:71",
         StopSignal="SIGUSR1",
     )
-    saved = [{"Config": "config.json", "RepoTags": ["bb:1"], "Layers": ["layer.tar"]}]
-    members = [Member("config.json", data=config), Member("layer.tar", data=layer)]
     archive = tmp_path / "image.tar"
-    archive.write_bytes(tar(*members, Member("manifest.json", data=json.dumps(saved).encode())))
+    archive.write_bytes(Layout().add("bb:1", layer, config=config).tar())
     meshnet(h1, "image", "load", archive)
 
     def out(*words: str) -> str:
@@ -217,35 +130,7 @@ def test_two_containers_of_one_image(make_lab: MakeLab, rootfs: Path, tmp_path: 
     assert is_clean(h1), leftovers(h1)
 
 
-def test_limits_are_the_kernels(make_lab: MakeLab, rootfs: Path) -> None:
-    lab = make_lab(1)
-    h1 = lab.hosts[0]
-    limits = (
-        *("--cpus", "0.5", "--cpu-shares", "512", "--memory", "32m", "--pids-limit", "20"),
-        *("--cpuset-cpus", "0", "--memory-reservation", "16m"),
-    )
-    made = detached(h1, rootfs, "--name", "held", *limits, "--", "sleep", "1000")
-    expected = {
-        ("cpu", "cpu.cfs_quota_us"): "50000",
-        ("cpu", "cpu.shares"): "512",
-        ("memory", "memory.limit_in_bytes"): str(32 << 20),
-        ("memory", "memory.soft_limit_in_bytes"): str(16 << 20),
-        ("pids", "pids.max"): "20",
-        ("cpuset", "cpuset.cpus"): "0",
-    }
-    found = {key: cgroup_file(made["pid"], *key) for key in expected}
-    assert found == expected
-    stats = meshnet(h1, "stats", "held")
-    assert stats["memory_limit_bytes"] == 32 << 20
-    assert stats["pids"] == 1
-    # It holds what it is given in memory, until there is no more.
-    hog = run(h1, rootfs, "sh", "-c", "tail /dev/zero", options=("--memory", "16m"))
-    assert hog.returncode == 137
-    meshnet(h1, "rm", "--force", "held")
-    assert is_clean(h1), leftovers(h1)
-
-
-def test_networks_life_and_a_killed_agent(make_lab: MakeLab, rootfs: Path) -> None:
+def test_networks_and_life(make_lab: MakeLab, rootfs: Path) -> None:
     lab = make_lab(2)
     h1, h2 = lab.hosts
     create_network(lab, "prod", "--subnet", "10.42.0.0/16")
@@ -254,10 +139,16 @@ def test_networks_life_and_a_killed_agent(make_lab: MakeLab, rootfs: Path) -> No
     # The first instruction finds the network up.
     assert run(h1, rootfs, "ping", "-c1", "-W5", address, options=("--net", "prod")).returncode == 0
     script = "echo out; echo err >&2; trap 'exit 7' TERM; while :; do sleep 0.05; done"
-    web = detached(h1, rootfs, "--name", "web", "--net", "prod", "--", "sh", "-c", script)
+    web = detached(
+        h1, rootfs, "--name", "web", "--net", "prod", "--memory", "32m", "--", "sh", "-c", script
+    )
     mine = web["endpoints"][0]["address"].split("/")[0]
     assert ping(far, mine)
     assert web["networks"] == ["prod"]
+    stats = meshnet(h1, "stats", "web")
+    assert stats["memory_limit_bytes"] == 32 << 20
+    assert stats["pids"] >= 1
+    assert stats["rx_bytes"] > 0
     # A server behind a published port, its files those of the tree.
     served_by = ("--name", "files", "--net", "prod", "-p", "8080:80")
     detached(h1, rootfs, *served_by, "--", "httpd", "-f", "-p", "80", "-h", "/etc")
@@ -287,43 +178,3 @@ def test_networks_life_and_a_killed_agent(make_lab: MakeLab, rootfs: Path) -> No
     assert "does not exist" in meshnet(h1, "rm", "nobody", status=4)
     meshnet(h1, "rm", "web")
     assert is_clean(h1), leftovers(h1)
-
-    # Many at once; the agent is killed, five end meanwhile, and all is as it should be after.
-    children = []
-    for number in range(10):
-        options = ["--detach", "--name", f"c{number}", "--net", "prod"]
-        options += ["--rm"] if number == 4 else []
-        options += ["--restart", "on-failure"] if number == 3 else []
-        argv = [*CLIENT, "run", *options, "--rootfs", str(rootfs), "sh", "-c",
-                "trap 'exit 9' TERM; while :; do sleep 0.05; done"]  # fmt: skip
-        children.append(h1.popen(argv))
-    assert [child.wait(60) for child in children] == [0] * 10
-    before = {d["name"]: d for d in meshnet(h1, "ps")}
-    assert len({d["endpoints"][0]["address"] for d in before.values()}) == 10
-    h1.kill_agent()
-    for number in range(5):
-        os.kill(before[f"c{number}"]["pid"], 15)
-    for number in range(5):
-        pid = before[f"c{number}"]["pid"]
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10, "it ended")  # noqa: B023
-    assert ping(far, before["c7"]["endpoints"][0]["address"].split("/")[0])
-    h1.start_agent()
-
-    def settled() -> bool:
-        states = {d["name"]: (d["state"], d["exit_code"]) for d in meshnet(h1, "ps", "--all")}
-        return states == {
-            **{f"c{n}": ("exited", 9) for n in (0, 1, 2)},
-            "c3": ("running", None),
-            **{f"c{n}": ("running", None) for n in range(5, 10)},
-        }
-
-    wait_until(settled, 20, "what ended is known, c3 runs again, c4 is gone")
-    after = {d["name"]: d for d in meshnet(h1, "ps")}
-    assert all(after[f"c{n}"] == before[f"c{n}"] for n in range(5, 10))
-    assert after["c3"]["restarts"] == 1
-    assert ping(far, after["c3"]["endpoints"][0]["address"].split("/")[0])
-    assert len(meshnet(h1, "endpoint", "ls")) == 7
-    removals = [h1.popen([*CLIENT, "rm", "-f", d["name"]]) for d in meshnet(h1, "ps", "--all")]
-    assert [child.wait(60) for child in removals] == [0] * 9
-    assert is_clean(h1), leftovers(h1)
-    assert len(re.findall("mne", h1.run(["ip", "link"]).stdout)) == 0

@@ -6,10 +6,15 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import pytest
 
-from meshnet.cli.main import GROUPS, groups_for, make_parser
+from meshnet.cli import client as module
+from meshnet.cli.main import GROUPS, groups_for, make_parser, run_command
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COMMANDS = (
     "",
@@ -165,3 +170,25 @@ def test_help_and_wrong_words_know_all_commands(arguments: tuple[str, ...]) -> N
 def commands_of(groups: list[str]) -> list[str]:
     usage = make_parser(groups).format_help()
     return re.findall(r"^    (\w+)", usage.partition("commands:")[2].partition("exit")[0], re.M)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run -d image", "run image", "exec web true", "stop -t 300 web", "rm -f web", "wait web"],
+)
+def test_the_life_of_containers_takes_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """A stop that waits longer than the client did was an agent that does not answer."""
+    timeouts = []
+
+    class Timed(module.Connection):
+        def __init__(self, path: str, timeout_s: float | None) -> None:
+            timeouts.append(timeout_s)
+            super().__init__(path, timeout_s)
+
+    monkeypatch.setattr(module, "Connection", Timed)
+    assert run_command(["--socket", str(tmp_path / "none"), *command.split()]) == 3
+    assert timeouts == [None]
+    assert run_command(["--socket", str(tmp_path / "none"), "ps"]) == 3
+    assert timeouts[1] is not None

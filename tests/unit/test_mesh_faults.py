@@ -271,6 +271,18 @@ async def test_settling_waits_for_a_pass_that_began_later(
         await reconciler.settle()
 
 
+async def test_nobody_waits_for_a_pass_of_an_agent_that_has_stopped(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Not even clean-up that is shielded: an agent that stopped while a container ended hung."""
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 1)
+        node, reconciler = mesh.nodes[0], mesh.nodes[0].running.reconciler
+        await node.stop()
+        with pytest.raises(KernelRefusedError, match="stopping"), trio.fail_after(60):
+            await reconciler.settle()
+
+
 async def test_a_link_that_is_refused_for_ever_is_tried_ever_more_rarely(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
