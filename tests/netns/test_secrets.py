@@ -13,6 +13,7 @@ import pytest
 
 from meshnet.lab.agent import spawn_agent
 from meshnet.lab.poll import wait_until
+from tests.netns.faults.observation import ask_agent
 from tests.netns.mesh import attach, meshnet, wait_in_sync
 
 if TYPE_CHECKING:
@@ -117,8 +118,7 @@ def where_is(secret: str, host: LabHost, *, children_only: bool) -> list[str]:
         if not (own and children_only) and secret in _read(process / "environ"):
             found.append(f"environment of {_read(process / 'cmdline')}")
     for path in DOCUMENTS:
-        argv = ["curl", "-s", "--unix-socket", str(host.socket_path), f"http://agent{path}"]
-        if secret in host.run(argv).stdout:
+        if secret in ask_agent(host.socket_path, path)[1]:
             found.append(f"document {path}")
     return found
 
@@ -138,7 +138,8 @@ def test_the_password_is_nowhere(make_lab: MakeLab, rootfs: Path, tmp_path: Path
     for host in (h1, h2):
         wait_in_sync(host, peers=1)
         attach(host.spawn_container(), host, "prod")
-        meshnet(host, "run", "--detach", "--net", "prod", "--rootfs", rootfs, "sleep", "1000")
+        argv = ["run", "--detach", "--net", "prod", "--rootfs", str(rootfs), "sleep", "1000"]
+        host.run([sys.executable, "-m", "meshnet.cli.main", *argv])
     names = {_read(process / "comm").strip() for process in processes_of(h1)}
     assert {"conmon", "sleep"} <= names  # and the agent and its VTEP, by whatever name
     assert SECRET in _read(Path(f"/proc/{h1.agent_pid}/environ"))  # so it would have been seen

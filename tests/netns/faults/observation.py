@@ -201,33 +201,40 @@ def _read_links(namespace: Namespace) -> Kernel:
     return Kernel(*tables)
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("agent", timeout=_AGENT_ANSWERS_S)
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over an agent's socket."""
+
+    def __init__(self, path: Path, timeout_s: float = _AGENT_ANSWERS_S) -> None:
+        super().__init__("agent", timeout=timeout_s)
         self._path = path
 
     def connect(self) -> None:
+        """Open the socket."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
 
 
-def _read_agent(socket_path: Path) -> Agent:
-    connection = _UnixConnection(socket_path)
-
-    def get(what: str) -> Any:  # noqa: ANN401
-        connection.request("GET", f"/v1/{what}")
-        response = connection.getresponse()
-        body = response.read()
-        if response.status != http.client.OK:
-            raise ValueError(f"GET /v1/{what}: {response.status} {body.decode()}")
-        return json.loads(body)
-
+def ask_agent(socket_path: Path, path: str) -> tuple[int, str]:
+    """Status and body of an agent's answer to a GET."""
+    connection = UnixConnection(socket_path)
     try:
-        listed = get("endpoints")
-        return Agent(get("status"), get("hosts"), listed["endpoints"], listed["warning"])
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
     finally:
         connection.close()
+
+
+def _read_agent(socket_path: Path) -> Agent:
+    def get(what: str) -> Any:  # noqa: ANN401
+        status, body = ask_agent(socket_path, f"/v1/{what}")
+        if status != http.client.OK:
+            raise ValueError(f"GET /v1/{what}: {status} {body}")
+        return json.loads(body)
+
+    listed = get("endpoints")
+    return Agent(get("status"), get("hosts"), listed["endpoints"], listed["warning"])
 
 
 def _read_disk(path: Path) -> Disk:

@@ -37,6 +37,8 @@ _PROT_WRITE, _PROT_EXEC, _SHM_EXEC = 2, 4, 0o100000
 _MODULES = ("init_module", "finit_module", "delete_module")
 _CLOCK = ("clock_settime", "clock_adjtime", "settimeofday", "adjtimex")
 _EQ, _MASKED_EQ = 4, 7
+_NO_NEW_PRIVILEGES = 3
+"""SCMP_FLTATR_CTL_NNP (seccomp.h)."""
 _ALLOW, _ERRNO = 0x7FFF_0000, 0x0005_0000
 
 
@@ -56,6 +58,9 @@ class Filter:
         self._lib = ctypes.CDLL("libseccomp.so.2", use_errno=True)
         self._lib.seccomp_init.restype = ctypes.c_void_p
         self._context = ctypes.c_void_p(self._lib.seccomp_init(_ALLOW))
+        # Whether new privileges may be had is the unit's to say.
+        self._lib.seccomp_attr_set(self._context, _NO_NEW_PRIVILEGES, 0)
+        self._denies = False
 
     def deny(
         self,
@@ -73,9 +78,12 @@ class Filter:
         )
         if failed:
             raise OSError(-failed, f"{call} cannot be denied")
+        self._denies = True
 
     def load(self) -> None:
-        """From here on."""
+        """From here on; a filter that denies nothing is none."""
+        if not self._denies:
+            return
         if failed := self._lib.seccomp_load(self._context):
             raise OSError(-failed, "the filter of system calls cannot be loaded")
 
