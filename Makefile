@@ -5,7 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc iperf3 iproute2 \
-	iputils-ping libc6-dev nftables openssl procps python3-venv runc tcpdump util-linux zstd
+	iputils-ping libc6-dev libseccomp2 nftables openssl procps python3-venv runc tcpdump util-linux zstd
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io
 SETUP := $(VENV)/.ready
@@ -13,7 +13,7 @@ SCALE := build/scale.json
 DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
 
-.PHONY: demo test native fuzz lint type bench bench-scale bench-datapath bench-published setup \
+.PHONY: demo test native fuzz hardening lint type bench bench-scale bench-datapath bench-published setup \
 	constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
@@ -28,6 +28,9 @@ native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
 MINUTES := 3
 fuzz: $(SETUP)  ## campaigns of hostile input, MINUTES in all
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile --minutes $(MINUTES)
+
+hardening: $(SETUP)  ## the agent confined as by its unit, and with each capability taken away
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.unit.exercise
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
