@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from meshnet.errors import StoreUnavailableError
 from meshnet.lab.agent import spawn_agent
 from meshnet.lab.poll import wait_until
 from tests.netns.faults.observation import ask_agent
@@ -151,7 +152,14 @@ def test_the_password_is_nowhere(make_lab: MakeLab, rootfs: Path, tmp_path: Path
     meshnet(h1, "status")
     lab.etcd.start()
     ctl = ("--user", f"root:{SECRET}")
-    wait_until(lambda: "h1" in lab.etcd.ctl(*ctl, "get", "--prefix", "/"), 20, "etcd is back")
+
+    def is_back() -> bool:
+        try:
+            return "h1" in lab.etcd.ctl(*ctl, "get", "--prefix", "/")
+        except StoreUnavailableError:
+            return False
+
+    wait_until(is_back, 30, "etcd is back")
     wait_until(lambda: meshnet(h1, "status")["store"]["connected"], 20, "connected")
     assert where_is(SECRET, h1, children_only=True) == []
     assert SECRET not in lab.etcd.ctl(*ctl, "get", "--prefix", "/")
