@@ -5,7 +5,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc iperf3 iproute2 \
-	iputils-ping libc6-dev nftables openssl procps python3-venv runc tcpdump util-linux zstd
+	iputils-ping libc6-dev libseccomp2 nftables openssl procps python3-venv runc tcpdump util-linux \
+	zstd
 # Makers of images and a registry: about 80 MB to fetch. Their services are not needed.
 TEST_PACKAGES := buildah docker-registry docker.io skopeo umoci
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
@@ -17,8 +18,8 @@ DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
 RUN := build/run.json
 
-.PHONY: demo test test-many native fuzz lint type bench bench-scale bench-datapath bench-published \
-	bench-run setup constraints clean
+.PHONY: demo test test-many native fuzz hardening lint type bench bench-scale bench-datapath \
+	bench-published bench-run setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
@@ -39,6 +40,9 @@ MINUTES := 3
 fuzz: $(VENV)/.fuzz  ## campaigns of hostile input, MINUTES for most of them and MINUTES for the API
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile --minutes $(MINUTES)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile.openapi --minutes $(MINUTES)
+
+hardening: $(SETUP)  ## the agent confined as by its unit, and with each capability taken away
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.unit.exercise
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

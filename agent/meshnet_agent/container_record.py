@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import structlog
@@ -51,6 +51,7 @@ class Record:
         created_s, started_s, finished_s: Unix time.
         stopped: somebody wanted its end: it is not restarted.
         endpoints: documents of its endpoints (`meshnet_agent.documents`).
+        v: version of the file (`meshnet_agent.disk`).
     """
 
     id: str
@@ -74,6 +75,7 @@ class Record:
     restarts: int = 0
     stopped: bool = False
     endpoints: tuple[dict[str, Any], ...] = ()
+    v: Literal[1] = 1
 
     @property
     def hostname(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ import structlog
 
 from meshnet import codec
 from meshnet.codec import BadValueError
-from meshnet.errors import ConflictError, KernelRefusedError
+from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _UNFINISHED = ".new"
 """Suffix of a file that is being written."""
+_VERSION = 1
+_VERSIONED = (
+    "mesh.json",
+    "endpoints/*.json",
+    "endpoints/*.draft",
+    "containers/*/container.json",
+    "takeover/*.json",
+)
 
 
 class StateDir:
@@ -39,6 +48,7 @@ class StateDir:
 
     Raises:
         ConflictError: another agent holds the directory.
+        PolicyRefusedError: a newer agent has written to it.
         KernelRefusedError: it cannot be made or written.
     """
 
@@ -48,6 +58,11 @@ class StateDir:
         try:
             self._endpoints.mkdir(parents=True, exist_ok=True)
             self._lock = _hold(path / "lock", f"state directory {path}")
+            try:
+                _refuse_newer(path)
+            except PolicyRefusedError:
+                os.close(self._lock)
+                raise
             for file in self._endpoints.glob(f"*{_UNFINISHED}"):
                 file.unlink()  # a write that was cut short
             self.instance = self._load_instance(random_name)
@@ -161,6 +176,28 @@ class StateDir:
 
     def _file(self, endpoint_id: EndpointId) -> Path:
         return self._endpoints / f"{endpoint_id}.json"
+
+
+def _refuse_newer(path: Path) -> None:
+    """Look at the version of every file, before any of them is used."""
+    for pattern in _VERSIONED:
+        for file in sorted(path.glob(pattern)):
+            version = _version_of(file)
+            if version > _VERSION:
+                raise PolicyRefusedError(
+                    f"{file} was written by a newer meshnet-agent (version {version}, this one "
+                    f"knows {_VERSION}): start the newer one again; nothing was changed"
+                )
+
+
+def _version_of(file: Path) -> int:
+    """The version of a file; that of one without, or that cannot be read, is this one's."""
+    try:
+        document = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return _VERSION
+    found = document.get("v") if isinstance(document, dict) else None
+    return found if isinstance(found, int) else _VERSION
 
 
 def hold_run_dir(path: Path) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import structlog
@@ -37,6 +37,7 @@ class _Remembered(msgspec.Struct, frozen=True):
 
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     revision: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    v: Literal[1] = 1
 
 
 _FORMAT = msgspec.json.Decoder(_Remembered)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 import structlog
 
 from meshnet import codec
+from meshnet.errors import PolicyRefusedError
 from meshnet.model import EndpointId
+from meshnet.runtime.options import ContainerOptions
 from meshnet.store.memory import MemoryStore
+from meshnet_agent import container_record
 from meshnet_agent.disk import StateDir
 from meshnet_agent.identity import MeshIdentity
 from tests.values import make_endpoint
@@ -88,3 +93,72 @@ async def test_a_mesh_file_that_is_damaged(tmp_path: Path, content: bytes) -> No
         await MeshIdentity(MemoryStore(), file).check()
     assert (tmp_path / "mesh.bad").read_bytes() == content
     assert file.exists()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+VERSIONED = (
+    "mesh.json",
+    f"endpoints/{GOOD.id}.json",
+    f"endpoints/{GOOD.id}.draft",
+    "containers/c1/container.json",
+    "takeover/mnp4097.json",
+)
+
+
+@pytest.mark.parametrize("name", VERSIONED)
+def test_a_file_of_a_newer_agent_is_refused_and_everything_left_as_it_is(
+    tmp_path: Path, name: str
+) -> None:
+    """Set aside, it would be lost to the newer agent when that is started again."""
+    state = StateDir(tmp_path, lambda: "i1")
+    state.save_endpoint(GOOD)
+    state.close()
+    file = state.path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"v": 2, "anything": "else"}))
+    (state.path / "endpoints" / "bbbbbbbbbbbb.json").write_bytes(b"damaged")
+    (state.path / "endpoints" / "cccccccccccc.json.new").write_bytes(b"unfinished")
+    before = contents(state.path)
+    with pytest.raises(PolicyRefusedError, match=rf"{name} was .* newer .*version 2.*knows 1"):
+        StateDir(state.path, lambda: "i2")
+    assert contents(state.path) == before
+    file.unlink()
+    again = StateDir(state.path, lambda: "i2")  # the refusal let go of the lock
+    assert again.instance == "i1"
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b'{"v":null}', b'{"v":"2"}', b'{"v":1}', b"[" * 100_000, b'{"v":' + b"9" * 5000],
+)
+def test_what_has_no_version_is_no_newer_one(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mesh.json").write_bytes(content)
+    StateDir(tmp_path, lambda: "i1").close()
+
+
+async def test_every_file_that_the_agent_writes_has_a_version(state: StateDir) -> None:
+    state.save_endpoint(GOOD)
+    state.save_draft(GOOD)
+    await MeshIdentity(MemoryStore(), state.path / "mesh.json").check()
+    record = container_record.Record(
+        id="c1", name="web", options=ContainerOptions(), created_s=0, args=("x",), lowerdirs=()
+    )
+    directory = state.path / "containers" / "c1"
+    directory.mkdir(parents=True)
+    container_record.save(directory, record)
+    for name in VERSIONED[:4]:
+        assert json.loads((state.path / name).read_bytes())["v"] == 1
+    assert list(container_record.load_all(state.path / "containers")) == [record]
+    # Agents before this one wrote none.
+    document = msgspec.json.decode(msgspec.json.encode(record))
+    del document["v"]
+    (directory / "container.json").write_bytes(msgspec.json.encode(document))
+    assert list(container_record.load_all(state.path / "containers")) == [record]

@@ -1,0 +1,1 @@
+"""The agent as its systemd unit runs it, on machines without a running systemd."""
