@@ -166,9 +166,9 @@ def _mend(lab: Lab, port: str) -> None:
     lab.etcds[port].wait_healthy()
 
 
-def _answers(etcd: EtcdServer) -> bool:
+def _answers(etcd: EtcdServer, *options: str) -> bool:
     try:
-        etcd.ctl("--command-timeout=1s", "endpoint", "health")
+        etcd.ctl(*options, "--command-timeout=1s", "endpoint", "health")
     except StoreUnavailableError:
         return False
     return True
@@ -403,17 +403,25 @@ class Full:
 
 @dataclass(frozen=True, slots=True)
 class AuthEnabled:
-    """Somebody enables authentication: agents have no user."""
+    """Somebody enables authentication: agents have no user.
+
+    Streams and leases that etcd has granted go on, so its members are started again as well.
+    """
 
     name: str = "etcd wants a user"
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
         """Enable it."""
-        etcd = mesh.lab.etcd
+        etcd, etcds = mesh.lab.etcd, mesh.lab.etcds.values()
         root: Callable[..., str] = partial(etcd.ctl, "--user=root:fault")
         etcd.ctl("user", "add", "root:fault")
         etcd.ctl("user", "grant-role", "root", "root")
         etcd.ctl("auth", "enable")
+        for each in etcds:
+            each.kill()
+            each.start()
+        root_answers = partial(_answers, etcd, "--user=root:fault")
+        wait_until(root_answers, 20, "etcd answers its root")
 
         def heal() -> None:
             root("auth", "disable")

@@ -28,8 +28,8 @@ class Injected:
         cuts: whether packets from one endpoint to another may be lost, from its start until the
             mesh is whole again after `heal`.
         whole_within_s: seconds after `heal` in which every invariant holds again.
-        says: what the operator is told: a regular expression that is found in an agent's log, or in
-            ``status`` of a host, between the injection and the mesh being whole.
+        says: what the operator is told: a regular expression that is found in an agent's log of the
+            time from the injection until the mesh is whole.
     """
 
     what: str
