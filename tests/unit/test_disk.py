@@ -9,9 +9,11 @@ import pytest
 import structlog
 
 from meshnet import codec
-from meshnet.errors import ConflictError
+from meshnet.errors import ConflictError, PolicyRefusedError
 from meshnet.model import EndpointId
+from meshnet.store import Change, Delete, Put, WatchBatch
 from meshnet.store.memory import MemoryStore
+from meshnet.store.mirror import MESH, MESH_ID, NETWORKS, Mirror
 from meshnet_agent.disk import StateDir, write_whole
 from meshnet_agent.identity import MeshIdentity
 from tests.values import make_endpoint
@@ -140,3 +142,28 @@ async def test_a_mesh_file_that_is_damaged(tmp_path: Path, content: bytes) -> No
         await MeshIdentity(MemoryStore(), file).check()
     assert (tmp_path / "mesh.bad").read_bytes() == content
     assert file.exists()
+
+
+async def _written(network: bytes, *after: Put | Delete) -> MemoryStore:
+    """A mesh's store: all that are made here know one name, so it is the history that differs."""
+    store = MemoryStore()
+    for write in (Put(MESH_ID, b"m"), Put(f"{NETWORKS}one", network), *after):
+        await store.commit([], [write])
+    return store
+
+
+@pytest.mark.parametrize("last", [Put(f"{NETWORKS}two", b"2"), Delete(f"{NETWORKS}one")])
+async def test_a_store_that_was_restored_and_has_gone_on_is_refused(
+    tmp_path: Path, last: Put | Delete
+) -> None:
+    """Its revision is no older than what was seen, but the last change that was seen is lost."""
+    mirror = Mirror()
+    mirror.take((await (await _written(b"1")).list_prefix(MESH)).items)
+    before = await _written(b"1", last)
+    mirror.apply(WatchBatch((Change(last.key, getattr(last, "value", None), 4),), 4))
+    await MeshIdentity(before, tmp_path / "mesh.json").check_history(mirror)
+    restored = await _written(b"1", *(Put(f"{MESH}other", b"x") for _ in range(9)))
+    identity = MeshIdentity(restored, tmp_path / "mesh.json")
+    await identity.check()
+    with pytest.raises(PolicyRefusedError, match="at revision 4 is not what it was"):
+        await identity.check_history(mirror)

@@ -113,8 +113,8 @@ class RemovingStore(MemoryStore):
 
     once = False
 
-    async def read(self, key: str) -> Listing:
-        found = await super().read(key)
+    async def read(self, key: str, *, revision: int = 0) -> Listing:
+        found = await super().read(key, revision=revision)
         if self.once and key.startswith(HOSTS):
             self.once = False
             await self.commit([], [Delete(key)])
@@ -315,9 +315,9 @@ class CountingStore(MemoryStore):
         self.calls["list"] += 1
         return await super().list_prefix(prefix)
 
-    async def read(self, key: str) -> Listing:
+    async def read(self, key: str, *, revision: int = 0) -> Listing:
         self.calls["read"] += 1
-        return await super().read(key)
+        return await super().read(key, revision=revision)
 
     async def commit(self, when: Sequence[Condition], then: Sequence[Write]) -> Commit:
         self.calls["commit"] += 1
