@@ -1,8 +1,9 @@
 """What the agent keeps on disk: its instance name and its endpoints.
 
-Files are replaced whole: written beside, synced, renamed, the directory synced.  A file that cannot
-be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never
-deleted.
+Files are replaced whole: written beside, synced, renamed, the directory synced.  An endpoint's
+record ends with a checksum, so that no damage is believed.  A file that cannot be used is set aside
+as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never deleted.  A record that a
+newer version wrote is no damage: while there is one the agent does not start, and touches nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import socket
+import zlib
 from typing import TYPE_CHECKING
 
 import structlog
@@ -38,6 +41,9 @@ _VERSIONED = (
     "containers/*/container.json",
     "takeover/*.json",
 )
+_CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"}\Z')
+"""The last field of a record, over all before it.  A version without it passes over it; a record
+without it, of such a version, is taken as it is."""
 
 
 class StateDir:
@@ -110,7 +116,7 @@ class StateDir:
         try:
             for file in sorted(self._endpoints.glob(pattern)):
                 try:
-                    endpoint = codec.decode_endpoint(file.read_bytes())
+                    endpoint = codec.decode_endpoint(_checked(file.read_bytes()))
                     if endpoint.id != file.stem:
                         raise BadValueError(f"it is of endpoint {endpoint.id}")
                     found.append((file, endpoint))
@@ -153,7 +159,7 @@ class StateDir:
 
     def _write(self, file: Path, endpoint: Endpoint) -> None:
         try:
-            write_whole(file, codec.encode_endpoint(endpoint))
+            write_whole(file, _with_checksum(codec.encode_endpoint(endpoint)))
         except OSError as error:
             raise KernelRefusedError(
                 f"endpoint {endpoint.name} cannot be recorded in {self._endpoints}: "
@@ -168,7 +174,10 @@ class StateDir:
         """
         try:
             for suffix in (".draft", ".json"):
-                self._file(endpoint_id).with_suffix(suffix).unlink(missing_ok=True)
+                file = self._file(endpoint_id).with_suffix(suffix)
+                # Looked for first: a read-only file system refuses to remove what is not there.
+                if file.exists():
+                    file.unlink(missing_ok=True)
         except OSError as error:
             raise KernelRefusedError(
                 f"{self._file(endpoint_id)} stays: {error.strerror}"
@@ -193,8 +202,8 @@ def _refuse_newer(path: Path) -> None:
 def _version_of(file: Path) -> int:
     """The version of a file; that of one without, or that cannot be read, is this one's."""
     try:
-        document = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = json.loads(_checked(file.read_bytes()))
+    except (OSError, ValueError, RecursionError, BadValueError):
         return _VERSION
     found = document.get("v") if isinstance(document, dict) else None
     return found if isinstance(found, int) else _VERSION
@@ -248,6 +257,23 @@ def _hold(file: Path, what: str) -> int:
     return fd
 
 
+def _with_checksum(record: bytes) -> bytes:
+    body = record.removesuffix(b"}")
+    return body + b',"crc32":"%08x"}' % zlib.crc32(body)
+
+
+def _checked(record: bytes) -> bytes:
+    """A record, if it is as it was written.
+
+    Raises:
+        BadValueError: it is not.
+    """
+    found = _CHECKSUM.search(record)
+    if found is not None and int(found[1], 16) != zlib.crc32(record[: found.start()]):
+        raise BadValueError("its checksum is of another content")
+    return record
+
+
 def set_aside(file: Path, reason: str) -> None:
     """Rename a file that cannot be used, over none that was set aside before."""
     bad = file.with_suffix(".bad")
@@ -260,18 +286,23 @@ def set_aside(file: Path, reason: str) -> None:
 
 
 def write_whole(file: Path, content: bytes, *, keep: bool = True) -> None:
-    """Replace a file atomically and durably.
+    """Replace a file atomically and durably; if the disk refuses, all is as before.
 
     Args:
         keep: else a power cut may bring the file back as it was before; it is never half.
     """
     draft = file.with_name(file.name + _UNFINISHED)
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(fd)
-    os.replace(draft, file)
+    try:
+        with open(fd, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(fd)
+        os.replace(draft, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
     if not keep:
         return
     directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

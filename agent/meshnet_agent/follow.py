@@ -145,6 +145,7 @@ class Follower:
         after = self._mirror.revision
         # A watch of an empty store, or of one that went back in time, would only be silent.
         await self._identity.check()
+        await self._identity.check_history(self._mirror)
         async with self._store.watch_prefix(MESH, after_revision=after) as batches:
             if not self.connected:
                 _log.info("store followed", revision=after)

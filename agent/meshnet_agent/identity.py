@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meshnet.store import Store
+    from meshnet.store.mirror import Mirror
 
 _log = structlog.get_logger()
 _SAVE_EVERY = 1000
@@ -96,6 +97,29 @@ class MeshIdentity:
         self.observe(revision)
         if found != before or self._revision > self._saved + _SAVE_EVERY:
             self.save()
+
+    async def check_history(self, mirror: Mirror) -> None:
+        """Look whether what was learned of the store is still in its history.
+
+        One that was restored from an older copy, and has been written to since, may have come to
+        any revision.
+
+        Raises:
+            PolicyRefusedError: it is not.
+            CompactedError: that history is gone: list again.
+            StoreUnavailableError: it does not answer.
+        """
+        for known, put in ((mirror.last_put, True), (mirror.last_deletion, False)):
+            if known is None:
+                continue
+            key, revision = known
+            found = await self._store.read(key, revision=revision)
+            if [item.mod_revision for item in found.items] != ([revision] if put else []):
+                raise PolicyRefusedError(
+                    f"etcd's {printable(key, 200)} at revision {revision} is not what it was: it "
+                    "was restored from an older copy, which may lack networks that are in use; to "
+                    f"accept that stop this agent and remove {self._file}"
+                )
 
     def save(self) -> None:
         """Write down what is known; a disk that refuses weakens the guard, and is logged."""

@@ -101,6 +101,7 @@ class Membership:
         """
         renew_s = self._ttl_s / 3
         pause_s = renew_s
+        said = ""
         while True:
             await trio.sleep(pause_s * random.uniform(0.9, 1.1))
             try:
@@ -113,7 +114,7 @@ class Membership:
                 else:
                     await self._registry.store.keep_alive(self._lease)
                     self.lease_ok = True
-                pause_s = renew_s
+                pause_s, said = renew_s, ""
             except LeaseExpiredError:
                 _log.warning("lease ran out")
                 self._lease = None
@@ -121,7 +122,9 @@ class Membership:
                 pause_s = 0.0
             except (StoreUnavailableError, PolicyRefusedError) as error:
                 self.lease_ok = False
-                _log.warning("lease not renewed", reason=str(error))
+                if str(error) != said:  # it may be so for hours
+                    _log.warning("lease not renewed", reason=str(error))
+                said = str(error)
                 # A call may take as long as a third of the lease before it fails: after a whole
                 # pause more the next one would come too late.
                 pause_s = renew_s * random.uniform(0.0, 0.5)

@@ -154,8 +154,15 @@ class Store(Protocol):
         """Read every key that starts with `prefix`, as of one revision (linearizable)."""
         ...
 
-    async def read(self, key: str) -> Listing:
-        """Read one key: a listing of it, or of nothing (linearizable)."""
+    async def read(self, key: str, *, revision: int = 0) -> Listing:
+        """Read one key: a listing of it, or of nothing (linearizable).
+
+        Args:
+            revision: as of then; 0: now.
+
+        Raises:
+            CompactedError: that revision is compacted away.
+        """
         ...
 
     def watch_prefix(

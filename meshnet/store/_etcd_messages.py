@@ -140,9 +140,9 @@ def range_request(key: bytes, range_end: bytes, *, limit: int, revision: int) ->
     return etcdrpc.RangeRequest(key=key, range_end=range_end, limit=limit, revision=revision)
 
 
-def read_request(key: str) -> Message:
-    """Read one key, linearizable."""
-    return etcdrpc.RangeRequest(key=_encode(key))
+def read_request(key: str, revision: int) -> Message:
+    """Read one key as of `revision` (0: now, linearizable)."""
+    return etcdrpc.RangeRequest(key=_encode(key), revision=revision)
 
 
 def page(response: bytes) -> Page:

@@ -119,9 +119,9 @@ class EtcdStore:
             key = messages.key_after(page.items[-1].key)
             limit = min(2 * limit, _LARGEST_PAGE_KEYS)
 
-    async def read(self, key: str) -> Listing:
-        """Read one key."""
-        page = await self._call(messages.read_request(key), f"read {key}")
+    async def read(self, key: str, *, revision: int = 0) -> Listing:
+        """Read one key, now or as of a revision."""
+        page = await self._call(messages.read_request(key, revision), f"read {key}")
         return Listing(page.items, page.revision, page.cluster_id)
 
     @asynccontextmanager

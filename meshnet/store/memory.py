@@ -65,6 +65,7 @@ class _Database:
     keys: dict[str, KeyValue] = field(default_factory=dict)
     leases: dict[LeaseId, _Lease] = field(default_factory=dict)
     history: list[Change] = field(default_factory=list)
+    before: dict[str, Change] = field(default_factory=dict)
     watches: set[_Watch] = field(default_factory=set)
     last_lease: int = 0x1000
 
@@ -118,6 +119,16 @@ class _Database:
             for watch in self.watches:
                 watch.feed(changes)
 
+    def as_of(self, key: str, revision: int) -> tuple[KeyValue, ...]:
+        """A key as it was at a revision that is not compacted; nothing if there was none."""
+        last = self.before.get(key)
+        for change in self.history:
+            if change.key == key and change.revision <= revision:
+                last = change
+        if last is None or last.value is None:
+            return ()
+        return (KeyValue(key, last.value, last.revision),)
+
     def keys_under(self, prefix: str) -> list[str]:
         return sorted(key for key in self.keys if key.startswith(prefix))
 
@@ -168,8 +179,11 @@ class MemoryStore:
                 f"cannot compact revision {revision}: it is not between the compacted "
                 f"{self._database.compacted} and the current {self._database.revision}"
             )
-        self._database.compacted = revision
-        self._database.history = [c for c in self._database.history if c.revision > revision]
+        database = self._database
+        database.compacted = revision
+        # What each key was at that revision can still be read, though not watched.
+        database.before |= {c.key: c for c in database.history if c.revision <= revision}
+        database.history = [c for c in database.history if c.revision > revision]
 
     async def list_prefix(self, prefix: str) -> Listing:
         """Read a prefix.  Checkpoints before reading."""
@@ -177,10 +191,16 @@ class MemoryStore:
         items = tuple(database.keys[key] for key in database.keys_under(prefix))
         return Listing(items, database.revision, database.cluster_id)
 
-    async def read(self, key: str) -> Listing:
-        """Read one key.  Checkpoints before reading."""
+    async def read(self, key: str, *, revision: int = 0) -> Listing:
+        """Read one key, now or as of a revision.  Checkpoints before reading."""
         database = await self._enter("read")
-        items = (database.keys[key],) if key in database.keys else ()
+        items: tuple[KeyValue, ...] = (database.keys[key],) if key in database.keys else ()
+        if revision:
+            if revision < database.compacted:
+                raise CompactedError(
+                    f"cannot read {key}: revision {revision} is compacted: list again"
+                )
+            items = database.as_of(key, revision)
         return Listing(items, database.revision, database.cluster_id)
 
     @asynccontextmanager

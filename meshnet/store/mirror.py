@@ -70,10 +70,16 @@ class Mirror:
     Args:
         before: the copy that this one is to replace: where the listing has a value that cannot be
             used, what was known before stays in force.
+
+    Attributes:
+        last_put, last_deletion: key and revision of the latest that it knows of: by these a store
+            that has another history is found out.
     """
 
     def __init__(self, before: Mirror | None = None) -> None:
         self.revision = 0
+        self.last_put: tuple[str, int] | None = None
+        self.last_deletion: tuple[str, int] | None = None
         self._before = before
         self._networks: dict[NetworkName, tuple[int, Network]] = {}
         self._hosts: dict[HostId, Host] = {}
@@ -87,6 +93,8 @@ class Mirror:
     def take(self, items: Iterable[KeyValue]) -> None:
         """Take in a part of a complete listing of `MESH`."""
         for item in items:
+            if self.last_put is None or item.mod_revision > self.last_put[1]:
+                self.last_put = (item.key, item.mod_revision)
             self._put(item.key, item.value, item.mod_revision)
 
     def finish(self, revision: int) -> None:
@@ -100,8 +108,10 @@ class Mirror:
         """Take changes in; returns what they come to."""
         for change in batch.changes:
             if change.value is None:
+                self.last_deletion = (change.key, change.revision)
                 self._remove(change.key)
             else:
+                self.last_put = (change.key, change.revision)
                 self._put(change.key, change.value, change.revision)
         self.revision = max(self.revision, batch.revision)
         if self._changes.networks:

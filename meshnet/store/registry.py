@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 
 from meshnet import codec
 from meshnet.codec import BadValueError
-from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError
+from meshnet.errors import (
+    ConflictError,
+    NotFoundError,
+    PoolExhaustedError,
+    StoreUnavailableError,
+)
 from meshnet.ipam import choose_subnet
 from meshnet.model import (
     Endpoint,
@@ -24,7 +29,16 @@ from meshnet.model import (
     Vni,
     find_taken_port,
 )
-from meshnet.store import Absent, Delete, DeletePrefix, Holds, PrefixEmpty, Put, Unchanged
+from meshnet.store import (
+    Absent,
+    Delete,
+    DeletePrefix,
+    Holds,
+    LeaseExpiredError,
+    PrefixEmpty,
+    Put,
+    Unchanged,
+)
 from meshnet.store.addresses import addresses_of
 from meshnet.store.mirror import (
     ADDRESSES,
@@ -75,7 +89,18 @@ class Registry:
         Raises:
             ConflictError: another agent holds the id; the message says where it runs.
         """
-        lease = await self.store.grant_lease(ttl_s)
+        for _ in range(_TRIES):
+            lease = await self.store.grant_lease(ttl_s)
+            try:
+                return await self._claim_host(host, claim, lease, ttl_s)
+            except LeaseExpiredError:
+                continue  # etcd, or this machine, took longer than the lease lasts
+        raise StoreUnavailableError(
+            f"no lease of {ttl_s} s lasts until etcd has written host {host.id}: give a longer "
+            "--lease-ttl, or see why etcd is slow"
+        )
+
+    async def _claim_host(self, host: Host, claim: Claim, lease: LeaseId, ttl_s: int) -> LeaseId:
         key = alive_key(host.id)
         alive = Put(key, codec.encode_claim(claim), lease)
         for _ in range(_TRIES):

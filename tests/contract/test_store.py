@@ -489,6 +489,27 @@ class TestCompaction:
             revision = await put(store, f"{prefix}k", b"4")
             assert await collect(watch, 1) == [Change(f"{prefix}k", b"4", revision)]
 
+    async def test_a_key_is_read_as_it_was_at_a_revision(
+        self, under_test: StoreUnderTest, prefix: str
+    ) -> None:
+        store, key = under_test.store, f"{prefix}k"
+        first = await put(store, key, b"1")
+        second = await put(store, key, b"2")
+        gone = (await store.commit([], [Delete(key)])).revision
+        await put(store, key, b"3")
+
+        async def value(revision: int) -> list[tuple[bytes, int]]:
+            found = await store.read(key, revision=revision)
+            return [(kv.value, kv.mod_revision) for kv in found.items]
+
+        expected = {first: [(b"1", first)], second: [(b"2", second)], gone: []}
+        assert {revision: await value(revision) for revision in expected} == expected
+        await under_test.compact(second)
+        assert await value(second) == expected[second]
+        assert await value(gone) == []
+        with pytest.raises(CompactedError):
+            await value(first)
+
     async def test_a_deletion_at_the_compacted_revision_is_not_missed(
         self, under_test: StoreUnderTest, prefix: str
     ) -> None:

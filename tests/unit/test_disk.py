@@ -14,9 +14,11 @@ from meshnet import codec
 from meshnet.errors import PolicyRefusedError
 from meshnet.model import EndpointId
 from meshnet.runtime.options import ContainerOptions
+from meshnet.store import Change, Delete, Put, WatchBatch
 from meshnet.store.memory import MemoryStore
+from meshnet.store.mirror import MESH, MESH_ID, NETWORKS, Mirror
 from meshnet_agent import container_record
-from meshnet_agent.disk import StateDir
+from meshnet_agent.disk import StateDir, write_whole
 from meshnet_agent.identity import MeshIdentity
 from tests.values import make_endpoint
 
@@ -46,6 +48,39 @@ def test_an_endpoint_cut_at_any_byte_is_set_aside(state: StateDir) -> None:
         (bad,) = file.parent.glob("*.bad")
         assert bad.read_bytes() == whole[:size]
         bad.unlink()
+
+
+def test_an_endpoint_with_any_bit_changed_is_not_believed(state: StateDir) -> None:
+    """The agent would program the kernel with another's address."""
+    state.save_endpoint(GOOD)
+    (file,) = (state.path / "endpoints").iterdir()
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        endpoints, _ = state.load_endpoints()
+        assert endpoints in ([], [GOOD])
+        for bad in file.parent.glob("*.bad"):
+            bad.unlink()
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """/dev/full is a disk that takes no byte."""
+    (tmp_path / "file.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "file", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_of_a_version_without_checksums_is_taken(state: StateDir) -> None:
+    file = state.path / "endpoints" / f"{GOOD.id}.json"
+    file.write_bytes(codec.encode_endpoint(GOOD))
+    assert state.load_endpoints() == ([GOOD], set())
+
+
+def test_a_record_of_this_version_can_be_read_by_one_without_checksums(state: StateDir) -> None:
+    state.save_endpoint(GOOD)
+    (file,) = (state.path / "endpoints").iterdir()
+    assert codec.decode_endpoint(file.read_bytes()) == GOOD
 
 
 def test_a_record_under_another_endpoints_name_is_not_taken(state: StateDir) -> None:
@@ -162,3 +197,28 @@ async def test_every_file_that_the_agent_writes_has_a_version(state: StateDir) -
     del document["v"]
     (directory / "container.json").write_bytes(msgspec.json.encode(document))
     assert list(container_record.load_all(state.path / "containers")) == [record]
+
+
+async def _written(network: bytes, *after: Put | Delete) -> MemoryStore:
+    """A mesh's store: all that are made here know one name, so it is the history that differs."""
+    store = MemoryStore()
+    for write in (Put(MESH_ID, b"m"), Put(f"{NETWORKS}one", network), *after):
+        await store.commit([], [write])
+    return store
+
+
+@pytest.mark.parametrize("last", [Put(f"{NETWORKS}two", b"2"), Delete(f"{NETWORKS}one")])
+async def test_a_store_that_was_restored_and_has_gone_on_is_refused(
+    tmp_path: Path, last: Put | Delete
+) -> None:
+    """Its revision is no older than what was seen, but the last change that was seen is lost."""
+    mirror = Mirror()
+    mirror.take((await (await _written(b"1")).list_prefix(MESH)).items)
+    before = await _written(b"1", last)
+    mirror.apply(WatchBatch((Change(last.key, getattr(last, "value", None), 4),), 4))
+    await MeshIdentity(before, tmp_path / "mesh.json").check_history(mirror)
+    restored = await _written(b"1", *(Put(f"{MESH}other", b"x") for _ in range(9)))
+    identity = MeshIdentity(restored, tmp_path / "mesh.json")
+    await identity.check()
+    with pytest.raises(PolicyRefusedError, match="at revision 4 is not what it was"):
+        await identity.check_history(mirror)

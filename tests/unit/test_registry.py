@@ -12,7 +12,13 @@ import pytest
 import trio
 
 from meshnet import codec
-from meshnet.errors import ConflictError, NotFoundError, PoolExhaustedError, UsageError
+from meshnet.errors import (
+    ConflictError,
+    NotFoundError,
+    PoolExhaustedError,
+    StoreUnavailableError,
+    UsageError,
+)
 from meshnet.model import Claim, Endpoint, Host, HostId, Mode, NetworkName
 from meshnet.store import Delete, Put
 from meshnet.store.memory import MemoryStore
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
     from trio.testing import MockClock
 
     from meshnet.model import IpNetwork, Network, Vni
-    from meshnet.store import Commit, Condition, Listing, Write
+    from meshnet.store import Commit, Condition, LeaseId, Listing, Write
 
 H1, H2 = HostId("h1"), HostId("h2")
 PROD = NetworkName("prod")
@@ -107,8 +113,8 @@ class RemovingStore(MemoryStore):
 
     once = False
 
-    async def read(self, key: str) -> Listing:
-        found = await super().read(key)
+    async def read(self, key: str, *, revision: int = 0) -> Listing:
+        found = await super().read(key, revision=revision)
         if self.once and key.startswith(HOSTS):
             self.once = False
             await self.commit([], [Delete(key)])
@@ -123,6 +129,30 @@ async def test_a_host_that_is_removed_while_it_starts_again_is_published() -> No
     await registry.claim_host(make_host(), make_claim(), 15)
     snapshot = await registry.snapshot()
     assert snapshot.hosts.keys() == snapshot.alive.keys() == {H1}
+
+
+class _SlowStore(MemoryStore):
+    """Answers so late that the first leases have run out."""
+
+    def __init__(self, too_late: int) -> None:
+        super().__init__()
+        self._too_late = too_late
+
+    async def grant_lease(self, ttl_s: int) -> LeaseId:
+        lease = await super().grant_lease(ttl_s)
+        self._too_late -= 1
+        if self._too_late >= 0:
+            await self.revoke_lease(lease)
+        return lease
+
+
+async def test_a_lease_that_runs_out_before_the_host_is_claimed_is_granted_anew() -> None:
+    store = _SlowStore(too_late=2)
+    lease = await Registry(store).claim_host(make_host(), make_claim(), 2)
+    assert await store.keep_alive(lease) == 2
+    assert (await Registry(store).snapshot()).alive == {"h1": make_claim()}
+    with pytest.raises(StoreUnavailableError, match="longer --lease-ttl"):
+        await Registry(_SlowStore(too_late=1000)).claim_host(make_host(), make_claim(), 2)
 
 
 async def test_a_second_agent_of_one_host_id_is_refused(registry: Registry) -> None:
@@ -285,9 +315,9 @@ class CountingStore(MemoryStore):
         self.calls["list"] += 1
         return await super().list_prefix(prefix)
 
-    async def read(self, key: str) -> Listing:
+    async def read(self, key: str, *, revision: int = 0) -> Listing:
         self.calls["read"] += 1
-        return await super().read(key)
+        return await super().read(key, revision=revision)
 
     async def commit(self, when: Sequence[Condition], then: Sequence[Write]) -> Commit:
         self.calls["commit"] += 1
