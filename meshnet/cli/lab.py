@@ -41,7 +41,8 @@ _EXEC_DESCRIPTION = """\
 Run a command in a host's network namespace, as a shell on that host would.  MESHNET_SOCKET names
 the host's agent, so that 'meshnet' there talks to it; MESHNET_ETCD is etcd's URL.  The exit status
 is the command's own.  Two more places can be named as HOST: 'sw', the switch (its bridge is br0,
-its ports are named as the hosts), and 'etcd'.  Options go before HOST."""
+its ports are named as the hosts), and 'etcd' (with three members also 'etcd2' and
+'etcd3').  Options go before HOST."""
 _EXEC_EPILOG = """\
 examples:
   meshnet lab exec h1 -- meshnet network create prod --subnet 10.42.0.0/16 --mode vxlan
@@ -84,6 +85,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="BYTES",
         help="MTU between the hosts (default: %(default)s)",
     )
+    up.add_argument(
+        "--etcd-members",
+        type=int,
+        choices=(1, 3),
+        default=1,
+        help="members of etcd, each with an address of its own (default: %(default)s)",
+    )
     _add_json(up)
     up.set_defaults(run=run_up)
 
@@ -116,6 +124,7 @@ def run_up(args: argparse.Namespace) -> int:
         hosts=args.hosts,
         underlay_family=6 if args.underlay == "ipv6" else 4,
         mtu=args.mtu,
+        etcd_members=args.etcd_members,
     )
     lab.up(None if args.json else _say)
     if args.json:
@@ -146,7 +155,7 @@ def run_exec(args: argparse.Namespace) -> int:
     netns.check_lab_name(args.name)
     base_dir = state.default_base_dir(args.name)
     document = _read_lab(args.name, base_dir)
-    if args.host in (netns.SWITCH, netns.ETCD):
+    if args.host == netns.SWITCH or args.host in document.etcds:
         environment = {"MESHNET_ETCD": document.etcd_url}
     else:
         document.host(args.host)

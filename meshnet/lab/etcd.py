@@ -1,9 +1,10 @@
 """One etcd server as a child process: what the lab and the tests run their hosts against.
 
-Job: start a single-member etcd, wait until it answers, and do to it what happens to etcd in real
-life (stop, kill, pause, resume, start again on the same data).  Place: control plane only; no
-packet passes here.  Synchronous on purpose: it is called from fixtures and from ``meshnet lab``,
-outside any trio run.  May import only the standard library and `meshnet.errors`.
+Job: start an etcd, alone or as a member of a cluster, wait until it answers, and do to it what
+happens to etcd in real life (stop, kill, pause, resume, start again on the same data, lose the
+data, restore a snapshot).  Place: control plane only; no packet passes here.  Synchronous on
+purpose: it is called from fixtures and from ``meshnet lab``, outside any trio run.  May import only
+the standard library and `meshnet.errors`.
 
 Needs the programs ``etcd`` and ``etcdctl`` (3.4 or newer).  With a `prefix` such as
 ``("nsenter", "--net=/run/netns/x")`` both run inside that network namespace; the prefix must
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING
 from meshnet.errors import NotFoundError, StoreUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -32,16 +34,20 @@ if TYPE_CHECKING:
 _STOP_DEADLINE_S = 5.0
 _CTL_TIMEOUT_S = 10.0
 _POLL_INTERVAL_S = 0.02
+_ALONE = "default"
 
 
 class EtcdServer:
-    """A single-member etcd with its data under `data_dir`.
+    """An etcd with its data under `data_dir`.
 
     Args:
         data_dir: etcd's data directory; created by etcd, kept when the server ends.
         client_url: URL to listen on and advertise, ``http://`` or ``https://``.
-        peer_url: URL for other members.  The default is a port of the kernel's choice on
-            loopback: a single member needs none, and etcd insists on one.
+        cluster: peer URL of every member, by name.  The default is one member, with a port of the
+            kernel's choice on loopback: it needs none, and etcd insists on one.
+        member: its own name in `cluster`.
+        token: the same for all members, and another for every cluster; etcd computes the cluster's
+            id from it.  Random by default.
         prefix: argv to put before every command, such as ``nsenter --net=…``.
         log_file: where etcd's stdout and stderr are appended.
         extra_args: further etcd flags (TLS: ``--cert-file`` and so on).
@@ -53,7 +59,9 @@ class EtcdServer:
         data_dir: Path,
         *,
         client_url: str,
-        peer_url: str | None = None,
+        cluster: Mapping[str, str] | None = None,
+        member: str = _ALONE,
+        token: str = "",
         prefix: Sequence[str] = (),
         log_file: Path,
         extra_args: Sequence[str] = (),
@@ -61,8 +69,10 @@ class EtcdServer:
     ) -> None:
         self.data_dir = data_dir
         self.client_url = client_url
-        self.peer_url = peer_url or "http://127.0.0.1:0"
         self.log_file = log_file
+        self.member = member
+        self._cluster = dict(cluster or {_ALONE: "http://127.0.0.1:0"})
+        self._token = token
         self._prefix = tuple(prefix)
         self._extra_args = tuple(extra_args)
         self._ctl_args = tuple(ctl_args)
@@ -96,8 +106,16 @@ class EtcdServer:
         """Whether the process is there (it may be paused)."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
+    @property
+    def peer_url(self) -> str:
+        """URL for other members."""
+        return self._cluster[self.member]
+
+    def start(self, *, join: bool = False) -> None:
         """Start etcd, on the data of an earlier run if there is some; returns at once.
+
+        Args:
+            join: it has no data, and the cluster it is to join runs.
 
         Raises:
             NotFoundError: the ``etcd`` program is not installed.
@@ -107,15 +125,14 @@ class EtcdServer:
         argv = [
             *self._prefix,
             "etcd",
+            f"--name={self.member}",
             f"--data-dir={self.data_dir}",
+            f"--initial-cluster-state={'existing' if join else 'new'}",
             f"--listen-client-urls={self.client_url}",
             f"--advertise-client-urls={self.client_url}",
             f"--listen-peer-urls={self.peer_url}",
-            f"--initial-advertise-peer-urls={self.peer_url}",
-            f"--initial-cluster=default={self.peer_url}",
-            # etcd computes the cluster's id from these and a token.  Without one of its own, every
-            # new database would have the same id.  On existing data it is not looked at.
-            f"--initial-cluster-token={secrets.token_hex(8)}",
+            # On existing data these are not looked at.
+            *self._cluster_args(),
             "--logger=zap",
             "--log-level=error",
             *self._extra_args,
@@ -171,6 +188,57 @@ class EtcdServer:
     def resume(self) -> None:
         """Undo `pause`; harmless when not paused."""
         os.kill(self.pid, signal.SIGCONT)
+
+    def lose_data(self) -> None:
+        """Kill etcd, and remove all that it had on disk."""
+        self.kill()
+        shutil.rmtree(self.data_dir, ignore_errors=True)
+
+    def rejoin(self, other: EtcdServer) -> None:
+        """Start anew after `lose_data`, as the member that a running cluster has in its place.
+
+        Args:
+            other: a member that runs.
+
+        Raises:
+            StoreUnavailableError: the cluster has no quorum, or does not know this member.
+        """
+        lines = other.ctl("member", "list").splitlines()
+        rows = [[field.strip() for field in line.split(",")] for line in lines]
+        known = [row[0] for row in rows if row[2] == self.member]
+        for member_id in known:
+            other.ctl("member", "remove", member_id)
+        other.ctl("member", "add", self.member, f"--peer-urls={self.peer_url}")
+        self.start(join=True)
+
+    def restore(self, snapshot: Path) -> None:
+        """Have what a snapshot holds, and nothing later, on disk; start it after.
+
+        Every member of a cluster restores the same snapshot.  It is ``ctl("snapshot", "save",
+        FILE)`` that makes one.
+
+        Raises:
+            StoreUnavailableError: the snapshot cannot be used.
+        """
+        self.lose_data()
+        self.ctl(
+            "snapshot",
+            "restore",
+            str(snapshot),
+            f"--name={self.member}",
+            f"--data-dir={self.data_dir}",
+            *self._cluster_args(),
+        )
+
+    def _cluster_args(self) -> list[str]:
+        members = ",".join(f"{name}={url}" for name, url in self._cluster.items())
+        # Without a token of its own every new database of these members would have the same id.
+        token = self._token or secrets.token_hex(8)
+        return [
+            f"--initial-advertise-peer-urls={self.peer_url}",
+            f"--initial-cluster={members}",
+            f"--initial-cluster-token={token}",
+        ]
 
     def wait_healthy(self, deadline_s: float = 20.0) -> None:
         """Block until etcd answers a linearizable read.

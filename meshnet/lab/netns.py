@@ -25,15 +25,17 @@ NETNS_DIR = Path("/run/netns")
 DEFAULT_LAB = "lab"
 SWITCH = "sw"
 ETCD = "etcd"
+ETCDS = (ETCD, "etcd2", "etcd3")
+"""What the members of etcd are called, of which a lab has the first or all."""
 BRIDGE = "br0"
-"""The switch's bridge; its ports are named as the hosts, and ``etcd``."""
+"""The switch's bridge; its ports are named as the hosts and as etcd's members."""
 
 _PREFIX = "mnlab-"
 _LAB_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 # No hyphen: what follows the last one in a namespace's name is the host, so that lab "a" can tell
 # its namespaces from those of lab "a-b".  15 characters: the host's switch port has its name.
 _HOST_NAME = re.compile(r"[a-z][a-z0-9]{0,14}")
-_RESERVED = frozenset({SWITCH, ETCD, BRIDGE, "lo", "all", "default"})
+_RESERVED = frozenset({SWITCH, *ETCDS, BRIDGE, "lo", "all", "default"})
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _IP_TIMEOUT_S = 60.0
 

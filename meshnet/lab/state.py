@@ -30,7 +30,7 @@ LABS_DIR = Path("/run/meshnet-lab")
 """Holds the directory of every lab that was not given another."""
 
 _FILE = "lab.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(slots=True)
@@ -71,7 +71,8 @@ class LabDocument:
     Attributes:
         family: address family of the underlay, 4 or 6.
         agent_args: options that every agent is started with.
-        etcd: etcd's process, the first that was started.
+        etcd_url: URLs of all members of etcd, with commas between.
+        etcds: the process of each member of etcd, the first that was started.
         hosts: by name.
     """
 
@@ -81,7 +82,7 @@ class LabDocument:
     gateway: bool
     agent_args: list[str]
     etcd_url: str
-    etcd: ProcessRef | None = None
+    etcds: dict[str, ProcessRef] = field(default_factory=dict)
     hosts: dict[str, HostRecord] = field(default_factory=dict)
     containers: list[ContainerRecord] = field(default_factory=list)
 
@@ -100,7 +101,7 @@ class LabDocument:
         """Every process named here, running or not."""
         agents = [record.agent for record in self.hosts.values() if record.agent is not None]
         containers = [record.ref for record in self.containers]
-        return [*agents, *containers, *([] if self.etcd is None else [self.etcd])]
+        return [*agents, *containers, *self.etcds.values()]
 
 
 def default_base_dir(lab: str) -> Path:
@@ -224,7 +225,10 @@ def _decode(body: dict[str, Any]) -> LabDocument:
         gateway=body["gateway"],
         agent_args=list(body["agent_args"]),
         etcd_url=body["etcd_url"],
-        etcd=_decode_ref(body["etcd"]),
+        etcds={
+            name: ProcessRef(int(ref["pid"]), int(ref["start_time"]))
+            for name, ref in body["etcds"].items()
+        },
         hosts={
             name: HostRecord(
                 index=host["index"],

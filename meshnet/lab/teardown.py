@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
-from meshnet.lab.netns import ETCD, delete_netns, list_netns, netns_name, netns_path
+from meshnet.lab.netns import ETCDS, delete_netns, list_netns, netns_name, netns_path
 from meshnet.lab.process import (
     NetnsId,
     ProcessRef,
@@ -80,7 +80,7 @@ def tear_down(
     Args:
         known: processes that the caller knows to be the lab's, on top of those in ``lab.json``.
         progress: called with a line before every step.
-        deadline_s: seconds that agents, containers and etcd get to end before they are killed.
+        deadline_s: seconds that agents and containers get to end before they are killed.
 
     Raises:
         ConflictError: `base_dir` is not this lab's directory, or the caller itself is in one of
@@ -91,23 +91,23 @@ def tear_down(
     document = _read_document(lab, base_dir)
     namespaces = list_netns(lab)
     _refuse_from_inside(namespaces)
-    etcd_netns = netns_name(lab, ETCD)
-    etcd = None if document is None else document.etcd
-    others = {*known, *([] if document is None else document.processes())} - {etcd}
+    etcd_namespaces = {netns_name(lab, name) for name in ETCDS}
+    etcds = set() if document is None else set(document.etcds.values())
+    others = {*known, *([] if document is None else document.processes())} - etcds
     containers = [] if document is None else document.containers
 
     say("ending agents and containers")
     # etcd last, so that an agent that gives its lease back as it ends can do so.
     count = end_everything(
-        [netns_path(name) for name in namespaces if name != etcd_netns],
+        [netns_path(name) for name in namespaces if name not in etcd_namespaces],
         others,
         containers,
         deadline_s=deadline_s,
     )
     say("ending etcd")
-    etcd_paths = [netns_path(name) for name in namespaces if name == etcd_netns]
-    etcd_refs = [] if etcd is None else [etcd]
-    count += end_everything(etcd_paths, etcd_refs, deadline_s=deadline_s)
+    etcd_paths = [netns_path(name) for name in namespaces if name in etcd_namespaces]
+    # At once: its data goes as well, and a leader would first look for a successor for seconds.
+    count += end_everything(etcd_paths, etcds, deadline_s=0)
     say("removing namespaces and directories")
     delete_netns(namespaces)
     directory = base_dir.is_dir()

@@ -8,6 +8,7 @@ use it or take it down is in ``lab.json`` (`meshnet.lab.state`).  Everything els
 name, which comes from the lab's:
 
     namespaces   mnlab-LAB-h1, …-sw, …-etcd   (without LAB- for the lab named "lab")
+                 of three members of etcd also …-etcd2 and …-etcd3
     directories  /run/meshnet-lab/LAB/h1/{run/agent.sock,state/,agent.log}
 
 Synchronous: it is called from fixtures and from the command line, outside any trio run.  May
@@ -22,24 +23,20 @@ from typing import TYPE_CHECKING
 
 from meshnet.errors import ConflictError, MeshnetError, UsageError
 from meshnet.lab.checks import check_machine, check_socket_path, claim
+from meshnet.lab.cluster import MEMBERS, make_etcds, start_etcds
 from meshnet.lab.commands import Children, Namespace
-from meshnet.lab.etcd import EtcdServer
 from meshnet.lab.host import LabContext, LabHost
 from meshnet.lab.netns import (
     DEFAULT_LAB,
-    ETCD,
     SWITCH,
     add_netns,
     check_host_name,
     check_lab_name,
     delete_netns,
-    enter_argv,
     ip_batch,
     netns_name,
     netns_path,
 )
-from meshnet.lab.poll import wait_until
-from meshnet.lab.process import identify, is_listening
 from meshnet.lab.state import (
     HostRecord,
     LabDocument,
@@ -48,7 +45,7 @@ from meshnet.lab.state import (
     host_dir,
 )
 from meshnet.lab.teardown import END_DEADLINE_S, Removed, end_everything, tear_down
-from meshnet.lab.underlay import ETCD_PORT, Family, Underlay
+from meshnet.lab.underlay import Family, Underlay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,11 +53,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from meshnet.lab.etcd import EtcdServer
+
 _MAX_HOSTS = 200
-_ETCD_HEALTHY_DEADLINE_S = 30.0
-# A member that is alone waits one election timeout, by default 1 s, before it elects itself.  The
-# shortest lease that etcd grants is 1.5 times that timeout, so tests can have short ones.
-_ETCD_ARGS = ("--heartbeat-interval=20", "--election-timeout=100")
 
 
 class Lab:
@@ -72,6 +67,7 @@ class Lab:
     Args:
         name: names its namespaces and its directory.
         hosts: how many; they are ``h1``, ``h2`` and so on.
+        etcd_members: 1 or 3; agents are told of all.
         underlay_family: 4 or 6: what addresses hosts and etcd have.
         mtu: MTU of the underlay, in bytes.
         gateway: whether hosts have a default route, to the switch, so that what leaves the
@@ -83,9 +79,11 @@ class Lab:
     Attributes:
         name: see above.
         base_dir: see above.
+        etcd_url: URLs of all members of etcd, with commas between.
         underlay: the addressing plan.
-        etcd: the lab's etcd, for stopping, pausing and asking it.  In a lab opened with `attach`
-            only its `ctl` works: the process is another program's child.
+        etcds: the members of the lab's etcd, by the names of their ports, for stopping, pausing and
+            asking them.  In a lab opened with `attach` only their `ctl` works: the processes are
+            another program's children.
         switch: the switch's namespace; its bridge is ``br0``, its ports ``h1``, ``etcd``, …
 
     Raises:
@@ -97,6 +95,7 @@ class Lab:
         name: str = DEFAULT_LAB,
         *,
         hosts: int = 3,
+        etcd_members: int = 1,
         underlay_family: Family = 4,
         mtu: int = 1500,
         gateway: bool = True,
@@ -107,9 +106,12 @@ class Lab:
         check_lab_name(name)
         if not 0 <= hosts <= _MAX_HOSTS:
             raise UsageError(f"{hosts} hosts: a lab has 0 to {_MAX_HOSTS}")
+        if etcd_members not in MEMBERS:
+            raise UsageError(f"{etcd_members} members of etcd: a lab has 1 or 3")
         self.name = name
         self.base_dir = default_base_dir(name) if base_dir is None else base_dir.absolute()
         self.underlay = Underlay(family=underlay_family, mtu_bytes=mtu, gateway=gateway)
+        self.etcd_url = ",".join(self.underlay.etcd_url(index) for index in range(etcd_members))
         self._host_count = hosts
         self._start_agents = start_agents
         self._children = Children()
@@ -117,19 +119,13 @@ class Lab:
         self._context = LabContext(
             name=name,
             base_dir=self.base_dir,
-            etcd_url=self.underlay.etcd_url,
+            etcd_url=self.etcd_url,
             agent_args=tuple(agent_args),
             file=self._file,
             children=self._children,
         )
         self.switch = Namespace(self._netns_path(SWITCH), self._children)
-        self.etcd = EtcdServer(
-            self.base_dir / ETCD / "data",
-            client_url=self.underlay.etcd_url,
-            prefix=enter_argv(self._netns_path(ETCD)),
-            log_file=self.base_dir / ETCD / "etcd.log",
-            extra_args=_ETCD_ARGS,
-        )
+        self.etcds = make_etcds(name, self.base_dir, self.underlay, etcd_members)
 
     @classmethod
     def attach(cls, lab_name: str = DEFAULT_LAB, *, base_dir: Path | None = None) -> Lab:
@@ -144,6 +140,7 @@ class Lab:
         return cls(
             document.name,
             hosts=0,
+            etcd_members=len(document.etcd_url.split(",")),
             underlay_family=6 if document.family == 6 else 4,
             mtu=document.mtu_bytes,
             gateway=document.gateway,
@@ -176,9 +173,9 @@ class Lab:
         ]
 
     @property
-    def etcd_url(self) -> str:
-        """URL of the lab's etcd."""
-        return self.underlay.etcd_url
+    def etcd(self) -> EtcdServer:
+        """The first member of the lab's etcd; by default there is no other."""
+        return next(iter(self.etcds.values()))
 
     @property
     def outside_ip(self) -> str:
@@ -220,7 +217,7 @@ class Lab:
             say(f"making {len(names)} hosts, a switch and an underlay")
             self._build_underlay()
             say(f"starting etcd at {self.etcd_url}")
-            self._start_etcd()
+            start_etcds(self.etcds, self._file)
             if self._start_agents:
                 say(f"starting {len(names)} agents")
                 self._start_all_agents(say)
@@ -243,22 +240,24 @@ class Lab:
 
         Args:
             progress: called with a line before every step.
-            deadline_s: seconds that agents, containers and etcd get to end before they are killed.
+            deadline_s: seconds that agents and containers get to end before they are killed.
 
         Raises:
             ConflictError: the lab's directory is something else's, or the caller is in one of the
                 lab's namespaces.
             KernelRefusedError: something cannot be removed.
         """
-        if self.etcd.running:
-            # Continued, in case a test left it paused; agents that end want it to answer.
-            self.etcd.resume()
+        for etcd in self.etcds.values():
+            if etcd.running:
+                # Continued, in case a test left it paused; agents that end want it to answer.
+                etcd.resume()
         known = self._children.running()
         removed = tear_down(
             self.name, self.base_dir, known=known, progress=progress, deadline_s=deadline_s
         )
         # Ended by tear_down; here only reaped.  Not stop(), which expects a running one.
-        self.etcd.kill()
+        for etcd in self.etcds.values():
+            etcd.kill()
         self._children.reap_all()
         return removed
 
@@ -327,7 +326,7 @@ class Lab:
             document.containers = [item for item in document.containers if item.host != name]
 
     def cut(self, port: str) -> None:
-        """Cut a host, or ``etcd``, off: the switch drops all its packets; its link stays up."""
+        """Cut a host, or a member of etcd, off at the switch; its link stays up."""
         self.switch.run(["bridge", "link", "set", "dev", port, "state", "disabled"])
 
     def mend(self, port: str) -> None:
@@ -358,29 +357,19 @@ class Lab:
         hosts = self.hosts
         for host in hosts:
             host.make_dirs()
-        self.etcd.log_file.parent.mkdir()
-        ends = {ETCD: self._netns(ETCD), **{host.name: host.netns for host in hosts}}
+        etcds = {name: self._netns(name) for name in self.etcds}
+        for etcd in self.etcds.values():
+            etcd.log_file.parent.mkdir()
+        ends = {**etcds, **{host.name: host.netns for host in hosts}}
         add_netns([self._netns(SWITCH), *ends.values()])
         commands = self.underlay.switch_commands()
         for port, netns in ends.items():
             commands += self.underlay.port_commands(port, netns)
         ip_batch(commands, netns=self._netns(SWITCH))
-        ip_batch(self.underlay.host_commands(self.underlay.etcd_ip), netns=self._netns(ETCD))
+        for index, netns in enumerate(etcds.values()):
+            ip_batch(self.underlay.host_commands(self.underlay.etcd_ip(index)), netns=netns)
         for host in hosts:
             ip_batch(self.underlay.host_commands(host.underlay_ip), netns=host.netns)
-
-    def _start_etcd(self) -> None:
-        self.etcd.start()
-        ref = identify(self.etcd.pid)
-        with self._file.edit() as document:
-            document.etcd = ref
-        # etcdctl, asked too early, retries only after a second.
-        wait_until(
-            lambda: is_listening(ref.pid, ETCD_PORT) or not self.etcd.running,
-            _ETCD_HEALTHY_DEADLINE_S,
-            f"etcd listens on {self.etcd_url}; see {self.etcd.log_file}",
-        )
-        self.etcd.wait_healthy(_ETCD_HEALTHY_DEADLINE_S)
 
     def _start_all_agents(self, say: Callable[[str], None]) -> None:
         hosts = self.hosts

@@ -1,7 +1,7 @@
 """The lab's underlay: who has which address, and the ip(8) commands that build it.
 
-One switch, a namespace with a Linux bridge; each host and etcd hang on it by a veth whose far end
-is their ``eth0``:
+One switch, a namespace with a Linux bridge; each host and each member of etcd hang on it by a veth
+whose far end is their ``eth0``:
 
     mnlab-h1           mnlab-sw                          mnlab-etcd
     eth0 ───────────── h1 ┐                 ┌ etcd ───── eth0
@@ -27,6 +27,7 @@ Family = Literal[4, 6]
 # entries: a bridge otherwise takes the lowest of its ports'.
 _GATEWAY_MAC = "02:00:0a:ff:00:01"
 ETCD_PORT = 2379
+ETCD_PEER_PORT = 2380
 _FIRST_HOST = {4: 0x100, 6: 0x1_0000}
 _LAST_INDEX = 0xF000
 _MTU_BYTES = {4: range(576, 65536), 6: range(1280, 65536)}  # RFC 791 §3.1, RFC 8200 §5
@@ -68,10 +69,9 @@ class Underlay:
         """The switch's own address, on its bridge."""
         return self.network[1]
 
-    @property
-    def etcd_ip(self) -> IPv4Address | IPv6Address:
-        """The address that etcd listens on."""
-        return self.network[2]
+    def etcd_ip(self, member: int = 0) -> IPv4Address | IPv6Address:
+        """The address that a member of etcd listens on; the first is member 0."""
+        return self.network[2 + member]
 
     @property
     def outside_ip(self) -> IPv4Address | IPv6Address:
@@ -80,11 +80,11 @@ class Underlay:
             return IPv4Address("203.0.113.1")
         return IPv6Address("2001:db8::1")
 
-    @property
-    def etcd_url(self) -> str:
-        """URL of the lab's etcd."""
-        host = f"[{self.etcd_ip}]" if self.family == 6 else str(self.etcd_ip)
-        return f"http://{host}:{ETCD_PORT}"
+    def etcd_url(self, member: int = 0, port: int = ETCD_PORT) -> str:
+        """URL of a member of etcd, for clients, or with `ETCD_PEER_PORT` for other members."""
+        address = self.etcd_ip(member)
+        host = f"[{address}]" if self.family == 6 else str(address)
+        return f"http://{host}:{port}"
 
     def host_ip(self, index: int) -> IPv4Address | IPv6Address:
         """Address of host number `index`, from 1.

@@ -197,5 +197,5 @@ def site_in(lab: Lab, *, dual_stack: bool = False) -> Iterator[Site]:
 
 def connect(lab: Lab) -> Gateway:
     """A connection to a lab's etcd; the caller closes it."""
-    address = (str(lab.underlay.etcd_ip), ETCD_PORT)
+    address = (str(lab.underlay.etcd_ip()), ETCD_PORT)
     return Gateway(address, netns_path(netns_name(lab.name, ETCD)))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class LabOptions(TypedDict, total=False):
     """What `Lab` takes, less what ``make_lab`` does itself."""
 
+    etcd_members: int
     underlay_family: Family
     mtu: int
     gateway: bool

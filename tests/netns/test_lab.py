@@ -16,6 +16,7 @@ from meshnet.errors import (
     ConflictError,
     NotFoundError,
     PoolExhaustedError,
+    StoreUnavailableError,
     UsageError,
 )
 from meshnet.lab.commands import CommandFailedError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meshnet.lab.commands import Namespace
+    from meshnet.lab.etcd import EtcdServer
 
     MakeLab = Callable[..., Lab]
 
@@ -91,6 +93,7 @@ class TestUnderlay:
             {"mtu": 500},
             {"mtu": 1279, "underlay_family": 6},
             {"hosts": -1},
+            {"etcd_members": 2},
             {"underlay_family": 5},
             {"name": "Lab"},
         ],
@@ -105,6 +108,66 @@ class TestUnderlay:
     def test_host_numbers_out_of_range_are_refused(self, make_lab: MakeLab) -> None:
         with pytest.raises(PoolExhaustedError, match="70000"):
             make_lab(up=False).underlay.host_ip(70000)
+
+
+class TestEtcds:
+    @pytest.fixture
+    def lab(self, make_lab: MakeLab) -> Lab:
+        return make_lab(1, etcd_members=3, start_agents=False)
+
+    def test_quorum_lives_with_one_member_less(self, lab: Lab) -> None:
+        first, second, third = lab.etcds.values()
+        assert lab.etcd is first
+        health = ["etcdctl", f"--endpoints={lab.etcd_url}", "--command-timeout=2s"]
+        lab.host("h1").run([*health, "endpoint", "health"])
+        third.kill()
+        wait_until(lambda: _puts(first, "one lost"), 10, "two members are enough")
+        second.pause()
+        wait_until(lambda: not _puts(first, "two lost"), 10, "one member is not")
+        second.resume()
+        third.start()
+        third.wait_healthy()
+        lab.cut("etcd")
+        wait_until(lambda: _puts(second, "cut off"), 10, "the others go on without the first")
+        lab.mend("etcd")
+        wait_until(lambda: first.ctl("get", "key") == "key\ncut off\n", 10, "it caught up")
+
+    def test_a_member_that_lost_its_data_joins_again(self, lab: Lab) -> None:
+        first, second, third = lab.etcds.values()
+        _puts(first, "kept")
+        third.lose_data()
+        wait_until(lambda: _puts(second, "kept"), 10, "two members are enough")
+        third.rejoin(first)
+        third.wait_healthy()
+        assert third.ctl("get", "key") == "key\nkept\n"
+        assert len(first.ctl("member", "list").splitlines()) == 3
+
+    def test_a_snapshot_is_restored_by_all(self, lab: Lab) -> None:
+        snapshot = lab.base_dir / "snapshot"
+        _puts(lab.etcd, "old")
+        lab.etcd.ctl("snapshot", "save", str(snapshot))
+        _puts(lab.etcd, "new")
+        for etcd in lab.etcds.values():
+            etcd.restore(snapshot)
+        for etcd in lab.etcds.values():
+            etcd.start()
+        for etcd in lab.etcds.values():
+            etcd.wait_healthy()
+            assert etcd.ctl("get", "key") == "key\nold\n"
+
+    def test_down_finds_members_that_another_program_started(self, lab: Lab) -> None:
+        lab.etcds["etcd2"].restart()
+        Lab.attach(lab.name).down()
+        assert not any(etcd.running for etcd in lab.etcds.values())
+
+
+def _puts(etcd: EtcdServer, value: str) -> bool:
+    """Whether a value is taken within a second."""
+    try:
+        etcd.ctl("--command-timeout=1s", "put", "key", value)
+    except StoreUnavailableError:
+        return False
+    return True
 
 
 class TestHosts:

@@ -103,7 +103,7 @@ class _Taking:
     def take(self, takeover: Takeover, parent: str = "eth0") -> None:
         """Take over, asking the lab's gateway and etcd."""
         underlay = self.lab.underlay
-        etcd = [(str(underlay.etcd_ip), ETCD_PORT)]
+        etcd = [(str(underlay.etcd_ip()), ETCD_PORT)]
         takeover.take(parent, [underlay.gateway_ip], etcd, CONFIRM_S)
 
     def die(self, after: int, call: Callable[[Takeover], None]) -> None:
@@ -208,7 +208,7 @@ def test_a_process_killed_after_any_batch_leaves_what_can_be_settled(
             taking.die(batches, Takeover.give_back)
         assert taking.journals.bridges() == [BRIDGE]
         # Whenever it was killed, nobody is cut off.
-        assert ping(host, str(taking.lab.underlay.etcd_ip))
+        assert ping(host, str(taking.lab.underlay.etcd_ip()))
         with taking.by() as takeover:
             assert takeover.standing() is None
             if batches % 2:
