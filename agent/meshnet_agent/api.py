@@ -6,6 +6,7 @@ A thin layer: reads a request, calls `meshnet_agent.service`, writes its documen
 
 from __future__ import annotations
 
+import errno
 import functools
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -64,6 +65,14 @@ _STATUS_CODES: dict[type[MeshnetError], int] = {
     KernelRefusedError: 500,
     StoreUnavailableError: 503,
 }
+
+_EXHAUSTED = {
+    errno.EMFILE: "the agent has as many files open as it may: raise its limit (LimitNOFILE= of "
+    "the unit) and restart it",
+    errno.ENFILE: "this machine has as many files open as it may: raise fs.file-max",
+    errno.ENOMEM: "this machine, or the agent's cgroup, is out of memory",
+}
+"""What a call may run out of anywhere, and the remedy."""
 
 
 _Pid = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
@@ -303,7 +312,9 @@ def _guard(
             return answer if isinstance(answer, Response) else _json(answer)
         except MeshnetError as error:
             return _error(error)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+                return _error(KernelRefusedError(f"{error}: {_EXHAUSTED[error.errno]}"))
             # The agent must outlive a bug in one request; the next pass and the log tell of it.
             _log.exception("request failed", path=_path(request))
             return _error(KernelRefusedError("internal error: see the agent's log"))

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
 import structlog
+
+_REPEAT_S = 10.0
+
+
+class _AcceptFailures(logging.Handler):
+    """What trio says, ten times a second, while the API's socket cannot take a client."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at = -_REPEAT_S
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it in our own form, and seldom."""
+        if time.monotonic() - self._said_at < _REPEAT_S:
+            return
+        self._said_at = time.monotonic()
+        reason = str(record.exc_info[1]) if record.exc_info else record.getMessage()
+        structlog.get_logger().error("clients have to wait", reason=reason)
 
 
 def configure_logs(level: str, style: str) -> None:
@@ -30,3 +49,6 @@ def configure_logs(level: str, style: str) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+    accepting = logging.getLogger("trio.serve_listeners")
+    accepting.handlers = [_AcceptFailures()]
+    accepting.propagate = False

@@ -111,11 +111,12 @@ class EtcdServer:
         """URL for other members."""
         return self._cluster[self.member]
 
-    def start(self, *, join: bool = False) -> None:
+    def start(self, *, join: bool = False, more_args: Sequence[str] = ()) -> None:
         """Start etcd, on the data of an earlier run if there is some; returns at once.
 
         Args:
             join: it has no data, and the cluster it is to join runs.
+            more_args: further etcd flags, of this run alone.
 
         Raises:
             NotFoundError: the ``etcd`` program is not installed.
@@ -136,6 +137,7 @@ class EtcdServer:
             "--logger=zap",
             "--log-level=error",
             *self._extra_args,
+            *more_args,
         ]
         try:
             with self.log_file.open("ab") as log:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+import structlog
 from starlette.routing import Route
+from structlog.testing import capture_logs
 
 from meshnet_agent.api import make_app
+from meshnet_agent.logs import configure_logs
 from meshnet_agent.openapi import describe
 from tests.hostile.api import exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _DOCS = Path(__file__).parents[2] / "docs" / "api.md"
 APP = make_app(cast("Any", None), lambda: True)
@@ -62,3 +71,41 @@ async def test_bodies_that_cannot_be_read(body: bytes) -> None:
 async def test_a_body_that_breaks_off() -> None:
     status, document = await exchange(APP, "POST", "/v1/detach", [], [b'{"pid"'], broken_off=True)
     assert (status, document["error"]["kind"]) == (400, "UsageError")
+
+
+class _OutOfDescriptors:
+    """A service that can open nothing more."""
+
+    async def status_document(self) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/proc/7/stat")
+
+
+async def test_an_agent_out_of_descriptors_says_so() -> None:
+    app = make_app(cast("Any", _OutOfDescriptors()), lambda: True)
+    status, document = await exchange(app, "GET", "/v1/status")
+    assert (status, document["error"]["exit_status"]) == (500, 7)
+    message = document["error"]["message"]
+    assert "Too many open files: '/proc/7/stat'" in message
+    assert "LimitNOFILE" in message
+
+
+@pytest.fixture
+def accepting() -> Iterator[logging.Logger]:
+    """The logger of trio's listeners, as the agent sets it up."""
+    logger = logging.getLogger("trio.serve_listeners")
+    configure_logs("info", "json")
+    yield logger
+    structlog.reset_defaults()
+    logger.handlers, logger.propagate = [], True
+
+
+def test_clients_that_cannot_be_taken_are_logged_seldom(accepting: logging.Logger) -> None:
+    with capture_logs() as said:
+        for _ in range(50):
+            try:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            except OSError:
+                accepting.exception("accept returned EMFILE")
+    (entry,) = said
+    assert entry["event"] == "clients have to wait"
+    assert "Too many open files" in entry["reason"]

@@ -28,6 +28,8 @@ class Injected:
         cuts: whether packets from one endpoint to another may be lost, from its start until the
             mesh is whole again after `heal`.
         whole_within_s: seconds after `heal` in which every invariant holds again.
+        says: what the operator is told: a regular expression that is found in an agent's log, or in
+            ``status`` of a host, between the injection and the mesh being whole.
     """
 
     what: str
@@ -35,6 +37,18 @@ class Injected:
     lasts_s: float = 0.0
     cuts: Callable[[Member, Member], bool] = cuts_nothing
     whole_within_s: float = 15.0
+    says: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CutsHosts:
+    """Whatever goes from or to these hosts, but not what stays on one."""
+
+    hosts: frozenset[str]
+
+    def __call__(self, source: Member, target: Member) -> bool:
+        """Whether a packet may be lost."""
+        return source.host != target.host and bool(self.hosts & {source.host, target.host})
 
 
 class Fault(Protocol):

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from tests.netns.faults.mesh import Member
 
-_AGAIN_S = 0.2
+_AGAIN_S = 0.1
 """How long after the first try another one is made."""
-_GIVE_UP_S = 0.6
+_GIVE_UP_S = 0.25
 
 
 class _End(NamedTuple):

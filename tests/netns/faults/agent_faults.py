@@ -1,0 +1,210 @@
+"""Faults of the agent's process: none may cost a packet."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshnet.lab.poll import wait_until
+from tests.netns.faults.fault import CutsHosts, Injected
+from tests.netns.faults.mesh import TTL_S
+from tests.netns.mesh import meshnet
+
+if TYPE_CHECKING:
+    from random import Random
+
+    from meshnet.lab.host import LabHost
+    from tests.netns.faults.mesh import FaultMesh
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def revive(host: LabHost) -> None:
+    """Start a host's agent if it does not run: what systemd does."""
+    if not host.is_agent_running():
+        host.start_agent()
+
+
+@dataclass(frozen=True, slots=True)
+class AgentKilled:
+    """SIGKILL, and a restart sooner or later."""
+
+    name: str = "agent killed"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Kill one."""
+        host = rng.choice(mesh.lab.hosts)
+        host.kill_agent()
+        lasts_s = rng.uniform(0, 2 * TTL_S)
+        return Injected(f"agent of {host.name} killed", host.start_agent, lasts_s, says="ready")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStopped:
+    """SIGTERM, and a start sooner or later."""
+
+    name: str = "agent stopped"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Stop one."""
+        host = rng.choice(mesh.lab.hosts)
+        status = host.stop_agent()
+        assert status == 0, f"{host.name}: the agent ended with {status}"
+        lasts_s = rng.uniform(0, 2 * TTL_S)
+        return Injected(f"agent of {host.name} stopped", host.start_agent, lasts_s, says="stopping")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentFrozen:
+    """SIGSTOP for longer than the lease lasts."""
+
+    name: str = "agent frozen"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Freeze one."""
+        host = rng.choice(mesh.lab.hosts)
+        pid = host.agent_pid
+        os.kill(pid, signal.SIGSTOP)
+        return Injected(
+            f"agent of {host.name} frozen",
+            lambda: os.kill(pid, signal.SIGCONT),
+            rng.uniform(1.5, 3) * TTL_S,
+            says="lease ran out",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SecondAgent:
+    """Another machine's agent claims to be a host that is there; it is refused."""
+
+    name: str = "two agents with one id"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Start one on a machine that is not of the mesh."""
+        lab = mesh.lab
+        host = rng.choice(lab.hosts)
+        other = lab.add_host("double", agent=False)
+        try:
+            command = ["python", "-m", "meshnet_agent", "--host-id", host.name]
+            command += ["--etcd", lab.etcd_url, "--underlay-ip", str(other.underlay_ip)]
+            command += ["--run-dir", str(other.run_dir), "--state-dir", str(other.state_dir)]
+            done = other.run(command, check=False)
+        finally:
+            lab.remove_host(other.name)
+        assert done.returncode == 5, f"{done.returncode}: {done.stderr}"
+        assert f"held by an agent at underlay address {host.underlay_ip}" in done.stderr
+        return Injected(f"a second agent claimed to be {host.name}", lambda: None)
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfDescriptors:
+    """The agent may open hardly any file more; what it cannot do it says, and goes on."""
+
+    name: str = "out of descriptors"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Lower the limit of a running agent to little more than it uses."""
+        host = rng.choice(mesh.lab.hosts)
+        pid = host.agent_pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        used = max(int(name) for name in os.listdir(f"/proc/{pid}/fd")) + 1
+        most = used + rng.randrange(3)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, before[1]))
+        container = host.spawn_container()
+        try:
+            # Whatever becomes of it: the client gets an answer or gives up, the agent lives.
+            network = rng.choice(sorted({member.network for member in mesh.members}))
+            command = ["meshnet", "attach", str(container.pid), "--net", network]
+            done = host.run(command, check=False, timeout=60)
+        finally:
+            container.end()
+        assert done.returncode in (0, 3, 5, 7), f"{done.returncode}: {done.stderr}"
+
+        def heal() -> None:
+            if host.is_agent_running():
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+            revive(host)
+
+        what = f"agent of {host.name} at {most} descriptors, {used} used"
+        return Injected(what, heal, rng.uniform(0, TTL_S))
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """The kernel kills the agent because its cgroup is full; it is started again without."""
+
+    name: str = "out of memory"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Put an agent in a cgroup with next to no memory, and ask it something."""
+        host = rng.choice(mesh.lab.hosts)
+        pid = host.agent_pid
+        cgroup = _make_cgroup(f"{host.netns}-oom")
+        try:
+            (cgroup / "cgroup.procs").write_text(str(pid))
+
+            def killed() -> bool:
+                host.run(["meshnet", "status"], check=False)
+                return not host.is_agent_running()
+
+            wait_until(killed, 30, f"the agent of {host.name} is out of memory")
+            status = host.stop_agent()
+            assert status in (None, -signal.SIGKILL), f"ended with {status}"
+        finally:
+            host.kill_agent()
+            wait_until(lambda: _removed(cgroup), 10, f"{cgroup} is empty")
+        return Injected(f"agent of {host.name} out of memory", host.start_agent, says="ready")
+
+
+def _make_cgroup(name: str) -> Path:
+    """A memory cgroup, of version 2 or 1, with room for some pages."""
+    unified = _CGROUPS / "cgroup.controllers"
+    directory = _CGROUPS / name if unified.exists() else _CGROUPS / "memory" / name
+    directory.mkdir()
+    limit = "memory.max" if unified.exists() else "memory.limit_in_bytes"
+    (directory / limit).write_text(str(64 << 10))
+    return directory
+
+
+def _removed(cgroup: Path) -> bool:
+    """Remove a cgroup; its last process may not be gone entirely."""
+    try:
+        cgroup.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Reboot:
+    """A power cut: all kernel state is gone, and all containers; the disk is as it was."""
+
+    name: str = "machine rebooted"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Cut the power of one host."""
+        lab = mesh.lab
+        name = rng.choice(lab.hosts).name
+        networks = [member.network for member in mesh.members if member.host == name]
+        lab.remove_host(name, keep_state=True)
+        mesh.members[:] = [member for member in mesh.members if member.host != name]
+
+        def heal() -> None:
+            host = lab.add_host(name)
+            assert meshnet(host, "endpoint", "ls") == [] or all(
+                document["host"] != name for document in meshnet(host, "endpoint", "ls")
+            )
+            for network in networks:
+                mesh.add(name, network)
+
+        return Injected(
+            f"{name} rebooted",
+            heal,
+            rng.uniform(0, 2 * TTL_S),
+            CutsHosts(frozenset({name})),
+            says="endpoint freed",
+        )
