@@ -12,8 +12,9 @@ SETUP := $(VENV)/.ready
 SCALE := build/scale.json
 DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
+SOAK := build/soak.json
 
-.PHONY: demo test native fuzz lint type bench bench-scale bench-datapath bench-published setup \
+.PHONY: demo test native fuzz faults soak lint type bench bench-scale bench-datapath bench-published setup \
 	constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
@@ -28,6 +29,17 @@ native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
 MINUTES := 3
 fuzz: $(SETUP)  ## campaigns of hostile input, MINUTES in all
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile --minutes $(MINUTES)
+
+SEQUENCES := 200
+faults: $(SETUP)  ## random sequences of ten faults, SEQUENCES of them; a table
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.faults \
+	  --count $(SEQUENCES) --jobs 2 --etcd-members 0
+
+SOAK_MINUTES := 20
+soak: $(VENV)/.bench  ## faults and churn for SOAK_MINUTES, and whether anything grows; a picture
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.faults.soak \
+	  --minutes $(SOAK_MINUTES) --json $(SOAK); status=$$?; \
+	  $(BIN)/python -m tests.netns.faults.plot $(SOAK) docs/images/soak.png && exit $$status
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

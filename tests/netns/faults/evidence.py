@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tests.netns.faults.fault import cuts_nothing
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -108,11 +110,16 @@ class StreamEvent:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A time in which packets of some paths may be lost."""
+    """A time in which packets of some paths may be lost.
+
+    Attributes:
+        opens: between which endpoints of different networks packets may get through meanwhile.
+    """
 
     cuts: Callable[[Member, Member], bool]
     from_ns: int
     to_ns: int
+    opens: Callable[[Member, Member], bool] = cuts_nothing
 
 
 @dataclass(slots=True)
@@ -125,6 +132,7 @@ class Verdict:
         starved: those of `lost` for which this machine's own queues account; not in `lost`.
         overruns: datagrams that a prober had no room for; not in `lost`.
         misdelivered: datagrams that came where they must not.
+        leaked: datagrams that came to another network while a fault had opened the way.
         late: datagrams for a former owner of an address.
         violations: what must not be, as sentences.
     """
@@ -134,6 +142,7 @@ class Verdict:
     starved: int = 0
     overruns: int = 0
     misdelivered: int = 0
+    leaked: int = 0
     late: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -186,6 +195,9 @@ def judge(
         if stray.is_late(endpoints):
             verdict.late += 1
             continue
+        if _is_leak(stray, cuts, endpoints):
+            verdict.leaked += 1
+            continue
         verdict.misdelivered += 1
         meant = endpoints.get(stray.destination, stray.destination)
         verdict.violations.append(
@@ -194,6 +206,20 @@ def judge(
         )
     verdict.violations += _judge_events(evidence.events, cuts, period_ns)
     return verdict
+
+
+def _is_leak(stray: Stray, cuts: Sequence[Cut], endpoints: Mapping[int, Endpoint]) -> bool:
+    """Whether a fault had opened the way that a datagram took, to whom it was for."""
+    source = endpoints.get(stray.source)
+    return (
+        source is not None
+        and stray.destination == stray.receiver.id
+        and any(
+            cut.opens(source.member, stray.receiver.member)
+            and cut.from_ns <= stray.sent_ns <= cut.to_ns
+            for cut in cuts
+        )
+    )
 
 
 def _judge_events(

@@ -176,12 +176,13 @@ class Matrix:
                     found.append(
                         Loss(source, target, path.version, packets, gap.before_ns, gap.after_ns)
                     )
+        self._forget()
         return sorted(found, key=lambda loss: loss.before_ns)
 
-    def forget_before(self, time_ns: int) -> None:
-        """Forget losses that were over by then."""
+    def _forget(self) -> None:
+        """Forget losses that are told and that no prober will speak of again."""
         for path, gaps in list(self._gaps.items()):
-            for first in [first for first, gap in gaps.items() if gap.after_ns < time_ns]:
+            for first in [f for f, gap in gaps.items() if gap.after_ns < self._collected_ns]:
                 del gaps[first]
                 self._told.pop((path, first), None)
             if not gaps:

@@ -140,7 +140,6 @@ class Traffic:
         evidence.overruns = overruns - self._overruns
         self._drops, self._overruns = drops, overruns
         self._matrix.strays, self._streams.events = [], []
-        self._matrix.forget_before(self._judged_ns)
         self._judged_ns = until_ns
         return judge(evidence, cuts, self.endpoints, self._period_ns)
 
