@@ -110,7 +110,6 @@ def _run(options: argparse.Namespace, seed: int, results: Path) -> int:
                 members,
                 only=options.only,
                 stage=stage,
-                say=_say,
             )
             _append(results, report)
             played += 1
@@ -123,10 +122,6 @@ def _run(options: argparse.Namespace, seed: int, results: Path) -> int:
         if stage is not None:
             stage.__exit__(None, None, None)
     return broken
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _append(results: Path, report: SequenceReport) -> None:
@@ -149,9 +144,9 @@ def to_markdown(results: Path) -> str:
             f"{len(documents)} sequences, {faults} faults, {seconds / 60:.0f} minutes; "
             f"broken: {len(broken)}{''.join(f' {seed}' for seed in broken)}",
             "",
-            "| fault | times | lost on paths it does not cut | on those it cuts | "
+            "| fault | times | broken | lost on paths it does not cut | on those it cuts | "
             "seconds until whole: median | 90% | most |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
             *(_row(name, by_name[name]) for name in sorted(by_name, key=_alone_first)),
         )
     )
@@ -164,15 +159,18 @@ def _alone_first(name: str) -> tuple[bool, str]:
 def _row(name: str, steps: list[dict[str, Any]]) -> str:
     lost = sum(step["verdict"]["lost"] for step in steps)
     cut = sum(step["verdict"]["lost_on_cut"] for step in steps)
-    median, ninth, most = _spread(step["whole_s"] for step in steps)
-    return f"| {name} | {len(steps)} | {lost} | {cut} | {median:.1f} | {ninth:.1f} | {most:.1f} |"
+    whole = [step["whole_s"] for step in steps if not step["broken"]]
+    cells = [name, len(steps), len(steps) - len(whole), lost, cut, *_spread(whole)]
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
-def _spread(values: Iterable[float]) -> tuple[float, float, float]:
+def _spread(values: Iterable[float]) -> list[str]:
     """Median, nine tenths, and most."""
     found = sorted(values)
+    if not found:
+        return ["-"] * 3
     tenths = quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
-    return tenths[4], tenths[8], found[-1]
+    return [f"{value:.1f}" for value in (tenths[4], tenths[8], found[-1])]
 
 
 if __name__ == "__main__":

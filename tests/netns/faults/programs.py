@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _SOURCES = Path(__file__).parent
 BUILD_DIR = _SOURCES.parents[2] / "build" / "faults"
-_END_DEADLINE_S = 5.0
+_END_DEADLINE_S = 30.0
 
 
 class GoneError(Exception):

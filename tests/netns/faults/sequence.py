@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def run_sequence(
     *,
     only: Collection[str] = (),
     stage: Stage | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = partial(print, flush=True),
 ) -> SequenceReport:
     """Have so many faults happen, as a seed wants it, until something is broken.
 

@@ -13,22 +13,22 @@ import platform
 import secrets
 import sys
 import time
+import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from meshnet.errors import MeshnetError
-from meshnet.lab.commands import CommandFailedError
 from tests.netns.faults import churn
-from tests.netns.faults.catalogue import faults_for
+from tests.netns.faults.catalogue import FAULTS, faults_for
 from tests.netns.faults.gauges import Gauges, drifts
 from tests.netns.faults.programs import BUILD_DIR
 from tests.netns.faults.sequence import choose, describe
-from tests.netns.faults.stage import Stage, Step, new_lab
+from tests.netns.faults.stage import WHATEVER, Stage, Step, new_lab
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 _FAULTS_OF_TEN = 5
 """How many of ten steps are faults; the others are churn."""
@@ -41,11 +41,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=secrets.randbits(31))
     parser.add_argument("--hosts", type=int, default=3)
+    parser.add_argument("--faults", default="", help="names of those to choose from, with commas")
     parser.add_argument("--json", type=Path, default=BUILD_DIR.parent / "soak.json")
     options = parser.parse_args()
+    chosen = [name for name in options.faults.split(",") if name] or [*FAULTS]
     print(f"seed {options.seed}, {options.minutes:g} minutes", flush=True)
     with Stage(new_lab(options.hosts)) as stage, Gauges(stage.lab) as gauges:
-        steps = soak(stage, options.seed, options.minutes * 60)
+        steps = soak(stage, options.seed, options.minutes * 60, chosen)
         if any(step.broken for step in steps):
             stage.keep(BUILD_DIR / f"soak-{options.seed}", steps)
         sent = stage.traffic.sent
@@ -71,12 +73,19 @@ def main() -> int:
     return 1 if document["broken"] or grown else 0
 
 
-def soak(stage: Stage, seed: int, seconds: float, say: Callable[[str], None] = print) -> list[Step]:
-    """Faults and churn for so long, or until something is broken."""
+def soak(
+    stage: Stage,
+    seed: int,
+    seconds: float,
+    chosen: Collection[str],
+    say: Callable[[str], None] = partial(print, flush=True),
+) -> list[Step]:
+    """Faults of these names and churn for so long, or until something is broken."""
     rng = Random(seed)
     steps: list[Step] = []
     end = time.monotonic() + seconds
-    faults = faults_for(stage.mesh)
+    possible = faults_for(stage.mesh)
+    faults = {name: possible[name] for name in possible if name in chosen}
     while time.monotonic() < end and not (steps and steps[-1].broken):
         if rng.randrange(10) < _FAULTS_OF_TEN:
             step = stage.step(choose(faults, rng, 2), rng)
@@ -96,8 +105,8 @@ def _change(stage: Stage, kind: str, rng: Random) -> Step:
     began = time.monotonic()
     try:
         step.what.append(churn.KINDS[kind](stage, rng))
-    except (AssertionError, TimeoutError, MeshnetError, CommandFailedError) as exc:
-        step.broken.append(f"{type(exc).__name__}: {exc}")
+    except WHATEVER as exc:
+        step.broken += [f"{type(exc).__name__}: {exc}", traceback.format_exc()]
     step.whole_s = time.monotonic() - began
     step.verdict = stage.traffic.judge()
     step.broken += step.verdict.violations

@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import time
+import traceback
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import pytest
+
 from meshnet.errors import MeshnetError
-from meshnet.lab.commands import CommandFailedError
 from meshnet.lab.poll import wait_until
 from meshnet.lab.topology import Lab
 from tests.netns.faults.evidence import Cut, Verdict
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 FLOWING_S = 10.0
 """How long after the mesh is whole datagrams and streams may take to arrive on every path."""
+WHATEVER = (Exception, pytest.fail.Exception)
+"""What a step may raise: faults use pytest's assertions, whose errors are no `Exception`."""
 _counter = itertools.count(1)
 _DUMPS = (
     "ip -d address",
@@ -109,8 +113,10 @@ class Stage:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.traffic.stop()
-        self.lab.down()
+        try:
+            self.traffic.stop()
+        finally:
+            self.lab.down()
 
     def settle(self) -> None:
         """Wait until traffic arrives on all paths.
@@ -131,8 +137,9 @@ class Stage:
         cuts: list[Cut] = []
         try:
             self._run(step, faults, rng, cuts)
-        except (AssertionError, TimeoutError, MeshnetError, CommandFailedError) as exc:
-            step.broken.append(f"{type(exc).__name__}: {exc}")
+        except WHATEVER as exc:
+            # Whatever it is: the sequence ends, and what is known of it is kept.
+            step.broken += [f"{type(exc).__name__}: {exc}", traceback.format_exc()]
         now_ns = time.monotonic_ns()
         step.verdict = self.traffic.judge([replace(cut, to_ns=cut.to_ns or now_ns) for cut in cuts])
         step.broken += step.verdict.violations
