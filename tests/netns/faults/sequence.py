@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
 from tests.netns.faults.catalogue import faults_for
 from tests.netns.faults.programs import BUILD_DIR
-from tests.netns.faults.stage import Stage, Step, new_lab
+from tests.netns.faults.stage import Stage, Step, announce, new_lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -67,7 +66,7 @@ def run_sequence(
     *,
     only: Collection[str] = (),
     stage: Stage | None = None,
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], None] = announce,
 ) -> SequenceReport:
     """Have so many faults happen, as a seed wants it, until something is broken.
 

@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from tests.netns.faults.catalogue import FAULTS, faults_for
 from tests.netns.faults.gauges import Gauges, drifts
 from tests.netns.faults.programs import BUILD_DIR
 from tests.netns.faults.sequence import choose, describe
-from tests.netns.faults.stage import WHATEVER, Stage, Step, new_lab
+from tests.netns.faults.stage import WHATEVER, Stage, Step, announce, new_lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -78,7 +77,7 @@ def soak(
     seed: int,
     seconds: float,
     chosen: Collection[str],
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], None] = announce,
 ) -> list[Step]:
     """Faults of these names and churn for so long, or until something is broken."""
     rng = Random(seed)

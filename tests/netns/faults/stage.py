@@ -69,6 +69,11 @@ class Step:
     broken: list[str] = field(default_factory=list)
 
 
+def announce(line: str) -> None:
+    """Print a line, at once."""
+    print(line, flush=True)
+
+
 def new_lab(hosts: int = 3, etcd_members: int = 1) -> Lab:
     """A lab for a stage, not up."""
     return Lab(
