@@ -173,6 +173,18 @@ def _decode(decoder: msgspec.json.Decoder[_T], raw: bytes) -> _T:
         raise BadValueError(str(error)) from error
 
 
+class _Versioned(msgspec.Struct, frozen=True):
+    v: int
+
+
+def is_newer(raw: bytes) -> bool:
+    """Whether a document is of a version that this program does not know yet."""
+    try:
+        return msgspec.json.decode(raw, type=_Versioned).v > 1
+    except (ValueError, RecursionError):
+        return False
+
+
 # --- networks -----------------------------------------------------------------------------------
 
 

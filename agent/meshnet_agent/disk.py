@@ -1,8 +1,9 @@
 """What the agent keeps on disk: its instance name and its endpoints.
 
-Files are replaced whole: written beside, synced, renamed, the directory synced.  A file that cannot
-be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never
-deleted.
+Files are replaced whole: written beside, synced, renamed, the directory synced.  An endpoint's
+record ends with a checksum, so that no damage is believed.  A file that cannot be used is set aside
+as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never deleted.  A record that a
+newer version wrote is no damage: while there is one the agent does not start, and touches nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 import fcntl
 import itertools
 import os
+import re
 import socket
+import zlib
 from typing import TYPE_CHECKING
 
 import structlog
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _UNFINISHED = ".new"
 """Suffix of a file that is being written."""
+_CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"}\Z')
+"""The last field of a record, over all before it.  A version without it passes over it; a record
+without it, of such a version, is taken as it is."""
 
 
 class StateDir:
@@ -38,7 +44,7 @@ class StateDir:
         random_name: makes the instance name of a new directory.
 
     Raises:
-        ConflictError: another agent holds the directory.
+        ConflictError: another agent holds the directory, or a newer version wrote it.
         KernelRefusedError: it cannot be made or written.
     """
 
@@ -48,6 +54,7 @@ class StateDir:
         try:
             self._endpoints.mkdir(parents=True, exist_ok=True)
             self._lock = _hold(path / "lock", f"state directory {path}")
+            self._refuse_newer()
             for file in self._endpoints.glob(f"*{_UNFINISHED}"):
                 file.unlink()  # a write that was cut short
             self.instance = self._load_instance(random_name)
@@ -90,12 +97,22 @@ class StateDir:
         drafts = self._load("*.draft")
         return [endpoint for file, endpoint in drafts if not file.with_suffix(".json").exists()]
 
+    def _refuse_newer(self) -> None:
+        files = [*self._endpoints.glob("*.json"), *self._endpoints.glob("*.draft")]
+        newer = [file for file in sorted(files) if _is_newer(file)]
+        if newer:
+            self.close()
+            raise ConflictError(
+                f"{newer[0]}{f' and {len(newer) - 1} more' if newer[1:] else ''}: written by a "
+                "newer version of meshnet: install that one again; nothing was changed"
+            )
+
     def _load(self, pattern: str) -> list[tuple[Path, Endpoint]]:
         found = []
         try:
             for file in sorted(self._endpoints.glob(pattern)):
                 try:
-                    endpoint = codec.decode_endpoint(file.read_bytes())
+                    endpoint = codec.decode_endpoint(_checked(file.read_bytes()))
                     if endpoint.id != file.stem:
                         raise BadValueError(f"it is of endpoint {endpoint.id}")
                     found.append((file, endpoint))
@@ -138,7 +155,7 @@ class StateDir:
 
     def _write(self, file: Path, endpoint: Endpoint) -> None:
         try:
-            write_whole(file, codec.encode_endpoint(endpoint))
+            write_whole(file, _with_checksum(codec.encode_endpoint(endpoint)))
         except OSError as error:
             raise KernelRefusedError(
                 f"endpoint {endpoint.name} cannot be recorded in {self._endpoints}: "
@@ -153,7 +170,10 @@ class StateDir:
         """
         try:
             for suffix in (".draft", ".json"):
-                self._file(endpoint_id).with_suffix(suffix).unlink(missing_ok=True)
+                file = self._file(endpoint_id).with_suffix(suffix)
+                # Looked for first: a read-only file system refuses to remove what is not there.
+                if file.exists():
+                    file.unlink(missing_ok=True)
         except OSError as error:
             raise KernelRefusedError(
                 f"{self._file(endpoint_id)} stays: {error.strerror}"
@@ -211,6 +231,30 @@ def _hold(file: Path, what: str) -> int:
     return fd
 
 
+def _with_checksum(record: bytes) -> bytes:
+    body = record.removesuffix(b"}")
+    return body + b',"crc32":"%08x"}' % zlib.crc32(body)
+
+
+def _is_newer(file: Path) -> bool:
+    try:
+        return codec.is_newer(_checked(file.read_bytes()))
+    except (BadValueError, IsADirectoryError):
+        return False
+
+
+def _checked(record: bytes) -> bytes:
+    """A record, if it is as it was written.
+
+    Raises:
+        BadValueError: it is not.
+    """
+    found = _CHECKSUM.search(record)
+    if found is not None and int(found[1], 16) != zlib.crc32(record[: found.start()]):
+        raise BadValueError("its checksum is of another content")
+    return record
+
+
 def set_aside(file: Path, reason: str) -> None:
     """Rename a file that cannot be used, over none that was set aside before."""
     bad = file.with_suffix(".bad")
@@ -223,14 +267,19 @@ def set_aside(file: Path, reason: str) -> None:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Replace a file atomically and durably."""
+    """Replace a file atomically and durably; if the disk refuses, all is as before."""
     draft = file.with_name(file.name + _UNFINISHED)
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(fd)
-    os.replace(draft, file)
+    try:
+        with open(fd, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(fd)
+        os.replace(draft, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
     directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)

@@ -9,9 +9,10 @@ import pytest
 import structlog
 
 from meshnet import codec
+from meshnet.errors import ConflictError
 from meshnet.model import EndpointId
 from meshnet.store.memory import MemoryStore
-from meshnet_agent.disk import StateDir
+from meshnet_agent.disk import StateDir, write_whole
 from meshnet_agent.identity import MeshIdentity
 from tests.values import make_endpoint
 
@@ -41,6 +42,57 @@ def test_an_endpoint_cut_at_any_byte_is_set_aside(state: StateDir) -> None:
         (bad,) = file.parent.glob("*.bad")
         assert bad.read_bytes() == whole[:size]
         bad.unlink()
+
+
+def test_an_endpoint_with_any_bit_changed_is_not_believed(state: StateDir) -> None:
+    """The agent would program the kernel with another's address."""
+    state.save_endpoint(GOOD)
+    (file,) = (state.path / "endpoints").iterdir()
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        endpoints, _ = state.load_endpoints()
+        assert endpoints in ([], [GOOD])
+        for bad in file.parent.glob("*.bad"):
+            bad.unlink()
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """/dev/full is a disk that takes no byte."""
+    (tmp_path / "file.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "file", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_of_a_version_without_checksums_is_taken(state: StateDir) -> None:
+    file = state.path / "endpoints" / f"{GOOD.id}.json"
+    file.write_bytes(codec.encode_endpoint(GOOD))
+    assert state.load_endpoints() == ([GOOD], set())
+
+
+def test_a_record_of_this_version_can_be_read_by_one_without_checksums(state: StateDir) -> None:
+    state.save_endpoint(GOOD)
+    (file,) = (state.path / "endpoints").iterdir()
+    assert codec.decode_endpoint(file.read_bytes()) == GOOD
+
+
+@pytest.mark.parametrize("suffix", ["json", "draft"])
+def test_the_state_of_a_newer_version_is_refused_and_kept(tmp_path: Path, suffix: str) -> None:
+    first = StateDir(tmp_path, lambda: "i1")
+    first.save_endpoint(GOOD)
+    first.close()
+    newer = tmp_path / "endpoints" / f"aaaaaaaaaaaa.{suffix}"
+    newer.write_bytes(b'{"v":2,"news":[1]}')
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for _ in range(2):  # it does not hold the directory, either
+        with pytest.raises(ConflictError, match=rf"aaaaaaaaaaaa\.{suffix}: written by a newer"):
+            StateDir(tmp_path, lambda: "i2")
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    newer.unlink()
+    again = StateDir(tmp_path, lambda: "i2")
+    assert again.load_endpoints() == ([GOOD], set())
+    again.close()
 
 
 def test_a_record_under_another_endpoints_name_is_not_taken(state: StateDir) -> None:

@@ -172,6 +172,7 @@ class NewerState:
         before = {file: file.read_bytes() for file in records}
         for file, content in before.items():
             document = json.loads(content)
+            del document["crc32"]
             document |= {"v": document["v"] + 1, "new": {"key": [1, 2, 3]}}
             file.write_text(json.dumps(document))
         newer = {file: file.read_bytes() for file in records}
