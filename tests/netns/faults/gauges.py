@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from meshnet.lab.host import LabHost
     from meshnet.lab.topology import Lab
 
-Series = dict[str, list[tuple[float, float]]]
+Points = list[tuple[float, float]]
+Series = dict[str, Points]
 """By name ("h1: agent, RSS KiB"), seconds since the start and values."""
 
 _PERIOD_S = 1.0
@@ -76,23 +77,33 @@ def count_objects(sock: socket.socket, request: int, family: int) -> int:
             at += (length + 3) & ~3
 
 
-def drifts(series: Series) -> list[str]:
+def drifts(series: Series, seconds: float) -> list[str]:
     """Every series that is not flat, as a sentence.
 
     Flat: the median of the last quarter is no more above that of the second quarter than its kind
-    may be.  The first quarter is for what an agent learns and keeps.
+    may be.  The first quarter is for what an agent learns and keeps.  What was not there for most of
+    a quarter (a host that came for a visit) is passed over.
+
+    Args:
+        seconds: how long it all took.
     """
     sentences = []
     for name, points in sorted(series.items()):
-        values = [value for _, value in points]
-        quarter = len(values) // 4
-        if not quarter:
+        early = _values(points, 0.25 * seconds, 0.5 * seconds)
+        late = _values(points, 0.75 * seconds, seconds)
+        kind = name.partition(": ")[2]
+        most = max(len(other) for key, other in series.items() if key.partition(": ")[2] == kind)
+        if min(len(early), len(late)) < most / 8:
             continue
-        before, after = median(values[quarter : 2 * quarter]), median(values[-quarter:])
         part, more = TOLERANCES.get(name.rpartition(", ")[2], _TOLERANCE_OF_OBJECTS)
+        before, after = median(early), median(late)
         if after > before * (1 + part) + more:
             sentences.append(f"{name} grew from {before:g} to {after:g}")
     return sentences
+
+
+def _values(points: Points, from_s: float, to_s: float) -> list[float]:
+    return [value for at, value in points if from_s <= at < to_s]
 
 
 class Gauges:
@@ -100,6 +111,7 @@ class Gauges:
 
     Attributes:
         series: what was read.
+        seconds: how long it took.
     """
 
     def __init__(self, lab: Lab) -> None:
@@ -109,6 +121,7 @@ class Gauges:
         self._sockets: dict[str, tuple[tuple[int, int] | None, socket.socket]] = {}
         self._began = time.monotonic()
         self.series: Series = {}
+        self.seconds = 0.0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -122,6 +135,7 @@ class Gauges:
     ) -> None:
         self._over.set()
         self._thread.join()
+        self.seconds = time.monotonic() - self._began
         for _, sock in self._sockets.values():
             sock.close()
 

@@ -50,7 +50,7 @@ def main() -> int:
         if any(step.broken for step in steps):
             stage.keep(BUILD_DIR / f"soak-{options.seed}", steps)
         sent = stage.traffic.sent
-    grown = drifts(gauges.series)
+    grown = drifts(gauges.series, gauges.seconds)
     document = {
         "seed": options.seed,
         "minutes": options.minutes,
