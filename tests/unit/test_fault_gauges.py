@@ -26,9 +26,9 @@ def test_what_grows_is_told_and_what_does_not_is_not() -> None:
 
 
 def test_growth_in_the_first_quarter_is_no_growth() -> None:
-    points = [(at, 20.0 if at < 100 else 200.0) for at in range(400)]
+    points = [(float(at), 20.0 if at < 100 else 200.0) for at in range(400)]
     assert drifts({"h1: agent, descriptors": points}, 400) == []
-    points = [(at, 20.0 if at < 300 else 200.0) for at in range(400)]
+    points = [(float(at), 20.0 if at < 300 else 200.0) for at in range(400)]
     assert drifts({"h1: agent, descriptors": points}, 400) != []
 
 

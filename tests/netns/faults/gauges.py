@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import socket
 import struct
 import subprocess
@@ -81,8 +80,8 @@ def drifts(series: Series, seconds: float) -> list[str]:
     """Every series that is not flat, as a sentence.
 
     Flat: the median of the last quarter is no more above that of the second quarter than its kind
-    may be.  The first quarter is for what an agent learns and keeps.  What was not there for most of
-    a quarter (a host that came for a visit) is passed over.
+    may be.  The first quarter is for what an agent learns and keeps.  What was hardly there (a
+    host that came for a visit) is passed over.
 
     Args:
         seconds: how long it all took.
@@ -154,10 +153,8 @@ class Gauges:
                 if commands:
                     self._enter(host.name, {"nftables, elements and rules": _nft(host)})
         if commands:
-            printed = self._lab.etcd.ctl("get", "", "--prefix", "--count-only", "-w", "fields")
-            found = re.search(r'"Count" : (\d+)', printed)
-            if found:
-                self._enter("etcd", {"etcd, keys": int(found[1])})
+            keys = self._lab.etcd.ctl("get", "", "--prefix", "--keys-only").split()
+            self._enter("etcd", {"etcd, keys": len(keys)})
 
     def _enter(self, place: str, values: Mapping[str, float]) -> None:
         at = round(time.monotonic() - self._began, 1)
