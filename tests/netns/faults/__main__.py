@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tests.netns.faults.catalogue import FAULTS
 from tests.netns.faults.programs import BUILD_DIR
 from tests.netns.faults.sequence import SequenceReport, run_sequence
-from tests.netns.faults.stage import Stage, new_lab
+from tests.netns.faults.stage import Stage, end_in_order, new_lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,6 +31,7 @@ _SEQUENCES_A_STAGE = 10
 def main() -> int:
     """Run; the exit status is 1 if anything was broken."""
     options = _parse()
+    end_in_order()
     seed = secrets.randbits(31) if options.seed is None else options.seed
     if options.jobs > 1:
         return _run_jobs(options, seed)
@@ -85,6 +86,12 @@ def _run_jobs(options: argparse.Namespace, seed: int) -> int:
     except KeyboardInterrupt:
         # They got it, too, and take their labs down.
         statuses = [child.wait() for child in children]
+    except SystemExit:
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+        raise
     print(to_markdown(results))
     return 1 if any(statuses) else 0
 

@@ -24,7 +24,7 @@ from tests.netns.faults.catalogue import FAULTS, faults_for
 from tests.netns.faults.gauges import Gauges, drifts
 from tests.netns.faults.programs import BUILD_DIR
 from tests.netns.faults.sequence import choose, describe
-from tests.netns.faults.stage import WHATEVER, Stage, Step, announce, new_lab
+from tests.netns.faults.stage import WHATEVER, Stage, Step, announce, end_in_order, new_lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=BUILD_DIR.parent / "soak.json")
     options = parser.parse_args()
     chosen = [name for name in options.faults.split(",") if name] or [*FAULTS]
+    end_in_order()
     print(f"seed {options.seed}, {options.minutes:g} minutes", flush=True)
     with Stage(new_lab(options.hosts)) as stage, Gauges(stage.lab) as gauges:
         steps = soak(stage, options.seed, options.minutes * 60, chosen)

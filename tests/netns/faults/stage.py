@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
@@ -72,6 +74,11 @@ class Step:
 def announce(line: str) -> None:
     """Print a line, at once."""
     print(line, flush=True)
+
+
+def end_in_order() -> None:
+    """Have SIGTERM end this program as an exception, so that its lab is taken down."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def new_lab(hosts: int = 3, etcd_members: int = 1) -> Lab:
