@@ -78,7 +78,13 @@ def announce(line: str) -> None:
 
 def end_in_order() -> None:
     """Have SIGTERM end this program as an exception, so that its lab is taken down."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+    def end(number: int, _frame: object) -> None:
+        # A second one, as a whole process group gets, must not end the taking down.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def new_lab(hosts: int = 3, etcd_members: int = 1) -> Lab:
