@@ -17,9 +17,10 @@ SCALE := build/scale.json
 DATAPATH := build/datapath.json
 PUBLISHED := build/published.json
 RUN := build/run.json
+SOAK := build/soak.json
 
-.PHONY: demo test test-many native fuzz hardening lint type bench bench-scale bench-datapath \
-	bench-published bench-run setup constraints clean
+.PHONY: demo test test-many native fuzz faults soak hardening lint type bench bench-scale \
+	bench-datapath bench-published bench-run setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
@@ -43,6 +44,17 @@ fuzz: $(VENV)/.fuzz  ## campaigns of hostile input, MINUTES for most of them and
 
 hardening: $(SETUP)  ## the agent confined as by its unit, and with each capability taken away
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.unit.exercise
+
+SEQUENCES := 200
+faults: $(SETUP)  ## random sequences of ten faults, SEQUENCES of them; a table
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.faults \
+	  --count $(SEQUENCES) --jobs 2 --etcd-members 0
+
+SOAK_MINUTES := 20
+soak: $(VENV)/.bench  ## faults and churn for SOAK_MINUTES, and whether anything grows; a picture
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.faults.soak \
+	  --minutes $(SOAK_MINUTES) --json $(SOAK); status=$$?; \
+	  $(BIN)/python -m tests.netns.faults.plot $(SOAK) docs/images/soak.png && exit $$status
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

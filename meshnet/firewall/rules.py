@@ -340,8 +340,11 @@ def _bridge() -> str:
             "prerouting",
             [
                 f"ether type ip {ipv4} @sources4 accept",
-                'iifname "mne*" ether type vmap '
-                "{ ip : goto from_ipv4, ip6 : goto from_ipv6, arp : goto from_arp }",
+                # No verdict map: a packet that is on its way through the old table when the new
+                # one takes its place finds an old map empty, and would be dropped.
+                'iifname "mne*" ether type ip goto from_ipv4',
+                'iifname "mne*" ether type ip6 goto from_ipv6',
+                'iifname "mne*" ether type arp goto from_arp',
                 f'iifname "mne*" {_drop("ethertype")}',
             ],
             "filter hook prerouting priority dstnat",

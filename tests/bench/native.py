@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,22 +28,30 @@ def find(*names: str) -> str:
     raise NotAvailableError(f"{' or '.join(names)} is not installed")
 
 
-def compile_program(name: str, directory: Path, *, static: bool = False) -> Path:
-    """Compile a C source of this package into a directory, once; returns the program.
+def compile_program(
+    name: str, directory: Path, *, static: bool = False, sources: Path = _SOURCES
+) -> Path:
+    """Compile a C source into a directory, unless that is done; returns the program.
 
     Args:
         static: make one that needs no files of this machine.
+        sources: the directory of the source.
 
     Raises:
         NotAvailableError: there is no C compiler, or it refuses; the text has its last line.
     """
     program = directory / name
-    if program.exists():
+    source = sources / f"{name}.c"
+    if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
         return program
-    argv = [find("cc", "gcc"), "-O2", "-o", str(program), str(_SOURCES / f"{name}.c")]
+    directory.mkdir(parents=True, exist_ok=True)
+    # Renamed when whole: others may be about to run it, or compile it, too.
+    draft = program.with_suffix(f".{os.getpid()}")
+    argv = [find("cc", "gcc"), "-O2", "-o", str(draft), str(source)]
     if static:
         argv.append("-static")
     done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode != 0:
         raise NotAvailableError(f"{name}.c does not compile: {done.stderr.strip()[-200:]}")
+    draft.rename(program)
     return program

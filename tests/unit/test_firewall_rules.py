@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address, ip_network
 
 from meshnet.firewall import FirewallNetwork, render_rules
@@ -48,6 +49,13 @@ def test_both_tables_are_replaced_in_one_transaction() -> None:
     for family in ("inet", "bridge"):
         assert f"table {family} meshnet\ndelete table {family} meshnet\n" in text
     assert text.count("{") == text.count("}")
+
+
+def test_no_verdict_depends_on_a_map() -> None:
+    """The kernel empties a map when its table is replaced, under packets that are on their way."""
+    text = render_rules((PROD, DUAL), UNDERLAY)
+    assert "vmap" not in text
+    assert not re.search(r"type .* : verdict", text)
 
 
 def test_counters_go_on_from_what_they_counted() -> None:

@@ -27,6 +27,7 @@ class Injected:
         lasts_s: how long it is left as it is before `heal`, in seconds.
         cuts: whether packets from one endpoint to another may be lost, from its start until the
             mesh is whole again after `heal`.
+        opens: whether packets may get from an endpoint to one of another network meanwhile.
         whole_within_s: seconds after `heal` in which every invariant holds again.
         says: what the operator is told: a regular expression that is found in an agent's log of the
             time from the injection until the mesh is whole.
@@ -38,6 +39,7 @@ class Injected:
     cuts: Callable[[Member, Member], bool] = cuts_nothing
     whole_within_s: float = 15.0
     says: str = ""
+    opens: Callable[[Member, Member], bool] = cuts_nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ipaddress import ip_interface
 from typing import TYPE_CHECKING
 
-from tests.netns.faults.fault import Injected
+from tests.netns.faults.fault import Injected, cuts_nothing
 from tests.netns.mesh import meshnet
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ _SECONDS = 5.0
 class _Damage:
     """One command, and what it cuts: ``peer`` (one peer's subnet of one network), ``overlay`` (the
     network between this host and all others), ``network`` (all of it on this host), ``member`` (one
-    endpoint) or ``nothing``."""
+    endpoint) or ``nothing``.  `opens`: it takes away what keeps networks apart."""
 
     command: str
     cuts: str
+    opens: bool = False
 
 
 _REMOVED = (
@@ -45,9 +46,9 @@ _REMOVED = (
     _Damage("ip addr del {gateway} dev {bridge}", "network"),
     _Damage("ip link del {link}", "member"),
     _Damage("ip link set {link} nomaster", "member"),
-    _Damage("nft delete table inet meshnet", "nothing"),
+    _Damage("nft delete table inet meshnet", "nothing", opens=True),
     _Damage("nft delete table bridge meshnet", "nothing"),
-    _Damage("nft flush ruleset", "nothing"),
+    _Damage("nft flush ruleset", "nothing", opens=True),
 )
 _CHANGED = (
     _Damage("ip route replace blackhole {subnet} proto 109", "peer"),
@@ -59,7 +60,7 @@ _CHANGED = (
     _Damage("ip link set {bridge} down", "network"),
     _Damage("sysctl -qw net.ipv4.conf.{bridge}.forwarding=0", "network"),
     _Damage("nft insert rule inet meshnet forward counter drop", "host"),
-    _Damage("nft flush chain inet meshnet forward", "nothing"),
+    _Damage("nft flush chain inet meshnet forward", "nothing", opens=True),
 )
 _DUPLICATED = (
     _Damage("ip route add {subnet} via {away} onlink dev eth0 proto 109 metric 50", "nothing"),
@@ -101,6 +102,16 @@ class _Cuts:
 
 
 @dataclass(frozen=True, slots=True)
+class _Opens:
+    """The way through a host from one network to another."""
+
+    host: str
+
+    def __call__(self, source: Member, target: Member) -> bool:
+        return self.host in (source.host, target.host)
+
+
+@dataclass(frozen=True, slots=True)
 class KernelDamage:
     """One of some commands on one host."""
 
@@ -121,7 +132,11 @@ class KernelDamage:
         host.run(command.split())
         cuts = _Cuts(damage.cuts, host.name, member.network, peer, member.container.pid)
         return Injected(
-            f"on {host.name}: {command}", lambda: None, cuts=cuts, whole_within_s=_SECONDS
+            f"on {host.name}: {command}",
+            lambda: None,
+            cuts=cuts,
+            whole_within_s=_SECONDS,
+            opens=_Opens(host.name) if damage.opens else cuts_nothing,
         )
 
 
