@@ -5,7 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc iperf3 iproute2 \
-	iputils-ping libc6-dev libfaketime nftables openssl procps python3-venv runc tcpdump util-linux zstd
+	iputils-ping libc6-dev nftables openssl procps python3-venv runc tcpdump util-linux zstd
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io
 SETUP := $(VENV)/.ready
