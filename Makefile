@@ -5,7 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc iperf3 iproute2 \
-	iputils-ping libc6-dev libfaketime libseccomp2 nftables openssl procps python3-venv runc tcpdump \
+	iputils-ping libc6-dev libseccomp2 nftables openssl procps python3-venv runc tcpdump \
 	util-linux zstd
 # Makers of images and a registry: about 80 MB to fetch. Their services are not needed.
 TEST_PACKAGES := buildah docker-registry docker.io skopeo umoci

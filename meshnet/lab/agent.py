@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from meshnet.unix_http import Connection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 _HTTP_TIMEOUT_S = 2.0
@@ -22,10 +22,7 @@ _TAIL_BYTES = 16_384
 
 
 def spawn_agent(
-    enter: Sequence[str],
-    options: Sequence[str],
-    log_path: Path,
-    env: Mapping[str, str] | None = None,
+    enter: Sequence[str], options: Sequence[str], log_path: Path
 ) -> subprocess.Popen[bytes]:
     """Start an agent, detached: it outlives us, our terminal and our Ctrl-C.
 
@@ -33,7 +30,6 @@ def spawn_agent(
         enter: argv to put before it, which enters the host's namespace.
         options: the agent's own.
         log_path: where its stdout and stderr are appended.
-        env: further variables, on top of those inherited.
     """
     # None of our own settings, which are for the client, or for an agent on this machine itself.
     environment = {
@@ -46,7 +42,7 @@ def spawn_agent(
             stdout=log,
             stderr=log,
             cwd="/",
-            env={**environment, **(env or {})},
+            env=environment,
             start_new_session=True,
         )
 

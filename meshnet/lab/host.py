@@ -205,7 +205,6 @@ class LabHost(Namespace):
         *,
         wait: bool = True,
         by_link: bool = False,
-        env: Mapping[str, str] | None = None,
         deadline_s: float = AGENT_READY_DEADLINE_S,
     ) -> None:
         """Start the host's agent, with the lab's and these options.
@@ -213,7 +212,6 @@ class LabHost(Namespace):
         Args:
             extra_args: further options, after the lab's `agent_args`.
             by_link: tell it the underlay's link instead of the address on it.
-            env: further variables of its environment.
             wait: return only when it is ready; else call `wait_agent_ready`.
             deadline_s: see `wait_agent_ready`.
 
@@ -236,7 +234,7 @@ class LabHost(Namespace):
             *self._context.agent_args,
             *extra_args,
         ]
-        child = spawn_agent(enter_argv(self.netns_path), options, self.log_path, env)
+        child = spawn_agent(enter_argv(self.netns_path), options, self.log_path)
         self._context.children.add(child)
         ref = identify(child.pid)
         with self._context.file.edit() as document:

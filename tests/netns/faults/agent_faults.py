@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from tests.netns.faults.mesh import FaultMesh
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_FAKETIME = "/usr/$LIB/faketime/libfaketimeMT.so.1"
-"""Of package libfaketime; the dynamic linker puts the machine's directory for $LIB."""
 
 
 def revive(host: LabHost) -> None:
@@ -189,44 +187,6 @@ def _removed(cgroup: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class ClockJumped:
-    """The wall clock of a running agent jumps by hours or years; the monotonic clock goes on.
-
-    A time namespace does not have that clock, and the machine's own is everybody's: the agent is
-    started with libfaketime, which reads from a file by how much its clock is wrong.
-    """
-
-    name: str = "clock jumped"
-
-    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
-        """Set it."""
-        host = rng.choice(mesh.lab.hosts)
-        jump = rng.choice(("-3650d", "-2h", "+2h", "+3650d"))
-        file = host.run_dir / "clock"
-        file.write_text("+0\n")
-        host.stop_agent()
-        host.start_agent(
-            env={
-                "LD_PRELOAD": _FAKETIME,
-                "FAKETIME_TIMESTAMP_FILE": str(file),
-                "FAKETIME_CACHE_DURATION": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }
-        )
-        file.write_text(f"{jump}\n")
-
-        def heal() -> None:
-            file.write_text("+0\n")
-            host.stop_agent()
-            file.unlink()
-            host.start_agent()
-
-        return Injected(
-            f"clock of the agent of {host.name} jumped by {jump}", heal, rng.uniform(1, 3) * TTL_S
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ _ALL: tuple[Fault, ...] = (
     agent_faults.SecondAgent(),
     agent_faults.OutOfDescriptors(),
     agent_faults.OutOfMemory(),
-    agent_faults.ClockJumped(),
     agent_faults.Reboot(),
     etcd_faults.EtcdKilled(),
     etcd_faults.EtcdStopped(),
