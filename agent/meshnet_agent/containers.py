@@ -17,7 +17,7 @@ import os
 import secrets
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,13 @@ from meshnet.kernel.netns import start_ticks
 from meshnet.ports import parse_all_published
 from meshnet.runtime.cgroups import read_usage
 from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, read_exit
+from meshnet.runtime.id_ranges import IdRange, allocate, check_free
+from meshnet.runtime.mount_points import mount_points
 from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart, shared_with
+from meshnet.runtime.userns import parse_userns
+from meshnet.runtime.volumes import VolumeStore
 from meshnet_agent.bundle import (
     Bundle,
     Sources,
@@ -42,6 +46,7 @@ from meshnet_agent.bundle import (
 )
 from meshnet_agent.container_record import ProcessId, Record, State, load_all, save
 from meshnet_agent.endpoints import AttachRequest
+from meshnet_agent.volumes import Volumes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -86,6 +91,10 @@ class Containers:
         state_dir, run_dir: the agent's.
         attach, detach: puts a process on a network, and takes it off.
         passed_over: filled with the OCI runtimes that cannot run here, and why.
+        id_pool: ids of the host that containers with ``--userns auto`` get theirs from.
+
+    Attributes:
+        volumes: this host's volumes.
     """
 
     def __init__(
@@ -95,6 +104,8 @@ class Containers:
         attach: Callable[[AttachRequest], Awaitable[Document]],
         detach: Callable[[int, str], Awaitable[Document]],
         passed_over: dict[str, str],
+        *,
+        id_pool: IdRange,
     ) -> None:
         self._state = state_dir.absolute() / "containers"
         self._run = run_dir.absolute() / "containers"
@@ -109,6 +120,11 @@ class Containers:
         self._nursery: trio.Nursery | None = None
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._passed_over = passed_over
+        self._id_pool = id_pool
+        self.volumes = Volumes(
+            VolumeStore(state_dir.absolute() / "volumes"),
+            lambda: {c.record.name: c.record.mount_points for c in self._containers.values()},
+        )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take over what is on disk, then watch for ever."""
@@ -124,6 +140,7 @@ class Containers:
                 else:
                     nursery.start_soon(self._found_ended, container)
             await trio.to_thread.run_sync(remove_ended_execs, self._run)
+            await trio.to_thread.run_sync(self.volumes.store.collect)
             task_status.started()
             await trio.sleep_forever()
 
@@ -159,6 +176,8 @@ class Containers:
         return record.document() | {
             "options": options,
             "image_id": record.image_id,
+            "ids": asdict(record.ids) if record.ids is not None else None,
+            "mount_points": [asdict(point) for point in record.mount_points],
             "log": str(container.bundle.log),
             "attach": str(container.bundle.run / ATTACH),
             "window": str(container.bundle.run / WINDOW_SIZE),
@@ -202,7 +221,7 @@ class Containers:
                 await self._make(container)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._purge(container)
+                await self._purge(container, volumes=True)
             raise
         return self.inspect(identity)
 
@@ -227,6 +246,9 @@ class Containers:
             user=options.user if options.user is not None else config.user or "",
             workdir=options.workdir or config.working_dir or "/",
             stop_signal=options.stop_signal or config.stop_signal or "SIGTERM",
+            # Nothing is awaited between the choice and the record: nobody else chooses the same.
+            ids=self._choose_ids(options),
+            mount_points=mount_points(options, config.volumes or (), _random_volume),
         )
         _signal_of(container.record.stop_signal)
         await self._launch(container)
@@ -237,7 +259,7 @@ class Containers:
         async with container.lock, self._slots:
             record, bundle = container.record, container.bundle
             await trio.to_thread.run_sync(bundle.make)
-            namespaces, etc = self._namespaces(record.options)
+            namespaces, etc = self._namespaces(record)
             await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc)
             pid = await self._shim(container, runtime).create()
             await container.change(
@@ -279,8 +301,9 @@ class Containers:
             endpoint = await self._attach(request)
             await container.change(endpoints=(*container.record.endpoints, endpoint))
 
-    def _namespaces(self, options: ContainerOptions) -> tuple[dict[str, str | None], Bundle | None]:
+    def _namespaces(self, record: Record) -> tuple[dict[str, str | None], Bundle | None]:
         """Namespaces to join (see `Surroundings`), and whose files of /etc are shared."""
+        options = record.options
         found: dict[str, str | None] = {}
         network = options.networks[0] if len(options.networks) == 1 else None
         for kind, file, word in (
@@ -295,8 +318,39 @@ class Containers:
                 process = self._running(other).record.process
                 assert process is not None
                 found[kind] = f"/proc/{process.pid}/ns/{file}"
+                if record.ids not in (None, self.find(other).record.ids):
+                    raise ConflictError(
+                        f"{kind} namespace of container {other} belongs to another user namespace: "
+                        f"add --userns container:{other}"
+                    )
+        if record.ids is not None:
+            found["user"] = self._user_namespace(record)
         other = shared_with(network)
         return found, self.find(other).bundle if other is not None else None
+
+    def _user_namespace(self, record: Record) -> str:
+        """That of another container, or empty: a new one."""
+        other = parse_userns(record.options.userns).container
+        if other is None:
+            return ""
+        joined = self._running(other).record
+        if joined.ids != record.ids:
+            raise ConflictError(
+                f"container {other} has other ids than before: remove {record.name}, whose files "
+                "have those"
+            )
+        assert joined.process is not None
+        return f"/proc/{joined.process.pid}/ns/user"
+
+    def _choose_ids(self, options: ContainerOptions) -> IdRange | None:
+        """Ids of the host for a new container (`Record.ids`)."""
+        wanted = parse_userns(options.userns)
+        taken = {c.record.name: c.record.ids for c in self._containers.values() if c.record.ids}
+        if wanted.container is not None:
+            return self.find(wanted.container).record.ids
+        if wanted.ids is not None:
+            return check_free(wanted.ids, taken)
+        return allocate(self._id_pool, taken) if wanted.auto else None
 
     async def _find_runtime(self) -> OciRuntime:
         async with self._probing:
@@ -357,8 +411,11 @@ class Containers:
             if waiting.cancelled_caught:
                 raise ConflictError(f"container {container.record.name} survived SIGKILL")
 
-    async def remove(self, name: str, *, force: bool) -> Document:
+    async def remove(self, name: str, *, force: bool, volumes: bool = False) -> Document:
         """Remove a container that has ended, or with `force` any.
+
+        Args:
+            volumes: its anonymous ones too.
 
         Raises:
             ConflictError: it runs.
@@ -373,7 +430,7 @@ class Containers:
             await container.change(stopped=True)
             await self._kill_and_wait(container, container.ended)
         if container.record.id in self._containers:
-            await self._purge(container)
+            await self._purge(container, volumes=volumes)
         return document
 
     async def wait(self, name: str) -> Document:
@@ -426,7 +483,7 @@ class Containers:
     async def _found_ended(self, container: Container) -> None:
         """At the agent's start: it ended while no agent was there."""
         if container.record.state is State.CREATING:
-            await self._purge(container)
+            await self._purge(container, volumes=True)
             return
         await self._ended(container, read_exit(container.bundle.exits, container.record.id))
 
@@ -463,7 +520,7 @@ class Containers:
             self.nursery.start_soon(self._restart, container, lasted_s)
             return
         if record.options.rm:
-            await self._purge(container)
+            await self._purge(container, volumes=True)
         container.ended.set()
 
     def _wants_restart(self, record: Record) -> bool:
@@ -523,8 +580,8 @@ class Containers:
         except MeshnetError as error:
             _log.error("root file system stays", container=record.name, reason=str(error))
 
-    async def _purge(self, container: Container) -> None:
-        """Remove a container and everything of it."""
+    async def _purge(self, container: Container, *, volumes: bool) -> None:
+        """Remove a container and everything of it, but volumes only if they are to go."""
         async with container.lock:
             record = container.record
             await self._put_away(container)
@@ -533,6 +590,8 @@ class Containers:
                 await trio.to_thread.run_sync(self._sources.release, image, record.id)
             await trio.to_thread.run_sync(container.bundle.remove)
             self._containers.pop(record.id, None)
+            if volumes:
+                await self.volumes.remove_anonymous(record.mount_points)
         container.ended.set()
 
     # --- small things ---------------------------------------------------------------------------
@@ -560,7 +619,7 @@ class Containers:
         return self._run / name
 
     def _bundle(self, identity: str) -> Bundle:
-        return Bundle(self._state / identity, self._run / identity)
+        return Bundle(self._state / identity, self._run / identity, self.volumes.store)
 
     def _identify(self, pid: int) -> ProcessId:
         return ProcessId(pid, start_ticks(pid), self._boot_id)
@@ -580,6 +639,10 @@ class Containers:
             )
         except NotFoundError:
             return False
+
+
+def _random_volume() -> str:
+    return secrets.token_hex(16)
 
 
 def _own_networks(options: ContainerOptions) -> tuple[str, ...]:

@@ -30,7 +30,8 @@ CLIENT = [sys.executable, "-m", "meshnet.cli.main"]
 NAMESPACES = ("pid", "mnt", "uts", "ipc", "net", "cgroup")
 APPLETS = (
     "sh", "true", "sleep", "cat", "echo", "id", "ip", "ping", "env", "hostname", "touch",
-    "readlink",    "kill", "head", "yes", "pwd", "stty", "tail", "grep", "httpd", "ls",
+    "readlink", "kill", "head", "yes", "pwd", "stty", "tail", "grep", "httpd", "ls",
+    "stat", "chown",
 )  # fmt: skip
 
 
@@ -74,8 +75,12 @@ def detached(host: LabHost, rootfs: Path, *words: str) -> dict[str, Any]:
     """Options and a command, in the background."""
     at = words.index("--") if "--" in words else 0
     options, command = words[:at], words[at + 1 if at else 0 :]
-    argv = ["run", "--json", "--detach", *options, "--rootfs", rootfs, *command]
-    done = host.run([*CLIENT, *map(str, argv)], check=False)
+    return started(host, *options, "--rootfs", rootfs, *command)
+
+
+def started(host: LabHost, *words: object) -> dict[str, Any]:
+    """``meshnet run --detach``; returns its document."""
+    done = host.run([*CLIENT, "run", "--json", "--detach", *map(str, words)], check=False)
     assert done.returncode == 0, done
     document: dict[str, Any] = json.loads(done.stdout)
     return document
@@ -84,7 +89,10 @@ def detached(host: LabHost, rootfs: Path, *words: str) -> dict[str, Any]:
 def leftovers(host: LabHost) -> dict[str, list[str]]:
     """All that containers can leave behind."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    groups = [p for p in Path("/sys/fs/cgroup").glob("**/meshnet/*") if p.is_dir()]
+    # Other labs' containers are there too.
+    log = host.log_path.read_text()
+    found = Path("/sys/fs/cgroup").glob("**/meshnet/*")
+    groups = [p for p in found if f"id={p.name}" in log]
     links = host.run(["ip", "-br", "link"]).stdout.split()
     conmons = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -101,6 +109,32 @@ def leftovers(host: LabHost) -> dict[str, list[str]]:
         "files": [p.name for p in (host.state_dir / "containers").glob("*")],
         "sockets": [p.name for p in (host.run_dir / "containers").glob("*")],
     }
+
+
+def load_image(
+    host: LabHost,
+    rootfs: Path,
+    directory_: Path,
+    name: str,
+    *more: Member,
+    **config: object,
+) -> list[Path]:
+    """Load an image of busybox and further files; returns where its layers are unpacked."""
+    busybox = Member("bin/busybox", data=(rootfs / "bin/busybox").read_bytes(), mode=0o755)
+    links = [symlink(f"bin/{applet}", "busybox") for applet in APPLETS]
+    files = [
+        Member(f"etc/{n}", data=(rootfs / "etc" / n).read_bytes()) for n in ("passwd", "group")
+    ]
+    layers = [tar(directory("bin"), directory("etc"), busybox, *links, *files)]
+    layers += [tar(*more)] if more else []
+    parts = [Member(f"{n}.tar", data=layer) for n, layer in enumerate(layers)]
+    document = Member("config.json", data=config_of(tuple(layers), **config))
+    saved = [{"Config": "config.json", "RepoTags": [name], "Layers": [p.name for p in parts]}]
+    members = [document, *parts]
+    archive = directory_ / "image.tar"
+    archive.write_bytes(tar(*members, Member("manifest.json", data=json.dumps(saved).encode())))
+    meshnet(host, "image", "load", archive)
+    return list((host.state_dir / "images" / "layers").glob("*/diff"))
 
 
 def is_clean(host: LabHost) -> bool:
@@ -174,11 +208,11 @@ def cgroup_file(pid: int, controller: str, name: str) -> str:
 def test_two_containers_of_one_image(make_lab: MakeLab, rootfs: Path, tmp_path: Path) -> None:
     lab = make_lab(1)
     h1 = lab.hosts[0]
-    busybox = Member("bin/busybox", data=(rootfs / "bin/busybox").read_bytes(), mode=0o755)
-    links = [symlink(f"bin/{name}", "busybox") for name in APPLETS]
-    layer = tar(directory("bin"), directory("etc"), busybox, *links)
-    config = config_of(
-        (layer,),
+    load_image(
+        h1,
+        rootfs,
+        tmp_path,
+        "bb:1",
         Entrypoint=["/bin/sh", "-c"],
         Cmd=["echo $WHO in $(pwd)"],
         Env=["WHO=image"],
@@ -186,11 +220,6 @@ def test_two_containers_of_one_image(make_lab: MakeLab, rootfs: Path, tmp_path: 
         User="70:71",
         StopSignal="SIGUSR1",
     )
-    saved = [{"Config": "config.json", "RepoTags": ["bb:1"], "Layers": ["layer.tar"]}]
-    members = [Member("config.json", data=config), Member("layer.tar", data=layer)]
-    archive = tmp_path / "image.tar"
-    archive.write_bytes(tar(*members, Member("manifest.json", data=json.dumps(saved).encode())))
-    meshnet(h1, "image", "load", archive)
 
     def out(*words: str) -> str:
         done = h1.run([*CLIENT, "run", "--rm", *words], check=False)
