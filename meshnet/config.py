@@ -74,6 +74,11 @@ SETTINGS = (
     ),
     Setting("image-max-bytes", "N", "most that an image may take once unpacked", str(32 << 30)),
     Setting("image-max-entries", "N", "most files that an image may have", "1000000"),
+    Setting(
+        "userns-range", "FIRST:SIZE",
+        "ids of the host that containers with --userns auto get theirs from",
+        "2147483648:1073741824",
+    ),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
     Setting("etcd-cert", "FILE", "client certificate for etcd (PEM)"),
     Setting("etcd-key", "FILE", "key of the client certificate (PEM)"),
@@ -112,6 +117,7 @@ class AgentConfig:
     image_max_bytes: int
     image_max_entries: int
     takeover_confirm_s: float
+    userns_range: str
     etcd_ca: str | None
     etcd_cert: str | None
     etcd_key: str | None

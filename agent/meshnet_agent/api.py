@@ -43,6 +43,7 @@ from meshnet_agent.containers_api import container_routes
 from meshnet_agent.endpoints import AttachRequest
 from meshnet_agent.exec_sessions import ExecSessions
 from meshnet_agent.openapi import describe, takes
+from meshnet_agent.volumes import volume_routes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -162,7 +163,10 @@ def make_app(
             route("/v1/hosts/{id}", "DELETE", handlers.remove_host),
             route("/v1/status", "GET", handlers.status),
             *(
-                container_routes(containers, ExecSessions(containers), route, _body)
+                [
+                    *container_routes(containers, ExecSessions(containers), route, _body),
+                    *volume_routes(containers.volumes, route),
+                ]
                 if containers is not None
                 else []
             ),

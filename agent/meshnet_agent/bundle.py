@@ -7,6 +7,8 @@ Everything here blocks: it is called in threads.
     STATE/containers/ID/  container.json  log  exits/ID  hosts hostname resolv.conf
                           upper/ work/    the writable layer
                           rootfs/         where it is mounted while the container runs
+    RUN/userns/ID/        where a container with ids of its own has its root file system
+                          (`meshnet_agent.mounts`)
     RUN/containers/ID/    config.json  attach winsz  pid conmon.pid   (gone after a reboot)
 """
 
@@ -30,15 +32,16 @@ from meshnet.runtime.conmon import CONMON_PID
 from meshnet.runtime.images import ImageStore
 from meshnet.runtime.oci import ImageConfig
 from meshnet.runtime.options import parse_volume
-from meshnet.runtime.overlay import mount_overlay, unmount
 from meshnet.runtime.spec import CAPABILITIES, Surroundings, capabilities, make_process, make_spec
 from meshnet.runtime.users import resolve_user
+from meshnet_agent.mounts import Mounts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from meshnet.runtime.oci import Digest
-    from meshnet.runtime.options import ContainerOptions
+    from meshnet.runtime.options import ContainerOptions, Volume
+    from meshnet.runtime.volumes import VolumeStore
     from meshnet_agent.container_record import Record
 
 _GROUP = "meshnet"
@@ -99,10 +102,20 @@ def _profile() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A container's two directories."""
+    """A container's two directories.
+
+    Attributes:
+        volumes: the store of this host's volumes.
+    """
 
     state: Path
     run: Path
+    volumes: VolumeStore
+
+    @property
+    def mounts(self) -> Mounts:
+        """What of it is mounted while it runs."""
+        return Mounts(self.state, self.run.parents[1] / "userns" / self.run.name)
 
     @property
     def log(self) -> Path:
@@ -134,28 +147,31 @@ class Bundle:
             MeshnetError: a directory, a user or an option is not usable.
         """
         for volume in map(parse_volume, record.options.volumes):
-            if not os.path.exists(volume.source):
+            if volume.is_bind and not os.path.exists(volume.source):
                 raise UsageError(f"volume {volume.source} does not exist on this host: make it")
-        rootfs = self.state / "rootfs"
         for path in self.exits.iterdir():
             path.unlink()
-        upper, work = self.state / "upper", self.state / "work"
-        for directory in (rootfs, upper, work):
-            directory.mkdir(exist_ok=True)
-        mount_overlay([Path(p) for p in record.lowerdirs], upper, work, rootfs)
+        volumes = self.mounts.mount(record, self.volumes)
         own = self if etc is None else etc
         if etc is None:
             self.write_etc(record)
         around = self._surroundings(
-            record, namespaces, {place: str(own.state / name) for place, name in _ETC.items()}
+            record,
+            namespaces,
+            {place: str(own.state / name) for place, name in _ETC.items()},
+            volumes,
         )
         (self.run / "config.json").write_text(json.dumps(make_spec(record.options, around)))
 
     def _surroundings(
-        self, record: Record, namespaces: Mapping[str, str | None], etc: Mapping[str, str]
+        self,
+        record: Record,
+        namespaces: Mapping[str, str | None],
+        etc: Mapping[str, str],
+        volumes: tuple[Volume, ...],
     ) -> Surroundings:
         options = record.options
-        rootfs = self.state / "rootfs"
+        rootfs = self.mounts.root_of(record)
         effective = _own_capabilities()
         machine, release = os.uname().machine, os.uname().release.split(".")
         held = capabilities(options, effective)
@@ -173,6 +189,8 @@ class Bundle:
             seccomp=seccomp.resolve(_profile(), held, machine, kernel),
             effective=effective,
             init=_find_init() if options.init else None,
+            volumes=volumes,
+            ids=record.ids,
         )
 
     def write_exec(
@@ -184,7 +202,8 @@ class Bundle:
             options: the container's, with the exec's command, user, workdir and terminal.
             env: the container's own variables.
         """
-        around = self._surroundings(record, {}, {})
+        around = self._surroundings(record, {}, {}, ())
+        rootfs = self.mounts.root_of(record)
         process = make_process(
             options,
             Surroundings(
@@ -193,8 +212,8 @@ class Bundle:
                 workdir=options.workdir or record.workdir,
                 user=resolve_user(
                     options.user if options.user is not None else record.user,
-                    _read(self.state / "rootfs", "passwd"),
-                    _read(self.state / "rootfs", "group"),
+                    _read(rootfs, "passwd"),
+                    _read(rootfs, "group"),
                 ),
                 hostname=around.hostname,
                 rootfs=around.rootfs,
@@ -228,12 +247,12 @@ class Bundle:
         (self.state / "resolv.conf").write_text(_resolv_conf(record.options.networks == ("host",)))
         for name in _ETC.values():
             (self.state / name).chmod(0o644)
+            if record.ids is not None:
+                os.chown(self.state / name, record.ids.first, record.ids.first)
 
     def unmount(self) -> None:
         """Undo `mount`.  Idempotent."""
-        rootfs = self.state / "rootfs"
-        if rootfs.is_mount():
-            unmount(rootfs)
+        self.mounts.unmount()
         shutil.rmtree(self.run, ignore_errors=True)
 
     def remove(self) -> None:

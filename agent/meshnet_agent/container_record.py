@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import structlog
 
+from meshnet.runtime.id_ranges import IdRange  # noqa: TC001  (msgspec reads it)
+from meshnet.runtime.mount_points import MountPoint  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.options import ContainerOptions  # noqa: TC001  (msgspec reads it)
 from meshnet_agent.disk import write_whole
 
@@ -46,6 +48,8 @@ class Record:
         image_id: digest of the image that it holds.
         args, env, user, workdir, stop_signal: of the options, or else of the image.
         lowerdirs: what its root file system is stacked on, the uppermost first.
+        ids: those of the host that its own ones are; None: the same.
+        mount_points: volumes of the store that it has.
         process: its first process, while there is one.
         shim: the conmon that keeps it.
         created_s, started_s, finished_s: Unix time.
@@ -65,6 +69,8 @@ class Record:
     user: str = ""
     workdir: str = "/"
     stop_signal: str = "SIGTERM"
+    ids: IdRange | None = None
+    mount_points: tuple[MountPoint, ...] = ()
     state: State = State.CREATING
     process: ProcessId | None = None
     shim: ProcessId | None = None

@@ -71,10 +71,13 @@ class Registry:
     def __contains__(self, container: Container) -> bool:
         return container.record.id in self._containers
 
+    def records(self) -> list[Record]:
+        """Of all containers."""
+        return [c.record for c in self._containers.values()]
+
     def documents(self) -> list[Document]:
         """All containers, the newest first."""
-        records = [c.record for c in self._containers.values()]
-        return [r.document() for r in sorted(records, key=lambda r: -r.created_s)]
+        return [r.document() for r in sorted(self.records(), key=lambda r: -r.created_s)]
 
     def find(self, name: str) -> Container:
         """A container by its name, its id, or the beginning of the id.

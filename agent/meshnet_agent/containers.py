@@ -15,6 +15,7 @@ from __future__ import annotations
 import secrets
 import signal
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,9 +26,13 @@ from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageErro
 from meshnet.ports import parse_all_published
 from meshnet.runtime.cgroups import read_usage
 from meshnet.runtime.conmon import ATTACH, WINDOW_SIZE, read_exit
+from meshnet.runtime.id_ranges import IdRange, allocate, check_free
+from meshnet.runtime.mount_points import mount_points
 from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart
+from meshnet.runtime.userns import parse_userns
+from meshnet.runtime.volumes import VolumeStore
 from meshnet_agent.bundle import (
     Bundle,
     Sources,
@@ -38,6 +43,7 @@ from meshnet_agent.container_record import ProcessId, Record, State, load_all
 from meshnet_agent.container_registry import Container, Registry
 from meshnet_agent.launch import launch
 from meshnet_agent.processes import is_alive, send, wait_for_end
+from meshnet_agent.volumes import Volumes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -64,6 +70,10 @@ class Containers:
         state_dir, run_dir: the agent's.
         attach, detach: puts a process on a network, and takes it off.
         passed_over: filled with the OCI runtimes that cannot run here, and why.
+        id_pool: ids of the host that containers with ``--userns auto`` get theirs from.
+
+    Attributes:
+        volumes: this host's volumes.
     """
 
     def __init__(
@@ -73,6 +83,8 @@ class Containers:
         attach: Callable[[AttachRequest], Awaitable[Document]],
         detach: Callable[[int, str], Awaitable[Document]],
         passed_over: dict[str, str],
+        *,
+        id_pool: IdRange,
     ) -> None:
         self._state = state_dir.absolute() / "containers"
         self._run = run_dir.absolute() / "containers"
@@ -86,6 +98,11 @@ class Containers:
         self._slots = trio.CapacityLimiter(_AT_ONCE)
         self._nursery: trio.Nursery | None = None
         self._passed_over = passed_over
+        self._id_pool = id_pool
+        self.volumes = Volumes(
+            VolumeStore(state_dir.absolute() / "volumes"),
+            lambda: {r.name: r.mount_points for r in self.registry.records()},
+        )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take over what is on disk, then watch for ever."""
@@ -101,6 +118,7 @@ class Containers:
                 else:
                     nursery.start_soon(self._found_ended, container)
             await trio.to_thread.run_sync(remove_ended_execs, self._run)
+            await trio.to_thread.run_sync(self.volumes.store.collect)
             task_status.started()
             await trio.sleep_forever()
 
@@ -114,6 +132,8 @@ class Containers:
         return record.document() | {
             "options": options,
             "image_id": record.image_id,
+            "ids": asdict(record.ids) if record.ids is not None else None,
+            "mount_points": [asdict(point) for point in record.mount_points],
             "log": str(container.bundle.log),
             "attach": str(container.bundle.run / ATTACH),
             "window": str(container.bundle.run / WINDOW_SIZE),
@@ -150,7 +170,7 @@ class Containers:
                 await self._make(container)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._purge(container)
+                await self._purge(container, volumes=True)
             raise
         return self.inspect(identity)
 
@@ -175,6 +195,9 @@ class Containers:
             user=options.user if options.user is not None else config.user or "",
             workdir=options.workdir or config.working_dir or "/",
             stop_signal=options.stop_signal or config.stop_signal or "SIGTERM",
+            # Nothing is awaited between the choice and the record: nobody else chooses the same.
+            ids=self._choose_ids(options),
+            mount_points=mount_points(options, config.volumes or (), _random_volume),
         )
         _signal_of(container.record.stop_signal)
         await self._launch(container)
@@ -186,6 +209,16 @@ class Containers:
             await launch(container, runtime, self.registry, self._attach)
         assert container.record.shim is not None
         self._watch(container, container.record.shim)
+
+    def _choose_ids(self, options: ContainerOptions) -> IdRange | None:
+        """Ids of the host for a new container (`Record.ids`)."""
+        wanted = parse_userns(options.userns)
+        if wanted.container is not None:
+            return self.registry.find(wanted.container).record.ids
+        taken = {r.name: r.ids for r in self.registry.records() if r.ids is not None}
+        if wanted.ids is not None:
+            return check_free(wanted.ids, taken)
+        return allocate(self._id_pool, taken) if wanted.auto else None
 
     async def runtime(self) -> OciRuntime:
         """The OCI runtime (`find_runtime`)."""
@@ -247,8 +280,11 @@ class Containers:
             if waiting.cancelled_caught:
                 raise ConflictError(f"container {container.record.name} survived SIGKILL")
 
-    async def remove(self, name: str, *, force: bool) -> Document:
+    async def remove(self, name: str, *, force: bool, volumes: bool = False) -> Document:
         """Remove a container that has ended, or with `force` any.
+
+        Args:
+            volumes: its anonymous ones too.
 
         Raises:
             ConflictError: it runs.
@@ -263,7 +299,7 @@ class Containers:
             await container.change(stopped=True)
             await self._kill_and_wait(container, container.ended)
         if container in self.registry:
-            await self._purge(container)
+            await self._purge(container, volumes=volumes)
         return document
 
     async def wait(self, name: str) -> Document:
@@ -295,7 +331,7 @@ class Containers:
     async def _found_ended(self, container: Container) -> None:
         """At the agent's start: it ended while no agent was there."""
         if container.record.state is State.CREATING:
-            await self._purge(container)
+            await self._purge(container, volumes=True)
             return
         await self._ended(container, read_exit(container.bundle.exits, container.record.id))
 
@@ -334,7 +370,7 @@ class Containers:
             return
         if self._is_to_go(container):
             async with container.lock:
-                await self._forget(container)
+                await self._forget(container, volumes=True)
         container.ended.set()
 
     def _is_to_go(self, container: Container) -> bool:
@@ -406,14 +442,14 @@ class Containers:
             except MeshnetError as error:
                 _log.error("endpoint stays", container=record.name, reason=str(error))
 
-    async def _purge(self, container: Container) -> None:
-        """Remove a container and everything of it."""
+    async def _purge(self, container: Container, *, volumes: bool) -> None:
+        """Remove a container and everything of it, but volumes only if they are to go."""
         async with container.lock:
             await self._put_away(container)
-            await self._forget(container)
+            await self._forget(container, volumes=volumes)
         container.ended.set()
 
-    async def _forget(self, container: Container) -> None:
+    async def _forget(self, container: Container, *, volumes: bool) -> None:
         """Remove what is left of a container that was put away: its files, its hold on an image."""
         record = container.record
 
@@ -424,6 +460,8 @@ class Containers:
 
         await trio.to_thread.run_sync(remove)
         self.registry.drop(container)
+        if volumes:
+            await self.volumes.remove_anonymous(record.mount_points)
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -438,7 +476,11 @@ class Containers:
         return self._run / name
 
     def _bundle(self, identity: str) -> Bundle:
-        return Bundle(self._state / identity, self._run / identity)
+        return Bundle(self._state / identity, self._run / identity, self.volumes.store)
+
+
+def _random_volume() -> str:
+    return secrets.token_hex(16)
 
 
 def _signal_of(text: str) -> signal.Signals:

@@ -76,7 +76,8 @@ def container_routes(
 
     async def remove(request: Request) -> object:
         force = request.query_params.get("force") == "1"
-        return await containers.remove(name_of(request), force=force)
+        volumes = request.query_params.get("volumes") == "1"
+        return await containers.remove(name_of(request), force=force, volumes=volumes)
 
     async def start(request: Request) -> object:
         return await containers.start(name_of(request))

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from meshnet.errors import ConflictError
 from meshnet.ports import parse_all_published
 from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim
 from meshnet.runtime.options import ContainerOptions, shared_with
+from meshnet.runtime.userns import parse_userns
 from meshnet_agent.bundle import Bundle, open_to_group
-from meshnet_agent.container_record import State
+from meshnet_agent.container_record import Record, State
 from meshnet_agent.endpoints import AttachRequest
 from meshnet_agent.processes import identify
 
@@ -38,7 +40,7 @@ async def launch(
     """
     record, bundle = container.record, container.bundle
     await trio.to_thread.run_sync(bundle.make)
-    namespaces, etc = _namespaces(record.options, registry)
+    namespaces, etc = _namespaces(record, registry)
     await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc)
     pid = await _shim(container, runtime).create()
     await container.change_for_this_boot(
@@ -81,10 +83,9 @@ async def _attach_networks(container: Container, pid: int, attach: Attach) -> No
         container.note(endpoints=(*container.record.endpoints, endpoint))
 
 
-def _namespaces(
-    options: ContainerOptions, registry: Registry
-) -> tuple[dict[str, str | None], Bundle | None]:
+def _namespaces(record: Record, registry: Registry) -> tuple[dict[str, str | None], Bundle | None]:
     """Namespaces to join (see `Surroundings`), and whose files of /etc are shared."""
+    options = record.options
     found: dict[str, str | None] = {}
     network = options.networks[0] if len(options.networks) == 1 else None
     for kind, file, word in (
@@ -99,8 +100,30 @@ def _namespaces(
             process = registry.running(other).record.process
             assert process is not None
             found[kind] = f"/proc/{process.pid}/ns/{file}"
+            if record.ids not in (None, registry.find(other).record.ids):
+                raise ConflictError(
+                    f"{kind} namespace of container {other} belongs to another user namespace: "
+                    f"add --userns container:{other}"
+                )
+    if record.ids is not None:
+        found["user"] = _user_namespace(record, registry)
     other = shared_with(network)
     return found, registry.find(other).bundle if other is not None else None
+
+
+def _user_namespace(record: Record, registry: Registry) -> str:
+    """That of another container, or empty: a new one."""
+    other = parse_userns(record.options.userns).container
+    if other is None:
+        return ""
+    joined = registry.running(other).record
+    if joined.ids != record.ids:
+        raise ConflictError(
+            f"container {other} has other ids than before: remove {record.name}, whose files "
+            "have those"
+        )
+    assert joined.process is not None
+    return f"/proc/{joined.process.pid}/ns/user"
 
 
 def _own_networks(options: ContainerOptions) -> tuple[str, ...]:

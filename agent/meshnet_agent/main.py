@@ -34,6 +34,7 @@ from meshnet.kernel.events import EventFilter
 from meshnet.kernel.takeover.process import TakeoverProcesses
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
+from meshnet.runtime.id_ranges import parse_range
 from meshnet.vtep.native import library
 from meshnet_agent.agent import Agent
 from meshnet_agent.api import make_app
@@ -141,6 +142,7 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
 
 
 async def _run(config: AgentConfig) -> None:
+    id_pool = parse_range(config.userns_range, "userns-range")
     # One pidfd an endpoint: the usual soft limit of 1,024 is soon reached.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -214,7 +216,12 @@ async def _run(config: AgentConfig) -> None:
             await images.collect()
             service = Service(agent, images)
             containers = Containers(
-                disk.path, Path(config.run_dir), service.attach, service.detach, service.passed_over
+                disk.path,
+                Path(config.run_dir),
+                service.attach,
+                service.detach,
+                service.passed_over,
+                id_pool=id_pool,
             )
             await _serve(service, containers, agent, socket_path)
 

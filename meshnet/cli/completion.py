@@ -86,3 +86,8 @@ def complete_images(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # 
 def complete_containers(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
     """Names of containers, or none while no agent answers."""
     return [str(d["name"]) for d in _ask(parsed_args, "containers") or []]
+
+
+def complete_volumes(parsed_args: argparse.Namespace, **_: Any) -> list[str]:  # noqa: ANN401
+    """Names of volumes, or none while no agent answers."""
+    return [str(d["name"]) for d in _ask(parsed_args, "volumes") or []]

@@ -45,6 +45,7 @@ def add_parser(commands: Subparsers) -> None:
     kill.add_argument("-s", "--signal", default="KILL", metavar="SIG", help="default: KILL")
     rm = _add_one(commands, "rm", "remove a container that has ended", _rm)
     rm.add_argument("-f", "--force", action="store_true", help="end it, if it runs")
+    rm.add_argument("-v", "--volumes", action="store_true", help="its anonymous volumes too")
     _add_one(commands, "inspect", "show all that is known of a container", _inspect)
     _add_one(commands, "wait", "wait until a container has ended; print its status", _wait)
     _add_one(commands, "stats", "show what a running container uses", _stats)
@@ -103,6 +104,7 @@ def _add_run(commands: Subparsers) -> None:
         ("--pid", "NS", "host or container:NAME"),
         ("--ipc", "NS", "host or container:NAME"),
         ("--uts", "NS", "host or container:NAME"),
+        ("--userns", "NS", "host (default), auto: ids of its own, auto:ID:SIZE or container:NAME"),
         ("--stop-signal", "SIG", "what stop sends first"),
         ("--memory", "SIZE", "hard limit, such as 256m"),
         ("--memory-reservation", "SIZE", "soft limit"),
@@ -119,7 +121,11 @@ def _add_run(commands: Subparsers) -> None:
         run.add_argument(name, metavar="N", type=int, help=text)
     run.add_argument("--cpus", metavar="F", type=float, help="how many CPUs it may use, as 0.5")
     several = (
-        (("-v", "--volume"), "SRC:DST[:ro]", "mount a directory or file of the host"),
+        (
+            ("-v", "--volume"),
+            "[SRC:]DST[:ro]",
+            "mount a path of the host, or a volume",
+        ),
         (("-p", "--publish"), "PORT[:PORT][/udp]", "a port of the host leads to one of it"),
         (("--tmpfs",), "DIR[:OPTIONS]", "mount an empty directory in memory"),
         (("--cap-add",), "CAP", "give it a capability, or ALL"),
@@ -172,9 +178,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         )
     }
     same = (
-        "name", "hostname", "entrypoint", "restart", "cpuset_cpus", "pid", "ipc", "uts", "user",
-        "workdir", "stop_signal", "cpu_shares", "pids_limit", "blkio_weight", "cpus", "rm", "init",
-        "privileged", "read_only", "interactive", "tty", "tmpfs", "publish", "cap_add", "cap_drop",
+        "name", "hostname", "entrypoint", "restart", "cpuset_cpus", "pid", "ipc", "uts", "userns",
+        "user", "workdir", "stop_signal", "cpu_shares", "pids_limit", "blkio_weight", "cpus", "rm",
+        "init", "privileged", "read_only", "interactive", "tty", "tmpfs", "publish", "cap_add",
+        "cap_drop",
     )  # fmt: skip
     return (
         sizes
@@ -354,7 +361,7 @@ def _kill(args: argparse.Namespace) -> int:
 
 
 def _rm(args: argparse.Namespace) -> int:
-    query = {"force": "1"} if args.force else {}
+    query = {name: "1" for name in ("force", "volumes") if getattr(args, name)}
     document = Client(args.socket).delete("containers", args.name, query=query, timeout_s=None)
     return print_either(args.json, document, document["name"])
 

@@ -25,6 +25,7 @@ GROUPS = {
     "host": ("hosts", "host"),
     "status": ("status",),
     "image": ("image",),
+    "volume": ("volume",),
     "lab": ("lab",),
     "completion": ("completion",),
 }  # fmt: skip

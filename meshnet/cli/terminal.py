@@ -87,8 +87,14 @@ class Attachment:
     def _resize(self) -> None:
         if self._tty and os.isatty(_STDIN):
             size = os.get_terminal_size(_STDIN)
-            with contextlib.suppress(OSError), open(self._window, "wb", buffering=0) as fifo:
-                fifo.write(b"%d %d\n" % (size.lines, size.columns))
+            # A program may have ended by now, and conmon, who reads there: an open that waits would
+            # wait for ever.
+            with contextlib.suppress(OSError):
+                fifo = os.open(self._window, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    os.write(fifo, b"%d %d\n" % (size.lines, size.columns))
+                finally:
+                    os.close(fifo)
 
     @contextlib.contextmanager
     def _raw_terminal(self) -> Iterator[None]:

@@ -9,11 +9,14 @@ import re
 from dataclasses import dataclass
 
 from meshnet.errors import UsageError
+from meshnet.runtime.userns import check_userns
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([bkmgt]?)b?", re.IGNORECASE)
 _RESTART = re.compile(r"no|always|on-failure(?::(\d+))?")
 _CONTAINER = "container:"
+_VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,62}")
+"""Of two letters or more, as in Docker: a single one would be a drive of Windows there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,8 @@ class ContainerOptions:
         publish: ports of the host that lead to the first network's endpoint.
         cpus: how many CPUs' time it may use; a fraction is usual.
         memory_bytes: hard limit; the kernel kills what exceeds it.
+        volumes: see `parse_volume`.
+        userns: see `meshnet.runtime.userns.parse_userns`.
         pid, ipc, uts: ``host`` or ``container:NAME``; None: a namespace of its own.
         stop_timeout_s: seconds between the stop signal and SIGKILL.
     """
@@ -63,17 +68,27 @@ class ContainerOptions:
     pid: str | None = None
     ipc: str | None = None
     uts: str | None = None
+    userns: str = "host"
     stop_signal: str | None = None
     stop_timeout_s: int = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A directory or file of the host inside the container."""
+    """A directory or file of the host inside the container.
+
+    Attributes:
+        source: its path; or the name of a volume; empty: a new volume without a name.
+    """
 
     source: str
     destination: str
     read_only: bool = False
+
+    @property
+    def is_bind(self) -> bool:
+        """Whether the source is a path of the host."""
+        return self.source.startswith("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +123,27 @@ def parse_size(text: str) -> int:
 
 
 def parse_volume(text: str) -> Volume:
-    """``SRC:DST[:ro|rw]``, both absolute paths.
+    """``SRC:DST[:ro|rw]``, SRC an absolute path or a volume's name; or ``DST`` alone.
 
     Raises:
         UsageError: anything else.
     """
     parts = text.split(":")
     mode = parts.pop() if len(parts) == 3 else "rw"
-    if len(parts) != 2 or mode not in ("ro", "rw") or not all(p.startswith("/") for p in parts):
-        raise UsageError(f"volume {text!r} is not usable: give /SRC:/DST or /SRC:/DST:ro")
-    return Volume(parts[0], parts[1], mode == "ro")
+    if len(parts) == 1:
+        parts.insert(0, "")
+    source, destination = parts if len(parts) == 2 else ("", "")
+    usable = source.startswith("/") or not source or _VOLUME_NAME.fullmatch(source) is not None
+    if (
+        mode not in ("ro", "rw")
+        or not destination.startswith("/")
+        or not usable
+        or text.startswith(":")
+    ):
+        raise UsageError(
+            f"volume {text!r} is not usable: give /SRC:/DST, NAME:/DST or /DST, and :ro if need be"
+        )
+    return Volume(source, destination, mode == "ro")
 
 
 def parse_restart(text: str) -> RestartPolicy:
@@ -168,6 +194,7 @@ def check_options(options: ContainerOptions) -> None:
     if options.cpus is not None and options.cpus < 0.01:
         raise UsageError(f"--cpus {options.cpus} is too few: give 0.01 or more")
     parse_restart(options.restart)
+    check_userns(options)
     for volume in options.volumes:
         parse_volume(volume)
     for text in (*options.command, *options.env, *options.tmpfs):

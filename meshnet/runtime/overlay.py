@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MNT_DETACH = 2
@@ -59,6 +60,21 @@ def unmount(target: Path) -> None:
     """
     if _libc.umount2(os.fsencode(target), _MNT_DETACH) != 0:
         raise KernelRefusedError(f"{target} stays mounted: {os.strerror(ctypes.get_errno())}")
+
+
+def mounts_below(directory: Path) -> list[Path]:
+    """Where something is mounted in a directory or on it, in the order in which it was done."""
+    place = os.fsencode(os.path.realpath(directory))
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        found = [_unescaped(line.split(b" ", 5)[4]) for line in mounts]
+    return [
+        Path(os.fsdecode(path)) for path in found if path == place or path.startswith(place + b"/")
+    ]
+
+
+def _unescaped(path: bytes) -> bytes:
+    """proc(5) writes blanks, line feeds and backslashes as three octal digits."""
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes((int(found[1], 8),)), path)
 
 
 def _options(lower: Sequence[str], upper: Path, work: Path) -> bytes:

@@ -15,7 +15,8 @@ from meshnet.runtime.options import parse_volume
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from meshnet.runtime.options import ContainerOptions
+    from meshnet.runtime.id_ranges import IdRange
+    from meshnet.runtime.options import ContainerOptions, Volume
     from meshnet.runtime.users import User
 
 Document = dict[str, Any]
@@ -60,6 +61,8 @@ class Surroundings:
         files: files of the host at fixed places of the container (``/etc/hosts`` and so on).
         effective: capabilities the agent itself may give away.
         init: the host's init program, if one is wanted.
+        volumes: further ones, which have no path in the options.
+        ids: of the host, if ``user`` is among the namespaces.
     """
 
     args: tuple[str, ...]
@@ -74,6 +77,8 @@ class Surroundings:
     seccomp: Document | None
     effective: frozenset[str] = frozenset(CAPABILITIES)
     init: str | None = None
+    volumes: tuple[Volume, ...] = ()
+    ids: IdRange | None = None
 
 
 def capabilities(options: ContainerOptions, effective: frozenset[str]) -> tuple[str, ...]:
@@ -159,6 +164,9 @@ def make_spec(options: ContainerOptions, around: Surroundings) -> Document:
         ],
         "resources": _resources(options),
     }
+    if around.ids is not None:
+        mapping = {"containerID": 0, "hostID": around.ids.first, "size": around.ids.size}
+        linux |= {"uidMappings": [mapping], "gidMappings": [mapping]}
     if not options.privileged:
         linux |= {"maskedPaths": list(MASKED_PATHS), "readonlyPaths": list(READONLY_PATHS)}
         if around.seccomp is not None:
@@ -201,7 +209,9 @@ def _mounts(options: ContainerOptions, around: Surroundings) -> list[Document]:
         path, _, extra = text.partition(":")
         mounts.append(_mount(path, "tmpfs", [*safe, *filter(None, extra.split(","))]))
     mounts += [_bind(source, place) for place, source in around.files.items()]
-    for volume in map(parse_volume, options.volumes):
+    binds = [v for v in map(parse_volume, options.volumes) if v.is_bind]
+    # What is mounted inside of another comes after it.
+    for volume in sorted((*binds, *around.volumes), key=lambda v: v.destination.count("/")):
         mounts.append(_bind(volume.source, volume.destination, read_only=volume.read_only))
     return mounts
 

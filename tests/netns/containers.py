@@ -26,8 +26,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 APPLETS = (
     "sh", "true", "sleep", "cat", "echo", "id", "ip", "ping", "env", "hostname", "touch",
     "readlink", "kill", "head", "yes", "pwd", "stty", "tail", "grep", "httpd", "ls", "wget",
-    "mkdir", "nc", "seq",
+    "mkdir", "nc", "seq", "stat", "chown",
 )  # fmt: skip
+_USERS = ("passwd", "group")
 FOREVER = "trap 'exit 9' TERM; sleep 9999 & wait"
 """A script that runs until SIGTERM, and then ends with status 9."""
 
@@ -52,7 +53,8 @@ def busybox_layer(rootfs: Path, *more: Member) -> bytes:
     busybox = Member("bin/busybox", data=(rootfs / "bin/busybox").read_bytes(), mode=0o755)
     links = [symlink(f"bin/{name}", "busybox") for name in APPLETS]
     closed = Member("bin/closed", data=b"#!/bin/sh\n")
-    return tar(directory("bin"), directory("etc"), busybox, *links, closed, *more)
+    users = [Member(f"etc/{n}", data=(rootfs / "etc" / n).read_bytes()) for n in _USERS]
+    return tar(directory("bin"), directory("etc"), busybox, *links, closed, *users, *more)
 
 
 def load_image(host: LabHost, archive: Path, name: str, layer: bytes, **config: object) -> None:
@@ -94,8 +96,12 @@ def detached(host: LabHost, rootfs: Path, *words: str) -> dict[str, Any]:
     """Options and a command, in the background."""
     at = words.index("--") if "--" in words else 0
     options, command = words[:at], words[at + 1 if at else 0 :]
-    argv = ["run", "--json", "--detach", *options, "--rootfs", rootfs, *command]
-    document: dict[str, Any] = json.loads(client(host, *argv))
+    return started(host, *options, "--rootfs", rootfs, *command)
+
+
+def started(host: LabHost, *words: object) -> dict[str, Any]:
+    """``meshnet run --detach``; returns its document."""
+    document: dict[str, Any] = json.loads(client(host, "run", "--json", "--detach", *words))
     return document
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
 from meshnet.errors import ConflictError, NotFoundError, UsageError
+from meshnet.runtime.id_ranges import PER_CONTAINER, IdRange
+from meshnet.runtime.mount_points import MountPoint
 from meshnet.runtime.options import ContainerOptions
 from meshnet_agent import containers as module
 from meshnet_agent.container_record import FILE, ProcessId, Record, State, load_all, save
@@ -50,8 +53,9 @@ class Host:
         self.passed_over: dict[str, str] = {}
         self.state = directory / "state"
         self.containers = Containers(
-            self.state, directory / "run", self._attach, self._detach, self.passed_over
-        )
+            self.state, directory / "run", self._attach, self._detach, self.passed_over,
+            id_pool=IdRange(1 << 31, 1 << 20),
+        )  # fmt: skip
 
         async def find_runtime(_root: Path) -> tuple[FakeRuntime, dict[str, str]]:
             await trio.lowlevel.checkpoint()
@@ -150,4 +154,66 @@ async def test_a_failed_create_leaves_nothing(host: Host, nursery: trio.Nursery)
         await host.containers.create(ContainerOptions(rootfs="/none", command=("true",)))
     assert host.containers.registry.documents() == []
     assert list((host.state / "containers").glob("*")) == []
+    nursery.cancel_scope.cancel()
+
+
+def put_volume(host: Host, name: str, *, anonymous: bool) -> Path:
+    data = host.state / "volumes" / name / "data"
+    data.mkdir(parents=True)
+    (data / "file").write_text("kept")
+    about = {"anonymous": anonymous, "created_s": 1.0}
+    (data.parent / "volume.json").write_text(json.dumps(about))
+    return data
+
+
+async def test_volumes_go_when_they_are_to(host: Host, nursery: trio.Nursery) -> None:
+    over: dict[str, Any] = {"state": State.EXITED, "exit_code": 0, "process": None, "shim": None}
+    made = {name: put_volume(host, name, anonymous=name != "db") for name in ("a", "b", "c", "db")}
+    named = MountPoint("db", "/db")
+    for number, name in enumerate(("a", "b"), 1):
+        points = (named, MountPoint(name, "/x", anonymous=True))
+        host.put(record(number, mount_points=points, **over))
+    # Somebody else has what was the first one's alone, by its name.
+    host.put(record(3, mount_points=(MountPoint("a", "/y"),), **over))
+    # The agent was killed while this one was made, and while a volume was copied.
+    half = put_volume(host, "half", anonymous=True)
+    host.put(record(4, State.CREATING, mount_points=(MountPoint("half", "/x", anonymous=True),)))
+    (host.state / "volumes" / ".tmp1" / "data").mkdir(parents=True)
+    await nursery.start(host.containers.run)
+    with trio.fail_after(10):
+        while half.exists():  # noqa: ASYNC110  (there is no event for it)
+            await trio.sleep(0.01)
+    assert not (host.state / "volumes" / ".tmp1").exists()
+    volumes = host.containers.volumes
+    having = {d["name"]: d["containers"] for d in await volumes.documents()}
+    assert having == {"a": ["c1", "c3"], "b": ["c2"], "c": [], "db": ["c1", "c2"]}
+    with pytest.raises(ConflictError, match="in use by container c1, c2"):
+        await volumes.remove("db")
+    await host.containers.remove("c1", force=False, volumes=True)
+    assert made["a"].exists()
+    await host.containers.remove("c2", force=False)
+    assert made["b"].exists()
+    assert await volumes.prune(named=False) == [{"name": "b"}, {"name": "c"}]
+    assert await volumes.prune(named=True) == [{"name": "db"}]
+    await host.containers.remove("c3", force=False, volumes=True)  # not of its own: it had a name
+    assert [d["name"] for d in await volumes.documents()] == ["a"]
+    with pytest.raises(NotFoundError, match="volume ls"):
+        await volumes.remove("db")
+    nursery.cancel_scope.cancel()
+
+
+async def test_ids_are_those_that_no_record_has(host: Host, nursery: trio.Nursery) -> None:
+    first = IdRange(1 << 31, PER_CONTAINER)
+    over: dict[str, Any] = {"state": State.EXITED, "exit_code": 0, "process": None, "shim": None}
+    host.put(record(1, ids=first, **over))
+    await nursery.start(host.containers.run)
+    assert host.containers.inspect("c1")["ids"] == {"first": 1 << 31, "size": PER_CONTAINER}
+    wanted = f"auto:{(1 << 31) + 7}:9"
+    options = ContainerOptions(rootfs="/", command=("true",), userns=wanted)
+    with pytest.raises(ConflictError, match="of container c1"):
+        await host.containers.create(options)
+    lost = ContainerOptions(rootfs="/", command=("true",), userns="container:nobody")
+    with pytest.raises(NotFoundError, match="nobody"):
+        await host.containers.create(lost)
+    assert [d["name"] for d in host.containers.registry.documents()] == ["c1"]
     nursery.cancel_scope.cancel()

@@ -22,7 +22,8 @@ PURE_IN_EDGES = {
     "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
     "kernel/ordering.py",
     "runtime/oci.py", "runtime/names.py", "runtime/options.py", "runtime/seccomp.py",
-    "runtime/spec.py", "runtime/users.py",
+    "runtime/spec.py", "runtime/users.py", "runtime/userns.py", "runtime/id_ranges.py",
+    "runtime/mount_points.py",
 }  # fmt: skip
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",

@@ -52,7 +52,12 @@ def test_what_is_no_size(text: str) -> None:
 def test_volumes() -> None:
     assert parse_volume("/a:/b") == Volume("/a", "/b", False)
     assert parse_volume("/a:/b:ro") == Volume("/a", "/b", True)
-    for text in ("/a", "a:/b", "/a:b", "/a:/b:no", "/a:/b:ro:x", ""):
+    assert parse_volume("data-1:/b:ro") == Volume("data-1", "/b", True)
+    assert parse_volume("/a") == Volume("", "/a")
+    for text in (
+        *("a:/b", "/a:b", "/a:/b:no", "/a:/b:ro:x", "", "a", ":/b", "../a:/b", "data"),
+        *("-d:/b", "da/ta:/b", ":/a:ro", "data:"),
+    ):
         with pytest.raises(UsageError):
             parse_volume(text)
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.errors import UsageError
-from meshnet.runtime.options import ContainerOptions
+from meshnet.runtime.id_ranges import IdRange
+from meshnet.runtime.options import ContainerOptions, Volume
 from meshnet.runtime.spec import (
     CAPABILITIES,
     DEFAULT_CAPABILITIES,
@@ -150,3 +151,22 @@ def test_the_last_variable_wins(layers: list[dict[str, str]]) -> None:
     for layer in layers:
         expected |= layer
     assert dict(text.split("=", 1) for text in merged) == expected
+
+
+def test_ids_of_its_own() -> None:
+    around = replace(AROUND, namespaces={**OWN, "user": ""}, ids=IdRange(5000, 100))
+    made = spec(around)
+    mapping = [{"containerID": 0, "hostID": 5000, "size": 100}]
+    assert made["linux"]["uidMappings"] == made["linux"]["gidMappings"] == mapping
+    assert {"type": "user"} in made["linux"]["namespaces"]
+    assert "uidMappings" not in spec()["linux"]
+    joined = spec(replace(around, namespaces={**OWN, "user": "/proc/7/ns/user"}))
+    assert {"type": "user", "path": "/proc/7/ns/user"} in joined["linux"]["namespaces"]
+
+
+def test_volumes_inside_of_others_are_mounted_later() -> None:
+    around = replace(AROUND, volumes=(Volume("/v/2", "/a/b/c"), Volume("/v/1", "/a", True)))
+    mounts = spec(around, volumes=("/x:/a/b", "name:/elsewhere"), read_only=True)["mounts"]
+    assert [(m["source"], m["destination"], m["options"][-1]) for m in mounts[-3:]] == [
+        ("/v/1", "/a", "ro"), ("/x", "/a/b", "rw"), ("/v/2", "/a/b/c", "rw"),
+    ]  # fmt: skip
