@@ -74,6 +74,10 @@ SETTINGS = (
     ),
     Setting("image-max-bytes", "N", "most that an image may take once unpacked", str(32 << 30)),
     Setting("image-max-entries", "N", "most files that an image may have", "1000000"),
+    Setting(
+        "cgroup-driver", "DRIVER", "what makes the containers' cgroups", "cgroupfs",
+        choices=("cgroupfs", "systemd"),
+    ),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
     Setting("etcd-cert", "FILE", "client certificate for etcd (PEM)"),
     Setting("etcd-key", "FILE", "key of the client certificate (PEM)"),
@@ -112,6 +116,7 @@ class AgentConfig:
     image_max_bytes: int
     image_max_entries: int
     takeover_confirm_s: float
+    cgroup_driver: str
     etcd_ca: str | None
     etcd_cert: str | None
     etcd_key: str | None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import structlog
 
-from meshnet.runtime.options import ContainerOptions  # noqa: TC001  (msgspec reads it)
+from meshnet.runtime.options import ContainerOptions, parse_label
 from meshnet_agent.disk import write_whole
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Record:
             "image": self.options.image or self.options.rootfs,
             "networks": list(self.options.networks),
             "command": list(self.args),
+            "labels": dict(map(parse_label, self.options.labels)),
             "endpoints": list(self.endpoints),
             "restarts": self.restarts,
             "error": self.error,

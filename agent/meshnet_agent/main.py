@@ -214,7 +214,12 @@ async def _run(config: AgentConfig) -> None:
             await images.collect()
             service = Service(agent, images)
             containers = Containers(
-                disk.path, Path(config.run_dir), service.attach, service.detach, service.passed_over
+                disk.path,
+                Path(config.run_dir),
+                service.attach,
+                service.detach,
+                service.passed_over,
+                systemd_cgroup=config.cgroup_driver == "systemd",
             )
             await _serve(service, containers, agent, socket_path)
 

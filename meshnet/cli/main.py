@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from meshnet.cli import completion, container, endpoint, host, image, lab, network, status
+from meshnet.cli import completion, container, endpoint, host, image, lab, network, run, status
 from meshnet.cli.client import DEFAULT_SOCKET
 from meshnet.cli.parser import Parser
 from meshnet.errors import MeshnetError, UsageError
@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"the agent's socket (default: $MESHNET_SOCKET or {DEFAULT_SOCKET})",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=False)
-    for group in (network, endpoint, container, host, status, image, lab, completion):
+    for group in (network, endpoint, run, container, host, status, image, lab, completion):
         group.add_parser(commands)
     parser.set_defaults(run=None)
     return parser

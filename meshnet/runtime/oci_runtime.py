@@ -31,10 +31,18 @@ class OciRuntime:
 
     Attributes:
         root: where it remembers its containers; gone after a reboot, as they are.
+        systemd_cgroup: systemd makes the cgroups (``--cgroup-driver systemd``).
     """
 
     path: Path
     root: Path
+    systemd_cgroup: bool = False
+
+    def cgroup(self, identity: str) -> str:
+        """``cgroupsPath`` of a container; for systemd ``SLICE:PREFIX:NAME``, a scope."""
+        if self.systemd_cgroup:
+            return f"system.slice:meshnet:{identity}"
+        return f"/meshnet/{identity}"
 
     async def start(self, identity: str) -> None:
         """Let the paused process of a created container go on.
@@ -54,7 +62,8 @@ class OciRuntime:
             await self._run("delete", "--force", identity)
 
     async def _run(self, *arguments: str) -> None:
-        command = [str(self.path), "--root", str(self.root), *arguments]
+        driver = ["--systemd-cgroup"] if self.systemd_cgroup else []
+        command = [str(self.path), "--root", str(self.root), *driver, *arguments]
         with trio.CancelScope(shield=True):
             done = await trio.run_process(
                 command, capture_stdout=True, capture_stderr=True, check=False
@@ -76,7 +85,9 @@ def exit_status_of(message: str) -> int:
     return 126 if _NOT_EXECUTABLE.search(message) else 125
 
 
-async def find_runtime(root: Path) -> tuple[OciRuntime, dict[str, str]]:
+async def find_runtime(
+    root: Path, *, systemd_cgroup: bool = False
+) -> tuple[OciRuntime, dict[str, str]]:
     """The first runtime that can run here, and why others were passed over.
 
     Each is asked to create a container of nothing: one that gets as far as not finding the
@@ -90,24 +101,26 @@ async def find_runtime(root: Path) -> tuple[OciRuntime, dict[str, str]]:
         found = shutil.which(name)
         reason = "not installed"
         if found is not None:
-            reason = await _try(Path(found))
+            runtime = OciRuntime(Path(found), root, systemd_cgroup)
+            reason = await _try(runtime)
             if _NOT_FOUND.search(reason):
-                return OciRuntime(Path(found), root), passed_over
+                return runtime, passed_over
         passed_over[name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise KernelRefusedError(f"no OCI runtime can run on this host ({reasons}): install runc")
 
 
-async def _try(path: Path) -> str:
+async def _try(runtime: OciRuntime) -> str:
     with TemporaryDirectory(prefix="meshnet-probe-") as directory:
         identity = Path(directory).name
         bundle = Path(directory, "bundle")
         (bundle / "rootfs").mkdir(parents=True)
-        (bundle / "config.json").write_text(json.dumps(_probe(identity)))
+        (bundle / "config.json").write_text(json.dumps(_probe(runtime.cgroup(identity))))
         command: list[str | Path] = [
-            path,
+            runtime.path,
             "--root",
             Path(directory, "state"),
+            *(["--systemd-cgroup"] if runtime.systemd_cgroup else []),
             "run",
             "--bundle",
             bundle,
@@ -119,14 +132,14 @@ async def _try(path: Path) -> str:
     return clean(done.stderr.decode(errors="replace"))
 
 
-def _probe(identity: str) -> dict[str, Any]:
+def _probe(cgroup: str) -> dict[str, Any]:
     return {
         "ociVersion": "1.0.2",
         "process": {"user": {"uid": 0, "gid": 0}, "args": ["/none"], "cwd": "/"},
         "root": {"path": "rootfs"},
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
         "linux": {
-            "cgroupsPath": f"/meshnet/{identity}",
+            "cgroupsPath": cgroup,
             "resources": {"pids": {"limit": 16}},
             "namespaces": [{"type": kind} for kind in ("pid", "mount", "network", "ipc", "uts")],
         },

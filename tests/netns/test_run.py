@@ -84,7 +84,10 @@ def detached(host: LabHost, rootfs: Path, *words: str) -> dict[str, Any]:
 def leftovers(host: LabHost) -> dict[str, list[str]]:
     """All that containers can leave behind."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    groups = [p for p in Path("/sys/fs/cgroup").glob("**/meshnet/*") if p.is_dir()]
+    # Other labs' containers are there too.
+    log = host.log_path.read_text()
+    found = Path("/sys/fs/cgroup").glob("**/meshnet/*")
+    groups = [p for p in found if f"id={p.name}" in log]
     links = host.run(["ip", "-br", "link"]).stdout.split()
     conmons = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
