@@ -358,6 +358,8 @@ class Containers:
     async def _found_exited(self, container: Container) -> None:
         """At the agent's start: it had ended before; a restart of it may have been under way."""
         async with container.lock, self._slots:
+            if container not in self.registry or container.record.state is not State.EXITED:
+                return  # somebody removed it, or started it, before its turn came
             await self._put_away(container)
             await container.change(process=None, shim=None, endpoints=())
         await self._after_end(container, 0.0)
@@ -431,6 +433,8 @@ class Containers:
     async def _undo_launch(self, container: Container, exit_code: int | None, error: str) -> None:
         """It could not be made again: it has ended as before, and the record says why."""
         async with container.lock:
+            if container not in self.registry:
+                return
             await self._put_away(container)
             await container.change(
                 exit_code=exit_code, error=error, process=None, shim=None, endpoints=()

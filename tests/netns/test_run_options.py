@@ -76,7 +76,7 @@ def test_options_are_what_the_kernel_has(
         "--sysctl", "fs.mqueue.msg_max=11", "--shm-size", "1m", "--group-add", "log",
         "--group-add", "4242", "--add-host", "db:10.9.8.7", "--add-host", "six:fd00::7",
         "--dns", "10.1.1.1", "--env-file", str(tmp_path / "env"), "-e", "C=line",
-        "--device", "/dev/net/tun:/dev/ours:r",
+        "--device", "/dev/loop-control:/dev/ours:r",
     )  # fmt: skip
     shown = shell(h1, rootfs, script, *options)
     assert re.search(r"Max open files +100 +200 ", shown)
@@ -89,7 +89,7 @@ def test_options_are_what_the_kernel_has(
     assert re.findall("nameserver (.*)", shown) == ["10.1.1.1"]
     assert {"A=1", "B=two words", "C=line"} <= set(shown.splitlines())
     # Of the device only what was asked for, by its cgroup: root may write any node.
-    assert re.search(r"^crw.* 10, +200 .*/dev/ours\nopened\nrefused$", shown, re.MULTILINE)
+    assert re.search(r"^crw.* 10, +237 .*/dev/ours\nopened\nrefused$", shown, re.MULTILINE)
     _check_refusals(h1, rootfs)
     _check_swap(h1, rootfs)
     assert is_clean(h1), leftovers(h1)
