@@ -79,6 +79,10 @@ SETTINGS = (
         "ids of the host that containers with --userns auto get theirs from",
         "2147483648:1073741824",
     ),
+    Setting(
+        "cgroup-driver", "DRIVER", "what makes the containers' cgroups", "cgroupfs",
+        choices=("cgroupfs", "systemd"),
+    ),
     Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
     Setting("etcd-cert", "FILE", "client certificate for etcd (PEM)"),
     Setting("etcd-key", "FILE", "key of the client certificate (PEM)"),
@@ -118,6 +122,7 @@ class AgentConfig:
     image_max_entries: int
     takeover_confirm_s: float
     userns_range: str
+    cgroup_driver: str
     etcd_ca: str | None
     etcd_cert: str | None
     etcd_key: str | None

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import KernelRefusedError, PolicyRefusedError, UsageError
 from meshnet.runtime import seccomp
-from meshnet.runtime.conmon import CONMON_PID
+from meshnet.runtime.cgroups import accounts_swap
+from meshnet.runtime.devices import parse_device
 from meshnet.runtime.images import ImageStore
 from meshnet.runtime.oci import ImageConfig
-from meshnet.runtime.options import parse_volume
+from meshnet.runtime.options import parse_add_host, parse_volume
 from meshnet.runtime.spec import CAPABILITIES, Surroundings, capabilities, make_process, make_spec
-from meshnet.runtime.users import resolve_user
+from meshnet.runtime.users import add_groups, resolve_user
+from meshnet_agent.host_kernel import check_kernel, find_devices
 from meshnet_agent.mounts import Mounts
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from meshnet.runtime.oci import Digest
     from meshnet.runtime.options import ContainerOptions, Volume
+    from meshnet.runtime.users import User
     from meshnet.runtime.volumes import VolumeStore
     from meshnet_agent.container_record import Record
 
@@ -135,13 +138,18 @@ class Bundle:
         make_run_dir(self.run)
 
     def mount(
-        self, record: Record, namespaces: Mapping[str, str | None], etc: Bundle | None
+        self,
+        record: Record,
+        namespaces: Mapping[str, str | None],
+        etc: Bundle | None,
+        cgroup: str,
     ) -> None:
         """Mount the root file system and write ``config.json``.
 
         Args:
             namespaces: see `Surroundings`.
             etc: whose files of /etc it shares; None: its own.
+            cgroup: see `OciRuntime.cgroup`.
 
         Raises:
             MeshnetError: a directory, a user or an option is not usable.
@@ -149,6 +157,7 @@ class Bundle:
         for volume in map(parse_volume, record.options.volumes):
             if volume.is_bind and not os.path.exists(volume.source):
                 raise UsageError(f"volume {volume.source} does not exist on this host: make it")
+        check_kernel(record.options)
         for path in self.exits.iterdir():
             path.unlink()
         volumes = self.mounts.mount(record, self.volumes)
@@ -160,6 +169,7 @@ class Bundle:
             namespaces,
             {place: str(own.state / name) for place, name in _ETC.items()},
             volumes,
+            cgroup,
         )
         (self.run / "config.json").write_text(json.dumps(make_spec(record.options, around)))
 
@@ -169,6 +179,7 @@ class Bundle:
         namespaces: Mapping[str, str | None],
         etc: Mapping[str, str],
         volumes: tuple[Volume, ...],
+        cgroup: str,
     ) -> Surroundings:
         options = record.options
         rootfs = self.mounts.root_of(record)
@@ -180,10 +191,10 @@ class Bundle:
             args=record.args,
             env=record.env,
             workdir=record.workdir,
-            user=resolve_user(record.user, _read(rootfs, "passwd"), _read(rootfs, "group")),
+            user=_user_of(rootfs, record.user, options.group_add),
             hostname=record.hostname,
             rootfs=str(rootfs),
-            cgroup=f"/meshnet/{record.id}",
+            cgroup=cgroup,
             namespaces=namespaces,
             files=etc,
             seccomp=seccomp.resolve(_profile(), held, machine, kernel),
@@ -191,6 +202,8 @@ class Bundle:
             init=_find_init() if options.init else None,
             volumes=volumes,
             ids=record.ids,
+            devices=tuple(d for w in map(parse_device, options.devices) for d in find_devices(w)),
+            accounts_swap=accounts_swap(),
         )
 
     def write_exec(
@@ -202,18 +215,17 @@ class Bundle:
             options: the container's, with the exec's command, user, workdir and terminal.
             env: the container's own variables.
         """
-        around = self._surroundings(record, {}, {}, ())
-        rootfs = self.mounts.root_of(record)
+        around = self._surroundings(record, {}, {}, (), "")
         process = make_process(
             options,
             Surroundings(
                 args=options.command,
                 env=env,
                 workdir=options.workdir or record.workdir,
-                user=resolve_user(
+                user=_user_of(
+                    self.mounts.root_of(record),
                     options.user if options.user is not None else record.user,
-                    _read(rootfs, "passwd"),
-                    _read(rootfs, "group"),
+                    options.group_add,
                 ),
                 hostname=around.hostname,
                 rootfs=around.rootfs,
@@ -242,9 +254,11 @@ class Bundle:
                 if key in endpoint:
                     name = "" if record.name == record.hostname else f" {record.name}"
                     hosts.append(f"{ip_interface(endpoint[key]).ip}\t{record.hostname}{name}")
+        for name, address in map(parse_add_host, record.options.add_hosts):
+            hosts.append(f"{address}\t{name}")
         (self.state / "hosts").write_text("\n".join(hosts) + "\n")
         (self.state / "hostname").write_text(record.hostname + "\n")
-        (self.state / "resolv.conf").write_text(_resolv_conf(record.options.networks == ("host",)))
+        (self.state / "resolv.conf").write_text(_resolv_conf(record.options))
         for name in _ETC.values():
             (self.state / name).chmod(0o644)
             if record.ids is not None:
@@ -275,18 +289,6 @@ def make_run_dir(directory: Path) -> None:
     open_to_group(directory, 0o710)
 
 
-def remove_ended_execs(run: Path) -> None:
-    """Remove the directories of programs that ended while no agent was there (`ExecSessions`)."""
-    for directory in run.glob("exec-*"):
-        try:
-            pid = (directory / CONMON_PID).read_text().strip()
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "conmon":
-                continue
-        except OSError:
-            pass
-        shutil.rmtree(directory, ignore_errors=True)
-
-
 def open_to_group(path: Path, mode: int) -> None:
     """Give a file to the group meshnet, where there is one; `mode` counts then."""
     with contextlib.suppress(KeyError, OSError):
@@ -310,17 +312,30 @@ def _read(rootfs: Path, name: str) -> str:
         os.close(etc)
 
 
-def _resolv_conf(as_it_is: bool) -> str:
-    """The host's, less name servers that are the host's own: nobody answers there inside."""
+def _user_of(rootfs: Path, name: str, groups: tuple[str, ...]) -> User:
+    group = _read(rootfs, "group")
+    return add_groups(resolve_user(name, _read(rootfs, "passwd"), group), groups, group)
+
+
+def _resolv_conf(options: ContainerOptions) -> str:
+    """The host's, with the name servers of ``--dns`` instead of its own.
+
+    Without ``--dns`` less those that are the host itself: nobody answers there inside.
+    """
+    as_it_is = options.networks == ("host",)
     try:
         lines = Path("/etc/resolv.conf").read_text().splitlines()
     except OSError:
-        return ""
+        lines = []
     kept = [
         line
         for line in lines
-        if as_it_is or not line.startswith(("nameserver 127.", "nameserver ::1"))
+        if (as_it_is and not options.dns)
+        or not line.startswith(
+            ("nameserver",) if options.dns else ("nameserver 127.", "nameserver ::1")
+        )
     ]
+    kept += [f"nameserver {server}" for server in options.dns]
     return "\n".join(kept) + "\n"
 
 

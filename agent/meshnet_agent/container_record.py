@@ -11,7 +11,7 @@ import structlog
 
 from meshnet.runtime.id_ranges import IdRange  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.mount_points import MountPoint  # noqa: TC001  (msgspec reads it)
-from meshnet.runtime.options import ContainerOptions  # noqa: TC001  (msgspec reads it)
+from meshnet.runtime.options import ContainerOptions, parse_label
 from meshnet_agent.disk import write_whole
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class Record:
             "image": self.options.image or self.options.rootfs,
             "networks": list(self.options.networks),
             "command": list(self.args),
+            "labels": dict(map(parse_label, self.options.labels)),
             "endpoints": list(self.endpoints),
             "restarts": self.restarts,
             "error": self.error,

@@ -37,10 +37,10 @@ from meshnet_agent.bundle import (
     Bundle,
     Sources,
     check_may_run,
-    remove_ended_execs,
 )
 from meshnet_agent.container_record import ProcessId, Record, State, load_all
 from meshnet_agent.container_registry import Container, Registry
+from meshnet_agent.exec_sessions import clear_execs
 from meshnet_agent.launch import launch
 from meshnet_agent.processes import is_alive, send, wait_for_end
 from meshnet_agent.volumes import Volumes
@@ -71,6 +71,7 @@ class Containers:
         attach, detach: puts a process on a network, and takes it off.
         passed_over: filled with the OCI runtimes that cannot run here, and why.
         id_pool: ids of the host that containers with ``--userns auto`` get theirs from.
+        systemd_cgroup: systemd makes the containers' cgroups.
 
     Attributes:
         volumes: this host's volumes.
@@ -85,6 +86,7 @@ class Containers:
         passed_over: dict[str, str],
         *,
         id_pool: IdRange,
+        systemd_cgroup: bool = False,
     ) -> None:
         self._state = state_dir.absolute() / "containers"
         self._run = run_dir.absolute() / "containers"
@@ -103,6 +105,7 @@ class Containers:
             VolumeStore(state_dir.absolute() / "volumes"),
             lambda: {r.name: r.mount_points for r in self.registry.records()},
         )
+        self._systemd_cgroup = systemd_cgroup
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take over what is on disk, then watch for ever."""
@@ -117,7 +120,7 @@ class Containers:
                     self._watch(container, record.shim)
                 else:
                     nursery.start_soon(self._found_ended, container)
-            await trio.to_thread.run_sync(remove_ended_execs, self._run)
+            await trio.to_thread.run_sync(clear_execs, self._run)
             await trio.to_thread.run_sync(self.volumes.store.collect)
             task_status.started()
             await trio.sleep_forever()
@@ -206,6 +209,11 @@ class Containers:
         """From nothing to a process that waits."""
         runtime = await self.runtime()
         async with container.lock, self._slots:
+            record = container.record
+            if container not in self.registry:
+                raise NotFoundError(f"container {record.name} was removed meanwhile")
+            if record.state not in (State.CREATING, State.EXITED):
+                raise ConflictError(f"container {record.name} is {record.state} already")
             await launch(container, runtime, self.registry, self._attach)
         assert container.record.shim is not None
         self._watch(container, container.record.shim)
@@ -225,19 +233,53 @@ class Containers:
         async with self._probing:
             if self._runtime is None:
                 check_may_run()
-                self._runtime, passed_over = await find_runtime(self._runtime_root)
+                self._runtime, passed_over = await find_runtime(
+                    self._runtime_root, systemd_cgroup=self._systemd_cgroup
+                )
                 self._passed_over.update(passed_over)
                 _log.info("OCI runtime", path=str(self._runtime.path), passed_over=passed_over)
             return self._runtime
 
-    async def start(self, name: str) -> Document:
-        """Let the process of a created container go on.
+    async def prepare(self, name: str) -> Document:
+        """Make an exited container wait to be started again, over its own writable layer.
+
+        One that is created already is left as it is.
 
         Raises:
-            ConflictError: it is not in that state.
+            ConflictError: it runs.
+        """
+        container = self.registry.find(name)
+        if container.record.state is State.EXITED:
+            with trio.CancelScope(shield=True):
+                await self._prepare_again(container)
+        elif container.record.state is not State.CREATED:
+            raise ConflictError(f"container {name} is {container.record.state}: it need not start")
+        return self.inspect(container.record.id)
+
+    async def _prepare_again(self, container: Container) -> None:
+        exit_code = container.record.exit_code
+        # A restart that its policy wants and that waits for its time finds it started, and ends.
+        container.ended = trio.Event() if container.ended.is_set() else container.ended
+        async with container.lock:  # two writers at once would share a draft
+            await container.change(stopped=False, restarts=0, error=None)
+        try:
+            await self._launch(container)
+        except BaseException as error:
+            if container.record.state is State.EXITED and container in self.registry:
+                await self._undo_launch(container, exit_code, str(error))
+                container.ended.set()
+            raise
+
+    async def start(self, name: str) -> Document:
+        """Let the process of a created container go on; an exited one is made again before.
+
+        Raises:
+            ConflictError: it runs.
         """
         container = self.registry.find(name)
         runtime = await self.runtime()
+        if container.record.state is State.EXITED:
+            await self.prepare(container.record.id)
         async with container.lock:
             record = container.record
             if record.state is not State.CREATED:
@@ -247,6 +289,19 @@ class Containers:
                 await runtime.start(record.id)
         _log.info("container started", container=record.name, id=record.id)
         return container.record.document()
+
+    async def restart(self, name: str, timeout_s: int | None) -> Document:
+        """Stop a container, if it runs, and start it again.
+
+        Raises:
+            ConflictError: it is removed when it ends.
+        """
+        container = self.registry.find(name)
+        if container.record.options.rm:
+            raise ConflictError(f"container {name} goes when it ends (--rm): run it again instead")
+        await self.stop(name, timeout_s)
+        await container.ended.wait()
+        return await self.start(container.record.id)
 
     # --- ending ---------------------------------------------------------------------------------
 
@@ -338,6 +393,8 @@ class Containers:
     async def _found_exited(self, container: Container) -> None:
         """At the agent's start: it had ended before; a restart of it may have been under way."""
         async with container.lock, self._slots:
+            if container not in self.registry or container.record.state is not State.EXITED:
+                return  # somebody removed it, or started it, before its turn came
             await self._put_away(container)
             await container.change(process=None, shim=None, endpoints=())
         await self._after_end(container, 0.0)
@@ -347,6 +404,8 @@ class Containers:
         ran = container.record.started_s or time.time()
         with trio.CancelScope(shield=True):
             async with container.lock, self._slots:
+                if container not in self.registry:
+                    return  # removed while it was being started again
                 await self._put_away(container)
                 container.note(
                     state=State.EXITED,
@@ -392,6 +451,9 @@ class Containers:
         failures = 0 if lasted_s > _LASTING_S else container.record.restarts
         while True:
             await trio.sleep(min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(failures, 16)))
+            record = container.record
+            if record.state is not State.EXITED:
+                return  # somebody started it meanwhile
             if not self._wants_restart(container):
                 container.ended.set()
                 return
@@ -407,15 +469,17 @@ class Containers:
                     _log.error("not restarted", container=container.record.name, reason=str(error))
                     if container.record.state is not State.EXITED:
                         return  # its end is watched
-                    async with container.lock:
-                        await self._put_away(container)
-                        await container.change(
-                            exit_code=exit_code,
-                            error=str(error),
-                            process=None,
-                            shim=None,
-                            endpoints=(),
-                        )
+                    await self._undo_launch(container, exit_code, str(error))
+
+    async def _undo_launch(self, container: Container, exit_code: int | None, error: str) -> None:
+        """It could not be made again: it has ended as before, and the record says why."""
+        async with container.lock:
+            if container not in self.registry:
+                return
+            await self._put_away(container)
+            await container.change(
+                exit_code=exit_code, error=error, process=None, shim=None, endpoints=()
+            )
 
     async def _put_away(self, container: Container) -> None:
         """Cgroup, processes, endpoints, mounts: all not on disk.  A failure is only logged."""

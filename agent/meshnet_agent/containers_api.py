@@ -7,22 +7,21 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import trio
 from starlette.responses import Response, StreamingResponse
 
 from meshnet.errors import UsageError
 from meshnet.runtime.conmon import StartError
 from meshnet.runtime.oci_runtime import exit_status_of
 from meshnet.runtime.options import ContainerOptions
+from meshnet_agent.container_log import read_log
 from meshnet_agent.openapi import takes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from starlette.requests import Request
     from starlette.routing import Route
 
-    from meshnet_agent.container_registry import Container
     from meshnet_agent.containers import Containers
     from meshnet_agent.exec_sessions import ExecSessions
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     ReadBody = Callable[[Request, type[Any]], Awaitable[Any]]
 
 _FIELDS = frozenset(f.name for f in fields(ContainerOptions))
-_CHUNK_BYTES = 64 * 1024
-_POLL_S = 0.1
 
 
 class SignalRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -82,6 +79,14 @@ def container_routes(
     async def start(request: Request) -> object:
         return await containers.start(name_of(request))
 
+    async def prepare(request: Request) -> object:
+        return await containers.prepare(name_of(request))
+
+    @takes(StopRequest)
+    async def restart(request: Request) -> object:
+        wanted = await read_body(request, StopRequest)
+        return await containers.restart(name_of(request), wanted.timeout_s)
+
     @takes(StopRequest)
     async def stop(request: Request) -> object:
         wanted = await read_body(request, StopRequest)
@@ -100,8 +105,16 @@ def container_routes(
 
     async def logs(request: Request) -> Response:
         container = containers.registry.find(name_of(request))
-        follow = request.query_params.get("follow") == "1"
-        return StreamingResponse(_log(container, follow), media_type="application/octet-stream")
+        query = request.query_params
+        try:
+            tail = int(query["tail"]) if "tail" in query else None
+            since_s = float(query["since"]) if "since" in query else None
+        except ValueError as error:
+            raise UsageError(f"tail and since are numbers: {error}") from error
+        if tail is not None and tail < 0:
+            raise UsageError(f"tail {tail} is negative: give a number of lines")
+        body = read_log(container, follow=query.get("follow") == "1", tail=tail, since_s=since_s)
+        return StreamingResponse(body, media_type="application/octet-stream")
 
     @takes(ContainerOptions)
     async def exec_create(request: Request) -> object:
@@ -131,6 +144,8 @@ def container_routes(
         route(one, "GET", inspect),
         route(one, "DELETE", remove),
         route(f"{one}/start", "POST", telling_status(start)),
+        route(f"{one}/prepare", "POST", telling_status(prepare)),
+        route(f"{one}/restart", "POST", telling_status(restart)),
         route(f"{one}/stop", "POST", stop),
         route(f"{one}/kill", "POST", kill),
         route(f"{one}/wait", "GET", wait),
@@ -140,20 +155,3 @@ def container_routes(
         route("/v1/exec/{name}/start", "POST", telling_status(exec_start)),
         route("/v1/exec/{name}/wait", "GET", exec_wait),
     ]
-
-
-async def _log(container: Container, follow: bool) -> AsyncIterator[bytes]:
-    """The log's bytes; with `follow` until the container has ended."""
-    try:
-        file = await trio.open_file(container.bundle.log, "rb")
-    except FileNotFoundError:
-        return
-    async with file:
-        while True:
-            over = container.ended.is_set()  # before the read: what came until then is in it
-            while chunk := await file.read(_CHUNK_BYTES):
-                yield chunk
-            if over or not follow:
-                return
-            with trio.move_on_after(_POLL_S):
-                await container.ended.wait()

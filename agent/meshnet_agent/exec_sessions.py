@@ -6,10 +6,12 @@ The program waits until its client has attached; then the client asks for it to 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import signal
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -27,13 +29,13 @@ from meshnet_agent.bundle import open_to_group
 from meshnet_agent.processes import identify, send, wait_for_end
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from meshnet.runtime.options import ContainerOptions
     from meshnet_agent.container_record import ProcessId
     from meshnet_agent.containers import Containers
     from meshnet_agent.documents import Document
 
+_STARTED = "started"
+"""A file in the directory of a program that was let go on."""
 _FORGET_S = 60.0
 """How long a program waits for its client, and its status after the end."""
 
@@ -113,6 +115,7 @@ class ExecSessions:
             StartError: there is no such program, or the runtime refused.
         """
         session = self._find(identity)
+        (session.directory / _STARTED).touch()
         session.started.set()
         return {"pid": await session.waiting.start()}
 
@@ -140,3 +143,35 @@ class ExecSessions:
         session.ended.set()
         await trio.sleep(_FORGET_S)
         self._sessions.pop(identity, None)
+
+
+def clear_execs(run: Path) -> None:
+    """At the agent's start: end what waits for a start that nobody will ask for, tidy up the ended.
+
+    A program that had been started goes on, as its container does.
+    """
+    for directory in run.glob("exec-*"):
+        conmon = _conmon_of(directory)
+        if conmon is not None:
+            try:
+                if (directory / _STARTED).exists():
+                    continue
+                signal.pidfd_send_signal(conmon, signal.SIGKILL)
+            finally:
+                os.close(conmon)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _conmon_of(directory: Path) -> int | None:
+    """A pidfd of the conmon that lives in a directory; None: it has ended."""
+    try:
+        pid = int((directory / CONMON_PID).read_text())
+        fd = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        return None
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if os.fsencode(directory) in words:
+            return fd
+    os.close(fd)
+    return None

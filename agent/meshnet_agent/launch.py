@@ -41,7 +41,7 @@ async def launch(
     record, bundle = container.record, container.bundle
     await trio.to_thread.run_sync(bundle.make)
     namespaces, etc = _namespaces(record, registry)
-    await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc)
+    await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc, runtime.cgroup(record.id))
     pid = await _shim(container, runtime).create()
     await container.change_for_this_boot(
         process=identify(pid),
@@ -64,6 +64,7 @@ def _shim(container: Container, runtime: OciRuntime) -> Shim:
         exits=container.bundle.exits,
         tty=container.record.options.tty,
         stdin=container.record.options.interactive,
+        log_max_bytes=container.record.options.log_max_bytes,
     )
 
 

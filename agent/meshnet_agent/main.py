@@ -222,6 +222,7 @@ async def _run(config: AgentConfig) -> None:
                 service.detach,
                 service.passed_over,
                 id_pool=id_pool,
+                systemd_cgroup=config.cgroup_driver == "systemd",
             )
             await _serve(service, containers, agent, socket_path)
 

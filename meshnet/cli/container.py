@@ -1,44 +1,44 @@
-"""``meshnet run``, ``ps``, ``logs``, ``exec``, ``stop`` and so on: containers of this host."""
+"""``meshnet ps``, ``logs``, ``stop`` and so on: containers of this host (``run``: `cli.run`)."""
 
 from __future__ import annotations
 
-import argparse
-import os
+import re
 import sys
 import time
 
 from meshnet.cli.client import Client
-from meshnet.cli.completion import complete_containers, complete_networks
+from meshnet.cli.completion import complete_containers
 from meshnet.cli.output import joined, print_either, print_json, print_table
-from meshnet.errors import AgentUnreachableError, MeshnetError, NotFoundError, UsageError
+from meshnet.cli.run import add_json, print_started
+from meshnet.errors import UsageError
 
 TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
     from typing import Any
 
     from meshnet.cli.completion import Subparsers
 
-_ASK_AGAIN_S = 0.05
-_RUN_EPILOG = """\
-examples:
-  meshnet run --net prod --detach --name web web:1
-  meshnet run --rm -it --net prod --memory 256m --rootfs /srv/tree /bin/sh
-
-exit status: the command's own; 127 it does not exist, 126 it cannot be executed, 128+N it was
-ended by signal N, 125 the container could not be started; else that of all commands."""
+_AGO = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+_UNIX_TIME = re.compile(r"\d+(?:\.\d+)?")
 
 
 def add_parser(commands: Subparsers) -> None:
     """Add the commands."""
-    _add_run(commands)
-    _add_exec(commands)
     ps = commands.add_parser("ps", help="list the containers of this host")
     ps.add_argument("-a", "--all", action="store_true", help="also those that have ended")
-    _add_json(ps)
+    add_json(ps)
     ps.set_defaults(run=_ps)
     logs = _add_one(commands, "logs", "print what a container printed", _logs, json=False)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
+    logs.add_argument("-t", "--timestamps", action="store_true", help="with the time of each line")
+    logs.add_argument("-n", "--tail", default="all", metavar="N", help="the last N lines only")
+    logs.add_argument(
+        "--since", metavar="TIME", help="not older than that: 10m, 2026-01-31T12:00:00 or Unix time"
+    )
+    restart = _add_one(commands, "restart", "stop a container and start it again", _restart)
+    restart.add_argument("-t", "--time", type=int, metavar="S", help="as of stop")
     stop = _add_one(commands, "stop", "end a container: its stop signal, then SIGKILL", _stop)
     stop.add_argument("-t", "--time", type=int, metavar="S", help="seconds in between")
     kill = _add_one(commands, "kill", "send a signal to a container", _kill)
@@ -49,10 +49,6 @@ def add_parser(commands: Subparsers) -> None:
     _add_one(commands, "inspect", "show all that is known of a container", _inspect)
     _add_one(commands, "wait", "wait until a container has ended; print its status", _wait)
     _add_one(commands, "stats", "show what a running container uses", _stats)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_one(
@@ -66,248 +62,9 @@ def _add_one(
     parser = commands.add_parser(name, help=summary)
     parser.add_argument("name", metavar="NAME").completer = complete_containers  # type: ignore[attr-defined]
     if json:
-        _add_json(parser)
+        add_json(parser)
     parser.set_defaults(run=run)
     return parser
-
-
-def _add_run(commands: Subparsers) -> None:
-    run = commands.add_parser(
-        "run",
-        help="run a command in a new container",
-        epilog=_RUN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [OPTION...] (IMAGE | --rootfs DIR) [CMD...]",
-        allow_abbrev=False,
-    )
-    run.add_argument(
-        "--net", metavar="NAME", action="append", default=[], dest="networks",
-        help="a network (may be repeated), none, host or container:NAME (default: none)",
-    ).completer = complete_networks  # type: ignore[attr-defined]  # fmt: skip
-    run.add_argument("--rootfs", metavar="DIR", help="a directory instead of an image")
-    flags = (
-        (("-d", "--detach"), "return when it runs and its network is up; print its id"),
-        (("--rm",), "remove it when it has ended"),
-        (("--init",), "an init process that reaps zombies and forwards signals"),
-        (("--privileged",), "all capabilities and devices, no seccomp: no protection"),
-        (("--read-only",), "its root file system cannot be written"),
-    )
-    for names, text in flags:
-        run.add_argument(*names, action="store_true", help=text)
-    _add_stdio(run)
-    texts = (
-        ("--name", "N", "name"),
-        ("--hostname", "H", "host name (default: its id)"),
-        ("--entrypoint", "PROGRAM", "instead of the image's"),
-        ("--restart", "POLICY", "no, on-failure[:N] or always"),
-        ("--cpuset-cpus", "LIST", "CPUs that it may use, such as 0-1"),
-        ("--pid", "NS", "host or container:NAME"),
-        ("--ipc", "NS", "host or container:NAME"),
-        ("--uts", "NS", "host or container:NAME"),
-        ("--userns", "NS", "host (default), auto: ids of its own, auto:ID:SIZE or container:NAME"),
-        ("--stop-signal", "SIG", "what stop sends first"),
-        ("--memory", "SIZE", "hard limit, such as 256m"),
-        ("--memory-reservation", "SIZE", "soft limit"),
-    )
-    for name, metavar, text in texts:
-        run.add_argument(name, metavar=metavar, help=text)
-    numbers = (
-        ("--cpu-shares", "share of the CPU when it is short (default: 1024)"),
-        ("--pids-limit", "most processes"),
-        ("--blkio-weight", "share of the disk, 10 to 1000"),
-        ("--stop-timeout", "seconds that stop waits (default: 10)"),
-    )
-    for name, text in numbers:
-        run.add_argument(name, metavar="N", type=int, help=text)
-    run.add_argument("--cpus", metavar="F", type=float, help="how many CPUs it may use, as 0.5")
-    several = (
-        (
-            ("-v", "--volume"),
-            "[SRC:]DST[:ro]",
-            "mount a path of the host, or a volume",
-        ),
-        (("-p", "--publish"), "PORT[:PORT][/udp]", "a port of the host leads to one of it"),
-        (("--tmpfs",), "DIR[:OPTIONS]", "mount an empty directory in memory"),
-        (("--cap-add",), "CAP", "give it a capability, or ALL"),
-        (("--cap-drop",), "CAP", "take one away, or ALL"),
-    )
-    for names, metavar, text in several:
-        run.add_argument(*names, metavar=metavar, action="append", default=[], help=text)
-    _add_json(run)
-    run.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    run.set_defaults(run=_run)
-
-
-def _add_stdio(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-i", "--interactive", action="store_true", help="forward stdin")
-    parser.add_argument("-t", "--tty", action="store_true", help="give it a terminal")
-    parser.add_argument("-u", "--user", metavar="U[:G]", help="user and group, name or number")
-    parser.add_argument("-w", "--workdir", metavar="DIR", help="its working directory")
-    parser.add_argument(
-        "-e", "--env", metavar="K=V", action="append", default=[], help="a variable"
-    )
-
-
-def _add_exec(commands: Subparsers) -> None:
-    execute = commands.add_parser(
-        "exec",
-        help="run another command in a running container",
-        usage="%(prog)s [OPTION...] NAME CMD...",
-        allow_abbrev=False,
-    )
-    _add_stdio(execute)
-    execute.add_argument("name", metavar="NAME").completer = complete_containers  # type: ignore[attr-defined]
-    execute.add_argument("words", metavar="CMD", nargs=argparse.REMAINDER)
-    execute.set_defaults(run=_exec)
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    words = list(args.words)
-    if words[:1] == ["--"]:
-        words = words[1:]
-    image = None
-    if args.rootfs is None:
-        if not words:
-            raise UsageError("give an image, or --rootfs DIR and a command")
-        image = words.pop(0)
-    sizes = {
-        f"{name}_bytes": _size(value) if value is not None else None
-        for name, value in (
-            ("memory", args.memory),
-            ("memory_reservation", args.memory_reservation),
-        )
-    }
-    same = (
-        "name", "hostname", "entrypoint", "restart", "cpuset_cpus", "pid", "ipc", "uts", "userns",
-        "user", "workdir", "stop_signal", "cpu_shares", "pids_limit", "blkio_weight", "cpus", "rm",
-        "init", "privileged", "read_only", "interactive", "tty", "tmpfs", "publish", "cap_add",
-        "cap_drop",
-    )  # fmt: skip
-    return (
-        sizes
-        | {name: getattr(args, name) for name in same}
-        | {
-            "image": image,
-            "rootfs": os.path.abspath(args.rootfs) if args.rootfs is not None else None,
-            "command": words,
-            "networks": args.networks or ["none"],
-            "env": _env(args.env),
-            "volumes": args.volume,
-            "stop_timeout_s": args.stop_timeout,
-        }
-    )
-
-
-def _size(text: str) -> int:
-    from meshnet.runtime.options import parse_size
-
-    return parse_size(text)
-
-
-def _env(words: list[str]) -> list[str]:
-    """Docker: a name alone takes the client's own value."""
-    full = (w if "=" in w else f"{w}={os.environ[w]}" for w in words if "=" in w or w in os.environ)
-    return list(full)
-
-
-def _run(args: argparse.Namespace) -> int:
-    client = Client(args.socket)
-    made = client.post("containers", body=_options(args), timeout_s=None)
-    if "failed" in made:
-        return _say_failed(made)
-    if args.detach:
-        started = client.post("containers", made["id"], "start", body={}, timeout_s=None)
-        return print_either(args.json, made | started, made["id"])
-    attachment = _attachment(made, args)
-    ending = _Ending(args.socket, ("containers", made["id"], "wait"), made["exit_file"])
-    client.post("containers", made["id"], "start", body={}, timeout_s=None)
-    attachment.run(lambda name: _forward(client, made["id"], name))
-    return ending.status()
-
-
-def _exec(args: argparse.Namespace) -> int:
-    client = Client(args.socket)
-    made = client.post(
-        "containers",
-        args.name,
-        "exec",
-        body={
-            "command": args.words[1:] if args.words[:1] == ["--"] else args.words,
-            "env": _env(args.env),
-            "user": args.user,
-            "workdir": args.workdir,
-            "tty": args.tty,
-            "interactive": args.interactive,
-        },
-        timeout_s=None,
-    )
-    attachment = _attachment(made, args)
-    ending = _Ending(args.socket, ("exec", made["id"], "wait"), made["exit_file"])
-    started = client.post("exec", made["id"], "start", body={}, timeout_s=None)
-    if "failed" in started:
-        return _say_failed(started)
-    attachment.run(lambda _name: None)
-    return ending.status()
-
-
-def _attachment(made: dict[str, Any], args: argparse.Namespace) -> Any:  # noqa: ANN401
-    from meshnet.cli.terminal import Attachment
-
-    return Attachment(made["attach"], made["window"], tty=args.tty, interactive=args.interactive)
-
-
-def _forward(client: Client, identity: str, name: str) -> None:
-    try:
-        client.post("containers", identity, "kill", body={"signal": name})
-    except MeshnetError as error:
-        print(f"meshnet: {name} not forwarded: {error}", file=sys.stderr)
-
-
-def _say_failed(answer: dict[str, Any]) -> int:
-    print(f"meshnet: {answer['failed']}", file=sys.stderr)
-    return int(answer["exit_status"])
-
-
-class _Ending:
-    """The exit status, asked for before the start: afterwards ``--rm`` may have been faster.
-
-    While no agent answers, conmon's own file is looked at.
-    """
-
-    def __init__(self, path: str, parts: tuple[str, ...], exit_file: str) -> None:
-        self._client = Client(path)
-        self._parts = parts
-        self._file = exit_file
-        self._asked = self._client.ask(*parts)
-
-    def status(self) -> int:
-        """Wait for the status."""
-        ask: Callable[[], Any] = self._asked.result
-        while True:
-            try:
-                return int(ask()["exit_code"])
-            except AgentUnreachableError:
-                found = self._look()
-                time.sleep(_ASK_AGAIN_S)
-            except (MeshnetError, TypeError, ValueError):
-                found = self._look()
-                if found is None:
-                    raise NotFoundError(
-                        "how the container ended is not known: it was removed meanwhile"
-                    ) from None
-            if found is not None:
-                return found
-            ask = self._ask_again
-
-    def _ask_again(self) -> Any:  # noqa: ANN401
-        return self._client.wait(*self._parts)
-
-    def _look(self) -> int | None:
-        try:
-            with open(self._file) as file:
-                return int(file.read())
-        except (OSError, ValueError):
-            return None
 
 
 def _ps(args: argparse.Namespace) -> int:
@@ -336,15 +93,52 @@ def _ps(args: argparse.Namespace) -> int:
 
 def _logs(args: argparse.Namespace) -> int:
     query = {"follow": "1"} if args.follow else {}
+    if args.tail != "all":
+        query["tail"] = str(args.tail)
+    if args.since is not None:
+        query["since"] = str(parse_since(args.since, time.time()))
+    continued = {b"stdout": False, b"stderr": False}
     for line in Client(args.socket).stream("containers", args.name, "logs", query=query):
         # TIME STREAM P|F TEXT; a P line has no line feed of its own.
         fields = line.split(b" ", 3)
         if len(fields) == 4:
-            text = fields[3] if fields[2] == b"F" else fields[3].rstrip(b"\n")
-            output = sys.stderr if fields[1] == b"stderr" else sys.stdout
-            output.buffer.write(text)
+            when, stream, kind, text = fields
+            if args.timestamps and not continued.get(stream):
+                text = when + b" " + text
+            continued[stream] = kind != b"F"
+            output = sys.stderr if stream == b"stderr" else sys.stdout
+            output.buffer.write(text if kind == b"F" else text.removesuffix(b"\n"))
             output.flush()
     return 0
+
+
+def parse_since(text: str, now_s: float) -> float:
+    """Unix time of ``10m`` or ``1h30m`` ago, of an RFC 3339 time (local without zone), of itself.
+
+    Raises:
+        UsageError: none of these.
+    """
+    from datetime import datetime
+
+    ago = _AGO.fullmatch(text)
+    try:
+        if text and ago is not None:
+            hours, minutes, seconds = (float(part or 0) for part in ago.groups())
+            return now_s - 3600 * hours - 60 * minutes - seconds
+        if _UNIX_TIME.fullmatch(text):
+            return float(text)
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"--since {text!r} is no time: give 10m, 2026-01-31T12:00:00 or Unix time"
+        ) from error
+
+
+def _restart(args: argparse.Namespace) -> int:
+    document = Client(args.socket).post(
+        "containers", args.name, "restart", body={"timeout_s": args.time}, timeout_s=None
+    )
+    return print_started(args.json, document)
 
 
 def _one(args: argparse.Namespace, action: str, body: dict[str, Any]) -> int:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 GROUPS = {
     "network": ("network",),
     "endpoint": ("attach", "detach", "endpoint"),
+    "run": ("run", "exec", "start"),
     "container": (
-        "run", "exec", "ps", "logs", "stop", "kill", "rm", "inspect", "wait", "stats",
+        "ps", "logs", "stop", "restart", "kill", "rm", "inspect", "wait", "stats",
     ),
     "host": ("hosts", "host"),
     "status": ("status",),

@@ -66,6 +66,17 @@ def read_usage(pid: int) -> Usage:
     )
 
 
+def accounts_swap() -> bool:
+    """Whether the kernel can limit a container's swap: ``memory.memsw.*``, of v2 ``memory.swap.*``.
+
+    Some kernels do so only with ``swapaccount=1`` on their command line.
+    """
+    if (_ROOT / "memory" / "memory.memsw.limit_in_bytes").exists():
+        return True
+    # The root of v2 has no such file; its children have.
+    return any(True for _ in _ROOT.glob("*/memory.swap.max"))
+
+
 def _paths(pid: int) -> dict[str, Path]:
     """Directories of a process's cgroup, by controller; that of v2 under the empty name."""
     found = {}

@@ -44,6 +44,8 @@ class Shim:
     Attributes:
         bundle: directory with ``config.json``; of an exec a directory of its own.
         log: file of the format ``k8s-file``.
+        log_max_bytes: the log begins anew when it would become larger: what was in it is lost (a
+            new file takes the name, conmon 2.1.6); 0: never.
         exits: directory that the exit status is written to, as a file named after the container.
     """
 
@@ -54,6 +56,7 @@ class Shim:
     exits: Path
     tty: bool
     stdin: bool
+    log_max_bytes: int = 0
 
     def command(self, *more: str) -> list[str]:
         """The command line.
@@ -74,6 +77,8 @@ class Shim:
             *("--conmon-pidfile", str(self.bundle / CONMON_PID)),
             *("--log-path", f"k8s-file:{self.log}", "--exit-dir", str(self.exits)),
             *(word for argument in arguments for word in ("--runtime-arg", argument)),
+            *(["--log-size-max", str(self.log_max_bytes)] if self.log_max_bytes else []),
+            *(["--systemd-cgroup"] if self.runtime.systemd_cgroup else []),
             *(["--terminal"] if self.tty else []),
             *(["--stdin"] if self.stdin else []),
             *more,
@@ -99,9 +104,13 @@ class Shim:
         """
         attach_read, attach_write = os.pipe()
         start_read, start_write = os.pipe()
+        # conmon takes the pipe's end for its start.  It is given a descriptor that is both ends, so
+        # that none comes when the agent dies: it waits until the next agent ends it.
+        start_both = os.open(f"/proc/self/fd/{start_read}", os.O_RDWR | os.O_CLOEXEC)
+        os.close(start_read)
         os.write(start_write, b"\n")  # conmon waits for one before it forks, and for one to start
         command = self.command("--exec", "--exec-attach", "--exec-process-spec", str(process))
-        pipes = {"_OCI_ATTACHPIPE": attach_write, "_OCI_STARTPIPE": start_read}
+        pipes = {"_OCI_ATTACHPIPE": attach_write, "_OCI_STARTPIPE": start_both}
         async with trio.lowlevel.FdStream(attach_read) as ready:
             start = trio.lowlevel.FdStream(start_write)
             try:
@@ -134,7 +143,7 @@ class Exec:
             await self.close()
 
     async def close(self) -> None:
-        """Let go of conmon, which starts the program if nobody ends it before."""
+        """Let go of conmon; one that waits does so until it is ended."""
         await trio.aclose_forcefully(self._start)
         await trio.aclose_forcefully(self._sync)
 

@@ -35,11 +35,19 @@ class OciRuntime:
         root: where it remembers its containers; gone after a reboot, as they are.
         enter: words before `path` where it makes processes (`create`, `exec`); nothing that they
             make for it outlasts the call.
+        systemd_cgroup: systemd makes the cgroups (``--cgroup-driver systemd``).
     """
 
     path: Path
     root: Path
     enter: tuple[str, ...] = ()
+    systemd_cgroup: bool = False
+
+    def cgroup(self, identity: str) -> str:
+        """``cgroupsPath`` of a container; for systemd ``SLICE:PREFIX:NAME``, a scope."""
+        if self.systemd_cgroup:
+            return f"system.slice:meshnet:{identity}"
+        return f"/meshnet/{identity}"
 
     async def start(self, identity: str) -> None:
         """Let the paused process of a created container go on.
@@ -59,7 +67,8 @@ class OciRuntime:
             await self._run("delete", "--force", identity)
 
     async def _run(self, *arguments: str) -> None:
-        command = [str(self.path), "--root", str(self.root), *arguments]
+        driver = ["--systemd-cgroup"] if self.systemd_cgroup else []
+        command = [str(self.path), "--root", str(self.root), *driver, *arguments]
         with trio.CancelScope(shield=True):
             done = await trio.run_process(
                 command, capture_stdout=True, capture_stderr=True, check=False
@@ -81,7 +90,9 @@ def exit_status_of(message: str) -> int:
     return 126 if _NOT_EXECUTABLE.search(message) else 125
 
 
-async def find_runtime(root: Path) -> tuple[OciRuntime, dict[str, str]]:
+async def find_runtime(
+    root: Path, *, systemd_cgroup: bool = False
+) -> tuple[OciRuntime, dict[str, str]]:
     """The first runtime that can run here, and why others were passed over.
 
     Each is asked to create a container of nothing: one that gets as far as not finding the
@@ -97,10 +108,11 @@ async def find_runtime(root: Path) -> tuple[OciRuntime, dict[str, str]]:
             passed_over[name] = "not installed"
             continue
         for enter in ways_to_run(name):
-            reason = await _try((*enter, found))
+            runtime = OciRuntime(Path(found), root, enter, systemd_cgroup)
+            reason = await _try(runtime)
             if _NOT_FOUND.search(reason):
                 passed_over.pop(name, None)
-                return OciRuntime(Path(found), root, enter), passed_over
+                return runtime, passed_over
             passed_over.setdefault(name, reason)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise KernelRefusedError(f"no OCI runtime can run on this host ({reasons}): install runc")
@@ -121,16 +133,18 @@ def ways_to_run(name: str) -> list[tuple[str, ...]]:
     return [(), hidden]
 
 
-async def _try(program: tuple[str, ...]) -> str:
+async def _try(runtime: OciRuntime) -> str:
     with TemporaryDirectory(prefix="meshnet-probe-") as directory:
         identity = Path(directory).name
         bundle = Path(directory, "bundle")
         (bundle / "rootfs").mkdir(parents=True)
-        (bundle / "config.json").write_text(json.dumps(_probe(identity)))
+        (bundle / "config.json").write_text(json.dumps(_probe(runtime.cgroup(identity))))
         command: list[str | Path] = [
-            *program,
+            *runtime.enter,
+            runtime.path,
             "--root",
             Path(directory, "state"),
+            *(["--systemd-cgroup"] if runtime.systemd_cgroup else []),
             "run",
             "--bundle",
             bundle,
@@ -142,14 +156,14 @@ async def _try(program: tuple[str, ...]) -> str:
     return clean(done.stderr.decode(errors="replace"))
 
 
-def _probe(identity: str) -> dict[str, Any]:
+def _probe(cgroup: str) -> dict[str, Any]:
     return {
         "ociVersion": "1.0.2",
         "process": {"user": {"uid": 0, "gid": 0}, "args": ["/none"], "cwd": "/"},
         "root": {"path": "rootfs"},
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
         "linux": {
-            "cgroupsPath": f"/meshnet/{identity}",
+            "cgroupsPath": cgroup,
             "resources": {"pids": {"limit": 16}},
             "namespaces": [{"type": kind} for kind in ("pid", "mount", "network", "ipc", "uts")],
         },

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from meshnet.errors import UsageError
+from meshnet.runtime.devices import parse_device
+from meshnet.runtime.sysctls import check_sysctls
+from meshnet.runtime.ulimits import parse_ulimit
 from meshnet.runtime.userns import check_userns
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -17,6 +21,8 @@ _RESTART = re.compile(r"no|always|on-failure(?::(\d+))?")
 _CONTAINER = "container:"
 _VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,62}")
 """Of two letters or more, as in Docker: a single one would be a drive of Windows there."""
+_LEAST_LOG_BYTES = 64 << 10
+NO_SWAP_LIMIT = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +38,11 @@ class ContainerOptions:
         memory_bytes: hard limit; the kernel kills what exceeds it.
         volumes: see `parse_volume`.
         userns: see `meshnet.runtime.userns.parse_userns`.
+        memory_swap_bytes: memory and swap together; None: twice the memory; `NO_SWAP_LIMIT`.
+        ulimits, devices, sysctls: see the modules of these names.
+        add_hosts: ``NAME:IP``, lines of ``/etc/hosts``.
+        labels: ``K=V``; they mean nothing to meshnet.
+        log_max_bytes: the log begins anew when it has become so large; 0: never.
         pid, ipc, uts: ``host`` or ``container:NAME``; None: a namespace of its own.
         stop_timeout_s: seconds between the stop signal and SIGKILL.
     """
@@ -58,7 +69,17 @@ class ContainerOptions:
     cpu_shares: int | None = None
     cpuset_cpus: str | None = None
     memory_bytes: int | None = None
+    memory_swap_bytes: int | None = None
     memory_reservation_bytes: int | None = None
+    shm_size_bytes: int = 64 << 20
+    ulimits: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    sysctls: tuple[str, ...] = ()
+    group_add: tuple[str, ...] = ()
+    add_hosts: tuple[str, ...] = ()
+    dns: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    log_max_bytes: int = 64 << 20
     pids_limit: int | None = None
     blkio_weight: int | None = None
     cap_add: tuple[str, ...] = ()
@@ -162,6 +183,33 @@ def parse_restart(text: str) -> RestartPolicy:
     )
 
 
+def parse_add_host(text: str) -> tuple[str, str]:
+    """Name and address of ``db:10.0.0.5``; the address may be IPv6.
+
+    Raises:
+        UsageError: anything else.
+    """
+    name, _, address = text.partition(":")
+    try:
+        if not name or name.split() != [name]:
+            raise ValueError
+        return name, str(ip_address(address.strip("[]")))
+    except ValueError as error:
+        raise UsageError(f"--add-host {text!r} is not usable: give NAME:IP") from error
+
+
+def parse_label(text: str) -> tuple[str, str]:
+    """``K=V``, or ``K`` alone.
+
+    Raises:
+        UsageError: no key.
+    """
+    key, _, value = text.partition("=")
+    if not key:
+        raise UsageError(f"label {text!r} is not usable: give K=V")
+    return key, value
+
+
 def shared_with(text: str | None) -> str | None:
     """The container of ``container:NAME``; None for any other word."""
     if text is None or not text.startswith(_CONTAINER):
@@ -197,6 +245,43 @@ def check_options(options: ContainerOptions) -> None:
     check_userns(options)
     for volume in options.volumes:
         parse_volume(volume)
+    _check_memory(options)
+    _check_etc(options)
+    for ulimit in options.ulimits:
+        parse_ulimit(ulimit)
+    for device in options.devices:
+        parse_device(device)
+    for label in options.labels:
+        parse_label(label)
+    check_sysctls(options)
+    if 0 < options.log_max_bytes < _LEAST_LOG_BYTES or options.log_max_bytes < 0:
+        raise UsageError(f"--log-max-size {options.log_max_bytes} is too small: give 64k, or 0")
     for text in (*options.command, *options.env, *options.tmpfs):
         if "\0" in text:
             raise UsageError("a NUL is in an argument or a variable")
+
+
+def _check_memory(options: ContainerOptions) -> None:
+    swap, memory = options.memory_swap_bytes, options.memory_bytes
+    if options.shm_size_bytes <= 0:
+        raise UsageError(f"--shm-size {options.shm_size_bytes} is too small: give one, as 64m")
+    if swap is None or swap == NO_SWAP_LIMIT:
+        return
+    if memory is None:
+        raise UsageError("--memory-swap is of memory and swap together: give --memory too")
+    if swap < memory:
+        raise UsageError(f"--memory-swap {swap} is less than --memory {memory}: give the same")
+
+
+def _check_etc(options: ContainerOptions) -> None:
+    """Options of /etc/hosts and /etc/resolv.conf."""
+    for text in options.add_hosts:
+        parse_add_host(text)
+    for server in options.dns:
+        try:
+            ip_address(server)
+        except ValueError as error:
+            raise UsageError(f"--dns {server!r} is no address: give one of a server") from error
+    shared = any(shared_with(n) is not None for n in options.networks)
+    if shared and (options.add_hosts or options.dns):
+        raise UsageError("--net container:NAME shares /etc: give --add-host and --dns to NAME")

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import UsageError
-from meshnet.runtime.options import parse_volume
+from meshnet.runtime.options import NO_SWAP_LIMIT, parse_volume
+from meshnet.runtime.sysctls import parse_sysctl
+from meshnet.runtime.ulimits import parse_ulimit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from meshnet.runtime.devices import Device
     from meshnet.runtime.id_ranges import IdRange
     from meshnet.runtime.options import ContainerOptions, Volume
     from meshnet.runtime.users import User
@@ -63,6 +66,8 @@ class Surroundings:
         init: the host's init program, if one is wanted.
         volumes: further ones, which have no path in the options.
         ids: of the host, if ``user`` is among the namespaces.
+        devices: of the host, besides the usual ones.
+        accounts_swap: whether the kernel can limit swap.
     """
 
     args: tuple[str, ...]
@@ -79,6 +84,8 @@ class Surroundings:
     init: str | None = None
     volumes: tuple[Volume, ...] = ()
     ids: IdRange | None = None
+    devices: tuple[Device, ...] = ()
+    accounts_swap: bool = False
 
 
 def capabilities(options: ContainerOptions, effective: frozenset[str]) -> tuple[str, ...]:
@@ -141,6 +148,13 @@ def make_process(
         },
         "noNewPrivileges": not options.privileged,
     }
+    if options.ulimits:
+        # A later one wins, as in Docker.
+        limits = {u.name: u for u in map(parse_ulimit, options.ulimits)}
+        process["rlimits"] = [
+            {"type": f"RLIMIT_{name.upper()}", "soft": limit.soft, "hard": limit.hard}
+            for name, limit in limits.items()
+        ]
     return process
 
 
@@ -162,11 +176,26 @@ def make_spec(options: ContainerOptions, around: Surroundings) -> Document:
             for kind, path in {"mount": "", "cgroup": "", **around.namespaces}.items()
             if path is not None
         ],
-        "resources": _resources(options),
+        "resources": _resources(options, around),
     }
     if around.ids is not None:
         mapping = {"containerID": 0, "hostID": around.ids.first, "size": around.ids.size}
         linux |= {"uidMappings": [mapping], "gidMappings": [mapping]}
+    if options.sysctls:
+        linux["sysctl"] = dict(map(parse_sysctl, options.sysctls))
+    if around.devices:
+        linux["devices"] = [
+            {
+                "path": device.path,
+                "type": device.kind,
+                "major": device.major,
+                "minor": device.minor,
+                "fileMode": device.mode,
+                "uid": device.uid,
+                "gid": device.gid,
+            }
+            for device in around.devices
+        ]
     if not options.privileged:
         linux |= {"maskedPaths": list(MASKED_PATHS), "readonlyPaths": list(READONLY_PATHS)}
         if around.seccomp is not None:
@@ -196,7 +225,7 @@ def _mounts(options: ContainerOptions, around: Surroundings) -> list[Document]:
         ),
         _mount("/sys/fs/cgroup", "cgroup", [*safe, "relatime", writable]),
         _mount("/dev/mqueue", "mqueue", safe),
-        _mount("/dev/shm", "tmpfs", [*safe, "mode=1777", "size=65536k"]),
+        _mount("/dev/shm", "tmpfs", [*safe, "mode=1777", f"size={options.shm_size_bytes}"]),
     ]
     # sysfs shows the network namespace's own links, and can be mounted only by who owns it.
     if around.namespaces.get("network", "") is None:
@@ -225,7 +254,7 @@ def _bind(source: str, destination: str, *, read_only: bool = False) -> Document
     return {"destination": destination, "type": "bind", "source": source, "options": options}
 
 
-def _resources(options: ContainerOptions) -> Document:
+def _resources(options: ContainerOptions, around: Surroundings) -> Document:
     allowed = [
         {"allow": True, "type": "c", "major": major, "minor": minor, "access": "rwm"}
         for major, minor in _DEVICES
@@ -236,6 +265,16 @@ def _resources(options: ContainerOptions) -> Document:
         {"allow": True, "type": "b", "access": "m"},
         {"allow": True, "type": "c", "major": 136, "access": "rwm"},
     ]
+    allowed += [
+        {
+            "allow": True,
+            "type": device.kind,
+            "major": device.major,
+            "minor": device.minor,
+            "access": device.access,
+        }
+        for device in around.devices
+    ]
     devices: list[Document] = [{"allow": options.privileged, "access": "rwm"}]
     resources: Document = {"devices": devices + ([] if options.privileged else allowed)}
     cpu: Document = {}
@@ -245,11 +284,7 @@ def _resources(options: ContainerOptions) -> Document:
         cpu["shares"] = options.cpu_shares
     if options.cpuset_cpus is not None:
         cpu["cpus"] = options.cpuset_cpus
-    memory: Document = {}
-    if options.memory_bytes is not None:
-        memory["limit"] = options.memory_bytes
-    if options.memory_reservation_bytes is not None:
-        memory["reservation"] = options.memory_reservation_bytes
+    memory = _memory(options, around)
     if cpu:
         resources["cpu"] = cpu
     if memory:
@@ -259,3 +294,19 @@ def _resources(options: ContainerOptions) -> Document:
     if options.blkio_weight is not None:
         resources["blockIO"] = {"weight": options.blkio_weight}
     return resources
+
+
+def _memory(options: ContainerOptions, around: Surroundings) -> Document:
+    memory: Document = {}
+    if options.memory_bytes is not None:
+        memory["limit"] = options.memory_bytes
+        if around.accounts_swap and options.memory_swap_bytes is None:
+            memory["swap"] = 2 * options.memory_bytes
+    if options.memory_swap_bytes is not None:
+        # Memory and swap together, on cgroup v2 too: the runtime takes the memory off.
+        swap = options.memory_swap_bytes
+        if swap != NO_SWAP_LIMIT or options.memory_bytes is not None:
+            memory["swap"] = swap
+    if options.memory_reservation_bytes is not None:
+        memory["reservation"] = options.memory_reservation_bytes
+    return memory

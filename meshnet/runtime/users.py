@@ -5,13 +5,13 @@ Pure: the caller brings the files' texts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from meshnet.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _MAX_ID = (1 << 31) - 1
 
@@ -50,6 +50,16 @@ def resolve_user(text: str, passwd: str, group: str) -> User:
         if login in entry[3].split(",") and (number := _number(entry[2])) is not None
     ]
     return User(uid, gid, tuple(g for g in groups if g != gid), home)
+
+
+def add_groups(user: User, names: Sequence[str], group: str) -> User:
+    """The user in further groups, by name or number.
+
+    Raises:
+        UsageError: a name that is not in the file, or a number out of range.
+    """
+    added = (*user.groups, *(_group_id(name, group) for name in names))
+    return replace(user, groups=tuple(dict.fromkeys(added)))
 
 
 def _group_id(name: str, group: str) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from meshnet.errors import ConflictError, NotFoundError, UsageError
+from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageError
 from meshnet.runtime.id_ranges import PER_CONTAINER, IdRange
 from meshnet.runtime.mount_points import MountPoint
 from meshnet.runtime.options import ContainerOptions
@@ -28,6 +28,9 @@ class FakeRuntime:
     def __init__(self) -> None:
         self.path = "fake"
         self.deleted: list[str] = []
+
+    def cgroup(self, identity: str) -> str:
+        return f"/meshnet/{identity}"
 
     async def delete(self, identity: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -57,8 +60,11 @@ class Host:
             id_pool=IdRange(1 << 31, 1 << 20),
         )  # fmt: skip
 
-        async def find_runtime(_root: Path) -> tuple[FakeRuntime, dict[str, str]]:
+        async def find_runtime(
+            _root: Path, *, systemd_cgroup: bool
+        ) -> tuple[FakeRuntime, dict[str, str]]:
             await trio.lowlevel.checkpoint()
+            assert not systemd_cgroup
             return self.runtime, {"crun": "too old"}
 
         monkeypatch.setattr(module, "find_runtime", find_runtime)
@@ -140,8 +146,13 @@ async def test_names_ids_and_refusals(host: Host, nursery: trio.Nursery) -> None
         await host.containers.create(ContainerOptions(rootfs="/r", command=("true",), name="c16"))
     with pytest.raises(ConflictError, match="does not run"):
         await host.containers.kill("c16", "TERM")
-    with pytest.raises(ConflictError, match="not created"):
+    # One that cannot start again has ended as before.
+    with pytest.raises(MeshnetError):
         await host.containers.start("c16")
+    assert found.record.state is State.EXITED
+    assert found.record.error
+    with trio.fail_after(10):
+        assert (await host.containers.wait("c16"))["exit_code"] == 0
     await host.containers.remove("c16", force=False)
     with pytest.raises(NotFoundError):
         host.containers.registry.find("c16")
