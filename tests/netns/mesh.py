@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
+import threading
 from ipaddress import ip_interface
+from subprocess import CompletedProcess
 from typing import TYPE_CHECKING, Any
 
+from meshnet.cli.main import main
 from meshnet.lab.poll import wait_until
 
 if TYPE_CHECKING:
@@ -28,11 +32,15 @@ Document = dict[str, Any]
 def meshnet(host: LabHost, *arguments: object, status: int = 0) -> Any:  # noqa: ANN401
     """Run the client on a host; returns its JSON document, or its error line.
 
+    It runs in this process, for a new one costs more than most commands; but not beside another
+    one in a thread, for standard output is the process's.
+
     Args:
         status: the exit status it must have.
     """
-    argv = [sys.executable, "-m", "meshnet.cli.main", *map(str, arguments), "--json"]
-    done = host.run(argv, check=False)
+    argv = [*map(str, arguments), "--json"]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    done = (_run_here if in_main_thread else _run_there)(host, argv)
     assert done.returncode == status, f"{arguments}: {done.returncode}: {done.stderr}{done.stdout}"
     if status:
         assert done.stderr.count("\n") == 1, f"not one line: {done.stderr!r}"
@@ -40,6 +48,21 @@ def meshnet(host: LabHost, *arguments: object, status: int = 0) -> Any:  # noqa:
         return done.stderr.strip()
     assert done.stderr == "", done.stderr
     return json.loads(done.stdout)
+
+
+def _run_there(host: LabHost, argv: list[str]) -> CompletedProcess[str]:
+    return host.run([sys.executable, "-m", "meshnet.cli.main", *argv], check=False)
+
+
+def _run_here(host: LabHost, argv: list[str]) -> CompletedProcess[str]:
+    argv = ["--socket", str(host.socket_path), *argv]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(argv)
+        except SystemExit as end:  # of the parser
+            status = int(end.code or 0)
+    return CompletedProcess(argv, status, out.getvalue(), err.getvalue())
 
 
 def attach(container: LabContainer, host: LabHost, network: str, *options: object) -> Document:
