@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.codec import check_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageError
 from meshnet.kernel.netns import start_ticks
 from meshnet.ports import parse_all_published
@@ -33,6 +32,7 @@ from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim, read_e
 from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart, shared_with
+from meshnet.text import check_name
 from meshnet_agent.bundle import (
     Bundle,
     Sources,

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.codec import IFNAME_PATTERN, check_name
 from meshnet.errors import (
     ConflictError,
     MeshnetError,
@@ -39,6 +38,7 @@ from meshnet.kernel.netns import (
 from meshnet.model import Endpoint, EndpointId
 from meshnet.ports import select_published
 from meshnet.state import LinkKind, endpoint_link_name
+from meshnet.text import IFNAME_PATTERN, check_name
 from meshnet.wire.mac import endpoint_mac
 from meshnet_agent.addresses import SubnetAddresses
 from meshnet_agent.flag import Flag

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 
-from meshnet import codec
+from meshnet.codec.endpoints import encode_endpoint
 from meshnet.model import EndpointId
 from meshnet.store.memory import MemoryStore
 from meshnet_agent.disk import StateDir
@@ -34,7 +34,7 @@ def test_an_endpoint_cut_at_any_byte_is_set_aside(state: StateDir) -> None:
     state.save_endpoint(GOOD)
     other = replace(GOOD, id=EndpointId("aaaaaaaaaaaa"))
     file = state.path / "endpoints" / f"{other.id}.json"
-    whole = codec.encode_endpoint(other)
+    whole = encode_endpoint(other)
     for size in range(len(whole)):
         file.write_bytes(whole[:size])
         assert state.load_endpoints() == ([GOOD], {other.id})
@@ -46,7 +46,7 @@ def test_an_endpoint_cut_at_any_byte_is_set_aside(state: StateDir) -> None:
 def test_a_record_under_another_endpoints_name_is_not_taken(state: StateDir) -> None:
     """Its own link would be taken for one that nobody recorded, and be removed."""
     file = state.path / "endpoints" / "aaaaaaaaaaaa.json"
-    file.write_bytes(codec.encode_endpoint(GOOD))
+    file.write_bytes(encode_endpoint(GOOD))
     assert state.load_endpoints() == ([], {"aaaaaaaaaaaa"})
 
 
