@@ -39,8 +39,8 @@ from meshnet.model import (
 )
 from meshnet.ports import parse_all_published
 from meshnet.text import parse_address, parse_network, printable
+from meshnet_agent.attachment import AttachRequest
 from meshnet_agent.containers_api import container_routes
-from meshnet_agent.endpoints import AttachRequest
 from meshnet_agent.exec_sessions import ExecSessions
 from meshnet_agent.openapi import describe, takes
 

@@ -33,6 +33,7 @@ from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart, shared_with
 from meshnet.text import check_name
+from meshnet_agent.attachment import AttachRequest
 from meshnet_agent.bundle import (
     Bundle,
     Sources,
@@ -41,7 +42,6 @@ from meshnet_agent.bundle import (
     remove_ended_execs,
 )
 from meshnet_agent.container_record import ProcessId, Record, State, load_all, save
-from meshnet_agent.endpoints import AttachRequest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -36,7 +36,7 @@ from meshnet.store.addresses import SET_ASIDE_S, address_key, list_pool, take_ad
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ADDRESSES, network_key, printable_key
 from meshnet.store.registry import Registry
-from meshnet_agent.endpoints import ReadyNetwork
+from meshnet_agent.attachment import ReadyNetwork
 from meshnet_agent.pool import PoolAddresses
 from tests.unit.mesh import MemoryProber, until
 from tests.values import make_endpoint, make_network, underlay_ip
