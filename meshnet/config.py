@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from meshnet.codec import check_name, printable
 from meshnet.errors import UsageError
+from meshnet.text import check_name, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,9 +12,9 @@ import re
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, NamedTuple
 
-from meshnet.codec import parse_address
 from meshnet.errors import UsageError
 from meshnet.model import Protocol, PublishedPort
+from meshnet.text import parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sized

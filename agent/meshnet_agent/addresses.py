@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         Network,
         NetworkName,
     )
-    from meshnet_agent.endpoints import ReadyNetwork
+    from meshnet_agent.attachment import ReadyNetwork
 
 
 class Addresses(Protocol):

@@ -31,7 +31,8 @@ from meshnet.model import Claim, Datapath, Host, HostId, Mode, NetworkName
 from meshnet.plan import LocalView, fallen_peers, probed_peers
 from meshnet.state import endpoint_link_name
 from meshnet.store.registry import Registry
-from meshnet_agent.endpoints import Endpoints, ReadyNetwork
+from meshnet_agent.attachment import ReadyNetwork
+from meshnet_agent.endpoints import Endpoints
 from meshnet_agent.flag import Flag
 from meshnet_agent.follow import Follower
 from meshnet_agent.identity import MeshIdentity

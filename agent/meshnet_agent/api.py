@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
-from meshnet.codec import MAX_VALUE_BYTES, parse_address, parse_network, printable
+from meshnet.codec.document import MAX_VALUE_BYTES
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
@@ -39,8 +39,9 @@ from meshnet.model import (
     default_port,
 )
 from meshnet.ports import parse_all_published
+from meshnet.text import parse_address, parse_network, printable
+from meshnet_agent.attachment import AttachRequest
 from meshnet_agent.containers_api import container_routes
-from meshnet_agent.endpoints import AttachRequest
 from meshnet_agent.exec_sessions import ExecSessions
 from meshnet_agent.openapi import describe, takes
 from meshnet_agent.volumes import volume_routes

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.codec import check_name
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageError
 from meshnet.ports import parse_all_published
 from meshnet.runtime.cgroups import read_usage
@@ -33,6 +32,7 @@ from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.options import ContainerOptions, check_options, parse_restart
 from meshnet.runtime.userns import parse_userns
 from meshnet.runtime.volumes import VolumeStore
+from meshnet.text import check_name
 from meshnet_agent.bundle import (
     Bundle,
     Sources,
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from meshnet_agent.attachment import AttachRequest
     from meshnet_agent.documents import Document
-    from meshnet_agent.endpoints import AttachRequest
 
 _log = structlog.get_logger()
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 60.0

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from meshnet import codec
-from meshnet.codec import BadValueError
+from meshnet.codec.document import BadValueError
+from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
 from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
+from meshnet.text import NAME_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +87,7 @@ class StateDir:
         file = self.path / "instance"
         if file.exists():
             name = file.read_bytes().strip().decode("ascii", "replace")
-            if codec.NAME_PATTERN.fullmatch(name):
+            if NAME_PATTERN.fullmatch(name):
                 return name
             set_aside(file, f"{name[:80]!r} is no name")
         name = random_name()
@@ -116,7 +117,7 @@ class StateDir:
         try:
             for file in sorted(self._endpoints.glob(pattern)):
                 try:
-                    endpoint = codec.decode_endpoint(_checked(file.read_bytes()))
+                    endpoint = decode_endpoint(_checked(file.read_bytes()))
                     if endpoint.id != file.stem:
                         raise BadValueError(f"it is of endpoint {endpoint.id}")
                     found.append((file, endpoint))
@@ -159,7 +160,7 @@ class StateDir:
 
     def _write(self, file: Path, endpoint: Endpoint) -> None:
         try:
-            write_whole(file, _with_checksum(codec.encode_endpoint(endpoint)))
+            write_whole(file, _with_checksum(encode_endpoint(endpoint)))
         except OSError as error:
             raise KernelRefusedError(
                 f"endpoint {endpoint.name} cannot be recorded in {self._endpoints}: "

@@ -13,21 +13,18 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
 import trio
 
-from meshnet.codec import IFNAME_PATTERN, check_name
 from meshnet.errors import (
     ConflictError,
     MeshnetError,
     NotFoundError,
     PolicyRefusedError,
-    UsageError,
 )
-from meshnet.ipam import gateway_of
 from meshnet.kernel import EndpointWiring
 from meshnet.kernel.netns import (
     find_process,
@@ -41,6 +38,7 @@ from meshnet.ports import select_published
 from meshnet.state import LinkKind, endpoint_link_name
 from meshnet.wire.mac import endpoint_mac
 from meshnet_agent.addresses import SubnetAddresses
+from meshnet_agent.attachment import check_names, check_publishable, gateways_of, inner_routes
 from meshnet_agent.flag import Flag
 
 if TYPE_CHECKING:
@@ -49,44 +47,18 @@ if TYPE_CHECKING:
     from meshnet.kernel import Wiring
     from meshnet.model import (
         HostId,
-        IpAddress,
         IpInterface,
-        IpNetwork,
         Network,
         NetworkName,
         PublishedPort,
     )
     from meshnet_agent.addresses import Addresses
+    from meshnet_agent.attachment import AttachRequest, ReadyNetwork
     from meshnet_agent.disk import StateDir
     from meshnet_agent.ports import PublishedPorts
     from meshnet_agent.worker import Worker
 
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttachRequest:
-    """What `meshnet attach` asks for."""
-
-    pid: int
-    network: str
-    ifname: str = "eth0"
-    ip: IpAddress | None = None
-    name: str | None = None
-    default_route: bool = True
-    publish: tuple[PublishedPort, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadyNetwork:
-    """A network that is up on this host."""
-
-    network: Network
-    subnets: Sequence[IpNetwork]
-    uplink: str
-    mtu_bytes: int
-    endpoint_link: LinkKind = LinkKind.VETH
-    gso_max_bytes: int | None = None
 
 
 class Endpoints:
@@ -156,9 +128,9 @@ class Endpoints:
         Raises:
             MeshnetError: nothing was changed; the class says why.
         """
-        _check_names(request)
+        check_names(request)
         if request.publish:
-            _check_publishable(ready.network)
+            check_publishable(ready.network)
         with open_process(request.pid) as (pid_fd, netns_fd):
             inode = netns_inode(netns_fd)
             if inode in host_netns_inodes():
@@ -216,7 +188,7 @@ class Endpoints:
         Raises:
             MeshnetError: nothing was changed; the class says why.
         """
-        _check_publishable(network)
+        check_publishable(network)
         async with self._lock:
             before = self.find(name)
             taken = await self.ports.take(before, wanted)
@@ -352,7 +324,7 @@ class Endpoints:
                 EndpointWiring(
                     endpoint=endpoint,
                     uplink=ready.uplink,
-                    routes=_inner_routes(ready),
+                    routes=inner_routes(ready),
                     gso_max_bytes=ready.gso_max_bytes,
                     announce=ready.network.mode.is_underlay,
                 ),
@@ -387,7 +359,7 @@ class Endpoints:
             pid=request.pid,
             ifname=request.ifname,
             addresses=addresses,
-            gateways=_gateways(ready.network, addresses),
+            gateways=gateways_of(ready.network, addresses),
             mac=endpoint_mac(addresses[0].ip),
             mtu_bytes=ready.mtu_bytes,
             default_route=request.default_route and not ready.network.internal,
@@ -569,42 +541,6 @@ class Endpoints:
             _log.warning("unrecorded endpoint link removed", link=name)
             await self._worker.run(lambda wiring, n=name: wiring.remove_link(n))  # type: ignore[misc]
         self.changed.set()
-
-
-def _inner_routes(ready: ReadyNetwork) -> list[IpNetwork]:
-    """The network's CIDRs, but for one that is this host's subnet: that is on-link."""
-    return [cidr for cidr in ready.network.subnets if cidr not in ready.subnets]
-
-
-def _gateways(network: Network, addresses: Sequence[IpInterface]) -> tuple[IpAddress, ...]:
-    """By which the namespace gets out of the network."""
-    if not network.mode.is_underlay:
-        return tuple(gateway_of(a.network) for a in addresses)
-    routers = {} if network.internal else {g.version: g for g in network.gateways}
-    return tuple(routers[a.version] for a in addresses if a.version in routers)
-
-
-def _check_names(request: AttachRequest) -> None:
-    if not IFNAME_PATTERN.fullmatch(request.ifname) or request.ifname in (".", "..", "lo"):
-        raise UsageError(
-            f"interface name {request.ifname!r} is not usable: take 1 to 15 letters, digits, '_', "
-            "'.' or '-', such as eth0"
-        )
-    if request.name is not None:
-        check_name("endpoint", request.name)
-
-
-def _check_publishable(network: Network) -> None:
-    if network.mode.is_underlay:
-        raise UsageError(
-            f"network {network.name} is of mode {network.mode}, and its endpoints are reached by "
-            "their own addresses on the physical network: leave --publish out"
-        )
-    if network.internal:
-        raise PolicyRefusedError(
-            f"network {network.name} is internal, which nothing from outside may enter: publish on "
-            "another network of the process"
-        )
 
 
 def _same_process(endpoint: Endpoint) -> tuple[Endpoint, int] | None:

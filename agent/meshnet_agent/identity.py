@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import structlog
 
-from meshnet.codec import printable
 from meshnet.errors import PolicyRefusedError
 from meshnet.store import Absent, Put
 from meshnet.store.mirror import MESH_ID
+from meshnet.text import printable
 from meshnet_agent.disk import set_aside, write_whole
 
 if TYPE_CHECKING:

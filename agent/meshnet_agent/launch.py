@@ -11,9 +11,9 @@ from meshnet.ports import parse_all_published
 from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim
 from meshnet.runtime.options import ContainerOptions, shared_with
 from meshnet.runtime.userns import parse_userns
+from meshnet_agent.attachment import AttachRequest
 from meshnet_agent.bundle import Bundle, open_to_group
 from meshnet_agent.container_record import Record, State
-from meshnet_agent.endpoints import AttachRequest
 from meshnet_agent.processes import identify
 
 if TYPE_CHECKING:

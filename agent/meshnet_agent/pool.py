@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         NetworkName,
     )
     from meshnet.store import Store
-    from meshnet_agent.endpoints import ReadyNetwork
+    from meshnet_agent.attachment import ReadyNetwork
 
 _log = structlog.get_logger()
 _TRIES = 64

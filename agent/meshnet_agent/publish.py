@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet import codec
+from meshnet.codec.endpoints import encode_endpoint
 from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.store.registry import endpoint_key
 
@@ -81,7 +81,7 @@ class Publisher:
             for network in self._networks():
                 published |= await self._registry.list_published(network, self._host)
             self._published = published
-        wanted = {endpoint_key(e): codec.encode_endpoint(e) for e in self._endpoints.all}
+        wanted = {endpoint_key(e): encode_endpoint(e) for e in self._endpoints.all}
         puts = {k: v for k, v in wanted.items() if self._published.get(k) != v}
         deletes = [key for key in self._published if key not in wanted]
         if puts or deletes:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from meshnet.model import Host, MeshSnapshot, PublishedPort
     from meshnet_agent.agent import Agent
-    from meshnet_agent.endpoints import AttachRequest, ReadyNetwork
+    from meshnet_agent.attachment import AttachRequest, ReadyNetwork
     from meshnet_agent.images import Images
     from meshnet_agent.paths import Fall
 

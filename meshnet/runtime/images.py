@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from meshnet.codec import check_name
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
@@ -44,6 +43,7 @@ from meshnet.runtime.files import sync, sync_filesystem, try_lock, write_whole
 from meshnet.runtime.layers import unpack
 from meshnet.runtime.names import Entry, canonical, find, hex_of, short, tidied
 from meshnet.runtime.oci import BadImageError, Descriptor, Digest, Index
+from meshnet.text import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -18,8 +18,11 @@ from pathlib import Path
 from meshnet.errors import MeshnetError
 from meshnet.runtime.images import ImageStore
 from meshnet.runtime.tarstream import Budget
+from meshnet.text import printable
 
 _NICE = 10
+_MOST_SHOWN = 2000
+"""Characters of an error's message."""
 
 
 def main() -> int:
@@ -40,14 +43,11 @@ def main() -> int:
             images = ImageStore(args.store).load(archive, args.name, budget)
         document = {"ids": [image.id for image in images]}
     except MeshnetError as error:
-        document = {"error": {"kind": _kind_of(error), "message": _printable(str(error))}}
+        document = {
+            "error": {"kind": _kind_of(error), "message": printable(str(error), _MOST_SHOWN)}
+        }
     json.dump(document, sys.stdout)
     return 0
-
-
-def _printable(message: str) -> str:
-    """One line that does nothing to a terminal, whatever it quotes."""
-    return "".join(letter if letter.isprintable() else "?" for letter in message)
 
 
 def _kind_of(error: MeshnetError) -> str:

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet.codec import check_name
 from meshnet.errors import KernelRefusedError, MeshnetError, NotFoundError, UsageError
 from meshnet.runtime.files import sync
+from meshnet.text import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

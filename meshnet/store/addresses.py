@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from meshnet import codec
-from meshnet.codec import BadValueError
+from meshnet.codec.document import BadValueError
+from meshnet.codec.endpoints import address_from_key, decode_address_holder, encode_address_holder
+from meshnet.codec.networks import decode_network
 from meshnet.errors import ConflictError, NotFoundError
 from meshnet.model import AddressHolder, HostId
 from meshnet.store import Absent, Delete, Holds, Put, Unchanged
@@ -70,9 +71,9 @@ async def list_pool(store: Store, network: Network) -> PoolListing:
     bad: dict[str, str] = {}
     for item in (await store.list_prefix(prefix)).items:
         try:
-            address = codec.address_from_key(item.key.removeprefix(prefix))
+            address = address_from_key(item.key.removeprefix(prefix))
             holders[address] = AddressHolder(HostId(""))  # held, whatever the value is
-            holders[address] = codec.decode_address_holder(item.value)
+            holders[address] = decode_address_holder(item.value)
         except BadValueError as error:
             bad[printable_key(item.key)] = str(error)
     return PoolListing(network_revision=found.mod_revision, holders=holders, bad_values=bad)
@@ -80,7 +81,7 @@ async def list_pool(store: Store, network: Network) -> PoolListing:
 
 def _is_same(value: bytes, network: Network) -> bool:
     try:
-        return codec.decode_network(value) == network
+        return decode_network(value) == network
     except BadValueError:
         return False
 
@@ -98,7 +99,7 @@ async def take_addresses(
         network_revision: of `list_pool`.
     """
     keys = [address_key(network, address) for address in addresses]
-    value = codec.encode_address_holder(holder)
+    value = encode_address_holder(holder)
     when: list[Condition] = [Unchanged(network_key(network), network_revision)]
     when += [Absent(key) for key in keys]
     return (await store.commit(when, [Put(key, value) for key in keys])).succeeded
@@ -109,7 +110,7 @@ async def free_addresses(
 ) -> None:
     """Give addresses back that are held as said; one that somebody else has by now is left."""
     items = [
-        (address_key(network, address), codec.encode_address_holder(holder))
+        (address_key(network, address), encode_address_holder(holder))
         for address, holder in held.items()
     ]
     for first in range(0, len(items), _BATCH):
@@ -144,10 +145,10 @@ async def set_aside(
     then: list[Write] = []
     for address, holder in held.items():
         key = address_key(network, address)
-        when.append(Holds(key, codec.encode_address_holder(holder)))
+        when.append(Holds(key, encode_address_holder(holder)))
         if address in answers:
             outsider = AddressHolder(HostId(""), held_by=answers[address])
-            then.append(Put(key, codec.encode_address_holder(outsider), lease))
+            then.append(Put(key, encode_address_holder(outsider), lease))
         else:
             then.append(Delete(key))
     if not (await store.commit(when, then)).succeeded:
@@ -159,7 +160,7 @@ async def addresses_of(store: Store, host: HostId) -> list[str]:
     keys = []
     for item in (await store.list_prefix(ADDRESSES)).items:
         try:
-            if codec.decode_address_holder(item.value).host == host:
+            if decode_address_holder(item.value).host == host:
                 keys.append(item.key)
         except BadValueError:
             continue

@@ -23,9 +23,17 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from meshnet import codec
-from meshnet.codec import BadValueError
+from meshnet.codec.document import BadValueError, check_key_name
+from meshnet.codec.hosts import (
+    decode_claim,
+    decode_host,
+    decode_reservation,
+    subnet_from_key,
+    subnet_to_key,
+)
+from meshnet.codec.networks import decode_network
 from meshnet.model import HostId, MeshSnapshot, NetworkName, Reservations
+from meshnet.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -171,19 +179,19 @@ class Mirror:
         kind, _, rest = key.removeprefix(MESH).partition("/")
         match kind:
             case "networks":
-                network = codec.decode_network(value)
+                network = decode_network(value)
                 _check_name(network.name, rest)
                 self._networks[network.name] = (revision, network)
                 self._changes.networks = True
             case "hosts":
-                self._put_host(codec.decode_host(value), rest)
+                self._put_host(decode_host(value), rest)
             case "alive":
-                codec.check_key_name(rest)
-                self._alive[_host_id(rest)] = codec.decode_claim(value)
+                check_key_name(rest)
+                self._alive[_host_id(rest)] = decode_claim(value)
                 self._changes.leases.add(_host_id(rest))
             case "subnets":
                 name, _, subnet_key = rest.partition("/")
-                found = codec.decode_reservation(NetworkName(name), subnet_key, value)
+                found = decode_reservation(NetworkName(name), subnet_key, value)
                 held = self._reservations.setdefault(found.network, Reservations())
                 before = held.put(found.subnet, _host_id(found.host))
                 if before != found.host:
@@ -211,7 +219,7 @@ class Mirror:
             case "subnets":
                 name, _, subnet_key = rest.partition("/")
                 try:
-                    subnet = codec.subnet_from_key(subnet_key)
+                    subnet = subnet_from_key(subnet_key)
                 except BadValueError:
                     return False
                 return subnet in self._reservations.get(NetworkName(name), {})
@@ -232,7 +240,7 @@ class Mirror:
                 self._alive[_host_id(rest)] = before._alive[HostId(rest)]
             case _:
                 name, _, subnet_key = rest.partition("/")
-                subnet = codec.subnet_from_key(subnet_key)
+                subnet = subnet_from_key(subnet_key)
                 owner = before._reservations[NetworkName(name)][subnet]
                 self._reservations.setdefault(NetworkName(name), Reservations()).put(subnet, owner)
         return True
@@ -262,7 +270,7 @@ class Mirror:
     def _remove_reservation(self, rest: str) -> None:
         name, _, subnet_key = rest.partition("/")
         try:
-            subnet = codec.subnet_from_key(subnet_key)
+            subnet = subnet_from_key(subnet_key)
         except BadValueError:
             return  # it was never taken in
         held = self._reservations.get(NetworkName(name))
@@ -291,7 +299,7 @@ def _host_id(text: str) -> HostId:
 def printable_key(key: str) -> str:
     """A key as text that can be shown: keys are bytes, and what is no UTF-8 is surrogates here."""
     text = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return codec.printable(text, _SHOWN_CHARACTERS)
+    return printable(text, _SHOWN_CHARACTERS)
 
 
 def _check_name(inside: str, in_key: str) -> None:
@@ -316,4 +324,4 @@ def alive_key(host: HostId) -> str:
 
 def subnet_key(network: NetworkName, subnet: IpNetwork) -> str:
     """Key of a reservation."""
-    return f"{SUBNETS}{network}/{codec.subnet_to_key(subnet)}"
+    return f"{SUBNETS}{network}/{subnet_to_key(subnet)}"

@@ -10,8 +10,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from meshnet import codec
-from meshnet.codec import BadValueError
+from meshnet.codec.document import BadValueError
+from meshnet.codec.endpoints import decode_endpoint
+from meshnet.codec.hosts import (
+    decode_claim,
+    decode_reservation,
+    encode_claim,
+    encode_host,
+    encode_reservation,
+    subnet_from_key,
+)
+from meshnet.codec.networks import check_network, encode_network
 from meshnet.errors import (
     ConflictError,
     NotFoundError,
@@ -102,7 +111,7 @@ class Registry:
 
     async def _claim_host(self, host: Host, claim: Claim, lease: LeaseId, ttl_s: int) -> LeaseId:
         key = alive_key(host.id)
-        alive = Put(key, codec.encode_claim(claim), lease)
+        alive = Put(key, encode_claim(claim), lease)
         for _ in range(_TRIES):
             unchanged, entry = await self._publication(host)
             writes = [alive, *entry]
@@ -127,7 +136,7 @@ class Registry:
 
         Every write is news to every agent, and a host that starts again has seldom changed.
         """
-        put = Put(host_key(host.id), codec.encode_host(host))
+        put = Put(host_key(host.id), encode_host(host))
         if any(item.value == put.value for item in (await self.store.read(put.key)).items):
             return [Holds(put.key, put.value)], []
         return [], [put]
@@ -207,7 +216,7 @@ class Registry:
             key = subnet_key(network.name, subnet)
             done = await self.store.commit(
                 [Absent(key), Unchanged(network_key(network.name), network_revision)],
-                [Put(key, codec.encode_reservation(reservation))],
+                [Put(key, encode_reservation(reservation))],
             )
             if done.succeeded:
                 return subnet
@@ -234,7 +243,7 @@ class Registry:
             vni: the VNI asked for; None: the lowest free one from `FIRST_VNI`.
 
         Raises:
-            UsageError: the network cannot work (`codec.check_network`).
+            UsageError: the network cannot work (`check_network`).
             ConflictError: its name, VNI, UDP port or addresses are in use.
         """
         for _ in range(_TRIES):
@@ -243,12 +252,12 @@ class Registry:
             used = {n.vni for n in snapshot.networks.values()}
             chosen = vni if vni is not None else _free_vni(used)
             network = build(Vni(chosen))
-            codec.check_network(network)
+            check_network(network)
             _check_conflicts(network, snapshot)
             done = await self.store.commit(
                 [Unchanged(NETWORKS_SERIAL, serial), Absent(network_key(network.name))],
                 [
-                    Put(network_key(network.name), codec.encode_network(network)),
+                    Put(network_key(network.name), encode_network(network)),
                     Put(NETWORKS_SERIAL, network.name.encode()),
                 ],
             )
@@ -304,7 +313,7 @@ class Registry:
         found = []
         for item in (await self.store.list_prefix(prefix)).items:
             with contextlib.suppress(BadValueError):
-                endpoint = codec.decode_endpoint(item.value)
+                endpoint = decode_endpoint(item.value)
                 if endpoint_key(endpoint) == item.key:
                     found.append(endpoint)
         return found
@@ -338,10 +347,10 @@ def _owners(network: NetworkName, items: Sequence[KeyValue]) -> dict[IpNetwork, 
     for item in items:
         part = item.key.removeprefix(f"{SUBNETS}{network}/")
         with contextlib.suppress(BadValueError):
-            subnet = codec.subnet_from_key(part)
+            subnet = subnet_from_key(part)
             # A value that cannot be read still holds its subnet: nobody overwrites it.
             owners[subnet] = HostId("")
-            owners[subnet] = codec.decode_reservation(network, part, item.value).host
+            owners[subnet] = decode_reservation(network, part, item.value).host
     return owners
 
 
@@ -358,14 +367,14 @@ def _owned(
 
 def _same_instance(held: bytes, claim: Claim) -> bool:
     try:
-        return codec.decode_claim(held).instance == claim.instance
+        return decode_claim(held).instance == claim.instance
     except BadValueError:
         return False
 
 
 def _claim_conflict(host: Host, held: bytes, ttl_s: int) -> str:
     try:
-        where = f"an agent at underlay address {codec.decode_claim(held).underlay_ip}"
+        where = f"an agent at underlay address {decode_claim(held).underlay_ip}"
     except BadValueError:
         where = "an agent whose entry cannot be read"
     return (

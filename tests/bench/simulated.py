@@ -10,7 +10,8 @@ from __future__ import annotations
 from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, NamedTuple
 
-from meshnet import codec
+from meshnet.codec.hosts import encode_claim, encode_host, encode_reservation
+from meshnet.codec.networks import check_network, encode_network
 from meshnet.model import Claim, Host, HostId, Mode, Network, NetworkName, Reservation, Vni
 from meshnet.store.mirror import alive_key, host_key, network_key, subnet_key
 
@@ -120,15 +121,15 @@ class SimulatedMesh:
         """Put the network."""
         subnets: tuple[IpNetwork, ...] = (OVERLAY, OVERLAY6) if self.dual_stack else (OVERLAY,)
         network = Network(name=NAME, mode=Mode.VXLAN, subnets=subnets, vni=Vni(VNI))
-        codec.check_network(network)
-        self.gateway.commit([(network_key(NAME), codec.encode_network(network))])
+        check_network(network)
+        self.gateway.commit([(network_key(NAME), encode_network(network))])
 
     def reserve(self, host: HostId, subnet: int) -> None:
         """Give a real host a subnet, which its agent will find when it starts."""
         for found in addressing(subnet, dual_stack=self.dual_stack):
             reservation = Reservation(network=NAME, subnet=found.subnet, host=host)
             key = subnet_key(NAME, found.subnet)
-            self.gateway.commit([(key, codec.encode_reservation(reservation))])
+            self.gateway.commit([(key, encode_reservation(reservation))])
 
     def new_hosts(self, count: int) -> list[SimulatedHost]:
         """Hosts that were never there before; `add` puts them into etcd.
@@ -195,16 +196,16 @@ class SimulatedMesh:
 
     def _alive(self, host: SimulatedHost) -> Write:
         claim = Claim(instance=f"{host.number:016x}", underlay_ip=host.underlay_ip)
-        return alive_key(host.id), codec.encode_claim(claim)
+        return alive_key(host.id), encode_claim(claim)
 
     def _entry(self, host: SimulatedHost) -> Write:
-        value = codec.encode_host(Host(id=host.id, underlay_ip=host.underlay_ip))
+        value = encode_host(Host(id=host.id, underlay_ip=host.underlay_ip))
         return host_key(host.id), value
 
     def _reservations(self, host: SimulatedHost) -> Iterator[Write]:
         for found in self.addressing(host):
             reservation = Reservation(network=NAME, subnet=found.subnet, host=host.id)
-            yield subnet_key(NAME, found.subnet), codec.encode_reservation(reservation)
+            yield subnet_key(NAME, found.subnet), encode_reservation(reservation)
 
     def _published(self, host: SimulatedHost) -> list[Write]:
         return [self._entry(host), *self._reservations(host)]

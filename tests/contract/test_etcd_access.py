@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meshnet import codec
+from meshnet.codec.endpoints import encode_endpoint
+from meshnet.codec.hosts import encode_reservation
 from meshnet.errors import PolicyRefusedError
 from meshnet.model import Claim, Host, HostId, Reservation
 from meshnet.store import Delete, DeletePrefix, Put
@@ -130,7 +131,7 @@ async def join(registry: Registry, host: HostId) -> str:
     await reserve(registry, host)
     endpoint = make_endpoint()
     key = f"{ENDPOINTS}{PROD.name}/{host}/{endpoint.id}"
-    await registry.publish({key: codec.encode_endpoint(endpoint)}, [])
+    await registry.publish({key: encode_endpoint(endpoint)}, [])
     assert await registry.list_published(PROD.name, host)
     return key
 
@@ -174,7 +175,7 @@ async def test_the_administrator_reserves(server: EtcdServer, registry_of: Regis
     theirs = subnet_key(PROD.name, SECOND)
     mine = Reservation(network=PROD.name, subnet=SECOND, host=H1)
     before = await h1.snapshot()
-    await assert_refused(h1, Put(theirs, codec.encode_reservation(mine)), Delete(theirs))
+    await assert_refused(h1, Put(theirs, encode_reservation(mine)), Delete(theirs))
     await assert_keeps_out(h1, endpoint)
     after = await h1.snapshot()
     assert (after.reservations, after.hosts) == (before.reservations, before.hosts)
@@ -190,9 +191,7 @@ async def test_hosts_reserve(server: EtcdServer, registry_of: RegistryOf) -> Non
     assert await reserve(h1, H1) != await reserve(h2, H2)
     await assert_keeps_out(h1, endpoint)
     theirs = subnet_key(PROD.name, await reserve(h2, H2))
-    stolen = Put(
-        theirs, codec.encode_reservation(Reservation(network=PROD.name, subnet=SECOND, host=H1))
-    )
+    stolen = Put(theirs, encode_reservation(Reservation(network=PROD.name, subnet=SECOND, host=H1)))
     assert (await h1.store.commit([], [stolen])).succeeded
     await admin.publish({}, [endpoint, endpoint.replace("/h2/", "/h1/")])
     with pytest.raises(PolicyRefusedError):

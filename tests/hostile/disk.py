@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet import codec
+from meshnet.codec.endpoints import encode_endpoint
 from meshnet.errors import ConflictError, MeshnetError
 from meshnet.kernel.nft import NftTables
 from meshnet.store.memory import MemoryStore
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _IDS = ("0123456789aa", "0123456789ab", "0123456789ac")
 _ENDPOINTS = {
-    f"endpoints/{identity}.json": codec.encode_endpoint(
+    f"endpoints/{identity}.json": encode_endpoint(
         make_endpoint((f"10.42.0.{i + 2}/24",), identity=identity)
     )
     for i, identity in enumerate(_IDS)
@@ -94,7 +94,7 @@ def check(data: bytes, directory: Path) -> str:
         state.close()
     assert state.instance.isascii()
     assert 0 < len(state.instance) <= 64
-    found = {f"endpoints/{e.id}.json": codec.encode_endpoint(e) for e in endpoints}
+    found = {f"endpoints/{e.id}.json": encode_endpoint(e) for e in endpoints}
     for each, good in _ENDPOINTS.items():
         if each.encode() != name:
             assert found.pop(each) == good

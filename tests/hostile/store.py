@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from meshnet import codec
 from meshnet.backends import NexthopIds
-from meshnet.codec import BadValueError
+from meshnet.codec.document import BadValueError
+from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
+from meshnet.codec.hosts import (
+    decode_claim,
+    decode_host,
+    decode_reservation,
+    encode_claim,
+    encode_host,
+    encode_reservation,
+)
+from meshnet.codec.networks import check_network, decode_network, encode_network
 from meshnet.model import AddressRange, HostId, Mode, NetworkName, Reservation
 from meshnet.plan import LocalView, plan_mesh
 from meshnet.store import Change, WatchBatch
@@ -42,27 +51,27 @@ _UNDERLAY = make_underlay(4, 4)
 
 
 def _keys() -> dict[str, bytes]:
-    found = {network_key(n): codec.encode_network(v) for n, v in _SNAPSHOT.networks.items()}
-    found |= {host_key(h): codec.encode_host(v) for h, v in _SNAPSHOT.hosts.items()}
-    found |= {alive_key(h): codec.encode_claim(c) for h, c in _SNAPSHOT.alive.items()}
+    found = {network_key(n): encode_network(v) for n, v in _SNAPSHOT.networks.items()}
+    found |= {host_key(h): encode_host(v) for h, v in _SNAPSHOT.hosts.items()}
+    found |= {alive_key(h): encode_claim(c) for h, c in _SNAPSHOT.alive.items()}
     for network, owned in _SNAPSHOT.reservations.items():
         for subnet, host in owned.items():
             reservation = Reservation(network=network, subnet=subnet, host=host)
-            found[subnet_key(network, subnet)] = codec.encode_reservation(reservation)
+            found[subnet_key(network, subnet)] = encode_reservation(reservation)
     return found
 
 
 KEYS = _keys()
-_RESERVATION = codec.encode_reservation(
+_RESERVATION = encode_reservation(
     Reservation(network=PROD, subnet=_NETWORKS[0].subnets[0], host=ME)
 )
 
 
 def _decode_reservation(raw: bytes) -> Reservation:
-    return codec.decode_reservation(PROD, "10.42.3.0-24", raw)
+    return decode_reservation(PROD, "10.42.3.0-24", raw)
 
 
-_UNDERLAY_NETWORK = codec.encode_network(
+_UNDERLAY_NETWORK = encode_network(
     make_network(
         "lan",
         ("192.0.2.0/24",),
@@ -75,17 +84,17 @@ _UNDERLAY_NETWORK = codec.encode_network(
 )
 KINDS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], Any], Callable[[Any], bytes]], ...] = (
     (
-        (codec.encode_network(_NETWORKS[0]), _UNDERLAY_NETWORK),
-        codec.decode_network,
-        codec.encode_network,
+        (encode_network(_NETWORKS[0]), _UNDERLAY_NETWORK),
+        decode_network,
+        encode_network,
     ),
-    ((codec.encode_host(_SNAPSHOT.hosts[ME]),), codec.decode_host, codec.encode_host),
-    ((codec.encode_claim(_SNAPSHOT.alive[ME]),), codec.decode_claim, codec.encode_claim),
-    ((_RESERVATION,), _decode_reservation, codec.encode_reservation),
+    ((encode_host(_SNAPSHOT.hosts[ME]),), decode_host, encode_host),
+    ((encode_claim(_SNAPSHOT.alive[ME]),), decode_claim, encode_claim),
+    ((_RESERVATION,), _decode_reservation, encode_reservation),
     (
-        (codec.encode_endpoint(make_endpoint(("10.42.0.2/24", "fd00:42::2/64"))),),
-        codec.decode_endpoint,
-        codec.encode_endpoint,
+        (encode_endpoint(make_endpoint(("10.42.0.2/24", "fd00:42::2/64"))),),
+        decode_endpoint,
+        encode_endpoint,
     ),
 )
 """Of each kind of value: good ones, how it is read and how it is written."""
@@ -110,10 +119,10 @@ def check_value(data: bytes) -> str:
         assert_clear(str(error))
         return "refused"
     assert decode(encode(value)) == value
-    if decode is codec.decode_network:
-        codec.check_network(value)
+    if decode is decode_network:
+        check_network(value)
         msgspec.json.encode(network_document(value, None))
-    elif decode is codec.decode_endpoint:
+    elif decode is decode_endpoint:
         msgspec.json.encode(endpoint_document(value))
     return "taken"
 
@@ -156,7 +165,7 @@ def check_keys(data: bytes) -> str:
     local = LocalView(host=ME, subnets={n: snapshot.subnets_of(ME, n) for n in snapshot.networks})
     plan = plan_mesh(snapshot, local, _UNDERLAY, NexthopIds())
     for network in snapshot.networks.values():
-        codec.check_network(network)
+        check_network(network)
     documents = [host_document(h, snapshot, {}, {}) for h in snapshot.hosts.values()]
     errors = [text for o in plan.networks.values() for text in (*o.errors, *o.peer_errors.values())]
     bad = [*snapshot.bad_values, *snapshot.holes, *snapshot.bad_values.values()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -11,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshnet.cli.main import run_command
 from meshnet.lab.state import LABS_DIR
 from tests.images import Layout, Member, config_of, directory, symlink, tar
-from tests.netns.mesh import meshnet
+from tests.netns.mesh import meshnet, run_client
 
 if TYPE_CHECKING:
     import subprocess
@@ -83,13 +80,10 @@ def shell(host: LabHost, rootfs: Path, script: str, *options: str) -> str:
 
 
 def client(host: LabHost, *words: object, status: int = 0) -> str:
-    """Run the client in this process, which is faster; what it prints, or its error line."""
-    streams = [io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2)]
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        found = run_command(["--socket", str(host.socket_path), *map(str, words)])
-    output, errors = (s.buffer.getvalue().decode() for s in streams)
-    assert found == status, (words, found, errors)
-    return errors if status else output
+    """What the client prints, or its error line."""
+    done = run_client(host, *words)
+    assert done.returncode == status, (words, done)
+    return done.stderr if status else done.stdout
 
 
 def detached(host: LabHost, rootfs: Path, *words: str) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
+import threading
 from ipaddress import ip_interface
+from subprocess import CompletedProcess
 from typing import TYPE_CHECKING, Any
 
+from meshnet.cli.main import run_command
 from meshnet.lab.poll import wait_until
 
 if TYPE_CHECKING:
@@ -31,8 +35,7 @@ def meshnet(host: LabHost, *arguments: object, status: int = 0) -> Any:  # noqa:
     Args:
         status: the exit status it must have.
     """
-    argv = [sys.executable, "-m", "meshnet.cli.main", *map(str, arguments), "--json"]
-    done = host.run(argv, check=False)
+    done = run_client(host, *arguments, "--json")
     assert done.returncode == status, f"{arguments}: {done.returncode}: {done.stderr}{done.stdout}"
     if status:
         assert done.stderr.count("\n") == 1, f"not one line: {done.stderr!r}"
@@ -40,6 +43,25 @@ def meshnet(host: LabHost, *arguments: object, status: int = 0) -> Any:  # noqa:
         return done.stderr.strip()
     assert done.stderr == "", done.stderr
     return json.loads(done.stdout)
+
+
+def run_client(host: LabHost, *arguments: object) -> CompletedProcess[str]:
+    """Run the client on a host, and wait for it.
+
+    It runs in this process, for a new one costs more than most commands; but not beside another
+    one in a thread, for standard output is the process's.
+    """
+    argv = ["--socket", str(host.socket_path), *map(str, arguments)]
+    if threading.current_thread() is not threading.main_thread():
+        return host.run([sys.executable, "-m", "meshnet.cli.main", *argv], check=False)
+    streams = [io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            status = run_command(argv)
+        except SystemExit as end:  # of the parser
+            status = int(end.code or 0)
+    output, errors = (stream.buffer.getvalue().decode() for stream in streams)
+    return CompletedProcess(argv, status, output, errors)
 
 
 def attach(container: LabContainer, host: LabHost, network: str, *options: object) -> Document:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hypothesis import strategies as st
 
 from meshnet.backends import Path, Underlay
-from meshnet.codec import MAX_MTU_BYTES, MAX_PID, MAX_VNI
+from meshnet.codec.document import MAX_MTU_BYTES, MAX_PID, MAX_VNI
 from meshnet.ipam import choose_subnet
 from meshnet.model import (
     AddressRange,
@@ -54,7 +54,7 @@ def cidrs(draw: st.DrawFn, version: int) -> IpNetwork:
 
 @st.composite
 def networks(draw: st.DrawFn, *, mode: Mode | None = None) -> Network:
-    """A network that `codec.check_network` accepts."""
+    """A network that `check_network` accepts."""
     versions = draw(st.sampled_from([(4,), (6,), (4, 6)]))
     subnets = tuple(draw(cidrs(version)) for version in versions)
     prefixes = {4: 24, 6: 64}

@@ -11,8 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet import codec
-from meshnet.codec import BadValueError
+from meshnet.codec.document import MAX_VALUE_BYTES, BadValueError
+from meshnet.codec.endpoints import (
+    address_from_key,
+    decode_address_holder,
+    decode_endpoint,
+    encode_address_holder,
+    encode_endpoint,
+)
+from meshnet.codec.hosts import (
+    decode_claim,
+    decode_host,
+    decode_reservation,
+    encode_claim,
+    encode_host,
+    encode_reservation,
+    subnet_from_key,
+    subnet_to_key,
+)
+from meshnet.codec.networks import check_network, decode_network, encode_network
 from meshnet.errors import UsageError
 from meshnet.model import AddressHolder, Claim, HostId, Mode, NetworkName, Reservation
 from tests.unit import strategies
@@ -24,43 +41,43 @@ if TYPE_CHECKING:
     from meshnet.model import Endpoint, Host, IpNetwork, Network
 
 DECODERS: list[Callable[[bytes], object]] = [
-    codec.decode_network,
-    codec.decode_host,
-    codec.decode_claim,
-    codec.decode_endpoint,
-    lambda raw: codec.decode_reservation(NetworkName("prod"), "10.42.3.0-24", raw),
-    codec.decode_address_holder,
+    decode_network,
+    decode_host,
+    decode_claim,
+    decode_endpoint,
+    lambda raw: decode_reservation(NetworkName("prod"), "10.42.3.0-24", raw),
+    decode_address_holder,
 ]
 subnets = st.one_of(strategies.cidrs(4), strategies.cidrs(6))
 
 
 @given(strategies.networks())
 def test_networks(network: Network) -> None:
-    assert codec.decode_network(codec.encode_network(network)) == network
+    assert decode_network(encode_network(network)) == network
 
 
 @given(strategies.hosts())
 def test_hosts(host: Host) -> None:
-    assert codec.decode_host(codec.encode_host(host)) == host
+    assert decode_host(encode_host(host)) == host
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=40), strategies.underlay_ips())
 def test_claims(instance: str, underlay_ip: Any) -> None:  # noqa: ANN401
     claim = Claim(instance=instance, underlay_ip=underlay_ip)
-    assert codec.decode_claim(codec.encode_claim(claim)) == claim
+    assert decode_claim(encode_claim(claim)) == claim
 
 
 @given(strategies.endpoints())
 def test_endpoints(endpoint: Endpoint) -> None:
-    assert codec.decode_endpoint(codec.encode_endpoint(endpoint)) == endpoint
+    assert decode_endpoint(encode_endpoint(endpoint)) == endpoint
 
 
 @given(subnets, strategies.hosts())
 def test_reservations(subnet: IpNetwork, host: Host) -> None:
     reservation = Reservation(network=NetworkName("prod"), subnet=subnet, host=host.id)
-    raw, key = codec.encode_reservation(reservation), codec.subnet_to_key(subnet)
+    raw, key = encode_reservation(reservation), subnet_to_key(subnet)
     assert "/" not in key
-    assert codec.decode_reservation(NetworkName("prod"), key, raw) == reservation
+    assert decode_reservation(NetworkName("prod"), key, raw) == reservation
 
 
 @pytest.mark.parametrize(
@@ -74,8 +91,8 @@ def test_reservations(subnet: IpNetwork, host: Host) -> None:
     ],
 )  # fmt: skip
 def test_address_holders(holder: AddressHolder, raw: bytes) -> None:
-    assert codec.encode_address_holder(holder) == raw
-    assert codec.decode_address_holder(raw) == holder
+    assert encode_address_holder(holder) == raw
+    assert decode_address_holder(raw) == holder
 
 
 @pytest.mark.parametrize(
@@ -91,7 +108,7 @@ def test_address_holders(holder: AddressHolder, raw: bytes) -> None:
 )
 def test_hostile_address_holders(raw: bytes) -> None:
     with pytest.raises(BadValueError):
-        codec.decode_address_holder(raw)
+        decode_address_holder(raw)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +116,8 @@ def test_hostile_address_holders(raw: bytes) -> None:
 )
 def test_keys_that_are_no_address(key: str) -> None:
     with pytest.raises(BadValueError):
-        codec.address_from_key(key)
-    assert str(codec.address_from_key("fd00::1")) == "fd00::1"
+        address_from_key(key)
+    assert str(address_from_key("fd00::1")) == "fd00::1"
 
 
 @pytest.mark.parametrize("decode", DECODERS)
@@ -113,10 +130,10 @@ def test_random_bytes(decode: Callable[[bytes], object], raw: bytes) -> None:
 SAMPLES: list[dict[str, Any]] = [
     json.loads(raw)
     for raw in (
-        codec.encode_network(make_network(subnets=("10.42.0.0/16", "fd00:42::/48"))),
+        encode_network(make_network(subnets=("10.42.0.0/16", "fd00:42::/48"))),
         b'{"v":1,"id":"h1","underlay_ip":"10.9.0.1","datapath":"kernel"}',
         b'{"v":1,"instance":"i","underlay_ip":"10.9.0.1"}',
-        codec.encode_endpoint(make_endpoint()),
+        encode_endpoint(make_endpoint()),
         b'{"v":1,"host":"h1"}',
         b'{"v":1,"host":"h1","endpoint":"0123456789ab"}',
     )
@@ -151,7 +168,7 @@ def test_values_with_a_field_of_anything(index: int, data: st.DataObject) -> Non
         b"",
         b"null",
         b"[" * 100_000,
-        b'{"v":1}' + b" " * codec.MAX_VALUE_BYTES,
+        b'{"v":1}' + b" " * MAX_VALUE_BYTES,
         b'{"v":2,"host":"h1"}',
         b'{"v":1,"host":"h1\\n"}',
         b'{"v":1,"host":"../../etc"}',
@@ -161,7 +178,7 @@ def test_values_with_a_field_of_anything(index: int, data: st.DataObject) -> Non
 )
 def test_hostile_reservations(raw: bytes) -> None:
     with pytest.raises(BadValueError):
-        codec.decode_reservation(NetworkName("prod"), "10.42.3.0-24", raw)
+        decode_reservation(NetworkName("prod"), "10.42.3.0-24", raw)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +188,12 @@ def test_hostile_reservations(raw: bytes) -> None:
 )  # fmt: skip
 def test_keys_that_are_no_subnet(key: str) -> None:
     with pytest.raises(BadValueError):
-        codec.subnet_from_key(key)
+        subnet_from_key(key)
 
 
 def test_fields_of_a_newer_version_are_ignored() -> None:
-    raw = codec.encode_network(make_network())
-    assert codec.decode_network(raw[:-1] + b',"colour":"green"}') == make_network()
+    raw = encode_network(make_network())
+    assert decode_network(raw[:-1] + b',"colour":"green"}') == make_network()
 
 
 @pytest.mark.parametrize(
@@ -206,9 +223,9 @@ def test_networks_that_cannot_work(changes: dict[str, Any], message: str) -> Non
         changes = changes | {"subnets": tuple(ip_network(s) for s in changes["subnets"])}
     network = replace(make_network(), **changes)
     with pytest.raises(UsageError, match=message):
-        codec.check_network(network)
+        check_network(network)
     with pytest.raises(BadValueError):
-        codec.decode_network(codec.encode_network(network))
+        decode_network(encode_network(network))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +234,7 @@ def test_networks_that_cannot_work(changes: dict[str, Any], message: str) -> Non
 def test_addresses_no_host_has_on_the_underlay(address: str) -> None:
     raw = json.dumps({"v": 1, "id": "h1", "underlay_ip": address}).encode()
     with pytest.raises(BadValueError):
-        codec.decode_host(raw)
+        decode_host(raw)
 
 
 def test_an_endpoint_has_at_most_one_gateway_for_each_address() -> None:
@@ -226,7 +243,7 @@ def test_an_endpoint_has_at_most_one_gateway_for_each_address() -> None:
         replace(make_endpoint(), addresses=(), gateways=()),
     ):
         with pytest.raises(BadValueError):
-            codec.decode_endpoint(codec.encode_endpoint(broken))
+            decode_endpoint(encode_endpoint(broken))
 
 
 @pytest.mark.parametrize(
@@ -236,6 +253,6 @@ def test_an_endpoint_has_at_most_one_gateway_for_each_address() -> None:
 def test_fallbacks_that_cannot_be_had(settings: dict[str, Any], message: str) -> None:
     network = make_network(fallback=True, **settings)
     with pytest.raises(UsageError, match=message):
-        codec.check_network(network)
+        check_network(network)
     with pytest.raises(BadValueError, match=message):
-        codec.decode_network(codec.encode_network(network))
+        decode_network(encode_network(network))

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import structlog
 
-from meshnet import codec
+from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
 from meshnet.errors import PolicyRefusedError
 from meshnet.model import EndpointId
 from meshnet.runtime.options import ContainerOptions
@@ -41,7 +41,7 @@ def test_an_endpoint_cut_at_any_byte_is_set_aside(state: StateDir) -> None:
     state.save_endpoint(GOOD)
     other = replace(GOOD, id=EndpointId("aaaaaaaaaaaa"))
     file = state.path / "endpoints" / f"{other.id}.json"
-    whole = codec.encode_endpoint(other)
+    whole = encode_endpoint(other)
     for size in range(len(whole)):
         file.write_bytes(whole[:size])
         assert state.load_endpoints() == ([GOOD], {other.id})
@@ -73,20 +73,20 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 def test_a_record_of_a_version_without_checksums_is_taken(state: StateDir) -> None:
     file = state.path / "endpoints" / f"{GOOD.id}.json"
-    file.write_bytes(codec.encode_endpoint(GOOD))
+    file.write_bytes(encode_endpoint(GOOD))
     assert state.load_endpoints() == ([GOOD], set())
 
 
 def test_a_record_of_this_version_can_be_read_by_one_without_checksums(state: StateDir) -> None:
     state.save_endpoint(GOOD)
     (file,) = (state.path / "endpoints").iterdir()
-    assert codec.decode_endpoint(file.read_bytes()) == GOOD
+    assert decode_endpoint(file.read_bytes()) == GOOD
 
 
 def test_a_record_under_another_endpoints_name_is_not_taken(state: StateDir) -> None:
     """Its own link would be taken for one that nobody recorded, and be removed."""
     file = state.path / "endpoints" / "aaaaaaaaaaaa.json"
-    file.write_bytes(codec.encode_endpoint(GOOD))
+    file.write_bytes(encode_endpoint(GOOD))
     assert state.load_endpoints() == ([], {"aaaaaaaaaaaa"})
 
 

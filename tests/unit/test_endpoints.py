@@ -23,8 +23,9 @@ from meshnet.model import AddressRange, Mode
 from meshnet.ports import parse_all_published
 from meshnet.state import Link, LinkKind
 from meshnet_agent.addresses import SubnetAddresses
+from meshnet_agent.attachment import AttachRequest, ReadyNetwork
 from meshnet_agent.disk import StateDir
-from meshnet_agent.endpoints import AttachRequest, Endpoints, ReadyNetwork
+from meshnet_agent.endpoints import Endpoints
 from meshnet_agent.ports import PublishedPorts
 from tests.unit.host_ports import FakePorts
 from tests.unit.mesh import InlineWorker

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet import codec
+from meshnet.codec.hosts import encode_claim, encode_host, encode_reservation
+from meshnet.codec.networks import encode_network
 from meshnet.model import Claim, Host, HostId, NetworkName, Reservation
 from meshnet.store import Change, KeyValue, Listing, WatchBatch
 from meshnet.store.mirror import (
@@ -38,13 +39,13 @@ SNAPSHOT = make_snapshot([make_network(), make_network("test", ("10.43.0.0/16",)
 
 def keys_of(snapshot: MeshSnapshot) -> dict[str, bytes]:
     """What the store holds where the mesh is as in `snapshot`."""
-    found = {network_key(n): codec.encode_network(v) for n, v in snapshot.networks.items()}
-    found |= {host_key(h): codec.encode_host(v) for h, v in snapshot.hosts.items()}
-    found |= {alive_key(h): codec.encode_claim(c) for h, c in snapshot.alive.items()}
+    found = {network_key(n): encode_network(v) for n, v in snapshot.networks.items()}
+    found |= {host_key(h): encode_host(v) for h, v in snapshot.hosts.items()}
+    found |= {alive_key(h): encode_claim(c) for h, c in snapshot.alive.items()}
     for network, owned in snapshot.reservations.items():
         for subnet, host in owned.items():
             reservation = Reservation(network=network, subnet=subnet, host=host)
-            found[subnet_key(network, subnet)] = codec.encode_reservation(reservation)
+            found[subnet_key(network, subnet)] = encode_reservation(reservation)
     return found
 
 
@@ -144,9 +145,9 @@ def test_a_bad_value_keeps_the_last_good_one_and_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        (NETWORKS + "other", codec.encode_network(make_network())),
-        (NETWORKS, codec.encode_network(make_network())),
-        (HOSTS + "h2", codec.encode_host(SNAPSHOT.hosts[HostId("h1")])),
+        (NETWORKS + "other", encode_network(make_network())),
+        (NETWORKS, encode_network(make_network())),
+        (HOSTS + "h2", encode_host(SNAPSHOT.hosts[HostId("h1")])),
         (SUBNETS + "prod/10.42.0.1-24", b'{"v":1,"host":"h1"}'),
         (SUBNETS + "prod", b'{"v":1,"host":"h1"}'),
         (MESH + "colours/green", b"{}"),
@@ -164,14 +165,14 @@ def test_values_that_contradict_their_key(key: str, value: bytes) -> None:
 def test_a_reservation_changes_hands() -> None:
     mirror = loaded(keys_of(make_snapshot([make_network()], 1)))
     theirs = Reservation(network=PROD, subnet=SUBNET, host=HostId("h9"))
-    snapshot = put(mirror, subnet_key(PROD, SUBNET), codec.encode_reservation(theirs))
+    snapshot = put(mirror, subnet_key(PROD, SUBNET), encode_reservation(theirs))
     assert snapshot.reservations == {PROD: {SUBNET: HostId("h9")}}
 
 
 def test_networks_come_oldest_first() -> None:
     names = ["c", "a", "b"]
     keys = {
-        network_key(NetworkName(name)): codec.encode_network(
+        network_key(NetworkName(name)): encode_network(
             make_network(name, (f"10.{i}.0.0/16",), i + 1)
         )
         for i, name in enumerate(names)
@@ -199,12 +200,12 @@ def test_what_changes_come_to() -> None:
     moved = Host(id=HostId("h2"), underlay_ip=ip_address("192.0.2.9"))
     steps: list[tuple[str, bytes | None, Changes]] = [
         (host_key(HostId("h1")), keys[host_key(HostId("h1"))], Changes()),  # the same again
-        (host_key(moved.id), codec.encode_host(moved), Changes({moved.id}, {moved.id})),
+        (host_key(moved.id), encode_host(moved), Changes({moved.id}, {moved.id})),
         (host_key(moved.id), None, Changes({moved.id}, {moved.id})),
         (alive_key(HostId("h3")), None, Changes(set(), {HostId("h3")})),
         (
             subnet_key(PROD, SUBNET),
-            codec.encode_reservation(theirs),
+            encode_reservation(theirs),
             Changes({HostId("h1"), HostId("h9")}),
         ),
         (subnet_key(PROD, SUBNET), None, Changes({HostId("h9")})),
@@ -230,8 +231,6 @@ def test_an_empty_batch_moves_the_revision_and_an_old_one_does_not() -> None:
 def test_any_key_and_value(rest: str, value: bytes) -> None:
     mirror = Mirror()
     put(mirror, MESH + rest, value)
-    claim = codec.encode_claim(
-        Claim(instance="i", underlay_ip=SNAPSHOT.hosts[HostId("h1")].underlay_ip)
-    )
+    claim = encode_claim(Claim(instance="i", underlay_ip=SNAPSHOT.hosts[HostId("h1")].underlay_ip))
     put(mirror, MESH + rest, claim)
     assert put(mirror, MESH + rest, None) == type(SNAPSHOT)(revision=2)

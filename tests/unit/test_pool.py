@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from meshnet import codec
+from meshnet.codec.endpoints import decode_address_holder
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
@@ -36,7 +36,7 @@ from meshnet.store.addresses import SET_ASIDE_S, address_key, list_pool, take_ad
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ADDRESSES, network_key, printable_key
 from meshnet.store.registry import Registry
-from meshnet_agent.endpoints import ReadyNetwork
+from meshnet_agent.attachment import ReadyNetwork
 from meshnet_agent.pool import PoolAddresses
 from tests.unit.mesh import MemoryProber, until
 from tests.values import make_endpoint, make_network, underlay_ip
@@ -148,7 +148,7 @@ class Wire:
 
     async def holders(self) -> dict[str, AddressHolder]:
         items = (await self.store.list_prefix(ADDRESSES)).items
-        return {i.key.rpartition("/")[2]: codec.decode_address_holder(i.value) for i in items}
+        return {i.key.rpartition("/")[2]: decode_address_holder(i.value) for i in items}
 
     async def until_held(self, count: int) -> None:
         """Wait until so many addresses are held."""

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from meshnet import codec
+from meshnet.codec.endpoints import encode_endpoint
+from meshnet.codec.hosts import decode_host, encode_host
+from meshnet.codec.networks import encode_network
 from meshnet.errors import (
     ConflictError,
     NotFoundError,
@@ -99,7 +101,7 @@ async def test_a_host_that_has_not_changed_is_not_written_again(
     for number in (1, 1, 2):
         await registry.claim_host(make_host(number=number), make_claim(number=number), 15)
         (item,) = (await store.read(key)).items
-        assert codec.decode_host(item.value) == make_host(number=number)
+        assert decode_host(item.value) == make_host(number=number)
     await store.commit([], [Delete(key)])
     await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
     assert (await store.read(key)).items
@@ -225,9 +227,7 @@ async def test_removing_a_host(registry: Registry, store: MemoryStore) -> None:
     for network in networks:
         for host in ("h1", "h2"):
             await reserve(registry, network, host)
-    await registry.publish(
-        {endpoint_key(e): codec.encode_endpoint(e) for e in (endpoint, other)}, []
-    )
+    await registry.publish({endpoint_key(e): encode_endpoint(e) for e in (endpoint, other)}, [])
     with pytest.raises(ConflictError, match="alive"):
         await registry.remove_host(H1)
     assert (await registry.snapshot()).hosts.keys() == {H1, H2}
@@ -244,7 +244,7 @@ async def test_removing_a_host(registry: Registry, store: MemoryStore) -> None:
 async def test_removing_a_host_that_is_on_very_many_networks(
     registry: Registry, store: MemoryStore
 ) -> None:
-    await store.commit([], [Put(host_key(H1), codec.encode_host(make_host()))])
+    await store.commit([], [Put(host_key(H1), encode_host(make_host()))])
     for i in range(130):
         network = make_network(f"n{i}", (f"10.{i}.0.0/16",), i + 1)
         key = subnet_key(network.name, ip_network(f"10.{i}.0.0/24"))
@@ -444,7 +444,7 @@ async def test_reserving_of_a_network_written_by_a_newer_version(
     registry: Registry, store: MemoryStore
 ) -> None:
     network = await create(registry)
-    newer = codec.encode_network(network)[:-1] + b',"colour":"green"}'
+    newer = encode_network(network)[:-1] + b',"colour":"green"}'
     await store.commit([], [Put(NETWORKS + "prod", newer)])
     assert await reserve(registry, network) == ip_network("10.42.0.0/24")
 
@@ -529,7 +529,7 @@ async def test_removing_a_network(registry: Registry) -> None:
     for each in (network, other):
         await reserve(registry, each)
     endpoint = make_endpoint()
-    await registry.publish({endpoint_key(endpoint): codec.encode_endpoint(endpoint)}, [])
+    await registry.publish({endpoint_key(endpoint): encode_endpoint(endpoint)}, [])
     with pytest.raises(ConflictError, match=r"1 endpoints \(e-0123 on h1\)"):
         await registry.remove_network(PROD)
     await registry.publish({}, [endpoint_key(endpoint)])
@@ -564,7 +564,7 @@ async def test_endpoints_are_published_and_listed(registry: Registry, store: Mem
         make_endpoint((f"10.42.{i // 250}.{i % 250 + 2}/24",), identity=f"{i:012x}")
         for i in range(1_000)
     ]
-    await registry.publish({endpoint_key(e): codec.encode_endpoint(e) for e in some}, [])
+    await registry.publish({endpoint_key(e): encode_endpoint(e) for e in some}, [])
     assert await registry.list_endpoints() == some
     assert await registry.list_endpoints(NetworkName("other")) == []
     assert len(await registry.list_published(PROD, H1)) == 1_000

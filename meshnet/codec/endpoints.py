@@ -1,0 +1,180 @@
+"""Endpoints, and who holds the addresses of pools that they take."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+
+from meshnet.codec.document import (
+    AddressField,
+    BadValueError,
+    IfnameField,
+    MacField,
+    MtuField,
+    NameField,
+    NumberField,
+    PidField,
+    PortField,
+    address_field,
+    decode,
+)
+from meshnet.model import (
+    AddressHolder,
+    Endpoint,
+    EndpointId,
+    HostId,
+    NetworkName,
+    Protocol,
+    PublishedPort,
+)
+from meshnet.text import NAME
+
+if TYPE_CHECKING:
+    from meshnet.model import IpAddress
+
+
+class _PublishedV1(msgspec.Struct, frozen=True):
+    protocol: Protocol
+    host_port: PortField
+    port: PortField
+    host_ip: AddressField | None = None
+
+
+class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
+    id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{12}\Z")]
+    network: NameField
+    host: NameField
+    name: NameField
+    pid: PidField
+    ifname: IfnameField
+    addresses: Annotated[list[AddressField], msgspec.Meta(min_length=1, max_length=2)]
+    gateways: Annotated[list[AddressField], msgspec.Meta(max_length=2)]
+    mac: MacField
+    mtu: MtuField
+    default_route: bool
+    netns_inode: NumberField
+    pid_start_ticks: NumberField
+    published: list[_PublishedV1] = []
+    parent: IfnameField | None = None
+
+
+class _AddressHolderV1(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="v", tag=1):
+    host: Annotated[str, msgspec.Meta(pattern=rf"^({NAME})?\Z")]
+    endpoint: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{12})?\Z")] = ""
+    held_by: MacField | None = None
+
+
+# Made once: making one costs more than using it a hundred times.
+_endpoint = msgspec.json.Decoder(_EndpointV1)
+_address_holder = msgspec.json.Decoder(_AddressHolderV1)
+
+
+def encode_endpoint(endpoint: Endpoint) -> bytes:
+    """The value of an endpoint's key, and the content of its file on disk."""
+    return msgspec.json.encode(
+        _EndpointV1(
+            id=endpoint.id,
+            network=endpoint.network,
+            host=endpoint.host,
+            name=endpoint.name,
+            pid=endpoint.pid,
+            ifname=endpoint.ifname,
+            addresses=[str(a) for a in endpoint.addresses],
+            gateways=[str(g) for g in endpoint.gateways],
+            mac=endpoint.mac.hex(":"),
+            mtu=endpoint.mtu_bytes,
+            default_route=endpoint.default_route,
+            netns_inode=endpoint.netns_inode,
+            pid_start_ticks=endpoint.pid_start_ticks,
+            published=[
+                _PublishedV1(
+                    p.protocol,
+                    p.host_port,
+                    p.port,
+                    str(p.host_ip) if p.host_ip is not None else None,
+                )
+                for p in endpoint.published
+            ],
+            parent=endpoint.parent,
+        )
+    )
+
+
+def decode_endpoint(raw: bytes) -> Endpoint:
+    """Read an endpoint.
+
+    Raises:
+        BadValueError: malformed.
+    """
+    value = decode(_endpoint, raw)
+    try:
+        if any("%" in text for text in (*value.addresses, *value.gateways)):
+            raise BadValueError("an endpoint's addresses have no scope")
+        addresses = tuple(ip_interface(a) for a in value.addresses)
+        gateways = tuple(ip_address(g) for g in value.gateways)
+    except ValueError as error:
+        raise BadValueError(str(error)) from error
+    versions = [a.version for a in addresses]
+    if versions != sorted(set(versions)):
+        raise BadValueError("an endpoint has at most one address of an IP version, IPv4 first")
+    led = [g.version for g in gateways]
+    if led != sorted(set(led) & set(versions)):
+        raise BadValueError("an endpoint has at most one gateway for each of its addresses")
+    return Endpoint(
+        id=EndpointId(value.id),
+        network=NetworkName(value.network),
+        host=HostId(value.host),
+        name=value.name,
+        pid=value.pid,
+        ifname=value.ifname,
+        addresses=addresses,
+        gateways=gateways,
+        mac=bytes.fromhex(value.mac.replace(":", "")),
+        mtu_bytes=value.mtu,
+        default_route=value.default_route,
+        netns_inode=value.netns_inode,
+        pid_start_ticks=value.pid_start_ticks,
+        published=tuple(
+            PublishedPort(
+                p.protocol,
+                p.host_port,
+                p.port,
+                address_field(p.host_ip) if p.host_ip is not None else None,
+            )
+            for p in value.published
+        ),
+        parent=value.parent,
+    )
+
+
+def encode_address_holder(holder: AddressHolder) -> bytes:
+    """The value of a pool address's key; network and address are in the key."""
+    held_by = holder.held_by.hex(":") if holder.held_by else None
+    return msgspec.json.encode(_AddressHolderV1(holder.host, holder.endpoint, held_by))
+
+
+def address_from_key(part: str) -> IpAddress:
+    """The address that the last part of a key names.
+
+    Raises:
+        BadValueError: not the canonical form of an address.
+    """
+    address = address_field(part)
+    if str(address) != part:
+        raise BadValueError(f"{part} is not an address's canonical form ({address})")
+    return address
+
+
+def decode_address_holder(raw: bytes) -> AddressHolder:
+    """Read who has an address of a pool.
+
+    Raises:
+        BadValueError: malformed, or it has both a host and a machine outside the mesh, or neither.
+    """
+    value = decode(_address_holder, raw)
+    if bool(value.host) == (value.held_by is not None) or (value.endpoint and not value.host):
+        raise BadValueError("an address is held by a host or by a machine outside the mesh")
+    held_by = bytes.fromhex(value.held_by.replace(":", "")) if value.held_by is not None else b""
+    return AddressHolder(HostId(value.host), value.endpoint, held_by)

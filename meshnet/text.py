@@ -1,0 +1,65 @@
+"""Names and addresses as people write them, and text that is fit to be shown.
+
+Pure: imports no socket, file, clock or trio.
+"""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address, ip_network
+from typing import TYPE_CHECKING
+
+from meshnet.errors import UsageError
+
+if TYPE_CHECKING:
+    from meshnet.model import IpAddress, IpNetwork
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+"""The pattern of a name of a network, a host, an endpoint or a container."""
+NAME_PATTERN = re.compile(NAME)
+IFNAME_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,15}")
+
+
+def printable(text: str, most: int) -> str:
+    """Text that a terminal, a log and a JSON document can take: cut, and escaped where need be."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]
+    )
+    return shown if len(shown) <= most and len(text) <= most else f"{shown[: most - 1]}…"
+
+
+def check_name(kind: str, name: str) -> None:
+    """Refuse a name that could not be a key, a file name and a word on a command line.
+
+    Raises:
+        UsageError: the name has other characters than letters, digits, ``_``, ``.`` and ``-``,
+            does not start with a letter or digit, or is longer than 63.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise UsageError(
+            f"{kind} name {name[:80]!r} is not usable: take 1 to 63 letters, digits, '_', '.' or "
+            "'-', starting with a letter or digit"
+        )
+
+
+def parse_network(text: str) -> IpNetwork:
+    """A CIDR in text form.
+
+    Raises:
+        ValueError: not a CIDR, host bits set, or an IPv6 scope (``%eth0``) in it: the library
+            takes any text for a scope.
+    """
+    if "%" in text:
+        raise ValueError(f"{text!r} has a scope, which a network cannot have")
+    return ip_network(text)
+
+
+def parse_address(text: str) -> IpAddress:
+    """An address in text form.
+
+    Raises:
+        ValueError: not an address, or an IPv6 scope in it.
+    """
+    if "%" in text:
+        raise ValueError(f"{text!r} has a scope, which is of no use here")
+    return ip_address(text)
