@@ -115,9 +115,10 @@ class Follower:
     async def watch(self) -> None:
         """Follow changes; `list_all` came first.  Never returns."""
         delay_s = _FIRST_DELAY_S
+        just_listed = True
         while True:
             try:
-                await self._watch_once()
+                await self._watch_once(just_listed=just_listed)
             except CompactedError:
                 _log.warning("history compacted, listing again", revision=self._mirror.revision)
                 # Nothing is known of who is dead until then.
@@ -125,11 +126,13 @@ class Follower:
                 await trio.sleep(random.uniform(0, len(self.snapshot.hosts) / _LISTINGS_A_SECOND))
                 try:
                     await self.list_all()
+                    just_listed = True
                     continue
                 except (StoreUnavailableError, PolicyRefusedError) as error:
                     reason = str(error)
             except (StoreUnavailableError, PolicyRefusedError) as error:
                 reason = str(error)
+            just_listed = False
             if reason != self.error:
                 _log.warning("store lost", reason=reason)
             if self.connected:
@@ -141,11 +144,13 @@ class Follower:
             await trio.sleep(random.uniform(0, max(delay_s, spread_s)))
             delay_s = min(_LAST_DELAY_S, delay_s * 2)
 
-    async def _watch_once(self) -> None:
+    async def _watch_once(self, *, just_listed: bool) -> None:
         after = self._mirror.revision
         # A watch of an empty store, or of one that went back in time, would only be silent.
         await self._identity.check()
-        await self._identity.check_history(self._mirror)
+        if not just_listed:
+            # What was listed may be older than the history that the store still has.
+            await self._identity.check_history(self._mirror)
         async with self._store.watch_prefix(MESH, after_revision=after) as batches:
             if not self.connected:
                 _log.info("store followed", revision=after)

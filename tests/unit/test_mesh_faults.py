@@ -73,6 +73,23 @@ async def test_one_that_was_cut_off_catches_up(tmp_path: Path, autojump_clock: M
         assert set(subnets) <= set(mesh.subnets_of(lost))
 
 
+async def test_one_that_was_cut_off_while_all_history_went_catches_up(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Nothing was written since: what it knows is older than any history that there is."""
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 3)
+        lost = mesh.nodes[0]
+        await mesh.registry.store.commit([], [Put("/elsewhere", b"")])
+        lost.store.set_available(False)
+        await until(lambda: not lost.running.follower.connected, "it is cut off")
+        mesh.store.compact((await mesh.snapshot()).revision)
+        lost.store.set_available(True)
+        await until(lambda: lost.running.follower.connected, "it follows again")
+        await mesh.create_network("late", "10.43.0.0/16")
+        await until(lambda: mesh.is_full(3), "it has caught up")
+
+
 async def test_a_start_without_the_store_fails(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with open_mesh(tmp_path) as mesh:
         node = mesh.add_node()
