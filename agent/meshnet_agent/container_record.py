@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import structlog
 
+from meshnet.codec.document import BadValueError
 from meshnet.runtime.id_ranges import IdRange  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.mount_points import MountPoint  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.options import ContainerOptions, parse_label
-from meshnet_agent.disk import write_whole
+from meshnet_agent.disk import checked, with_checksum, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,13 +115,13 @@ _decoder = msgspec.json.Decoder(Record)
 
 def save(directory: Path, record: Record, *, keep: bool = True) -> None:
     """Write a container's record; on return it survives the agent, with `keep` also a power cut."""
-    write_whole(directory / FILE, msgspec.json.encode(record), keep=keep)
+    write_whole(directory / FILE, with_checksum(msgspec.json.encode(record)), keep=keep)
 
 
 def load_all(directory: Path) -> Iterator[Record]:
     """All containers below a directory; a file that cannot be read is logged and left alone."""
     for file in sorted(directory.glob(f"*/{FILE}")):
         try:
-            yield _decoder.decode(file.read_bytes())
-        except (OSError, msgspec.DecodeError) as error:
+            yield _decoder.decode(checked(file.read_bytes()))
+        except (OSError, BadValueError, msgspec.DecodeError) as error:
             _log.error("container cannot be read", file=str(file), reason=str(error))

@@ -1,7 +1,7 @@
 """What the agent keeps on disk: its instance name and its endpoints.
 
-Files are replaced whole: written beside, synced, renamed, the directory synced.  An endpoint's
-record ends with a checksum, so that no damage is believed.  A file that cannot be used is set aside
+Files are replaced whole: written beside, synced, renamed, the directory synced.  A record ends with
+a checksum, so that no damage is believed.  A file that cannot be used is set aside
 as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never deleted.  A record that a
 newer version wrote is no damage: while there is one the agent does not start, and touches nothing.
 """
@@ -117,7 +117,7 @@ class StateDir:
         try:
             for file in sorted(self._endpoints.glob(pattern)):
                 try:
-                    endpoint = decode_endpoint(_checked(file.read_bytes()))
+                    endpoint = decode_endpoint(checked(file.read_bytes()))
                     if endpoint.id != file.stem:
                         raise BadValueError(f"it is of endpoint {endpoint.id}")
                     found.append((file, endpoint))
@@ -160,7 +160,7 @@ class StateDir:
 
     def _write(self, file: Path, endpoint: Endpoint) -> None:
         try:
-            write_whole(file, _with_checksum(encode_endpoint(endpoint)))
+            write_whole(file, with_checksum(encode_endpoint(endpoint)))
         except OSError as error:
             raise KernelRefusedError(
                 f"endpoint {endpoint.name} cannot be recorded in {self._endpoints}: "
@@ -203,7 +203,7 @@ def _refuse_newer(path: Path) -> None:
 def _version_of(file: Path) -> int:
     """The version of a file; that of one without, or that cannot be read, is this one's."""
     try:
-        document = json.loads(_checked(file.read_bytes()))
+        document = json.loads(checked(file.read_bytes()))
     except (OSError, ValueError, RecursionError, BadValueError):
         return _VERSION
     found = document.get("v") if isinstance(document, dict) else None
@@ -258,12 +258,13 @@ def _hold(file: Path, what: str) -> int:
     return fd
 
 
-def _with_checksum(record: bytes) -> bytes:
+def with_checksum(record: bytes) -> bytes:
+    """A record, a JSON object, with a last field by which `checked` knows it."""
     body = record.removesuffix(b"}")
     return body + b',"crc32":"%08x"}' % zlib.crc32(body)
 
 
-def _checked(record: bytes) -> bytes:
+def checked(record: bytes) -> bytes:
     """A record, if it is as it was written.
 
     Raises:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import structlog
 
+from meshnet.codec.document import BadValueError
 from meshnet.errors import PolicyRefusedError
 from meshnet.store import Absent, Put
 from meshnet.store.mirror import MESH_ID
 from meshnet.text import printable
-from meshnet_agent.disk import set_aside, write_whole
+from meshnet_agent.disk import checked, set_aside, with_checksum, write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,7 +128,7 @@ class MeshIdentity:
             return
         document = _Remembered(self._id, self._revision)
         try:
-            write_whole(self._file, msgspec.json.encode(document))
+            write_whole(self._file, with_checksum(msgspec.json.encode(document)))
         except OSError as error:
             _log.error("mesh file cannot be written", file=str(self._file), reason=str(error))
         else:
@@ -150,8 +151,8 @@ def _read(file: Path) -> tuple[str | None, int]:
         _log.error("mesh file cannot be read", file=str(file), reason=str(error))
         return None, 0
     try:
-        remembered = _FORMAT.decode(raw)
-    except (ValueError, RecursionError) as error:  # DecodeError, UnicodeDecodeError
+        remembered = _FORMAT.decode(checked(raw))
+    except (BadValueError, ValueError, RecursionError) as error:  # or DecodeError
         with contextlib.suppress(OSError):
             set_aside(file, str(error)[:200])
         return None, 0

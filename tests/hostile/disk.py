@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.codec.endpoints import encode_endpoint
-from meshnet.errors import ConflictError, MeshnetError
+from meshnet.errors import MeshnetError, PolicyRefusedError
 from meshnet.kernel.nft import NftTables
 from meshnet.store.memory import MemoryStore
 from meshnet.vtep.rundir import RunDir
@@ -76,7 +76,7 @@ def check(data: bytes, directory: Path) -> str:
         file.write_bytes(content if each.encode() == name else good)
     try:
         state = StateDir(directory, lambda: "0123456789abcdef")
-    except ConflictError as error:  # it says that a newer version wrote it
+    except PolicyRefusedError as error:  # it says that a newer version wrote it
         assert_clear(str(error))
         assert (directory / name.decode()).read_bytes() == content
         return "refused"
@@ -115,7 +115,7 @@ def _same_json(file: Path, content: bytes) -> bool:
     try:
         before = json.loads(content)
         now = json.loads(file.read_bytes())
-        return bool(now == {"id": before["id"], "revision": before["revision"]})
+        return all(now[key] == before[key] for key in ("id", "revision"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

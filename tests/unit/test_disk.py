@@ -130,6 +130,20 @@ async def test_a_mesh_file_that_is_damaged(tmp_path: Path, content: bytes) -> No
     assert file.exists()
 
 
+async def test_a_mesh_file_with_any_bit_changed_is_not_believed(tmp_path: Path) -> None:
+    """The agent would refuse its own mesh, or remember a revision that never was."""
+    store, file = MemoryStore(), tmp_path / "mesh.json"
+    await MeshIdentity(store, file).check()
+    whole = file.read_bytes()
+    with structlog.testing.capture_logs():
+        for at in range(len(whole)):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            await MeshIdentity(store, file).check()
+            for bad in tmp_path.glob("*.bad*"):  # noqa: ASYNC240
+                bad.unlink()
+    assert file.read_bytes() == whole
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes()
