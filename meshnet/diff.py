@@ -285,8 +285,9 @@ def describe(table: Table, key: Any) -> str:  # noqa: ANN401
             return f"{name} {format_ip(address)} of {dev}"
         case Table.ELEMENT, ElementKey(set_name, _):
             return f"{name} {{ {format_element(key)} }} of set {set_name}"
-        case Table.ROUTE, (prefix, length):
-            return f"{name} {format_ip(prefix)}/{length}"
+        case Table.ROUTE, RouteKey(prefix, length, metric):
+            at = "" if metric is None else f" metric {metric}"
+            return f"{name} {format_ip(prefix)}/{length}{at}"
         case _:
             return f"{name} {key}"
 

@@ -168,10 +168,16 @@ class Ruleset(NamedTuple):
 
 
 class RouteKey(NamedTuple):
-    """Destination of a route of ours in the main table, metric 0 (IPv6: 1024)."""
+    """Destination of a route of ours in the main table.
+
+    Attributes:
+        metric: None: that of all that we make, 0 (IPv6: 1024); a number: of one that somebody made
+            by hand with our protocol number, which no state wants.
+    """
 
     prefix: PackedIp
     prefix_length: int
+    metric: int | None = None
 
 
 class Route(NamedTuple):

@@ -294,7 +294,7 @@ def encode_routes(ops: Sequence[Op], indices: Mapping[str, int], first: int) -> 
     """
     messages = []
     for sequence, op in enumerate(ops, first):
-        (prefix, length), route = op.key, op.value
+        (prefix, length, metric), route = op.key, op.value
         if route is None:
             request, flags, kind, way = rtnl.RTM_DELROUTE, _DELETE, RTN_UNSPEC, b""
         else:
@@ -307,7 +307,7 @@ def encode_routes(ops: Sequence[Op], indices: Mapping[str, int], first: int) -> 
             _FAMILY[size], length, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, RT_SCOPE_UNIVERSE, kind,
             RTNH_F_ONLINK if route is not None and route.via and route.via.gateway else 0,
             4 + size, RTA_DST, prefix,
-            8, RTA_PRIORITY, _METRIC[size],
+            8, RTA_PRIORITY, _METRIC[size] if metric is None else metric,
         ) + way)  # fmt: skip
     return messages
 
@@ -359,12 +359,12 @@ def decode_routes(bodies: Iterable[Body], names: Mapping[int, str]) -> dict[Rout
                 found[RouteKey(prefix, length)] = Route(nexthop_id, source)
                 continue
         attrs = rtnl.parse_attrs(data, start + 12, end)
-        if rtnl.number_in(attrs, RTA_PRIORITY) != (IPV6_METRIC if family == socket.AF_INET6 else 0):
-            continue
         prefix = attrs.get(RTA_DST, bytes(4 if family == socket.AF_INET else 16))
         if len(prefix) not in _FAMILY:
             continue
-        found[RouteKey(prefix, length)] = _decode_way(kind, attrs, names)
+        metric = rtnl.number_in(attrs, RTA_PRIORITY)
+        key = RouteKey(prefix, length, None if metric == _METRIC[len(prefix)] else metric)
+        found[key] = _decode_way(kind, attrs, names)
     return found
 
 

@@ -49,6 +49,7 @@ from tests.values import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from meshnet.kernel.memory import MemoryKernel
     from tests.contract.hosts import HostUnderTest
 
 
@@ -279,6 +280,32 @@ def test_others_objects_are_neither_reported_nor_touched(host: HostUnderTest) ->
     assert host.others() == others
     assert host.kernel.apply(diff(KernelState(), host.kernel.dump())) == []
     assert host.others() == others
+
+
+def test_a_route_with_our_protocol_number_and_another_metric_is_removed(
+    host: HostUnderTest,
+) -> None:
+    """It may be preferred to ours."""
+    desired = desired_for(host, [DUAL])
+    converge(host, desired)
+    stray = Route(0, b"", Nexthop(UNDERLAY_DEV, bytes((10, 9, 0, 9))))
+
+    def in_memory(kernel: MemoryKernel) -> None:
+        for key, metric in ((ROUTE4, 50), (ROUTE6, 0xFFFFFFFF)):
+            kernel._state.routes[key._replace(metric=metric)] = stray
+
+    host.by_hand(
+        f"ip route add 10.42.1.0/24 via 10.9.0.9 dev {UNDERLAY_DEV} proto 109 metric 50",
+        f"ip route add fd00:42:0:1::/64 via fd09::9 dev {UNDERLAY_DEV} proto 109 metric 4294967295",
+        in_memory=in_memory,
+    )
+    ops = diff(desired, host.kernel.dump())
+    assert {(op.key.prefix, op.key.metric, op.value) for op in ops} == {
+        (ROUTE4.prefix, 50, None),
+        (ROUTE6.prefix, 0xFFFFFFFF, None),
+    }
+    assert converge(host, desired) == (1, [])
+    assert host.kernel.dump().routes == desired.routes
 
 
 def test_a_route_of_others_to_a_peer_is_reported_and_stays(host: HostUnderTest) -> None:
