@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.errors import AgentUnreachableError
+from meshnet.lab.poll import wait_until
 from tests.netns.faults.fault import Injected, cuts_nothing
 from tests.netns.faults.mesh import TTL_S
 from tests.netns.mesh import meshnet
@@ -35,6 +36,21 @@ def _files(host: LabHost) -> list[Path]:
         for file in (*state.glob("*"), *(state / "endpoints").glob("*.json"))
         if file.is_file() and file.stat().st_size
     )
+
+
+def _start_instance(host: LabHost) -> None:
+    """Start an agent, again and again: one of another instance ends while the lease lasts."""
+
+    def started() -> bool:
+        try:
+            host.start_agent()
+        except AgentUnreachableError as error:
+            if "is held by an agent" not in str(error):
+                raise
+            return False
+        return True
+
+    wait_until(started, 5 * TTL_S, "the lease of the instance before is over")
 
 
 def _refused_attach(mesh: FaultMesh, host: LabHost, rng: Random) -> None:
@@ -135,8 +151,7 @@ class FileDamaged:
             other = content[at] ^ (1 << rng.randrange(8))
             file.write_bytes(content[:at] + bytes([other]) + content[at + 1 :])
             what = f"byte {at} of {file.name} of {host.name} is {other}"
-        # Another instance is refused until the lease of the one before runs out.
-        host.start_agent()
+        _start_instance(host)
 
         def heal() -> None:
             host.kill_agent()
@@ -144,7 +159,7 @@ class FileDamaged:
                 file.write_bytes(content)
             for bad in file.parent.glob(f"{file.stem}.bad*"):
                 bad.unlink()
-            host.start_agent()
+            _start_instance(host)
 
         owner = [m for m in mesh.members if m.document["id"] == file.stem]
         return Injected(
