@@ -191,6 +191,7 @@ class Mesh:
         self.store = MemoryStore()
         self.registry = Registry(self.store)
         self.nodes: list[Node] = []
+        self._made = 0
         self._directory = directory
         self._nursery = nursery
 
@@ -201,7 +202,8 @@ class Mesh:
         return await self.registry.create_network(build, None)
 
     def add_node(self) -> Node:
-        number = len(self.nodes) + 1
+        self._made += 1
+        number = self._made
         ip = underlay_ip(number)
         directory = self._directory / f"h{number}"
         node = Node(
