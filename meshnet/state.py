@@ -83,6 +83,8 @@ class Link(NamedTuple):
         sysctls: per-interface settings, as ("ipv4", "forwarding", "1"); a dump has more of them
             than are desired.
         parent: of a macvlan: name of the link that it is on; "" if that is gone.
+        hairpin: of a port of a bridge: whether it gets back what came from it
+            (`meshnet.kernel.links.encode_hairpin`).
     """
 
     kind: LinkKind
@@ -93,6 +95,7 @@ class Link(NamedTuple):
     vxlan: Vxlan | None = None
     sysctls: tuple[tuple[str, str, str], ...] = ()
     parent: str = ""
+    hairpin: bool = False
 
 
 class AddressKey(NamedTuple):

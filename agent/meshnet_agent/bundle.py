@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import KernelRefusedError, PolicyRefusedError, UsageError
 from meshnet.runtime import seccomp
-from meshnet.runtime.cgroups import accounts_swap
+from meshnet.runtime.cgroups import accounts_swap, has_unified_io
 from meshnet.runtime.devices import parse_device
 from meshnet.runtime.images import ImageStore
 from meshnet.runtime.oci import ImageConfig
@@ -204,6 +204,7 @@ class Bundle:
             ids=record.ids,
             devices=tuple(d for w in map(parse_device, options.devices) for d in find_devices(w)),
             accounts_swap=accounts_swap(),
+            unified_io=has_unified_io(),
         )
 
     def write_exec(

@@ -8,6 +8,7 @@ import trio
 
 from meshnet.errors import ConflictError
 from meshnet.ports import parse_all_published
+from meshnet.runtime.cgroups import has_unified_io, set_blkio_weight
 from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim
 from meshnet.runtime.options import ContainerOptions, shared_with
 from meshnet.runtime.userns import parse_userns
@@ -47,6 +48,8 @@ async def launch(
         process=identify(pid),
         shim=identify(int((bundle.run / CONMON_PID).read_text())),
     )
+    if record.options.blkio_weight is not None and not has_unified_io():
+        set_blkio_weight(pid, record.options.blkio_weight)
     for file, mode in ((ATTACH, 0o770), (WINDOW_SIZE, 0o660)):
         open_to_group(bundle.run / file, mode)
     await _attach_networks(container, pid, attach)

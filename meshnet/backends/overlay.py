@@ -61,7 +61,7 @@ def plan_bridge(wanted: NetworkInput, tunnel: str | None, state: KernelState) ->
         state.addresses[AddressKey(bridge, gateway_of(subnet).packed, subnet.prefixlen)] = True
     for endpoint in wanted.endpoints:
         state.links[endpoint_link_name(endpoint.id)] = Link(
-            LinkKind.VETH, endpoint.mtu_bytes, None, master=bridge
+            LinkKind.VETH, endpoint.mtu_bytes, None, master=bridge, hairpin=True
         )
         state.elements.update(endpoint_elements(endpoint))
     firewall = FirewallNetwork(

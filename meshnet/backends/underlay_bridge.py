@@ -43,7 +43,7 @@ class UnderlayBridgeBackend:
         bridge = parent_bridge_name(wanted.network)
         for endpoint in wanted.endpoints:
             state.links[endpoint_link_name(endpoint.id)] = Link(
-                LinkKind.VETH, endpoint.mtu_bytes, None, master=bridge
+                LinkKind.VETH, endpoint.mtu_bytes, None, master=bridge, hairpin=True
             )
             state.elements.update(endpoint_elements(endpoint))
         mtu_bytes, errors = endpoint_mtu(wanted, bridge)

@@ -37,10 +37,10 @@ def add_parser(commands: Subparsers) -> None:
     logs.add_argument(
         "--since", metavar="TIME", help="not older than that: 10m, 2026-01-31T12:00:00 or Unix time"
     )
-    restart = _add_one(commands, "restart", "stop a container and start it again", _restart)
-    restart.add_argument("-t", "--time", type=int, metavar="S", help="as of stop")
     stop = _add_one(commands, "stop", "end a container: its stop signal, then SIGKILL", _stop)
     stop.add_argument("-t", "--time", type=int, metavar="S", help="seconds in between")
+    restart = _add_one(commands, "restart", "stop a container and start it again", _restart)
+    restart.add_argument("-t", "--time", type=int, metavar="S", help="as of stop")
     kill = _add_one(commands, "kill", "send a signal to a container", _kill)
     kill.add_argument("-s", "--signal", default="KILL", metavar="SIG", help="default: KILL")
     rm = _add_one(commands, "rm", "remove a container that has ended", _rm)

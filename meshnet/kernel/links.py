@@ -16,7 +16,7 @@ from meshnet.kernel import rtnl
 from meshnet.state import LinkKind, Vxlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from ipaddress import IPv4Interface, IPv6Interface
 
     from meshnet.kernel.rtnl import Body
@@ -27,7 +27,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
 IFLA_PROTINFO, IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 12, 18, 28, 26
 IFLA_BRPORT_MODE = 4
 IFLA_GSO_MAX_SIZE = 41
-IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
+IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE = 1, 4
 VETH_INFO_PEER = 1
 IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE = 8, 1
@@ -51,6 +51,7 @@ class LinkInfo(NamedTuple):
     Attributes:
         kind: None for kinds that are never ours.
         master: ifindex of its bridge, or 0.
+        hairpin: of a port of a bridge: see `encode_hairpin`.
         lower: of a macvlan, ifindex of the link that it is on, in that link's namespace; else 0.
     """
 
@@ -63,6 +64,7 @@ class LinkInfo(NamedTuple):
     kind: LinkKind | None
     vxlan: Vxlan | None
     lower: int = 0
+    hairpin: bool = False
 
 
 class AddressInfo(NamedTuple):
@@ -104,7 +106,14 @@ def decode_link(body: Body) -> LinkInfo:
         kind,
         vxlan,
         rtnl.number_in(attrs, IFLA_LINK) if kind is LinkKind.MACVLAN else 0,
+        _is_hairpin(info),
     )
+
+
+def _is_hairpin(info: Mapping[int, bytes]) -> bool:
+    if info.get(IFLA_INFO_SLAVE_KIND, b"").rstrip(b"\0") != b"bridge":
+        return False
+    return _nested(info.get(IFLA_INFO_SLAVE_DATA, b"")).get(IFLA_BRPORT_MODE, b"\0") == b"\1"
 
 
 def address_dump() -> bytes:

@@ -108,7 +108,11 @@ class MemoryWiring:
         if endpoint.parent is None:
             name = endpoint_link_name(endpoint.id)
             host_side = Link(
-                LinkKind.VETH, endpoint.mtu_bytes, b"\2\0\0\0\0\1", master=wiring.uplink
+                LinkKind.VETH,
+                endpoint.mtu_bytes,
+                b"\2\0\0\0\0\1",
+                master=wiring.uplink,
+                hairpin=True,
             )
             self._kernel.add_endpoint_link(name, host_side)
             elements = source_elements(endpoint)

@@ -474,6 +474,9 @@ class NetlinkKernel:
             changes["master"] = self._indices[link.master] if link.master else 0
         if changes:
             self._iproute.link("set", index=index, **changes)
+        left_bridge = "master" in changes  # and what it was as a port is forgotten
+        if link.hairpin != (current is not None and current.hairpin and not left_bridge):
+            self._iproute.brport("set", index=index, mode=int(link.hairpin))
         _write_sysctls(name, link)
         if link.up and (current is None or not current.up):
             self._iproute.link("set", index=index, state="up")
@@ -546,7 +549,9 @@ def _to_link(info: LinkInfo, names: dict[int, str]) -> Link:
             if (value := _read_sysctl(f"net/{family}/conf/{info.name}/{key}"))
         )
     parent = names.get(info.lower, "")
-    return Link(kind, info.mtu_bytes, info.mac, info.up, master, info.vxlan, sysctls, parent)
+    return Link(
+        kind, info.mtu_bytes, info.mac, info.up, master, info.vxlan, sysctls, parent, info.hairpin
+    )
 
 
 def _write_sysctls(name: str, link: Link) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from meshnet.errors import KernelRefusedError
 
 _ROOT = Path("/sys/fs/cgroup")
 
@@ -75,6 +78,32 @@ def accounts_swap() -> bool:
         return True
     # The root of v2 has no such file; its children have.
     return any(True for _ in _ROOT.glob("*/memory.swap.max"))
+
+
+def has_unified_io() -> bool:
+    """Whether disks are shared by cgroups v2, not by the v1 controller ``blkio``."""
+    return not (_ROOT / "blkio").is_dir()
+
+
+def set_blkio_weight(pid: int, weight: int) -> None:
+    """Set the share of disks of a process's cgroup v1.
+
+    Not left to the OCI runtime: crun knows only the scheduler cfq, which Linux 5.0 removed.
+
+    Raises:
+        KernelRefusedError: no scheduler of this kernel has weights.
+    """
+    cgroup = _paths(pid).get("blkio", _ROOT / "blkio")
+    for name in ("blkio.bfq.weight", "blkio.weight"):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            # Not created where the kernel has none.
+            with open(os.open(cgroup / name, os.O_WRONLY | os.O_CLOEXEC), "w") as file:
+                file.write(str(weight))
+            return
+    raise KernelRefusedError(
+        f"--blkio-weight {weight} cannot be set: no disk scheduler of this kernel has weights (bfq "
+        "has, if it is built in); leave the option out"
+    )
 
 
 def _paths(pid: int) -> dict[str, Path]:

@@ -21,8 +21,11 @@ from meshnet.errors import KernelRefusedError
 
 _CANDIDATES = ("crun", "runc")
 _UNIFIED = Path("/sys/fs/cgroup/unified")
-_HIDE_UNIFIED = f'umount {_UNIFIED} && exec "$@"'
-_NOT_FOUND = re.compile("not found|no such file", re.IGNORECASE)
+_HIDE_UNIFIED = 'umount /sys/fs/cgroup/unified && exec "$@"'
+_NOT_FOUND = re.compile(
+    r'executable file .*not found|(exec: "[^"]*": stat |open executable: ).*no such file',
+    re.IGNORECASE,
+)
 _NOT_EXECUTABLE = re.compile("permission denied|is a directory|exec format", re.IGNORECASE)
 _LEVEL = re.compile(r'^time="[^"]*" level=\w+ msg=')
 

@@ -68,6 +68,7 @@ class Surroundings:
         ids: of the host, if ``user`` is among the namespaces.
         devices: of the host, besides the usual ones.
         accounts_swap: whether the kernel can limit swap.
+        unified_io: whether disks are shared by cgroups v2; for v1 see `set_blkio_weight`.
     """
 
     args: tuple[str, ...]
@@ -86,6 +87,7 @@ class Surroundings:
     ids: IdRange | None = None
     devices: tuple[Device, ...] = ()
     accounts_swap: bool = False
+    unified_io: bool = True
 
 
 def capabilities(options: ContainerOptions, effective: frozenset[str]) -> tuple[str, ...]:
@@ -291,7 +293,7 @@ def _resources(options: ContainerOptions, around: Surroundings) -> Document:
         resources["memory"] = memory
     if options.pids_limit is not None:
         resources["pids"] = {"limit": options.pids_limit}
-    if options.blkio_weight is not None:
+    if options.blkio_weight is not None and around.unified_io:
         resources["blockIO"] = {"weight": options.blkio_weight}
     return resources
 

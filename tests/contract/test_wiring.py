@@ -372,6 +372,7 @@ def test_what_is_changed_of_an_endpoint_link_is_mended(linux: RealWired) -> None
     desired = desired_for(linux.kernel, endpoint)
     for change in (
         ("link", "set", link, "nomaster"),
+        ("link", "set", link, "type", "bridge_slave", "hairpin", "off"),
         ("link", "set", link, "down"),
         ("link", "set", link, "mtu", "1300"),
         ("link", "del", BRIDGE),
@@ -382,6 +383,8 @@ def test_what_is_changed_of_an_endpoint_link_is_mended(linux: RealWired) -> None
         assert found
         assert linux.kernel.apply(found) == []
         assert diff(desired, linux.kernel.dump()) == []
+        (port,) = json.loads(ip("-n", linux.host.name, "-d", "-j", "link", "show", link))
+        assert port["linkinfo"]["info_slave_data"]["hairpin"] is True
 
 
 def test_the_settings_of_an_endpoint(linux: RealWired) -> None:
