@@ -23,7 +23,7 @@ _CANDIDATES = ("crun", "runc")
 _UNIFIED = Path("/sys/fs/cgroup/unified")
 _HIDE_UNIFIED = 'umount /sys/fs/cgroup/unified && exec "$@"'
 _NOT_FOUND = re.compile(
-    r'executable file .*not found|(exec: "[^"]*": stat |open executable: ).*no such file',
+    "executable file .*not found|exec: .*: stat .*no such file|open executable: .*no such file",
     re.IGNORECASE,
 )
 _NOT_EXECUTABLE = re.compile("permission denied|is a directory|exec format", re.IGNORECASE)
