@@ -41,11 +41,11 @@ def links(kernel: Kernel) -> Iterator[str]:
             local = data.get("local", data.get("local6"))
             learning = "" if data.get("learning") else " nolearning"
             yield (
-                f"vxlan {name} mac {link['address']} {state} vni {data.get('id')} "
+                f"vxlan {name} mac {link.get('address', 'none')} {state} vni {data.get('id')} "
                 f"port {data.get('port')} local {local}{learning}"
             )
         else:
-            yield f"{kind} {name} mac {link['address']} {state}"
+            yield f"{kind} {name} mac {link.get('address', 'none')} {state}"
 
 
 def addresses(kernel: Kernel) -> Iterator[str]:
@@ -192,7 +192,7 @@ def endpoint_links(kernel: Kernel) -> Iterator[str]:
         if link["ifname"] != "lo":
             state = f"mtu {link['mtu']}{' up' if 'UP' in link['flags'] else ' down'}"
             kind = link.get("linkinfo", {}).get("info_kind")
-            yield f"{kind} {link['ifname']} mac {link['address']} {state}"
+            yield f"{kind} {link['ifname']} mac {link.get('address', 'none')} {state}"
 
 
 def endpoint_addresses(kernel: Kernel) -> Iterator[str]:
