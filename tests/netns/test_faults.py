@@ -32,7 +32,6 @@ pytestmark = pytest.mark.root
 _INTERVAL_S = 0.005
 _QUICK = (
     "two agents with one id",
-    "out of descriptors",
     "state directory full",
     "state directory read-only",
     "packets duplicated",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import resource
 import time
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.lab.poll import wait_until
+from meshnet.unix_http import Connection
 from tests.netns.faults.invariants import wait_whole
 from tests.netns.faults.mesh import AGENT_ARGS, make_mesh
-from tests.netns.faults.observation import UnixConnection, ask_agent
+from tests.netns.faults.observation import ask_agent
 from tests.netns.mesh import lossless
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def test_an_agent_without_descriptors_or_memory(make_lab: MakeLab, lab_name: str
         used = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, hard))
         began_s, busy_before_s = time.monotonic(), busy_s(pid)
-        waiting = [_connect(h1.socket_path) for _ in range(20)]
+        waiting = [Connection(str(h1.socket_path), 20) for _ in range(20)]
         h1.run(["ip", "link", "set", "mnb4097", "mtu", "1400"])  # work that it cannot do
         wait_until(lambda: time.monotonic() > began_s + 1.5, 10, "some time passed")
         busy = (busy_s(pid) - busy_before_s) / (time.monotonic() - began_s)
@@ -85,7 +85,7 @@ def test_an_agent_without_descriptors_or_memory(make_lab: MakeLab, lab_name: str
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         for connection in waiting:
             connection.request("GET", "/healthz")
-            assert connection.getresponse().status == http.client.OK
+            assert connection.answer().status == 200
             connection.close()
         wait_whole(mesh, 40)
         assert h1.agent_pid == pid
@@ -94,7 +94,7 @@ def test_an_agent_without_descriptors_or_memory(make_lab: MakeLab, lab_name: str
             (group / "cgroup.procs").write_text(str(pid))
 
             def killed() -> bool:
-                with contextlib.suppress(OSError, http.client.HTTPException):
+                with contextlib.suppress(OSError):
                     ask_agent(h1.socket_path, "/v1/status")
                 return not h1.is_agent_running()
 
@@ -102,9 +102,3 @@ def test_an_agent_without_descriptors_or_memory(make_lab: MakeLab, lab_name: str
         assert h1.stop_agent() is None
         h1.start_agent()
         wait_whole(mesh, 15)
-
-
-def _connect(path: Path) -> http.client.HTTPConnection:
-    connection = UnixConnection(path, timeout_s=20)
-    connection.connect()
-    return connection

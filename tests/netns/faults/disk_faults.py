@@ -183,7 +183,8 @@ class NewerState:
         """Write what a newer version might have written."""
         host = rng.choice(mesh.lab.hosts)
         host.stop_agent()
-        records = sorted((host.state_dir / "endpoints").glob("*.json"))
+        endpoints = sorted((host.state_dir / "endpoints").glob("*.json"))
+        records = [host.state_dir / "mesh.json", *endpoints]
         before = {file: file.read_bytes() for file in records}
         for file, content in before.items():
             document = json.loads(content)
@@ -194,7 +195,7 @@ class NewerState:
         with pytest.raises(AgentUnreachableError, match="newer"):
             host.start_agent()
         assert {file: file.read_bytes() for file in records} == newer
-        assert sorted((host.state_dir / "endpoints").iterdir()) == records
+        assert sorted((host.state_dir / "endpoints").iterdir()) == endpoints
 
         def heal() -> None:
             for file, content in before.items():

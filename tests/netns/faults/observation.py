@@ -9,15 +9,14 @@ that is an answer.
 from __future__ import annotations
 
 import base64
-import http.client
 import json
-import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshnet.errors import MeshnetError
+from meshnet.unix_http import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,10 +147,7 @@ def observe(mesh: FaultMesh) -> Observation:
         for what, future in [(what, pool.submit(job, *args)) for what, job, args in jobs]:
             try:
                 future.result()
-            except (
-                *(MeshnetError, OSError, ValueError),
-                *(subprocess.SubprocessError, http.client.HTTPException),
-            ) as error:
+            except (MeshnetError, OSError, ValueError, subprocess.SubprocessError) as error:
                 seen.unreadable.append(f"{what} cannot be read: {error}")
     return seen
 
@@ -201,35 +197,18 @@ def _read_links(namespace: Namespace) -> Kernel:
     return Kernel(*tables)
 
 
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP over an agent's socket."""
-
-    def __init__(self, path: Path, timeout_s: float = _AGENT_ANSWERS_S) -> None:
-        super().__init__("agent", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        """Open the socket."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 def ask_agent(socket_path: Path, path: str) -> tuple[int, str]:
     """Status and body of an agent's answer to a GET."""
-    connection = UnixConnection(socket_path)
-    try:
+    with Connection(str(socket_path), _AGENT_ANSWERS_S) as connection:
         connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-    finally:
-        connection.close()
+        answer = connection.answer()
+        return answer.status, answer.read().decode()
 
 
 def _read_agent(socket_path: Path) -> Agent:
     def get(what: str) -> Any:  # noqa: ANN401
         status, body = ask_agent(socket_path, f"/v1/{what}")
-        if status != http.client.OK:
+        if status != 200:
             raise ValueError(f"GET /v1/{what}: {status} {body}")
         return json.loads(body)
 
