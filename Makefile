@@ -27,7 +27,7 @@ demo: $(SETUP)  ## three hosts, two networks, packets between them
 
 test: native  ## all tests
 	$(call install,$(TEST_PACKAGES))
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 2
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 4
 
 CONTAINERS := 100
 test-many: $(SETUP)  ## CONTAINERS at once on one host, and what they leave: nothing
