@@ -36,9 +36,10 @@ def check_kernel(
     if str(host.underlay_ip) not in [row["local"] for row in uplink["addr_info"]]:
         return [f"{where}: {_UPLINK} has not {host.underlay_ip}"]
     wanted = want_host(host, hosts, nets, members, uplink["mtu"])
+    addresses = [a for a in tables.addresses(kernel) if a not in wanted.loose]
     sentences = [
         *differences(where, "link", wanted.links, tables.links(kernel)),
-        *differences(where, "address", wanted.addresses, tables.addresses(kernel)),
+        *differences(where, "address", wanted.addresses, addresses),
         *differences(where, "nexthop", wanted.nexthops, tables.nexthops(kernel)),
         *differences(where, "route", wanted.routes, tables.routes(kernel)),
         *differences(where, "neighbour", wanted.neighbours, tables.neighbours(kernel)),

@@ -54,7 +54,11 @@ class Net:
 
 @dataclass(slots=True)
 class Wanted:
-    """The objects of one host: for each kind, lines of text."""
+    """The objects of one host: for each kind, lines of text.
+
+    Attributes:
+        loose: addresses that may be there or not.
+    """
 
     links: list[str] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
@@ -63,6 +67,7 @@ class Wanted:
     neighbours: list[str] = field(default_factory=list)
     fdb: list[str] = field(default_factory=list)
     elements: list[str] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
 
 
 def mac_of(role: str, of: Subnet | str) -> str:
@@ -139,7 +144,10 @@ def want_host(
     for net in nets:
         own = net.owned.get(host.name, ())
         if own:
-            _want_network(wanted, host, net, own, mtu)
+            # The kernel makes a bridge's link-local address when its first port is up, and keeps it.
+            used = any((m.host, m.network) == (host.name, net.name) for m in members)
+            local = wanted.addresses if used else wanted.loose
+            _want_network(wanted, host, net, own, mtu, local)
             for peer in hosts:
                 if peer.name != host.name:
                     _want_peer(wanted, net, own, peer)
@@ -154,7 +162,12 @@ def want_host(
 
 
 def _want_network(
-    wanted: Wanted, host: LabHost, net: Net, own: tuple[Subnet, ...], mtu: int
+    wanted: Wanted,
+    host: LabHost,
+    net: Net,
+    own: tuple[Subnet, ...],
+    mtu: int,
+    link_locals: list[str],
 ) -> None:
     underlay = host.underlay_ip
     size = net.mtu if net.mtu is not None else mtu - _OVERHEAD_BYTES[underlay.version]
@@ -167,7 +180,7 @@ def _want_network(
     for subnet in own:
         wanted.addresses.append(f"{subnet[1]}/{subnet.prefixlen} on {net.bridge}")
         if subnet.version == 6:
-            wanted.addresses.append(f"{link_local(gateway)}/64 on {net.bridge}")
+            link_locals.append(f"{link_local(gateway)}/64 on {net.bridge}")
     versions = {subnet.version for subnet in own}
     wanted.routes += [
         f"unreachable {cidr}" for cidr in net.cidrs if cidr.version in versions and cidr not in own
