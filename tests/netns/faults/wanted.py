@@ -144,7 +144,7 @@ def want_host(
     for net in nets:
         own = net.owned.get(host.name, ())
         if own:
-            # The kernel makes a bridge's link-local address when its first port is up, and keeps it.
+            # The kernel makes a bridge's link-local address when a port is up, and keeps it.
             used = any((m.host, m.network) == (host.name, net.name) for m in members)
             local = wanted.addresses if used else wanted.loose
             _want_network(wanted, host, net, own, mtu, local)
