@@ -59,7 +59,8 @@ _CHANGED = (
     _Damage("ip link set {bridge} mtu 1300", "network"),
     _Damage("ip link set {bridge} down", "network"),
     _Damage("sysctl -qw net.ipv4.conf.{bridge}.forwarding=0", "network"),
-    _Damage("nft insert rule inet meshnet forward counter drop", "host"),
+    # Where bridges pass their packets to nftables (bridge-nf-call-iptables) within the host, too.
+    _Damage("nft insert rule inet meshnet forward counter drop", "everything"),
     _Damage("nft flush chain inet meshnet forward", "nothing", opens=True),
 )
 _DUPLICATED = (
@@ -97,6 +98,7 @@ class _Cuts:
             "overlay": of_network and here and remote,
             "network": of_network and here,
             "host": here and remote,
+            "everything": here,
             "member": self.member in (source.container.pid, target.container.pid),
         }[self.kind]
 
