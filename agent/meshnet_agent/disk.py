@@ -271,6 +271,8 @@ def checked(record: bytes) -> bytes:
         BadValueError: it is not.
     """
     found = _CHECKSUM.search(record)
+    if found is None and b'"crc32":' in record:
+        raise BadValueError("its checksum is damaged")
     if found is not None and int(found[1], 16) != zlib.crc32(record[: found.start()]):
         raise BadValueError("its checksum is of another content")
     return record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -201,7 +202,10 @@ class NewerState:
             for file, content in before.items():
                 # A key that is not known is no obstacle.
                 document = json.loads(content) | {"new": 1}
-                file.write_text(json.dumps(document) if rng.randrange(2) else content.decode())
+                del document["crc32"]
+                body = json.dumps(document).removesuffix("}").encode()
+                with_more = body + b',"crc32":"%08x"}' % zlib.crc32(body)
+                file.write_bytes(with_more if rng.randrange(2) else content)
             host.start_agent()
 
         return Injected(f"{host.name} upgraded and back", heal, rng.uniform(0, TTL_S), says="newer")

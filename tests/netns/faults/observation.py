@@ -217,10 +217,10 @@ def _read_agent(socket_path: Path) -> Agent:
 
 
 def _read_disk(path: Path) -> Disk:
-    mesh = json.loads((path / "mesh.json").read_text())
+    mesh = json.loads((path / "mesh.json").read_text(errors="replace"))
     return Disk(
         instance=(path / "instance").read_text(),
         mesh_id=str(mesh.get("id")),
-        endpoints={file.name: file.read_text() for file in (path / "endpoints").iterdir()},
+        endpoints={file.name: file.read_text(errors="replace") for file in (path / "endpoints").iterdir()},
         others=sorted(file.name for file in path.iterdir() if file.is_file()),
     )
