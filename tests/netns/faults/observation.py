@@ -221,6 +221,8 @@ def _read_disk(path: Path) -> Disk:
     return Disk(
         instance=(path / "instance").read_text(),
         mesh_id=str(mesh.get("id")),
-        endpoints={file.name: file.read_text(errors="replace") for file in (path / "endpoints").iterdir()},
+        endpoints={
+            file.name: file.read_text(errors="replace") for file in (path / "endpoints").iterdir()
+        },
         others=sorted(file.name for file in path.iterdir() if file.is_file()),
     )
