@@ -216,7 +216,7 @@ class Bundle:
             options: the container's, with the exec's command, user, workdir and terminal.
             env: the container's own variables.
         """
-        around = self._surroundings(record, {}, {}, (), "")
+        rootfs = self.mounts.root_of(record)
         process = make_process(
             options,
             Surroundings(
@@ -224,17 +224,17 @@ class Bundle:
                 env=env,
                 workdir=options.workdir or record.workdir,
                 user=_user_of(
-                    self.mounts.root_of(record),
+                    rootfs,
                     options.user if options.user is not None else record.user,
                     options.group_add,
                 ),
-                hostname=around.hostname,
-                rootfs=around.rootfs,
-                cgroup=around.cgroup,
+                hostname=record.hostname,
+                rootfs=str(rootfs),
+                cgroup="",
                 namespaces={},
                 files={},
                 seccomp=None,
-                effective=around.effective,
+                effective=_own_capabilities(),
             ),
             options.command,
             tty=options.tty,

@@ -29,6 +29,7 @@ class Container:
         self.bundle = bundle
         self.lock = trio.Lock()
         self.ended = trio.Event()
+        self._writing = trio.Lock()
 
     def note(self, **fields: object) -> None:
         """Change the record here only, where what is on disk leads to the same clean-up."""
@@ -36,13 +37,16 @@ class Container:
 
     async def change(self, **fields: object) -> None:
         """Change the record, here and on disk."""
-        self.note(**fields)
-        await trio.to_thread.run_sync(save, self.bundle.state, self.record)
+        await self._change(fields, keep=True)
 
     async def change_for_this_boot(self, **fields: object) -> None:
         """The same, for what means nothing after a power cut: it may be lost in one."""
+        await self._change(fields, keep=False)
+
+    async def _change(self, fields: dict[str, object], *, keep: bool) -> None:
         self.note(**fields)
-        await trio.to_thread.run_sync(partial(save, self.bundle.state, self.record, keep=False))
+        async with self._writing:  # two writers at once would share a draft
+            await trio.to_thread.run_sync(partial(save, self.bundle.state, self.record, keep=keep))
 
 
 class Registry:

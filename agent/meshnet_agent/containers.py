@@ -260,8 +260,7 @@ class Containers:
         exit_code = container.record.exit_code
         # A restart that its policy wants and that waits for its time finds it started, and ends.
         container.ended = trio.Event() if container.ended.is_set() else container.ended
-        async with container.lock:  # two writers at once would share a draft
-            await container.change(stopped=False, restarts=0, error=None)
+        await container.change(stopped=False, restarts=0, error=None)
         try:
             await self._launch(container)
         except BaseException as error:
