@@ -15,7 +15,6 @@ from meshnet.lab.poll import wait_until
 from meshnet.unix_http import Connection
 from tests.netns.faults.invariants import wait_whole
 from tests.netns.faults.mesh import AGENT_ARGS, make_mesh
-from tests.netns.faults.observation import ask_agent
 from tests.netns.mesh import lossless
 
 if TYPE_CHECKING:
@@ -89,13 +88,18 @@ def test_an_agent_without_descriptors_or_memory(make_lab: MakeLab, lab_name: str
             connection.close()
         wait_whole(mesh, 40)
         assert h1.agent_pid == pid
-        # Nothing but what it has: the next page that it wants kills it.
-        with memory_cgroup(f"meshnet-test-{lab_name}", 1 << 20) as group:
+        # Little but what it has: requests that do not end take it, and the kernel kills it.
+        with (
+            contextlib.ExitStack() as held,
+            memory_cgroup(f"meshnet-test-{lab_name}", 1 << 20) as group,
+        ):
             (group / "cgroup.procs").write_text(str(pid))
 
             def killed() -> bool:
                 with contextlib.suppress(OSError):
-                    ask_agent(h1.socket_path, "/v1/status")
+                    request = held.enter_context(Connection(str(h1.socket_path), 5))
+                    request.begin_upload("POST", "/v1/networks")
+                    request.write(bytes(60_000))
                 return not h1.is_agent_running()
 
             wait_until(killed, 20, "the agent is killed")
