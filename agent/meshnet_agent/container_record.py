@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import structlog
 
+from meshnet.codec.checksum import checked, with_checksum
 from meshnet.codec.document import BadValueError
+from meshnet.files import write_whole
 from meshnet.runtime.id_ranges import IdRange  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.mount_points import MountPoint  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.options import ContainerOptions, parse_label
-from meshnet_agent.disk import checked, with_checksum, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

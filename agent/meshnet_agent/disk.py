@@ -1,9 +1,9 @@
 """What the agent keeps on disk: its instance name and its endpoints.
 
-Files are replaced whole: written beside, synced, renamed, the directory synced.  A record ends with
-a checksum, so that no damage is believed.  A file that cannot be used is set aside
-as ``NAME.bad`` (``NAME.bad.1``, … if that is there) and reported, never deleted.  A record that a
-newer version wrote is no damage: while there is one the agent does not start, and touches nothing.
+Files are replaced whole (`meshnet.files`), and a record ends with a checksum, so that no damage is
+believed.  A file that cannot be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if that is
+there) and reported, never deleted.  A record that a newer version wrote is no damage: while there
+is one the agent does not start, and touches nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import fcntl
 import itertools
 import json
 import os
-import re
 import socket
-import zlib
 from typing import TYPE_CHECKING
 
 import structlog
 
+from meshnet.codec.checksum import checked, with_checksum
 from meshnet.codec.document import BadValueError
 from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
 from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
+from meshnet.files import UNFINISHED, write_whole
 from meshnet.text import NAME_PATTERN
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from meshnet.model import Endpoint, EndpointId
 
 _log = structlog.get_logger()
-_UNFINISHED = ".new"
-"""Suffix of a file that is being written."""
 _VERSION = 1
 _VERSIONED = (
     "mesh.json",
@@ -42,9 +40,6 @@ _VERSIONED = (
     "containers/*/container.json",
     "takeover/*.json",
 )
-_CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"}\Z')
-"""The last field of a record, over all before it.  A version without it passes over it; a record
-without it, of such a version, is taken as it is."""
 
 
 class StateDir:
@@ -70,7 +65,7 @@ class StateDir:
             except PolicyRefusedError:
                 os.close(self._lock)
                 raise
-            for file in self._endpoints.glob(f"*{_UNFINISHED}"):
+            for file in self._endpoints.glob(f"*{UNFINISHED}"):
                 file.unlink()  # a write that was cut short
             self.instance = self._load_instance(random_name)
         except OSError as error:
@@ -134,7 +129,7 @@ class StateDir:
             KernelRefusedError: the disk refused to be read.
         """
         try:
-            files = [file for file in self._endpoints.iterdir() if file.suffix != _UNFINISHED]
+            files = [file for file in self._endpoints.iterdir() if file.suffix != UNFINISHED]
         except OSError as error:
             raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
         return {file.name.partition(".")[0] for file in files}
@@ -258,26 +253,6 @@ def _hold(file: Path, what: str) -> int:
     return fd
 
 
-def with_checksum(record: bytes) -> bytes:
-    """A record, a JSON object, with a last field by which `checked` knows it."""
-    body = record.removesuffix(b"}")
-    return body + b',"crc32":"%08x"}' % zlib.crc32(body)
-
-
-def checked(record: bytes) -> bytes:
-    """A record, if it is as it was written.
-
-    Raises:
-        BadValueError: it is not.
-    """
-    found = _CHECKSUM.search(record)
-    if found is None and b'"crc32":' in record:
-        raise BadValueError("its checksum is damaged")
-    if found is not None and int(found[1], 16) != zlib.crc32(record[: found.start()]):
-        raise BadValueError("its checksum is of another content")
-    return record
-
-
 def set_aside(file: Path, reason: str) -> None:
     """Rename a file that cannot be used, over none that was set aside before."""
     bad = file.with_suffix(".bad")
@@ -287,30 +262,3 @@ def set_aside(file: Path, reason: str) -> None:
         bad = file.with_suffix(f".bad.{number}")
     _log.error("file set aside", file=str(file), to=bad.name, reason=reason)
     file.rename(bad)
-
-
-def write_whole(file: Path, content: bytes, *, keep: bool = True) -> None:
-    """Replace a file atomically and durably; if the disk refuses, all is as before.
-
-    Args:
-        keep: else a power cut may bring the file back as it was before; it is never half.
-    """
-    draft = file.with_name(file.name + _UNFINISHED)
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(fd)
-        os.replace(draft, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
-    if not keep:
-        return
-    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

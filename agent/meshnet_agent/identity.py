@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import structlog
 
+from meshnet.codec.checksum import checked, with_checksum
 from meshnet.codec.document import BadValueError
 from meshnet.errors import PolicyRefusedError
+from meshnet.files import write_whole
 from meshnet.store import Absent, Put
 from meshnet.store.mirror import MESH_ID
 from meshnet.text import printable
-from meshnet_agent.disk import checked, set_aside, with_checksum, write_whole
+from meshnet_agent.disk import set_aside
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Locks and durable writes of the image store.  All functions raise `OSError`."""
+"""Locks of the image store, and its writes all at once.  All functions raise `OSError`."""
 
 from __future__ import annotations
 
@@ -28,15 +28,6 @@ def try_lock(directory: Path) -> int:
     return fd
 
 
-def sync(directory: Path) -> None:
-    """Make names in a directory survive a power cut."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def sync_filesystem(directory: Path) -> None:
     """Like fsync(2) for all files at once: syncfs(2), which Python lacks."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -46,14 +37,3 @@ def sync_filesystem(directory: Path) -> None:
             raise OSError(code, os.strerror(code), str(directory))
     finally:
         os.close(fd)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Replace a file atomically and durably."""
-    draft = file.with_name(file.name + ".new")
-    with open(draft, "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(draft, file)
-    sync(file.parent)

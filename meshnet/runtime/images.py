@@ -37,9 +37,10 @@ from meshnet.errors import (
     MeshnetError,
     UsageError,
 )
+from meshnet.files import sync, write_whole
 from meshnet.runtime import oci
 from meshnet.runtime.archive import Archive
-from meshnet.runtime.files import sync, sync_filesystem, try_lock, write_whole
+from meshnet.runtime.files import sync_filesystem, try_lock
 from meshnet.runtime.layers import unpack
 from meshnet.runtime.names import Entry, canonical, find, hex_of, short, tidied
 from meshnet.runtime.oci import BadImageError, Descriptor, Digest, Index

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError, MeshnetError, NotFoundError, UsageError
-from meshnet.runtime.files import sync
+from meshnet.files import sync
 from meshnet.text import check_name
 
 if TYPE_CHECKING:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import socket
 import tempfile
 from ipaddress import ip_address, ip_network
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshnet.errors import KernelRefusedError
 from meshnet.kernel import links, rtnl
 from meshnet.kernel.bulk import (
     NDA_DST,
@@ -208,11 +211,13 @@ def test_ways_of_one_ipv6_route_are_routes() -> None:
     assert contents.multipath_over([(both, 0, len(both))], 4)
 
 
+def make_journal(held: Contents, stage: Stage = Stage.MOVED) -> Journal:
+    return Journal(bridge=BRIDGE, parent=PARENT, stage=stage, contents=held, generation=1, boot="b")
+
+
 @given(held_contents(), st.sampled_from(Stage))
 def test_a_journal_is_read_as_it_was_written(held: Contents, stage: Stage) -> None:
-    journal = Journal(
-        bridge=BRIDGE, parent=PARENT, stage=stage, contents=held, generation=1, boot="b"
-    )
+    journal = make_journal(held, stage)
     with tempfile.TemporaryDirectory() as directory:
         journals = JournalDir(Path(directory))
         with journals.locked(BRIDGE):
@@ -222,3 +227,33 @@ def test_a_journal_is_read_as_it_was_written(held: Contents, stage: Stage) -> No
         assert journals.load(BRIDGE) == journal
         journals.remove(BRIDGE)
         assert journals.bridges() == []
+
+
+def test_a_damaged_journal_is_not_believed(tmp_path: Path) -> None:
+    """The host would be given back addresses that it never had."""
+    journals = JournalDir(tmp_path)
+    journal = make_journal(Contents(addresses=(make_address("10.1.0.5", 24),)))
+    with journals.locked(BRIDGE):
+        journals.save(journal)
+    (file,) = journals.path.glob("*.json")
+    whole = file.read_bytes()
+    damaged = [whole[:size] for size in range(len(whole))]
+    for at, byte in enumerate(whole):
+        damaged.append(whole[:at] + bytes([byte ^ 1 << at % 8]) + whole[at + 1 :])
+    for content in damaged:
+        file.write_bytes(content)
+        # If the checksum's own name was hit, the content is whole.
+        with contextlib.suppress(KernelRefusedError):
+            assert journals.load(BRIDGE) == journal
+
+
+def test_a_journal_of_a_version_without_checksums_is_taken(tmp_path: Path) -> None:
+    journals = JournalDir(tmp_path)
+    journal = make_journal(Contents())
+    with journals.locked(BRIDGE):
+        journals.save(journal)
+    (file,) = journals.path.glob("*.json")
+    document = json.loads(file.read_bytes())
+    del document["crc32"]
+    file.write_text(json.dumps(document))
+    assert journals.load(BRIDGE) == journal

@@ -1,8 +1,8 @@
 """The journal: what a link had before a bridge took it, on disk before anything is changed.
 
 One file a bridge, ``BRIDGE.json`` in the directory ``takeover`` of the agent's state directory,
-replaced whole; beside it ``BRIDGE.lock``, locked by the process that is at work, and
-``BRIDGE.log``, what it said last.  Whoever finds a journal knows what is left to do:
+replaced whole, with a checksum; beside it ``BRIDGE.lock``, locked by the process that is at work,
+and ``BRIDGE.log``, what it said last.  Whoever finds a journal knows what is left to do:
 
 ============  =====================================================================
 ``moving``    something may have been changed: give back what is written
@@ -23,7 +23,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meshnet.codec.checksum import checked, with_checksum
+from meshnet.codec.document import BadValueError
 from meshnet.errors import KernelRefusedError
+from meshnet.files import sync, write_whole
 from meshnet.kernel.takeover.contents import Contents, Kind, Record
 
 if TYPE_CHECKING:
@@ -82,10 +85,10 @@ class JournalDir:
         """
         file = self._file(bridge)
         try:
-            return _decode(json.loads(file.read_bytes()))
+            return _decode(json.loads(checked(file.read_bytes())))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, BadValueError, ValueError, KeyError, TypeError) as error:
             raise KernelRefusedError(
                 f"journal {file} cannot be read ({error}): see that the host's addresses are where "
                 "they belong, and remove it"
@@ -98,21 +101,15 @@ class JournalDir:
             KernelRefusedError: the disk refused.
         """
         file = self._file(journal.bridge)
-        draft = file.with_suffix(".new")
         try:
-            with draft.open("w") as opened:
-                json.dump(_encode(journal), opened)
-                opened.flush()
-                os.fsync(opened.fileno())
-            draft.replace(file)
-            self._sync()
+            write_whole(file, with_checksum(json.dumps(_encode(journal)).encode()))
         except OSError as error:
             raise KernelRefusedError(f"journal {file} cannot be written: {error}") from error
 
     def remove(self, bridge: str) -> None:
         """Forget a takeover that is undone."""
         self._file(bridge).unlink(missing_ok=True)
-        self._sync()
+        sync(self.path)
 
     @contextlib.contextmanager
     def locked(self, bridge: str) -> Iterator[None]:
@@ -139,13 +136,6 @@ class JournalDir:
 
     def _file(self, bridge: str) -> Path:
         return self.path / f"{bridge}.json"
-
-    def _sync(self) -> None:
-        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def this_boot() -> str:
