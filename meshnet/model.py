@@ -284,7 +284,7 @@ class Claim:
 
     Attributes:
         instance: random name of the agent's state directory; a restarted agent keeps it.
-        underlay_ip: where that agent is, for the message to a second one.
+        underlay_ip: where that agent is: a copy of its state directory is elsewhere.
     """
 
     instance: str

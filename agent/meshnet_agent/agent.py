@@ -252,6 +252,7 @@ class Agent:
                 now=str(underlay_ip),
             )
             self.host = replace(self.host, underlay_ip=underlay_ip)
+            self.registry.store.reconnect()
             self.membership.move(self.host)
             self.probes.refresh()
 

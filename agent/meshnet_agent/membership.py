@@ -76,6 +76,8 @@ class Membership:
         # How many there were of each network's, to tell when one is freed.
         self._counts: dict[NetworkName, int] = {}
         self._published = trio.Event()
+        # As what the host was published by this agent.
+        self._claimed: Host | None = None
         self._look = Flag()
         self._claiming = trio.Lock()
         self._progress = trio.Event()
@@ -90,7 +92,11 @@ class Membership:
         """
         async with self._claiming:
             await self._check_store()
-            self._lease = await self._registry.claim_host(self.host, self._claim, self._ttl_s)
+            host = self.host
+            self._lease = await self._registry.claim_host(
+                host, self._claim, self._ttl_s, self._lease
+            )
+            self._claimed = host
         self.lease_ok = True
 
     async def keep_alive(self) -> None:
@@ -104,18 +110,22 @@ class Membership:
         said = ""
         while True:
             await trio.sleep(pause_s * random.uniform(0.9, 1.1))
+            lease = self._lease
             try:
-                if self._lease is None:
+                if lease is None:
                     await trio.sleep(self._rejoin_pause_s())
-                if self._lease is None:
+                lease = self._lease
+                if lease is None:
                     await self.join()
                     _log.info("lease taken again")
                     self._look.set()
                 else:
-                    await self._registry.store.keep_alive(self._lease)
+                    await self._registry.store.keep_alive(lease)
                     self.lease_ok = True
                 pause_s, said = renew_s, ""
             except LeaseExpiredError:
+                if self._lease != lease:
+                    continue  # this agent ended it, for the one that it has now
                 _log.warning("lease ran out")
                 self._lease = None
                 self.lease_ok = False
@@ -239,9 +249,11 @@ class Membership:
         snapshot = self._snapshot
         if snapshot is None or self._lease is None:
             return
-        if not self._is_published(snapshot):
-            # Two agents with copies of one state directory take the host from each other; without
-            # a pause they would do it as fast as the store can write.
+        if self._claimed != self.host:
+            # It moved, and nobody reaches it until they know.
+            await self.join()
+        elif not self._is_published(snapshot):
+            # Somebody may remove the keys again and again: not as fast as the store can write.
             self._published = trio.Event()
             with trio.move_on_after(self._rejoin_pause_s()):
                 await self._published.wait()

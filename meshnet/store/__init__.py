@@ -197,6 +197,12 @@ class Store(Protocol):
         """End a lease now, deleting its keys.  An unknown lease is not an error."""
         ...
 
+    def reconnect(self) -> None:
+        """Make all connections anew: this machine's address is another, and no answer comes to the
+        one they were made from.  Calls and watches that are under way fail, as if the store broke.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Close connections and end helper threads.  Idempotent."""
         ...

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _GrpcCall = Any
 """A gRPC call, which is also its iterator of responses and its exception."""
 
+_CLOSED = "the connection was closed"
 _BUFFERED_RESPONSES = 64
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -74,13 +75,17 @@ class Connection:
     """One endpoint's gRPC channel; connects on first use, and again after every failure."""
 
     def __init__(self, target: str, credentials: Credentials | None) -> None:
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._target = target
+        self._credentials = credentials
+        self._open()
+
+    def _open(self) -> None:
+        pem = self._credentials
+        if pem is None:
+            self._channel = grpc.insecure_channel(self._target, options=_CHANNEL_OPTIONS)
         else:
-            tls = grpc.ssl_channel_credentials(
-                credentials.ca, credentials.key, credentials.certificate
-            )
-            self._channel = grpc.secure_channel(target, tls, options=_CHANNEL_OPTIONS)
+            tls = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+            self._channel = grpc.secure_channel(self._target, tls, options=_CHANNEL_OPTIONS)
         self._stubs = messages.Stubs(self._channel)
 
     async def call(self, request: Message, *, token: str | None, timeout_s: float) -> Message:
@@ -96,7 +101,7 @@ class Connection:
                 request, timeout=timeout_s, metadata=_metadata(token)
             )
         except ValueError as exc:
-            raise RpcFailedError("CANCELLED", "the store is closed") from exc
+            raise RpcFailedError("CANCELLED", _CLOSED) from exc
         future.add_done_callback(lambda _: wake())
         try:
             await done.wait()
@@ -105,7 +110,7 @@ class Connection:
         try:
             return future.result()
         except grpc.FutureCancelledError as exc:
-            raise RpcFailedError("CANCELLED", "the store is closed") from exc
+            raise RpcFailedError("CANCELLED", _CLOSED) from exc
         except grpc.RpcError as exc:
             raise _failure(exc) from exc
 
@@ -121,6 +126,11 @@ class Connection:
             lambda requests: self._stubs.watch(requests, metadata=metadata),
             messages.watch_request(prefix, start_revision),
         )
+
+    def reopen(self) -> None:
+        """Close the channel, and have a new one connect on first use.  Does not block."""
+        self.close()
+        self._open()
 
     def close(self) -> None:
         """Close the channel: open calls and streams fail.  Does not block; idempotent."""
@@ -146,7 +156,7 @@ class WatchStream:
         try:
             self._call = start(iter(self._requests.get, None))
         except ValueError as exc:
-            raise RpcFailedError("CANCELLED", "the store is closed") from exc
+            raise RpcFailedError("CANCELLED", _CLOSED) from exc
         self._thread = threading.Thread(
             target=self._read,
             args=(_threadsafe(self._deliver), _threadsafe(self._ended.set)),

@@ -192,6 +192,11 @@ class EtcdStore:
         with suppress(LeaseExpiredError):
             await self._call(messages.revoke_request(lease_id), "revoke a lease")
 
+    def reconnect(self) -> None:
+        """Make all connections anew; does not block."""
+        for endpoint in self._endpoints:
+            endpoint.connection.reopen()
+
     async def aclose(self) -> None:
         """Close all connections: calls and watches that are under way fail.  Idempotent."""
         for endpoint in self._endpoints:

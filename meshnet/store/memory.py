@@ -268,6 +268,11 @@ class MemoryStore:
         if lease_id in database.leases:
             database.end_lease(lease_id)
 
+    def reconnect(self) -> None:
+        """Break this client's open watches for good; calls have no connection."""
+        for watch in self._watches:
+            watch.break_off(StoreUnavailableError("the watch broke: the connection was closed"))
+
     async def aclose(self) -> None:
         """Do nothing: others may share this client."""
         await trio.lowlevel.checkpoint()

@@ -92,8 +92,17 @@ class Registry:
 
     # --- hosts --------------------------------------------------------------------------------
 
-    async def claim_host(self, host: Host, claim: Claim, ttl_s: int) -> LeaseId:
+    async def claim_host(
+        self, host: Host, claim: Claim, ttl_s: int, held: LeaseId | None = None
+    ) -> LeaseId:
         """Become `host`: publish it and put its key under a lease of `ttl_s` seconds.
+
+        What the host's key says is of this agent, and taken over at once, if it is under the lease
+        `held`, or of the same instance at the same underlay address.  An instance alone may be in
+        a copied state directory, on another machine.
+
+        Args:
+            held: the lease that the agent has the host under, if it has.
 
         Raises:
             ConflictError: another agent holds the id; the message says where it runs.
@@ -101,7 +110,7 @@ class Registry:
         for _ in range(_TRIES):
             lease = await self.store.grant_lease(ttl_s)
             try:
-                return await self._claim_host(host, claim, lease, ttl_s)
+                return await self._claim_host(host, claim, lease, ttl_s, held)
             except LeaseExpiredError:
                 continue  # etcd, or this machine, took longer than the lease lasts
         raise StoreUnavailableError(
@@ -109,7 +118,9 @@ class Registry:
             "--lease-ttl, or see why etcd is slow"
         )
 
-    async def _claim_host(self, host: Host, claim: Claim, lease: LeaseId, ttl_s: int) -> LeaseId:
+    async def _claim_host(
+        self, host: Host, claim: Claim, lease: LeaseId, ttl_s: int, own: LeaseId | None
+    ) -> LeaseId:
         key = alive_key(host.id)
         alive = Put(key, encode_claim(claim), lease)
         for _ in range(_TRIES):
@@ -120,10 +131,10 @@ class Registry:
             held = next(iter((await self.store.read(key)).items), None)
             if held is None:
                 continue  # it ran out in between
-            if not _same_instance(held.value, claim):
+            if held.lease_id != own and _claim_of(held.value) != claim:
                 await self.store.revoke_lease(lease)
-                raise ConflictError(_claim_conflict(host, held.value, ttl_s))
-            # This agent before its restart: take over, then end the lease nobody renews.
+                raise ConflictError(_claim_conflict(host, claim, held.value, ttl_s))
+            # This agent's own, or its before a restart: end the lease, which nobody renews.
             when = [Holds(key, held.value), *unchanged]
             if (await self.store.commit(when, writes)).succeeded:
                 if held.lease_id not in (0, lease):
@@ -365,20 +376,22 @@ def _owned(
     return [s for s in subnets if s.version == version and network.is_host_subnet(s)]
 
 
-def _same_instance(held: bytes, claim: Claim) -> bool:
-    try:
-        return decode_claim(held).instance == claim.instance
-    except BadValueError:
-        return False
+def _claim_of(held: bytes) -> Claim | None:
+    with contextlib.suppress(BadValueError):
+        return decode_claim(held)
+    return None
 
 
-def _claim_conflict(host: Host, held: bytes, ttl_s: int) -> str:
-    try:
-        where = f"an agent at underlay address {decode_claim(held).underlay_ip}"
-    except BadValueError:
-        where = "an agent whose entry cannot be read"
+def _claim_conflict(host: Host, claim: Claim, held: bytes, ttl_s: int) -> str:
+    other = _claim_of(held)
+    where, remedy = "an agent whose entry cannot be read", "another --host-id"
+    if other is not None:
+        where = f"an agent at underlay address {other.underlay_ip}"
+        if other.instance == claim.instance:
+            where += " with a copy of this state directory"
+            remedy = "a state directory and a --host-id of its own"
     return (
-        f"host id {host.id} is held by {where}: give this agent another --host-id, or stop that "
+        f"host id {host.id} is held by {where}: give this agent {remedy}, or stop that "
         f"one (if it crashed, its lease runs out within {ttl_s} s)"
     )
 

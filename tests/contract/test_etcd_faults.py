@@ -262,7 +262,7 @@ class TestEndpoints:
                 await store.aclose()
                 await until_broken(watch)
             for call in every_call(store, prefix).values():
-                with pytest.raises(StoreUnavailableError, match="the store is closed"):
+                with pytest.raises(StoreUnavailableError, match="the connection was closed"):
                     await call()
 
     @pytest.fixture

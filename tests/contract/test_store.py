@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from meshnet.errors import UsageError
+from meshnet.errors import StoreUnavailableError, UsageError
 from meshnet.store import (
     Absent,
     Change,
@@ -541,6 +541,21 @@ class TestCompaction:
             await under_test.compact(last)
             revision = await put(store, f"{prefix}k", b"4")
             assert [c.revision for c in await collect(watch, 2)] == [last, revision]
+
+
+class TestReconnecting:
+    async def test_watches_break_and_all_goes_on(self, store: Store, prefix: str) -> None:
+        start = await put(store, f"{prefix}k", b"before")
+        lease_id = await store.grant_lease(60)
+        async with store.watch_prefix(prefix, after_revision=start) as watch:
+            store.reconnect()
+            with pytest.raises(StoreUnavailableError, match=r"broke: .*[Cc]losed"):
+                await collect(watch, 1)
+        assert await store.keep_alive(lease_id) == 60
+        revision = await put(store, f"{prefix}k", b"after")
+        async with store.watch_prefix(prefix, after_revision=start) as watch:
+            assert await collect(watch, 1) == [Change(f"{prefix}k", b"after", revision)]
+        await store.revoke_lease(lease_id)
 
 
 class TestCancellation:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.model import Claim, Host, HostId, NetworkName, Reservations
@@ -121,6 +122,35 @@ async def test_a_renewal_that_times_out_is_tried_again_within_the_lease(
         await trio.sleep(60)
         nursery.cancel_scope.cancel()
     assert membership._lease == lease
+
+
+class LateStore(MemoryStore):
+    """A renewal arrives seconds after it was sent."""
+
+    async def keep_alive(self, lease_id: LeaseId) -> int:
+        await trio.sleep(3)
+        return await super().keep_alive(lease_id)
+
+
+async def test_a_host_that_moved_is_published_at_once_and_once(autojump_clock: MockClock) -> None:
+    """The old lease ends while it is being renewed, which is no loss of the new one."""
+    store = LateStore()
+    membership = member(store)
+    await membership.join()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(membership.keep_alive)
+        nursery.start_soon(membership.reserve)
+        membership.follow(await membership._registry.snapshot())
+        await trio.sleep(6.1)  # a renewal is under way
+        moved = Host(id=ME, underlay_ip=underlay_ip(2))
+        membership.move(moved)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await membership._registry.snapshot()).hosts == {ME: moved}
+        lease = membership._lease
+        await trio.sleep(60)
+        assert membership._lease == lease
+        assert membership.lease_ok
+        nursery.cancel_scope.cancel()
 
 
 async def test_many_hosts_that_lost_their_leases_come_back_one_after_the_other(

@@ -98,15 +98,17 @@ async def test_a_host_that_has_not_changed_is_not_written_again(
     registry: Registry, store: MemoryStore
 ) -> None:
     key = host_key(H1)
+    lease = None
     for number in (1, 1, 2):
-        await registry.claim_host(make_host(number=number), make_claim(number=number), 15)
+        host, claim = make_host(number=number), make_claim(number=number)
+        lease = await registry.claim_host(host, claim, 15, lease)
         (item,) = (await store.read(key)).items
-        assert decode_host(item.value) == make_host(number=number)
+        assert decode_host(item.value) == host
     await store.commit([], [Delete(key)])
-    await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
+    await registry.claim_host(host, claim, 15)
     assert (await store.read(key)).items
     before = (await store.read(key)).items
-    await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
+    await registry.claim_host(host, claim, 15)
     assert (await store.read(key)).items == before
 
 
@@ -178,14 +180,28 @@ async def test_a_restarted_agent_takes_over_at_once(
     registry: Registry, store: MemoryStore, autojump_clock: MockClock
 ) -> None:
     old = await registry.claim_host(make_host(), make_claim(), 15)
-    new = await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
+    new = await registry.claim_host(make_host(), make_claim(), 15)
     assert new != old
     snapshot = await registry.snapshot()
-    assert snapshot.alive == {H1: make_claim(number=2)}  # its old lease took nothing along
+    assert snapshot.alive == {H1: make_claim()}  # its old lease took nothing along
     await trio.sleep(10)
     await store.keep_alive(new)
     await trio.sleep(10)
     assert (await registry.snapshot()).alive
+
+
+async def test_a_copy_of_a_state_directory_is_no_restart(registry: Registry) -> None:
+    """Two machines would take the host from each other, and every host follow them."""
+    await registry.claim_host(make_host(), make_claim(), 15)
+    with pytest.raises(ConflictError, match=r"10\.9\.0\.1 with a copy of this state directory"):
+        await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
+    assert (await registry.snapshot()).hosts == {H1: make_host()}
+
+
+async def test_an_agent_moves_under_its_own_lease(registry: Registry) -> None:
+    lease = await registry.claim_host(make_host(), make_claim(), 15)
+    await registry.claim_host(make_host(number=2), make_claim(number=2), 15, lease)
+    assert (await registry.snapshot()).alive == {"h1": make_claim(number=2)}
 
 
 async def test_a_claim_that_cannot_be_read_is_somebodys(

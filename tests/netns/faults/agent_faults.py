@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from dataclasses import dataclass
@@ -81,7 +82,10 @@ class AgentFrozen:
 
 @dataclass(frozen=True, slots=True)
 class SecondAgent:
-    """Another machine's agent claims to be a host that is there; it is refused."""
+    """Another machine's agent claims to be a host that is there; it is refused.
+
+    It has a state directory of its own, or a copy of that host's, as a cloned machine has.
+    """
 
     name: str = "two agents with one id"
 
@@ -90,6 +94,10 @@ class SecondAgent:
         lab = mesh.lab
         host = rng.choice(lab.hosts)
         other = lab.add_host("double", agent=False)
+        whose = f"held by an agent at underlay address {host.underlay_ip}"
+        if rng.randrange(2):
+            shutil.copytree(host.state_dir, other.state_dir, dirs_exist_ok=True)
+            whose += " with a copy of this state directory"
         try:
             command = ["python", "-m", "meshnet_agent", "--host-id", host.name]
             command += ["--etcd", lab.etcd_url, "--underlay-ip", str(other.underlay_ip)]
@@ -106,7 +114,7 @@ class SecondAgent:
         finally:
             lab.remove_host(other.name)
         assert done.returncode == 5, f"{done.returncode}: {done.stderr}"
-        assert f"held by an agent at underlay address {host.underlay_ip}" in done.stderr
+        assert whose in done.stderr, done.stderr
         return Injected(f"a second agent claimed to be {host.name}", lambda: None)
 
 
