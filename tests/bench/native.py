@@ -29,12 +29,18 @@ def find(*names: str) -> str:
 
 
 def compile_program(
-    name: str, directory: Path, *, static: bool = False, sources: Path = _SOURCES
+    name: str,
+    directory: Path,
+    *,
+    static: bool = False,
+    shared: bool = False,
+    sources: Path = _SOURCES,
 ) -> Path:
     """Compile a C source into a directory, unless that is done; returns the program.
 
     Args:
         static: make one that needs no files of this machine.
+        shared: make a library.
         sources: the directory of the source.
 
     Raises:
@@ -50,6 +56,8 @@ def compile_program(
     argv = [find("cc", "gcc"), "-O2", "-o", str(draft), str(source)]
     if static:
         argv.append("-static")
+    if shared:
+        argv += ["-shared", "-fPIC"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode != 0:
         raise NotAvailableError(f"{name}.c does not compile: {done.stderr.strip()[-200:]}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.netns.faults import (
     agent_faults,
+    clock_faults,
     disk_faults,
     etcd_faults,
     kernel_faults,
@@ -24,6 +25,7 @@ _ALL: tuple[Fault, ...] = (
     agent_faults.OutOfDescriptors(),
     agent_faults.OutOfMemory(),
     agent_faults.Reboot(),
+    clock_faults.ClockJump(),
     etcd_faults.EtcdKilled(),
     etcd_faults.EtcdStopped(),
     etcd_faults.EtcdFrozen(),

@@ -18,6 +18,11 @@ BUILD_DIR = _SOURCES.parents[2] / "build" / "faults"
 _END_DEADLINE_S = 30.0
 
 
+def compile_library(name: str) -> Path:
+    """Compile one that is preloaded; returns it."""
+    return compile_program(name, BUILD_DIR, shared=True, sources=_SOURCES)
+
+
 class GoneError(Exception):
     """A program in an endpoint's namespace has ended: the endpoint did, or its host."""
 

@@ -60,8 +60,21 @@ class LinkDown:
 
 
 @dataclass(frozen=True, slots=True)
+class _CutsOneWay:
+    """What one host sends to others, or what it is sent."""
+
+    host: str
+    sends: bool
+
+    def __call__(self, source: Member, target: Member) -> bool:
+        return source.host != target.host and self.host == (
+            source.host if self.sends else target.host
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class OneWayLoss:
-    """Some of what a host sends is lost; all that is sent to it arrives."""
+    """Some of what a host sends, or of what it is sent, is lost; the other way all arrives."""
 
     name: str = "one-way loss"
 
@@ -69,14 +82,15 @@ class OneWayLoss:
         """Drop a share at the switch."""
         host = rng.choice(mesh.lab.hosts)
         percent = rng.randrange(5, 60)
-        rule = f'iifname "{host.name}" numgen random mod 100 < {percent}'
-        _filter(mesh.lab.switch, rule)
+        sends = bool(rng.randrange(2))
+        port = f'{"iifname" if sends else "oifname"} "{host.name}"'
+        # Without answers to ARP nothing could be sent the other way.
+        _filter(mesh.lab.switch, f"{port} ether type != arp numgen random mod 100 < {percent}")
         return Injected(
-            f"{percent}% of what {host.name} sends lost",
+            f"{percent}% of what {host.name} {'sends' if sends else 'is sent'} lost",
             partial(_delete, mesh.lab.switch),
             rng.uniform(0.5, 3) * TTL_S,
-            # Answers to what is sent to it are lost as well, and so are its answers to ARP.
-            CutsHosts(frozenset({host.name})),
+            _CutsOneWay(host.name, sends),
         )
 
 
