@@ -481,6 +481,34 @@ class TestAuth:
                 await every_call(store, prefix)[call]()
             assert store._session._token != "forgotten.1"
 
+    async def test_a_password_that_is_changed_meanwhile(
+        self, auth_server: EtcdServer, connect: Connect, prefix: str
+    ) -> None:
+        """It is refused by name, and the store goes on once it is the right one again."""
+
+        def set_password(password: str) -> None:
+            root = partial(auth_server.ctl, f"--user=root:{_PASSWORD}", "user")
+            with suppress(StoreUnavailableError):  # the first time there is none
+                root("delete", "changing")
+            root("add", f"changing:{password}")
+            root("grant-role", "changing", "mesh")
+
+        set_password(_PASSWORD)
+        async with connect(self.config(auth_server, "changing")) as store:
+            await store.commit([], [Put(f"{prefix}k", b"")])
+            calls = every_call(store, prefix)
+            set_password(f"not {_PASSWORD}")
+            for call in (calls["list"], calls["commit"], calls["watch"]):
+                with pytest.raises(PolicyRefusedError) as caught:
+                    await call()
+                assert_one_clear_line(
+                    caught.value, "'changing'", "invalid user ID or password", "check --etcd-user"
+                )
+            set_password(_PASSWORD)
+            with trio.fail_after(_DEADLINE_S):
+                for call in (calls["list"], calls["commit"], calls["watch"]):
+                    await call()
+
     async def test_many_calls_log_in_once(
         self, auth_server: EtcdServer, connect: Connect, prefix: str
     ) -> None:
