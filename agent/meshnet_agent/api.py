@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import msgspec
@@ -319,7 +320,7 @@ def _guard(
             return _error(error)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _EXHAUSTED:
-                return _error(KernelRefusedError(f"{error}: {_EXHAUSTED[error.errno]}"))
+                return _error(_exhausted(error))
             # The agent must outlive a bug in one request; the next pass and the log tell of it.
             _log.exception("request failed", path=_path(request))
             return _error(KernelRefusedError("internal error: see the agent's log"))
@@ -343,6 +344,21 @@ def _error(error: MeshnetError) -> Response:
         "exit_status": error.exit_status,
     }
     return _json({"error": document}, _STATUS_CODES.get(kind, 500))
+
+
+def _exhausted(error: OSError) -> KernelRefusedError:
+    return KernelRefusedError(f"{error}: {_EXHAUSTED[error.errno or errno.EMFILE]}")
+
+
+def raw_refusal(code: int) -> bytes:
+    """The HTTP response to a client that cannot be taken, given the errno of accept(2)."""
+    code = code if code in _EXHAUSTED else errno.EMFILE
+    body = _error(_exhausted(OSError(code, os.strerror(code)))).body
+    head = (
+        "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + bytes(body)
 
 
 def _ready(ready: bool) -> Response:

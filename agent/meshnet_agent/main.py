@@ -37,13 +37,14 @@ from meshnet.model import Datapath
 from meshnet.runtime.id_ranges import parse_range
 from meshnet.vtep.native import library
 from meshnet_agent.agent import Agent
-from meshnet_agent.api import make_app
+from meshnet_agent.api import make_app, raw_refusal
 from meshnet_agent.containers import Containers
 from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
 from meshnet_agent.images import Images
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.monitor import listen
 from meshnet_agent.notify import notify
+from meshnet_agent.overload import refuse_clients
 from meshnet_agent.ports import KernelPorts
 from meshnet_agent.service import Service
 from meshnet_agent.worker import open_worker
@@ -293,6 +294,7 @@ async def _serve(service: Service, containers: Containers, agent: Agent, socket_
 
     async with trio.open_nursery() as root:
         await root.start(serve_api)
+        root.start_soon(refuse_clients, listener, raw_refusal)
         async with trio.open_nursery() as middle:
             with trio.CancelScope() as running:
                 root.start_soon(_stop_on_signal, agent, running)

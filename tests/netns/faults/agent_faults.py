@@ -134,13 +134,13 @@ class OutOfDescriptors:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, before[1]))
         container = host.spawn_container()
         try:
-            # Whatever becomes of it: the client gets an answer or gives up, the agent lives.
+            # Whatever becomes of it: the client gets an answer, the agent lives.
             network = rng.choice(sorted({member.network for member in mesh.members}))
             command = ["meshnet", "attach", str(container.pid), "--net", network]
-            done = host.run(command, check=False, timeout=60)
+            done = host.run(command, check=False, timeout=90)
         finally:
             container.end()
-        assert done.returncode in (0, 3, 5, 7), f"{done.returncode}: {done.stderr}"
+        assert done.returncode in (0, 5, 7), f"{done.returncode}: {done.stderr}"
 
         def heal() -> None:
             if host.is_agent_running():

@@ -100,8 +100,14 @@ class EtcdFrozen:
             for etcd in etcds:
                 etcd.wait_healthy()
 
+        lasts_s = _outage_s(rng)
         return Injected(
-            "etcd frozen", heal, _outage_s(rng), whole_within_s=_OUTAGE_WHOLE_S, says=_LOST
+            "etcd frozen",
+            heal,
+            lasts_s,
+            whole_within_s=_OUTAGE_WHOLE_S,
+            # A call waits for 5 s before it fails.
+            says=_LOST if lasts_s > 3 * TTL_S else "",
         )
 
 

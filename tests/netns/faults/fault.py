@@ -29,8 +29,8 @@ class Injected:
             mesh is whole again after `heal`.
         opens: whether packets may get from an endpoint to one of another network meanwhile.
         whole_within_s: seconds after `heal` in which every invariant holds again.
-        says: what the operator is told: a regular expression that is found in an agent's log of the
-            time from the injection until the mesh is whole.
+        says: what the operator is told, if this happens alone: a regular expression that is found
+            in an agent's log of the time from the injection until the mesh is whole.
     """
 
     what: str

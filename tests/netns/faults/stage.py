@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -24,7 +26,7 @@ from tests.netns.faults.mesh import AGENT_ARGS, make_mesh
 from tests.netns.faults.traffic import PERIOD_US, Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
     from random import Random
     from types import TracebackType
@@ -97,6 +99,15 @@ def new_lab(hosts: int = 3, etcd_members: int = 1) -> Lab:
     )
 
 
+def _ends(logs: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """Which file each log is, and how long."""
+    found = {}
+    for log in logs:
+        status = log.stat()
+        found[log] = status.st_ino, status.st_size
+    return found
+
+
 class Stage:
     """A mesh that faults happen to, up while this is entered.
 
@@ -165,6 +176,7 @@ class Stage:
 
     def _run(self, step: Step, faults: Sequence[Fault], rng: Random, cuts: list[Cut]) -> None:
         happened: list[Injected] = []
+        before = _ends(host.log_path for host in self.lab.hosts)
         for fault in faults:
             from_ns = time.monotonic_ns()
             injected = fault.inject(self.mesh, rng)
@@ -184,6 +196,21 @@ class Stage:
         to_ns = time.monotonic_ns()
         cuts[:] = [replace(cut, to_ns=to_ns) for cut in cuts]
         self.settle()
+        step.broken += self._check_logs(before, happened)
+
+    def _check_logs(
+        self, before: Mapping[Path, tuple[int, int]], happened: Sequence[Injected]
+    ) -> list[str]:
+        """What agents must have said since, or must not."""
+        said = ""
+        for log, (file, _) in _ends(host.log_path for host in self.lab.hosts).items():
+            known, size = before.get(log, (0, 0))
+            said += log.read_bytes()[size if file == known else 0 :].decode()
+        sentences = ["an agent's log has a traceback"] if "Traceback" in said else []
+        # Two at once may hide each other.
+        if len(happened) == 1 and not re.search(happened[0].says, said):
+            sentences.append(f"{happened[0].what}: no agent says {happened[0].says!r}")
+        return sentences
 
     def keep(self, directory: Path, steps: Sequence[Step]) -> None:
         """Write down all that tells what went wrong."""
@@ -197,8 +224,12 @@ class Stage:
         for host in self.lab.hosts:
             with (directory / f"{host.name}.txt").open("w") as file:
                 for command in _DUMPS:
-                    done = host.run(command.split(), check=False, timeout=20)
-                    file.write(f"# {command}\n{done.stdout}{done.stderr}\n")
+                    try:
+                        done = host.run(command.split(), check=False, timeout=20)
+                        said = f"{done.stdout}{done.stderr}"
+                    except subprocess.TimeoutExpired as exc:
+                        said = str(exc)  # maybe that is what went wrong
+                    file.write(f"# {command}\n{said}\n")
         try:
             (directory / "etcd.txt").write_text(self.lab.etcd.ctl("get", "", "--prefix"))
         except MeshnetError as exc:

@@ -1,0 +1,83 @@
+"""Answering clients when there is no descriptor left to take them by.
+
+trio's listener tries again ten times a second and says so to its logger; the client would wait
+until it gives up.  So one descriptor is kept back: it is given up to take a client, tell it, and
+let it go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet_agent.flag import Flag
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+_ACCEPTING = logging.getLogger("trio.serve_listeners")
+_PATIENCE_S = 1.0
+"""How long a client may take to say what it wants and to hear that it cannot be."""
+_REQUEST_BYTES = 1 << 16
+
+
+class _Failures(logging.Handler):
+    """Hears of clients that could not be taken, and why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.happened = Flag()
+        self.errno = errno.EMFILE
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError) and error.errno is not None:
+            self.errno = error.errno
+        self.happened.set()
+
+
+async def refuse_clients(listener: socket.socket, answer: Callable[[int], bytes]) -> None:
+    """Tell each client that `listener` has no descriptor for that it is so.  Never returns.
+
+    Args:
+        answer: a whole HTTP response, given the errno.
+    """
+    failures = _Failures()
+    _ACCEPTING.addHandler(failures)
+    spare = _open_spare()
+    try:
+        while True:
+            await failures.happened.wait()
+            if spare is not None:
+                os.close(spare)
+                spare = None
+            with contextlib.suppress(OSError, trio.BrokenResourceError):
+                await _refuse_one(listener, answer(failures.errno))
+            spare = _open_spare()
+    finally:
+        _ACCEPTING.removeHandler(failures)
+        if spare is not None:
+            os.close(spare)
+
+
+async def _refuse_one(listener: socket.socket, response: bytes) -> None:
+    taken, _ = listener.accept()
+    async with trio.SocketStream(trio.socket.from_stdlib_socket(taken)) as stream:
+        with trio.move_on_after(_PATIENCE_S):
+            # What is not read when the socket is closed would reset the connection.
+            await stream.receive_some(_REQUEST_BYTES)
+            await stream.send_all(response)
+
+
+def _open_spare() -> int | None:
+    """A descriptor to be given up; None if there is none, and the next client has to wait."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
