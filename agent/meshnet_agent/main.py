@@ -43,7 +43,7 @@ from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
 from meshnet_agent.images import Images
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.monitor import listen
-from meshnet_agent.notify import notify
+from meshnet_agent.notify import Notifier
 from meshnet_agent.overload import refuse_clients
 from meshnet_agent.ports import KernelPorts
 from meshnet_agent.service import Service
@@ -143,6 +143,7 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
 
 
 async def _run(config: AgentConfig) -> None:
+    notifier = Notifier()
     id_pool = parse_range(config.userns_range, "userns-range")
     # One pidfd an endpoint: the usual soft limit of 1,024 is soon reached.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -225,7 +226,7 @@ async def _run(config: AgentConfig) -> None:
                 id_pool=id_pool,
                 systemd_cgroup=config.cgroup_driver == "systemd",
             )
-            await _serve(service, containers, agent, socket_path)
+            await _serve(service, containers, agent, socket_path, notifier)
 
 
 @contextlib.asynccontextmanager
@@ -269,7 +270,9 @@ def _path(text: str | None) -> Path | None:
     return Path(text) if text is not None else None
 
 
-async def _serve(service: Service, containers: Containers, agent: Agent, socket_path: Path) -> None:
+async def _serve(
+    service: Service, containers: Containers, agent: Agent, socket_path: Path, notifier: Notifier
+) -> None:
     """Run all parts until a signal.
 
     Containers stop first: a container that ends is put away by the agent's help, which is not
@@ -297,22 +300,22 @@ async def _serve(service: Service, containers: Containers, agent: Agent, socket_
         root.start_soon(refuse_clients, listener, raw_refusal)
         async with trio.open_nursery() as middle:
             with trio.CancelScope() as running:
-                root.start_soon(_stop_on_signal, agent, running)
+                root.start_soon(_stop_on_signal, agent, running, notifier)
                 await middle.start(agent.run)
                 async with trio.open_nursery() as inner:
                     await inner.start(containers.run)
-                    notify("READY=1")
+                    notifier.tell("READY=1")
                     _log.info("ready", host=agent.host.id, socket=str(socket_path))
             middle.cancel_scope.cancel()
         stopping.set()
         root.cancel_scope.cancel()
 
 
-async def _stop_on_signal(agent: Agent, running: trio.CancelScope) -> None:
+async def _stop_on_signal(agent: Agent, running: trio.CancelScope, notifier: Notifier) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             _log.info("stopping", signal=signal.Signals(number).name)
-            notify("STOPPING=1")
+            notifier.tell("STOPPING=1")
             agent.ready = False  # from here on requests are refused, not cut off
             running.cancel()
 
