@@ -69,8 +69,8 @@ class Membership:
         self._on_change = on_change
         self._lease: LeaseId | None = None
         self._snapshot: MeshSnapshot | None = None
-        # What was reserved last: the snapshot may not show it yet.
-        self._reserved: dict[tuple[NetworkName, int], IpNetwork] = {}
+        # What was reserved last, and the revision from which on snapshots show it.
+        self._reserved: dict[tuple[NetworkName, int], tuple[IpNetwork, int]] = {}
         # Where a reservation may have been made without this host learning of it.
         self._unsure: set[tuple[NetworkName, int]] = set()
         # How many there were of each network's, to tell when one is freed.
@@ -266,7 +266,9 @@ class Membership:
                 continue
             held = snapshot.subnets_of(self.host.id, name)
             for cidr in network.subnets:
-                if cidr.version not in {s.version for s in held}:
+                _, shown_from = self._reserved.get((name, cidr.version), (None, 0))
+                on_its_way = snapshot.revision < shown_from
+                if cidr.version not in {s.version for s in held} and not on_its_way:
                     try:
                         await self._reserve(network, cidr.version)
                     except PolicyRefusedError as error:
@@ -276,15 +278,14 @@ class Membership:
 
     async def _reserve(self, network: Network, version: int) -> None:
         kept = self.subnets.get(network.name, ())
-        prefer = next(
-            (s for s in kept if s.version == version), self._reserved.get((network.name, version))
-        )
+        last, _ = self._reserved.get((network.name, version), (None, 0))
+        prefer = next((s for s in kept if s.version == version), last)
         known = None
         if self._snapshot is not None and (network.name, version) not in self._unsure:
             known = self._snapshot.reservations.get(network.name, Reservations())
         before = self.errors.pop(network.name, None)
         try:
-            subnet = await self._registry.reserve_subnet(
+            subnet, shown_from = await self._registry.reserve_subnet(
                 network,
                 version,
                 self.host.id,
@@ -304,7 +305,7 @@ class Membership:
                 raise
         else:
             self._unsure.discard((network.name, version))
-            self._reserved[network.name, version] = subnet
+            self._reserved[network.name, version] = subnet, shown_from
             _log.info("subnet reserved", network=network.name, subnet=str(subnet))
 
     def _is_published(self, snapshot: MeshSnapshot) -> bool:

@@ -191,7 +191,7 @@ class Registry:
         known: Mapping[IpNetwork, HostId] | None,
         prefer: IpNetwork | None,
         random_below: Callable[[int], int],
-    ) -> IpNetwork:
+    ) -> tuple[IpNetwork, int]:
         """Get a subnet of an IP version for a host: the one it has, `prefer`, or a free one.
 
         The transaction decides who owns a subnet; what the caller knows only saves reading all
@@ -203,6 +203,10 @@ class Registry:
                 transactions have failed.  None: read first.
             random_below: a random number in [0, n): spreads hosts that reserve at once.
 
+        Returns:
+            The subnet, and the revision from which on the store shows that it is this host's; 0 if
+            it showed it already.
+
         Raises:
             PoolExhaustedError: all subnets are reserved, as far as is known.
             NotFoundError: the network is gone.
@@ -211,7 +215,7 @@ class Registry:
         for attempt in range(1, _TRIES + 1):
             mine = _owned(taken, network, version, host)
             if mine:
-                return min(mine, key=int_of)
+                return min(mine, key=int_of), 0
             if prefer is not None and prefer not in taken and network.is_host_subnet(prefer):
                 subnet = prefer
             else:
@@ -230,7 +234,7 @@ class Registry:
                 [Put(key, encode_reservation(reservation))],
             )
             if done.succeeded:
-                return subnet
+                return subnet, done.revision
             if attempt == _STALE:
                 taken = await self._reservations(network.name)
             else:

@@ -119,9 +119,10 @@ def host_of(name: HostId) -> tuple[Host, Claim]:
 
 
 async def reserve(registry: Registry, host: HostId) -> IpNetwork:
-    return await registry.reserve_subnet(
+    subnet, _ = await registry.reserve_subnet(
         PROD, 4, host, known=None, prefer=None, random_below=lambda n: 0
     )
+    return subnet
 
 
 async def join(registry: Registry, host: HostId) -> str:

@@ -13,9 +13,9 @@ import trio.testing
 
 from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.model import Claim, Host, HostId, NetworkName, Reservations
-from meshnet.store import Put
+from meshnet.store import Delete, Put
 from meshnet.store.memory import MemoryStore
-from meshnet.store.mirror import SUBNETS
+from meshnet.store.mirror import SUBNETS, subnet_key
 from meshnet.store.registry import Registry
 from meshnet_agent.membership import Membership
 from tests.values import ME, make_network, make_snapshot, underlay_ip
@@ -150,6 +150,40 @@ async def test_a_host_that_moved_is_published_at_once_and_once(autojump_clock: M
         await trio.sleep(60)
         assert membership._lease == lease
         assert membership.lease_ok
+        nursery.cancel_scope.cancel()
+
+
+class CountingStore(MemoryStore):
+    """Counts transactions."""
+
+    commits = 0
+
+    async def commit(self, when: Sequence[Condition], then: Sequence[Write]) -> Commit:
+        self.commits += 1
+        return await super().commit(when, then)
+
+
+async def test_a_subnet_that_is_on_its_way_is_not_reserved_again(autojump_clock: MockClock) -> None:
+    """Snapshots lag behind the host's own writes: each would cost etcd a transaction more."""
+    store = CountingStore()
+    membership = member(store)
+    registry = membership._registry
+    await registry.create_network(lambda vni: make_network(vni=vni), None)
+    await membership.join()
+    before = await registry.snapshot()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(membership.reserve)
+        store.commits = 0
+        for _ in range(3):
+            membership.follow(before)
+            await trio.testing.wait_all_tasks_blocked()
+        assert store.commits == 1
+        (subnet,) = (await registry.snapshot()).reservations[PROD]
+        # Somebody frees it by hand: it is reserved again once that is seen.
+        await store.commit([], [Delete(subnet_key(PROD, subnet))])
+        membership.follow(await registry.snapshot())
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await registry.snapshot()).reservations[PROD] == {subnet: ME}
         nursery.cancel_scope.cancel()
 
 

@@ -74,7 +74,7 @@ async def reserve(
     prefer: str | None = None,
     known: Mapping[IpNetwork, HostId] | None = None,
 ) -> IpNetwork:
-    return await registry.reserve_subnet(
+    subnet, _ = await registry.reserve_subnet(
         network,
         network.subnets[0].version,
         HostId(host),
@@ -82,6 +82,7 @@ async def reserve(
         prefer=ip_network(prefer) if prefer is not None else None,
         random_below=random.Random(1).randrange,
     )
+    return subnet
 
 
 # --- hosts ---------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ async def test_a_race_of_many_hosts_gives_each_its_own(
     generator = random.Random(7)
 
     async def one(number: int) -> None:
-        found[number] = await Registry(store).reserve_subnet(
+        found[number], _ = await Registry(store).reserve_subnet(
             network,
             4,
             HostId(f"h{number}"),
@@ -364,16 +365,15 @@ async def test_hosts_that_start_at_once_hardly_ever_collide() -> None:
     found = []
 
     async def one(number: int) -> None:
-        found.append(
-            await Registry(store).reserve_subnet(
-                network,
-                4,
-                HostId(f"h{number}"),
-                known=known,
-                prefer=None,
-                random_below=generator.randrange,
-            )
+        subnet, _ = await Registry(store).reserve_subnet(
+            network,
+            4,
+            HostId(f"h{number}"),
+            known=known,
+            prefer=None,
+            random_below=generator.randrange,
         )
+        found.append(subnet)
 
     async with trio.open_nursery() as nursery:
         for number in range(500):
