@@ -87,7 +87,7 @@ class Follower:
 
         Raises:
             StoreUnavailableError: the store does not answer.
-            PolicyRefusedError: it is not this host's mesh (`MeshIdentity.check`).
+            PolicyRefusedError: it is not this host's mesh (`MeshIdentity`).
         """
         await self._identity.check()
         started = time.perf_counter()
@@ -98,6 +98,8 @@ class Follower:
             mirror.take(listing.items[first : first + _SLICE_KEYS])
             await self._way.give()
         mirror.finish(listing.revision)
+        if mirror.contradiction is not None:
+            raise self._identity.refusal_of(mirror.contradiction, self._mirror.revision)
         self._mirror = mirror
         _log.info(
             "mesh listed",

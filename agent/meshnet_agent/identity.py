@@ -118,11 +118,15 @@ class MeshIdentity:
             key, revision = known
             found = await self._store.read(key, revision=revision)
             if [item.mod_revision for item in found.items] != ([revision] if put else []):
-                raise PolicyRefusedError(
-                    f"etcd's {printable(key, 200)} at revision {revision} is not what it was: it "
-                    "was restored from an older copy, which may lack networks that are in use; to "
-                    f"accept that stop this agent and remove {self._file}"
-                )
+                raise self.refusal_of(key, revision)
+
+    def refusal_of(self, key: str, revision: int) -> PolicyRefusedError:
+        """The error for a key that at a revision is not what it was when that was seen."""
+        return PolicyRefusedError(
+            f"etcd's {printable(key, 200)} at revision {revision} is not what it was: it was "
+            "restored from an older copy, which may lack networks that are in use; to accept that "
+            f"stop this agent and remove {self._file}"
+        )
 
     def save(self) -> None:
         """Write down what is known; a disk that refuses weakens the guard, and is logged."""

@@ -19,6 +19,7 @@ No I/O: the agent's watch task feeds it.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -82,12 +83,15 @@ class Mirror:
     Attributes:
         last_put, last_deletion: key and revision of the latest that it knows of: by these a store
             that has another history is found out.
+        contradiction: a key that the listing has as it was before the copy to be replaced, which
+            knew it otherwise: that one is of another history.
     """
 
     def __init__(self, before: Mirror | None = None) -> None:
         self.revision = 0
         self.last_put: tuple[str, int] | None = None
         self.last_deletion: tuple[str, int] | None = None
+        self.contradiction: str | None = None
         self._before = before
         self._networks: dict[NetworkName, tuple[int, Network]] = {}
         self._hosts: dict[HostId, Host] = {}
@@ -104,6 +108,8 @@ class Mirror:
             if self.last_put is None or item.mod_revision > self.last_put[1]:
                 self.last_put = (item.key, item.mod_revision)
             self._put(item.key, item.value, item.mod_revision)
+            if self._contradicts(item):
+                self.contradiction = item.key
 
     def finish(self, revision: int) -> None:
         """The listing, complete, was of this revision."""
@@ -169,7 +175,7 @@ class Mirror:
         except BadValueError as error:
             self._bad[key] = str(error)
             self._changes.networks = True
-            known = self._holds(key) or self._inherit(key)
+            known = self._value(key) is not None or self._inherit(key)
             if not known and key.startswith((NETWORKS, HOSTS, SUBNETS)):
                 self._holes.add(key)
         else:
@@ -206,29 +212,39 @@ class Mirror:
             self._changes.hosts.add(host.id)
             self._changes.leases.add(host.id)
 
-    def _holds(self, key: str) -> bool:
-        """Whether an earlier value is known under a key."""
+    def _value(self, key: str) -> object:
+        """What is known under a key; None: nothing."""
         kind, _, rest = key.removeprefix(MESH).partition("/")
         match kind:
             case "networks":
-                return rest in self._networks
+                return self._networks.get(NetworkName(rest), (0, None))[1]
             case "hosts":
-                return rest in self._hosts
+                return self._hosts.get(HostId(rest))
             case "alive":
-                return rest in self._alive
+                return self._alive.get(HostId(rest))
             case "subnets":
                 name, _, subnet_key = rest.partition("/")
-                try:
+                with contextlib.suppress(BadValueError):
                     subnet = subnet_from_key(subnet_key)
-                except BadValueError:
-                    return False
-                return subnet in self._reservations.get(NetworkName(name), {})
-        return False
+                    return self._reservations.get(NetworkName(name), Reservations()).get(subnet)
+        return None
+
+    def _contradicts(self, item: KeyValue) -> bool:
+        """Whether the copy before would have known this, and did not."""
+        before = self._before
+        return (
+            before is not None
+            and item.mod_revision <= before.revision
+            and not item.key.startswith(ALIVE)
+            and item.key not in self._bad
+            and item.key not in before._bad
+            and before._value(item.key) != self._value(item.key)
+        )
 
     def _inherit(self, key: str) -> bool:
         """Take over what the copy before this one knew under a key; whether it knew anything."""
         before = self._before
-        if before is None or not before._holds(key):
+        if before is None or before._value(key) is None:
             return False
         kind, _, rest = key.removeprefix(MESH).partition("/")
         match kind:

@@ -90,6 +90,25 @@ async def test_one_that_was_cut_off_while_all_history_went_catches_up(
         await until(lambda: mesh.is_full(3), "it has caught up")
 
 
+async def test_an_older_copy_that_went_on_and_was_compacted_is_refused(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """No history tells; the listing does: it has a network as it never was by then."""
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 2)
+        node = mesh.nodes[0]
+        older = MemoryStore()
+        older._database.keys = dict(mesh.store._database.keys)
+        await mesh.registry.remove_network(NetworkName("prod"))
+        await until(lambda: not node.running.membership.subnets, "it has let go of the network")
+        revision = (await mesh.snapshot()).revision
+        older._database.revision = revision + 5
+        older.compact(revision + 4)
+        node.see_another_store(older)
+        await until(lambda: "older copy" in (node.running.follower.error or ""), "it is refused")
+        assert not node.running.membership.subnets
+
+
 async def test_a_start_without_the_store_fails(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with open_mesh(tmp_path) as mesh:
         node = mesh.add_node()

@@ -93,6 +93,51 @@ def test_following_is_the_same_as_listing(steps: list[tuple[str, bool]]) -> None
     assert mirror.snapshot() == load(listing(keys, len(steps))).snapshot()
 
 
+Steps = list[tuple[str, bool]]
+STEPS = st.lists(st.tuples(st.sampled_from(sorted(keys_of(SNAPSHOT))), st.booleans()), max_size=30)
+
+
+def after(steps: Steps, held: dict[str, KeyValue], revision: int) -> dict[str, KeyValue]:
+    """What a store holds after some steps more."""
+    every, held = keys_of(SNAPSHOT), dict(held)
+    for at, (key, is_put) in enumerate(steps, revision + 1):
+        held.pop(key, None)
+        if is_put:
+            held[key] = KeyValue(key, every[key], at)
+    return held
+
+
+@given(STEPS, STEPS)
+def test_what_came_later_contradicts_nothing(steps: Steps, more: Steps) -> None:
+    seen = after(steps, {}, 0)
+    before = load(Listing(tuple(seen.values()), len(steps)))
+    now = after(more, seen, len(steps))
+    assert load(Listing(tuple(now.values()), len(steps + more)), before).contradiction is None
+
+
+OTHERWISE = {
+    network_key(PROD): encode_network(make_network(subnets=("10.77.0.0/16",))),
+    host_key(HostId("h1")): encode_host(Host(id=HostId("h1"), underlay_ip=ip_address("10.9.9.9"))),
+    subnet_key(PROD, SUBNET): encode_reservation(
+        Reservation(network=PROD, subnet=SUBNET, host=HostId("h3"))
+    ),
+}
+
+
+@pytest.mark.parametrize("is_put", [True, False], ids=["put", "deleted"])
+@pytest.mark.parametrize("key", OTHERWISE)
+def test_a_listing_of_another_history_contradicts(key: str, is_put: bool) -> None:
+    """Of a store that was restored from before the last change that was seen, and went on."""
+    start = {k: KeyValue(k, v, 1) for k, v in keys_of(SNAPSHOT).items()}
+    seen = {k: item for k, item in start.items() if k != key}
+    if is_put:
+        seen[key] = KeyValue(key, OTHERWISE[key], 2)
+    before = load(Listing(tuple(seen.values()), 2))
+    h2 = host_key(HostId("h2"))
+    on = {**start, h2: KeyValue(h2, start[h2].value, 9)}
+    assert load(Listing(tuple(on.values()), 9), before).contradiction == key
+
+
 def test_a_listing_replaces_what_went_unseen() -> None:
     keys = keys_of(SNAPSHOT)
     smaller = make_snapshot([make_network()], 2)
