@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _ACCEPTING = logging.getLogger("trio.serve_listeners")
 _PATIENCE_S = 1.0
-"""How long a client may take to say what it wants and to hear that it cannot be."""
+"""How long a client may take to say what it wants, and to hear that it cannot be."""
 _REQUEST_BYTES = 1 << 16
 
 
@@ -72,6 +72,7 @@ async def _refuse_one(listener: socket.socket, response: bytes) -> None:
         with trio.move_on_after(_PATIENCE_S):
             # What is not read when the socket is closed would reset the connection.
             await stream.receive_some(_REQUEST_BYTES)
+        with trio.move_on_after(_PATIENCE_S):
             await stream.send_all(response)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from meshnet.lab.poll import wait_until
 from meshnet.unix_http import Connection
+from tests.netns.faults.agent_faults import take_memory
 from tests.netns.faults.invariants import wait_whole
 from tests.netns.faults.mesh import AGENT_ARGS, make_mesh
 from tests.netns.mesh import lossless
@@ -75,34 +76,25 @@ def test_an_agent_without_descriptors_or_memory(make_lab: MakeLab, lab_name: str
         used = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, hard))
         began_s, busy_before_s = time.monotonic(), busy_s(pid)
-        waiting = [Connection(str(h1.socket_path), 20) for _ in range(20)]
+        clients = [Connection(str(h1.socket_path), 20) for _ in range(20)]
+        for connection in clients:
+            connection.request("GET", "/healthz")
         h1.run(["ip", "link", "set", "mnb4097", "mtu", "1400"])  # work that it cannot do
         wait_until(lambda: time.monotonic() > began_s + 1.5, 10, "some time passed")
         busy = (busy_s(pid) - busy_before_s) / (time.monotonic() - began_s)
         print(f"without descriptors the agent was busy for {busy:.0%} of the time")
         assert busy < _MOST_BUSY
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
-        for connection in waiting:
-            connection.request("GET", "/healthz")
-            assert connection.answer().status == 200
+        for connection in clients:
+            # Served by a descriptor that came free, or told that there is none.
+            assert connection.answer().status in (200, 500)
             connection.close()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         wait_whole(mesh, 40)
         assert h1.agent_pid == pid
         # Little but what it has: requests that do not end take it, and the kernel kills it.
-        with (
-            contextlib.ExitStack() as held,
-            memory_cgroup(f"meshnet-test-{lab_name}", 1 << 20) as group,
-        ):
+        with memory_cgroup(f"meshnet-test-{lab_name}", 1 << 20) as group:
             (group / "cgroup.procs").write_text(str(pid))
-
-            def killed() -> bool:
-                with contextlib.suppress(OSError):
-                    request = held.enter_context(Connection(str(h1.socket_path), 5))
-                    request.begin_upload("POST", "/v1/networks")
-                    request.write(bytes(60_000))
-                return not h1.is_agent_running()
-
-            wait_until(killed, 20, "the agent is killed")
+            take_memory(h1)
         assert h1.stop_agent() is None
         h1.start_agent()
         wait_whole(mesh, 15)

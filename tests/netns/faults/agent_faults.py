@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.lab.poll import wait_until
+from meshnet.unix_http import Connection
 from tests.netns.faults.fault import CutsHosts, Injected
 from tests.netns.faults.mesh import TTL_S
 from tests.netns.mesh import meshnet
@@ -158,24 +160,33 @@ class OutOfMemory:
     name: str = "out of memory"
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
-        """Put an agent in a cgroup with next to no memory, and ask it something."""
+        """Put an agent in a cgroup with next to no memory, and take that."""
         host = rng.choice(mesh.lab.hosts)
         pid = host.agent_pid
         cgroup = _make_cgroup(f"{host.netns}-oom")
         try:
             (cgroup / "cgroup.procs").write_text(str(pid))
-
-            def killed() -> bool:
-                host.run(["meshnet", "status"], check=False)
-                return not host.is_agent_running()
-
-            wait_until(killed, 30, f"the agent of {host.name} is out of memory")
+            take_memory(host)
             status = host.stop_agent()
             assert status in (None, -signal.SIGKILL), f"ended with {status}"
         finally:
             host.kill_agent()
             wait_until(lambda: _removed(cgroup), 10, f"{cgroup} is empty")
         return Injected(f"agent of {host.name} out of memory", host.start_agent, says="ready")
+
+
+def take_memory(host: LabHost) -> None:
+    """Have an agent hold more and more, in requests that do not end, until the kernel kills it."""
+    with contextlib.ExitStack() as held:
+
+        def killed() -> bool:
+            with contextlib.suppress(OSError):
+                request = held.enter_context(Connection(str(host.socket_path), 5))
+                request.begin_upload("POST", "/v1/networks")
+                request.write(bytes(60_000))
+            return not host.is_agent_running()
+
+        wait_until(killed, 30, f"the agent of {host.name} is out of memory")
 
 
 def _make_cgroup(name: str) -> Path:
