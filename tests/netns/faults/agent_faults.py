@@ -35,32 +35,30 @@ def revive(host: LabHost) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class AgentKilled:
-    """SIGKILL, and a restart sooner or later."""
+class _AgentEnded:
+    """SIGKILL or SIGTERM, and a start sooner or later."""
 
-    name: str = "agent killed"
-
-    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
-        """Kill one."""
-        host = rng.choice(mesh.lab.hosts)
-        host.kill_agent()
-        lasts_s = rng.uniform(0, 2 * TTL_S)
-        return Injected(f"agent of {host.name} killed", host.start_agent, lasts_s, says="ready")
-
-
-@dataclass(frozen=True, slots=True)
-class AgentStopped:
-    """SIGTERM, and a start sooner or later."""
-
-    name: str = "agent stopped"
+    name: str
+    in_order: bool
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
-        """Stop one."""
+        """End one."""
         host = rng.choice(mesh.lab.hosts)
-        status = host.stop_agent()
-        assert status == 0, f"{host.name}: the agent ended with {status}"
-        lasts_s = rng.uniform(0, 2 * TTL_S)
-        return Injected(f"agent of {host.name} stopped", host.start_agent, lasts_s, says="stopping")
+        if self.in_order:
+            status = host.stop_agent()
+            assert status == 0, f"{host.name}: the agent ended with {status}"
+        else:
+            host.kill_agent()
+        return Injected(
+            f"{self.name} on {host.name}",
+            host.start_agent,
+            rng.uniform(0, 2 * TTL_S),
+            says="stopping" if self.in_order else "ready",
+        )
+
+
+KILLED = _AgentEnded("agent killed", in_order=False)
+STOPPED = _AgentEnded("agent stopped", in_order=True)
 
 
 @dataclass(frozen=True, slots=True)

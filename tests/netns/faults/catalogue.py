@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from tests.netns.faults.mesh import FaultMesh
 
 _ALL: tuple[Fault, ...] = (
-    agent_faults.AgentKilled(),
-    agent_faults.AgentStopped(),
+    agent_faults.KILLED,
+    agent_faults.STOPPED,
     agent_faults.AgentFrozen(),
     agent_faults.SecondAgent(),
     agent_faults.OutOfDescriptors(),
     agent_faults.OutOfMemory(),
     agent_faults.Reboot(),
     clock_faults.ClockJump(),
-    etcd_faults.EtcdKilled(),
-    etcd_faults.EtcdStopped(),
+    etcd_faults.KILLED,
+    etcd_faults.STOPPED,
     etcd_faults.EtcdFrozen(),
     etcd_faults.EtcdSlow(),
     etcd_faults.MemberLost(),

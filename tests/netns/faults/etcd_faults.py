@@ -43,43 +43,31 @@ def _outage_s(rng: Random) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class EtcdKilled:
-    """All members crash, and start again at once or later."""
+class _EtcdEnded:
+    """All members crash or are stopped, and start again at once, or after several lease times."""
 
-    name: str = "etcd killed"
+    name: str
+    in_order: bool
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
-        """Kill all."""
+        """End all."""
         etcds = list(mesh.lab.etcds.values())
         for etcd in etcds:
-            etcd.kill()
+            if self.in_order:
+                etcd.stop()
+            else:
+                etcd.kill()
         return Injected(
-            "etcd killed",
+            self.name,
             partial(_start, etcds),
-            rng.choice((0.0, rng.uniform(0, TTL_S))),
+            rng.choice((0.0, _outage_s(rng))),
             whole_within_s=_OUTAGE_WHOLE_S,
             says=_LOST,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class EtcdStopped:
-    """All members are stopped in order for several lease times."""
-
-    name: str = "etcd stopped"
-
-    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
-        """Stop all."""
-        etcds = list(mesh.lab.etcds.values())
-        for etcd in etcds:
-            etcd.stop()
-        return Injected(
-            "etcd stopped",
-            partial(_start, etcds),
-            _outage_s(rng),
-            whole_within_s=_OUTAGE_WHOLE_S,
-            says=_LOST,
-        )
+KILLED = _EtcdEnded("etcd killed", in_order=False)
+STOPPED = _EtcdEnded("etcd stopped", in_order=True)
 
 
 @dataclass(frozen=True, slots=True)
