@@ -20,6 +20,7 @@ from tests.netns.faults.catalogue import FAULTS
 from tests.netns.faults.programs import BUILD_DIR
 from tests.netns.faults.sequence import SequenceReport, run_sequence
 from tests.netns.faults.stage import Stage, end_in_order, new_lab
+from tests.netns.faults.traffic import PERIOD_US
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,6 +54,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--etcd-members", type=int, choices=(0, 1, 3), default=1, help="0: 1 and 3 in turn"
     )
+    parser.add_argument(
+        "--probe-ms", type=float, default=PERIOD_US / 1000, help="between two datagrams of a path"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="sequences at the same time")
     parser.add_argument(
         "--stride", type=int, default=1, help="from one sequence's seed to the next"
@@ -77,7 +81,7 @@ def _run_jobs(options: argparse.Namespace, seed: int) -> int:
         argv += ["--stride", str(options.jobs), "--count", str(count)]
         argv += ["--length", str(options.length), "--faults", options.faults]
         argv += ["--hosts", str(options.hosts), "--etcd-members", str(options.etcd_members)]
-        argv += ["--results", str(results)]
+        argv += ["--probe-ms", str(options.probe_ms), "--results", str(results)]
         if options.minutes is not None:
             argv += ["--minutes", str(options.minutes)]
         children.append(subprocess.Popen(argv))
@@ -108,7 +112,8 @@ def _run(options: argparse.Namespace, seed: int, results: Path) -> int:
             if time.monotonic() >= end:
                 break
             if stage is None:
-                stage = Stage(new_lab(options.hosts, members)).__enter__()
+                lab = new_lab(options.hosts, members)
+                stage = Stage(lab, round(options.probe_ms * 1000)).__enter__()
                 played = 0
             report = run_sequence(
                 seed + number * options.stride,
