@@ -173,10 +173,11 @@ class Agent:
         """Join the mesh and serve it until cancelled; started when the first pass is applied.
 
         Raises:
-            ConflictError: another agent is this host.
+            ConflictError: another agent is this host, or this one was another host before.
             StoreUnavailableError: the store did not answer at start.
             PolicyRefusedError: the store is not this host's mesh.
         """
+        self.endpoints.check_host()
         await self.membership.join()
         await self.follower.list_all()
         try:

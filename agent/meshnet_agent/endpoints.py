@@ -112,6 +112,22 @@ class Endpoints:
     def _addresses_in_use(self) -> list[IpInterface]:
         return [a for e in self._endpoints.values() for a in e.addresses]
 
+    def check_host(self) -> None:
+        """See that what is on disk is this host's: other hosts look for it where its host id is.
+
+        Raises:
+            ConflictError: an endpoint that is attached is another host id's.
+        """
+        endpoints, _ = self._disk.load_endpoints()
+        for endpoint in endpoints:
+            if endpoint.host != self._host and (found := _same_process(endpoint)) is not None:
+                os.close(found[1])
+                raise ConflictError(
+                    f"endpoint {endpoint.name} is attached as one of host {endpoint.host}, and "
+                    f"this agent is {self._host}: start it with --host-id {endpoint.host}, or end "
+                    f"process {endpoint.pid} and all others that are attached"
+                )
+
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take over what is on disk, then watch processes for ever."""
         async with trio.open_nursery() as nursery:

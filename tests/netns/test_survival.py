@@ -389,6 +389,26 @@ def test_store_restored_from_an_older_copy_is_refused(make_lab: MakeLab) -> None
     assert meshnet(host, "network", "ls")[0]["name"] == "prod"
 
 
+def test_a_host_with_endpoints_keeps_its_id(make_lab: MakeLab) -> None:
+    """The default is the hostname, which may change under an agent that is started again."""
+    lab = make_lab(2)
+    h1, h2 = lab.hosts
+    create_network(lab, "prod", "--subnet", "10.42.0.0/16")
+    one, two = h1.spawn_container(), h2.spawn_container()
+    address = address_of(attach(one, h1, "prod"))
+    attach(two, h2, "prod")
+    with lossless(two, address):
+        h1.stop_agent()
+        with pytest.raises(AgentUnreachableError, match="start it with --host-id h1"):
+            h1.start_agent(["--host-id", "renamed"])
+        assert {h["id"] for h in meshnet(h2, "hosts")} == {"h1", "h2"}
+        h1.start_agent()
+    one.end()
+    wait_until(lambda: len(meshnet(h1, "endpoint", "ls")) == 1, 10, "the endpoint is freed")
+    h1.stop_agent()
+    h1.start_agent(["--host-id", "renamed"])  # nothing is attached: it may be another
+
+
 def test_two_agents_in_one_place(make_lab: MakeLab, tmp_path: Path) -> None:
     """One namespace, one run directory, one state directory: one agent."""
     lab = make_lab(2)
