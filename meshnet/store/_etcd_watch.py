@@ -164,7 +164,7 @@ async def open_stream(
 def reason_of(failure: RpcFailedError, timeout_s: float) -> str:
     """gRPC's or etcd's words, on one short line."""
     if failure.code == "DEADLINE_EXCEEDED":
-        return f"no answer within {timeout_s:.3g} s"
+        return f"no answer within {timeout_s:.2g} s"
     # gRPC: "failed to …; last error: UNKNOWN: ipv4:127.0.0.1:2379: Failed to …".
     details = _PREAMBLE.sub("", failure.details.rpartition("last error: ")[2])
     return " ".join(details.split())[:300] or failure.code

@@ -239,6 +239,8 @@ class EtcdStore:
             reasons.append(f"{endpoint.url}: {reason_of(failure, share_s)}")
             if not repeatable and _NEVER_SENT not in failure.details:
                 break
+        # In one order, whichever was asked first: what is said again need not be logged again.
+        reasons.sort()
         raise StoreUnavailableError(
             f"cannot {about}: {'; '.join(reasons)}; {remedy_for(reasons)}"
         ) from failure

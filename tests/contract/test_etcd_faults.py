@@ -399,6 +399,19 @@ class TestTls:
         remedy = "check --etcd-ca" if scheme == "https" else "check --etcd"
         assert_one_clear_line(caught.value, config.endpoints[0], remedy)
 
+    async def test_one_outage_has_one_message(self, connect: Connect) -> None:
+        """Whichever endpoint is asked first: a log that says each again would be filled."""
+        endpoints = tuple(f"http://127.0.0.1:{port}" for port in (1, 2, 3))
+        said = set()
+        async with connect(EtcdConfig(endpoints=endpoints)) as store:
+            for _ in range(4):
+                with pytest.raises(StoreUnavailableError) as caught:
+                    await store.list_prefix("/")
+                said.add(str(caught.value))
+                store._move_on_from(store._endpoints[store._current])  # as another task's call does
+        (message,) = said
+        assert all(endpoint in message for endpoint in endpoints)
+
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         config = EtcdConfig(endpoints=("https://[::1]",), ca_file=tmp_path / "absent")
         with pytest.raises(UsageError, match=r"--etcd-ca .*absent: No such file"):
