@@ -177,7 +177,7 @@ class Agent:
             StoreUnavailableError: the store did not answer at start.
             PolicyRefusedError: the store is not this host's mesh.
         """
-        self.endpoints.check_host()
+        await self.endpoints.check_host()
         await self.membership.join()
         await self.follower.list_all()
         try:

@@ -112,15 +112,16 @@ class Endpoints:
     def _addresses_in_use(self) -> list[IpInterface]:
         return [a for e in self._endpoints.values() for a in e.addresses]
 
-    def check_host(self) -> None:
+    async def check_host(self) -> None:
         """See that what is on disk is this host's: other hosts look for it where its host id is.
 
         Raises:
             ConflictError: an endpoint that is attached is another host id's.
         """
         endpoints, _ = self._disk.load_endpoints()
-        for endpoint in endpoints:
-            if endpoint.host != self._host and (found := _same_process(endpoint)) is not None:
+        for endpoint in [e for e in endpoints if e.host != self._host]:
+            found = await self._find_owner(endpoint)
+            if found is not None:
                 os.close(found[1])
                 raise ConflictError(
                     f"endpoint {endpoint.name} is attached as one of host {endpoint.host}, and "
@@ -502,6 +503,18 @@ class Endpoints:
                 # What is left of it is collected at the next start.
                 _log.error("endpoint not freed", endpoint=endpoint.name, reason=str(error))
 
+    async def _find_owner(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
+        """The process that an endpoint on disk is of, or its heir, as in `_find_heir`."""
+        found = _same_process(endpoint)
+        if found is None and (
+            endpoint.parent is not None
+            or endpoint_link_name(endpoint.id)
+            in await self._worker.run(lambda wiring: wiring.list_endpoint_links())
+        ):
+            # The link is there, so the namespace is, and its inode still means that one.
+            found = await self._find_heir(endpoint)
+        return found
+
     async def _find_heir(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
         """Another process of the namespace, as a changed endpoint and its pidfd."""
         while True:
@@ -529,12 +542,7 @@ class Endpoints:
         endpoints, unreadable = self._disk.load_endpoints()
         for endpoint in endpoints:
             try:
-                found = _same_process(endpoint)
-                if found is None and (
-                    endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names
-                ):
-                    # The link is there, so the namespace is, and its inode still means that one.
-                    found = await self._find_heir(endpoint)
+                found = await self._find_owner(endpoint)
                 if found is not None:
                     await self._worker.run(lambda wiring, e=endpoint: wiring.adopt(e))  # type: ignore[misc]
                     self._adopt(*found)

@@ -278,9 +278,20 @@ async def _serve(
     Containers stop first: a container that ends is put away by the agent's help, which is not
     there any more otherwise.  The API is the last.
     """
-    listener = _listen(socket_path)
+    with _listen(socket_path) as listener:
+        await _serve_by(listener, service, containers, agent, socket_path, notifier)
+
+
+async def _serve_by(
+    listener: socket.socket,
+    service: Service,
+    containers: Containers,
+    agent: Agent,
+    socket_path: Path,
+    notifier: Notifier,
+) -> None:
     hypercorn = HypercornConfig()
-    hypercorn.bind = [f"fd://{listener.fileno()}"]
+    hypercorn.bind = [f"fd://{os.dup(listener.fileno())}"]  # it closes what it is given
     hypercorn.backlog = _BACKLOG
     hypercorn.graceful_timeout = 1.0
     hypercorn.loglevel = "ERROR"

@@ -68,6 +68,8 @@ class Membership:
         self._check_store = check_store
         self._on_change = on_change
         self._lease: LeaseId | None = None
+        # Those that the host's key may be under: the answer to a write may have been lost.
+        self._granted: set[LeaseId] = set()
         self._snapshot: MeshSnapshot | None = None
         # What was reserved last, and the revision from which on snapshots show it.
         self._reserved: dict[tuple[NetworkName, int], tuple[IpNetwork, int]] = {}
@@ -94,8 +96,9 @@ class Membership:
             await self._check_store()
             host = self.host
             self._lease = await self._registry.claim_host(
-                host, self._claim, self._ttl_s, self._lease
+                host, self._claim, self._ttl_s, self._granted
             )
+            self._granted = {self._lease}
             self._claimed = host
         self.lease_ok = True
 
@@ -124,8 +127,8 @@ class Membership:
                     self.lease_ok = True
                 pause_s, said = renew_s, ""
             except LeaseExpiredError:
-                if self._lease != lease:
-                    continue  # this agent ended it, for the one that it has now
+                if self._lease != lease or self._claiming.locked():
+                    continue  # this agent ended it, for the one that it has now or soon
                 _log.warning("lease ran out")
                 self._lease = None
                 self.lease_ok = False

@@ -20,6 +20,7 @@ from meshnet_agent.flag import Flag
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
+    from typing import BinaryIO
 
 _ACCEPTING = logging.getLogger("trio.serve_listeners")
 _PATIENCE_S = 1.0
@@ -54,31 +55,41 @@ async def refuse_clients(listener: socket.socket, answer: Callable[[int], bytes]
     try:
         while True:
             await failures.happened.wait()
-            if spare is not None:
-                os.close(spare)
-                spare = None
-            with contextlib.suppress(OSError, trio.BrokenResourceError):
-                await _refuse_one(listener, answer(failures.errno))
-            spare = _open_spare()
+            free = _open_spare()
+            if free is not None:
+                # One has come free: the listener takes the client by it, or this is the spare now.
+                if spare is not None:
+                    free.close()
+                else:
+                    spare = free
+            elif spare is not None:
+                spare.close()
+                try:
+                    await _refuse_one(listener, answer(failures.errno))
+                finally:
+                    spare = _open_spare()
     finally:
         _ACCEPTING.removeHandler(failures)
         if spare is not None:
-            os.close(spare)
+            spare.close()
 
 
 async def _refuse_one(listener: socket.socket, response: bytes) -> None:
-    taken, _ = listener.accept()
-    async with trio.SocketStream(trio.socket.from_stdlib_socket(taken)) as stream:
-        with trio.move_on_after(_PATIENCE_S):
-            # What is not read when the socket is closed would reset the connection.
-            await stream.receive_some(_REQUEST_BYTES)
-        with trio.move_on_after(_PATIENCE_S):
-            await stream.send_all(response)
+    """Between its end and its return nobody else runs, who might open the descriptor anew."""
+    with contextlib.suppress(OSError, trio.BrokenResourceError):
+        taken, _ = listener.accept()
+        with taken:
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(taken))
+            with trio.move_on_after(_PATIENCE_S):
+                # What is not read when the socket is closed would reset the connection.
+                await stream.receive_some(_REQUEST_BYTES)
+            with trio.move_on_after(_PATIENCE_S):
+                await stream.send_all(response)
 
 
-def _open_spare() -> int | None:
+def _open_spare() -> BinaryIO | None:
     """A descriptor to be given up; None if there is none, and the next client has to wait."""
     try:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return open(os.devnull, "rb", buffering=0)
     except OSError:
         return None

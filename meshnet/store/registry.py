@@ -93,24 +93,26 @@ class Registry:
     # --- hosts --------------------------------------------------------------------------------
 
     async def claim_host(
-        self, host: Host, claim: Claim, ttl_s: int, held: LeaseId | None = None
+        self, host: Host, claim: Claim, ttl_s: int, granted: set[LeaseId]
     ) -> LeaseId:
         """Become `host`: publish it and put its key under a lease of `ttl_s` seconds.
 
-        What the host's key says is of this agent, and taken over at once, if it is under the lease
-        `held`, or of the same instance at the same underlay address.  An instance alone may be in
-        a copied state directory, on another machine.
+        What the host's key says is of this agent, and taken over at once, if it is under a lease
+        that it was granted, or of the same instance at the same underlay address.  An instance
+        alone may be in a copied state directory, on another machine.
 
         Args:
-            held: the lease that the agent has the host under, if it has.
+            granted: leases that the agent was granted since it started and may have the host under;
+                those of this call are added before the store can know of them.
 
         Raises:
             ConflictError: another agent holds the id; the message says where it runs.
         """
         for _ in range(_TRIES):
             lease = await self.store.grant_lease(ttl_s)
+            granted.add(lease)
             try:
-                return await self._claim_host(host, claim, lease, ttl_s, held)
+                return await self._claim_host(host, claim, lease, ttl_s, granted)
             except LeaseExpiredError:
                 continue  # etcd, or this machine, took longer than the lease lasts
         raise StoreUnavailableError(
@@ -119,7 +121,7 @@ class Registry:
         )
 
     async def _claim_host(
-        self, host: Host, claim: Claim, lease: LeaseId, ttl_s: int, own: LeaseId | None
+        self, host: Host, claim: Claim, lease: LeaseId, ttl_s: int, granted: set[LeaseId]
     ) -> LeaseId:
         key = alive_key(host.id)
         alive = Put(key, encode_claim(claim), lease)
@@ -131,7 +133,7 @@ class Registry:
             held = next(iter((await self.store.read(key)).items), None)
             if held is None:
                 continue  # it ran out in between
-            if held.lease_id != own and _claim_of(held.value) != claim:
+            if held.lease_id not in granted and _claim_of(held.value) != claim:
                 await self.store.revoke_lease(lease)
                 raise ConflictError(_claim_conflict(host, claim, held.value, ttl_s))
             # This agent's own, or its before a restart: end the lease, which nobody renews.
@@ -388,15 +390,19 @@ def _claim_of(held: bytes) -> Claim | None:
 
 def _claim_conflict(host: Host, claim: Claim, held: bytes, ttl_s: int) -> str:
     other = _claim_of(held)
-    where, remedy = "an agent whose entry cannot be read", "another --host-id"
+    where = "an agent whose entry cannot be read"
     if other is not None:
         where = f"an agent at underlay address {other.underlay_ip}"
-        if other.instance == claim.instance:
-            where += " with a copy of this state directory"
-            remedy = "a state directory and a --host-id of its own"
+    held_by = f"host id {host.id} is held by {where}"
+    if other is not None and other.instance == claim.instance:
+        return (
+            f"{held_by} with this state directory, or a copy of it: if this host has moved, try "
+            f"again when that lease has run out (within {ttl_s} s); if it is another machine, give "
+            "it a state directory and a --host-id of its own"
+        )
     return (
-        f"host id {host.id} is held by {where}: give this agent {remedy}, or stop that "
-        f"one (if it crashed, its lease runs out within {ttl_s} s)"
+        f"{held_by}: give this agent another --host-id, or stop that one (if it crashed, its lease "
+        f"runs out within {ttl_s} s)"
     )
 
 

@@ -127,8 +127,8 @@ async def reserve(registry: Registry, host: HostId) -> IpNetwork:
 
 async def join(registry: Registry, host: HostId) -> str:
     """What an agent does; returns the key of its endpoint."""
-    await registry.claim_host(*host_of(host), _TTL_S)
-    await registry.claim_host(*host_of(host), _TTL_S)  # after a restart
+    await registry.claim_host(*host_of(host), _TTL_S, set())
+    await registry.claim_host(*host_of(host), _TTL_S, set())  # after a restart
     await reserve(registry, host)
     endpoint = make_endpoint()
     key = f"{ENDPOINTS}{PROD.name}/{host}/{endpoint.id}"
@@ -161,7 +161,7 @@ async def assert_keeps_out(h1: Registry, h2s_endpoint: str) -> None:
     with pytest.raises(PolicyRefusedError):
         await h1.create_network(lambda vni: make_network("dev", ("10.50.0.0/16",), vni), None)
     with pytest.raises(PolicyRefusedError):
-        await h1.claim_host(*host_of(H2), _TTL_S)
+        await h1.claim_host(*host_of(H2), _TTL_S, set())
 
 
 async def test_the_administrator_reserves(server: EtcdServer, registry_of: RegistryOf) -> None:

@@ -5,12 +5,14 @@ Those that take long are left to ``python -m tests.netns.faults``, as are sequen
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.netns.faults.catalogue import FAULTS
+from tests.netns.faults.fault import cuts_nothing
 from tests.netns.faults.mesh import AGENT_ARGS
 from tests.netns.faults.stage import Stage
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from meshnet.lab.topology import Lab
+    from tests.netns.faults.fault import Injected
+    from tests.netns.faults.mesh import FaultMesh
 
     MakeLab = Callable[..., Lab]
 
@@ -38,10 +42,23 @@ def _bear(stage: Stage, name: str) -> None:
     assert not step.broken, step
 
 
+@dataclass(frozen=True, slots=True)
+class _Liar:
+    """Pulls a cable, and says that this cuts nothing."""
+
+    name: str = "underlay link down"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        return replace(FAULTS[self.name].inject(mesh, rng), cuts=cuts_nothing)
+
+
 def test_each_fault_alone(make_lab: MakeLab) -> None:
     with Stage(make_lab(2, up=False, agent_args=AGENT_ARGS)) as stage:
         for name in _QUICK:
             _bear(stage, name)
+        step = stage.step([_Liar()], Random(1))
+        assert "were lost" in step.broken[0]
+        assert "on a path that nothing cut" in step.broken[0]
 
 
 def test_a_member_of_etcd_lost(make_lab: MakeLab) -> None:

@@ -196,7 +196,7 @@ async def test_two_agents_with_one_host_id(
         twin.id = "h1"
         if copied:
             twin.instance = mesh.nodes[0].instance
-        where = r"10\.9\.0\.1" + (" with a copy of this state directory:" if copied else ":")
+        where = r"10\.9\.0\.1" + (" with this state directory, or a copy of it:" if copied else ":")
         with pytest.raises(ConflictError, match=rf"h1 is held by an agent at .* {where}"):
             await twin.run(task_status=trio.TASK_STATUS_IGNORED)
         mesh.nodes.remove(twin)

@@ -358,7 +358,7 @@ async def test_a_host_that_is_gone_for_good(autojump_clock: MockClock, wire: Wir
     one, two = await wire.members()
     host = Host(id=one.host, underlay_ip=underlay_ip(1))
     claim = Claim(instance="a", underlay_ip=underlay_ip(1))
-    lease = await wire.registry.claim_host(host, claim, 15)
+    lease = await wire.registry.claim_host(host, claim, 15, set())
     await one.attach(1)
     await two.attach(2)
     with pytest.raises(ConflictError, match="alive"):

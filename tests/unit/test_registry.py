@@ -89,7 +89,7 @@ async def reserve(
 
 
 async def test_a_claim_publishes_the_host(registry: Registry) -> None:
-    await registry.claim_host(make_host(), make_claim(), 15)
+    await registry.claim_host(make_host(), make_claim(), 15, set())
     snapshot = await registry.snapshot()
     assert snapshot.hosts == {H1: make_host()}
     assert snapshot.alive == {H1: make_claim()}
@@ -99,17 +99,17 @@ async def test_a_host_that_has_not_changed_is_not_written_again(
     registry: Registry, store: MemoryStore
 ) -> None:
     key = host_key(H1)
-    lease = None
+    granted: set[LeaseId] = set()
     for number in (1, 1, 2):
         host, claim = make_host(number=number), make_claim(number=number)
-        lease = await registry.claim_host(host, claim, 15, lease)
+        await registry.claim_host(host, claim, 15, granted)
         (item,) = (await store.read(key)).items
         assert decode_host(item.value) == host
     await store.commit([], [Delete(key)])
-    await registry.claim_host(host, claim, 15)
+    await registry.claim_host(host, claim, 15, set())
     assert (await store.read(key)).items
     before = (await store.read(key)).items
-    await registry.claim_host(host, claim, 15)
+    await registry.claim_host(host, claim, 15, set())
     assert (await store.read(key)).items == before
 
 
@@ -129,9 +129,9 @@ class RemovingStore(MemoryStore):
 async def test_a_host_that_is_removed_while_it_starts_again_is_published() -> None:
     store = RemovingStore()
     registry = Registry(store)
-    await store.revoke_lease(await registry.claim_host(make_host(), make_claim(), 15))
+    await store.revoke_lease(await registry.claim_host(make_host(), make_claim(), 15, set()))
     store.once = True
-    await registry.claim_host(make_host(), make_claim(), 15)
+    await registry.claim_host(make_host(), make_claim(), 15, set())
     snapshot = await registry.snapshot()
     assert snapshot.hosts.keys() == snapshot.alive.keys() == {H1}
 
@@ -153,35 +153,35 @@ class _SlowStore(MemoryStore):
 
 async def test_a_lease_that_runs_out_before_the_host_is_claimed_is_granted_anew() -> None:
     store = _SlowStore(too_late=2)
-    lease = await Registry(store).claim_host(make_host(), make_claim(), 2)
+    lease = await Registry(store).claim_host(make_host(), make_claim(), 2, set())
     assert await store.keep_alive(lease) == 2
     assert (await Registry(store).snapshot()).alive == {"h1": make_claim()}
     with pytest.raises(StoreUnavailableError, match="longer --lease-ttl"):
-        await Registry(_SlowStore(too_late=1000)).claim_host(make_host(), make_claim(), 2)
+        await Registry(_SlowStore(too_late=1000)).claim_host(make_host(), make_claim(), 2, set())
 
 
 async def test_a_second_agent_of_one_host_id_is_refused(registry: Registry) -> None:
-    await registry.claim_host(make_host(), make_claim(), 15)
+    await registry.claim_host(make_host(), make_claim(), 15, set())
     with pytest.raises(ConflictError, match=r"held by an agent at underlay address 10\.9\.0\.1"):
-        await registry.claim_host(make_host(number=2), make_claim("b", 2), 15)
+        await registry.claim_host(make_host(number=2), make_claim("b", 2), 15, set())
     assert (await registry.snapshot()).hosts == {H1: make_host()}
 
 
 async def test_a_host_id_is_free_after_its_lease(
     registry: Registry, autojump_clock: MockClock
 ) -> None:
-    await registry.claim_host(make_host(), make_claim(), 15)
+    await registry.claim_host(make_host(), make_claim(), 15, set())
     await trio.sleep(15.1)
     assert (await registry.snapshot()).alive == {}
-    await registry.claim_host(make_host(number=2), make_claim("b", 2), 15)
+    await registry.claim_host(make_host(number=2), make_claim("b", 2), 15, set())
     assert (await registry.snapshot()).hosts[H1].underlay_ip == underlay_ip(2)
 
 
 async def test_a_restarted_agent_takes_over_at_once(
     registry: Registry, store: MemoryStore, autojump_clock: MockClock
 ) -> None:
-    old = await registry.claim_host(make_host(), make_claim(), 15)
-    new = await registry.claim_host(make_host(), make_claim(), 15)
+    old = await registry.claim_host(make_host(), make_claim(), 15, set())
+    new = await registry.claim_host(make_host(), make_claim(), 15, set())
     assert new != old
     snapshot = await registry.snapshot()
     assert snapshot.alive == {H1: make_claim()}  # its old lease took nothing along
@@ -193,15 +193,39 @@ async def test_a_restarted_agent_takes_over_at_once(
 
 async def test_a_copy_of_a_state_directory_is_no_restart(registry: Registry) -> None:
     """Two machines would take the host from each other, and every host follow them."""
-    await registry.claim_host(make_host(), make_claim(), 15)
-    with pytest.raises(ConflictError, match=r"10\.9\.0\.1 with a copy of this state directory"):
-        await registry.claim_host(make_host(number=2), make_claim(number=2), 15)
+    await registry.claim_host(make_host(), make_claim(), 15, set())
+    with pytest.raises(ConflictError, match=r"10\.9\.0\.1 with this state directory, or a copy"):
+        await registry.claim_host(make_host(number=2), make_claim(number=2), 15, set())
     assert (await registry.snapshot()).hosts == {H1: make_host()}
 
 
 async def test_an_agent_moves_under_its_own_lease(registry: Registry) -> None:
-    lease = await registry.claim_host(make_host(), make_claim(), 15)
-    await registry.claim_host(make_host(number=2), make_claim(number=2), 15, lease)
+    granted: set[LeaseId] = set()
+    await registry.claim_host(make_host(), make_claim(), 15, granted)
+    await registry.claim_host(make_host(number=2), make_claim(number=2), 15, granted)
+    assert (await registry.snapshot()).alive == {"h1": make_claim(number=2)}
+
+
+class AnswerlessStore(MemoryStore):
+    """Transactions succeed, and the answer to the first is lost."""
+
+    lost = False
+
+    async def commit(self, when: Sequence[Condition], then: Sequence[Write]) -> Commit:
+        done = await super().commit(when, then)
+        if not self.lost:
+            self.lost = True
+            raise StoreUnavailableError("the connection was closed")
+        return done
+
+
+async def test_an_agent_that_moves_again_is_not_refused_for_a_claim_of_its_own() -> None:
+    registry = Registry(AnswerlessStore())
+    granted: set[LeaseId] = set()
+    with pytest.raises(StoreUnavailableError):
+        await registry.claim_host(make_host(), make_claim(), 15, granted)
+    assert (await registry.snapshot()).alive == {"h1": make_claim()}
+    await registry.claim_host(make_host(number=2), make_claim(number=2), 15, granted)
     assert (await registry.snapshot()).alive == {"h1": make_claim(number=2)}
 
 
@@ -210,12 +234,12 @@ async def test_a_claim_that_cannot_be_read_is_somebodys(
 ) -> None:
     await store.commit([], [Put(ALIVE + "h1", b"?")])
     with pytest.raises(ConflictError, match="cannot be read"):
-        await registry.claim_host(make_host(), make_claim(), 15)
+        await registry.claim_host(make_host(), make_claim(), 15, set())
 
 
 async def test_a_host_whose_name_begins_with_anothers(registry: Registry) -> None:
-    await registry.claim_host(make_host("h10", 10), make_claim("x", 10), 15)
-    await registry.claim_host(make_host("h1"), make_claim(), 15)
+    await registry.claim_host(make_host("h10", 10), make_claim("x", 10), 15, set())
+    await registry.claim_host(make_host("h1"), make_claim(), 15, set())
     assert len((await registry.snapshot()).alive) == 2
 
 
@@ -224,7 +248,9 @@ async def test_of_many_agents_with_one_id_one_wins(store: MemoryStore) -> None:
 
     async def claim(number: int) -> None:
         try:
-            await Registry(store).claim_host(make_host(number=number), make_claim(str(number)), 15)
+            await Registry(store).claim_host(
+                make_host(number=number), make_claim(str(number)), 15, set()
+            )
             outcomes.append(True)
         except ConflictError:
             outcomes.append(False)
@@ -237,8 +263,8 @@ async def test_of_many_agents_with_one_id_one_wins(store: MemoryStore) -> None:
 
 async def test_removing_a_host(registry: Registry, store: MemoryStore) -> None:
     networks = [await create(registry), await create(registry, "10.43.0.0/16", name="test")]
-    lease = await registry.claim_host(make_host(), make_claim(), 15)
-    await registry.claim_host(make_host("h2", 2), make_claim("b", 2), 15)
+    lease = await registry.claim_host(make_host(), make_claim(), 15, set())
+    await registry.claim_host(make_host("h2", 2), make_claim("b", 2), 15, set())
     endpoint = make_endpoint()
     other = replace(endpoint, host=H2)
     for network in networks:
@@ -498,7 +524,7 @@ async def test_networks_that_conflict(
     message: str,
 ) -> None:
     await create(registry, IPV4, IPV6)
-    await registry.claim_host(make_host(), make_claim(), 15)
+    await registry.claim_host(make_host(), make_claim(), 15, set())
     await store.commit([], [Put(NETWORKS + "broken", b"?")])
     with pytest.raises(ConflictError, match=message):
         await create(registry, *subnets, **{"name": "new", **more})

@@ -96,8 +96,9 @@ class SecondAgent:
         other = lab.add_host("double", agent=False)
         whose = f"held by an agent at underlay address {host.underlay_ip}"
         if rng.randrange(2):
-            shutil.copytree(host.state_dir, other.state_dir, dirs_exist_ok=True)
-            whose += " with a copy of this state directory"
+            unfinished = shutil.ignore_patterns("*.new")  # which may be gone meanwhile
+            shutil.copytree(host.state_dir, other.state_dir, dirs_exist_ok=True, ignore=unfinished)
+            whose += " with this state directory, or a copy of it"
         try:
             command = ["python", "-m", "meshnet_agent", "--host-id", host.name]
             command += ["--etcd", lab.etcd_url, "--underlay-ip", str(other.underlay_ip)]

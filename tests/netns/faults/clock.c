@@ -3,14 +3,15 @@
  *     FAULT_CLOCK=FILE LD_PRELOAD=clock.so program
  *
  * FILE holds the offset, a 64-bit number of nanoseconds, and is mapped: whoever writes to it sets the
- * clock, as settimeofday(2) does, in the middle of whatever the program is doing.  Waits until a time
- * of that clock end as they would if the machine's had been set: they look again ten times a second.
- * Other clocks are as they are.
+ * clock, as settimeofday(2) does, in the middle of whatever the program is doing.  Children inherit
+ * it.  pthread_cond_timedwait(3) until a time of that clock ends as it would if the machine's had been
+ * set: it looks again ten times a second.  Other waits, and other clocks, are as they are.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -73,7 +74,8 @@ int pthread_cond_timedwait(pthread_cond_t *restrict cond, pthread_mutex_t *restr
     if (cond->__data.__wrefs & 2) return real(cond, mutex, until);
     struct timespec now, slice;
     clock_gettime(CLOCK_REALTIME, &now);
-    int64_t left = to_ns(until) - to_ns(&now);
+    bool later = until->tv_sec > now.tv_sec + 1; /* for ever, perhaps: not to be had in nanoseconds */
+    int64_t left = later ? SECOND : to_ns(until) - to_ns(&now);
     syscall(SYS_clock_gettime, CLOCK_REALTIME, &slice);
     slice = of_ns(to_ns(&slice) + (left > SLICE ? SLICE : left));
     int found = real(cond, mutex, &slice);

@@ -1,8 +1,9 @@
 """A systemd of its own on a lab's host, in namespaces, with nothing of this machine in its reach.
 
-It has this machine's file system below an overlay whose upper layer is in memory, its own /proc,
-/run, /tmp and devices, and control groups below one of its own.  Of the units that are installed it
-starts none but those it is asked for, and what they require.
+It has this machine's file system below an overlay whose upper layer is in memory, its own /run,
+/tmp and devices, control groups below one of its own, and may set no sysctl but those of its
+network namespace.  Of the units that are installed it starts none but those it is asked for, and
+what they require.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from meshnet.lab.netns import enter_argv
 from meshnet.lab.poll import wait_until
@@ -26,10 +26,25 @@ if TYPE_CHECKING:
     from meshnet.lab.host import LabHost
 
 _REPOSITORY = Path(__file__).parents[3]
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS = "/sys/fs/cgroup"
+_CPUSET = ("cpuset.cpus", "cpuset.mems")
 _TARGET = "started.target"
 _LOG = "run/agent.log"
 _DEADLINE_S = 30.0
+
+
+class Hierarchy(NamedTuple):
+    """A hierarchy of control groups.
+
+    Attributes:
+        kind: type of its file system: ``cgroup`` or ``cgroup2``.
+        options: to mount it by; "": none.
+        place: where it is mounted.
+    """
+
+    kind: str
+    options: str
+    place: str
 
 
 class Systemd:
@@ -42,9 +57,8 @@ class Systemd:
     def __init__(self, host: LabHost, files: Mapping[str, str]) -> None:
         self._host = host
         self._directory = host.state_dir.with_name("systemd")
-        self._cgroups = [
-            (options, Path(place) / f"{host.netns}-systemd") for place, options in _hierarchies()
-        ]
+        self._hierarchies = _hierarchies()
+        self._groups = [Path(h.place, f"{host.netns}-systemd") for h in self._hierarchies]
         self._kept = sorted({str(_REPOSITORY), sys.prefix, sys.base_prefix})
         # Where this checkout and its interpreter may be, a unit hides things.
         drop_in = ["[Service]", f"StandardOutput=append:/{_LOG}", "ProtectHome=tmpfs"]
@@ -55,18 +69,32 @@ class Systemd:
             f"systemd/system/{_TARGET}": "[Unit]\nDefaultDependencies=no\n",
             "systemd/system/meshnet-agent.service.d/zz-tests.conf": "\n".join(drop_in),
         }
+        self._outer: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        try:
+            self._boot()
+            wait_until(self._is_up, _DEADLINE_S, "systemd is up")
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _boot(self) -> None:
         self._directory.mkdir()
         boot = {
             "files": self._files,
-            "cgroups": [[options, str(path)] for options, path in self._cgroups],
+            "hierarchies": self._hierarchies,
+            "groups": [str(path) for path in self._groups],
             "kept": self._kept,
             "target": _TARGET,
         }
         (self._directory / "boot.json").write_text(json.dumps(boot))
-        for _, path in self._cgroups:
+        for path in self._groups:
             path.mkdir()
+            for name in _CPUSET:
+                if (path / name).exists():  # version 1: nobody may join before it has some
+                    (path / name).write_text((path.parent / name).read_text())
         argv = [sys.executable, "-m", "tests.netns.unit.boot", str(self._directory)]
         with (self._directory / "log").open("ab") as log:
             self._outer = subprocess.Popen(
@@ -77,12 +105,6 @@ class Systemd:
                 stderr=log,
                 start_new_session=True,
             )
-        try:
-            wait_until(self._is_up, _DEADLINE_S, "systemd is up")
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
 
     def __exit__(
         self,
@@ -90,13 +112,13 @@ class Systemd:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            if exc is not None:
-                exc.add_note(self._logs())
-            # With process 1 of a namespace all others end.
-            os.kill(self.pid, signal.SIGKILL)
-        self._outer.wait(_DEADLINE_S)
-        for _, path in self._cgroups:
+        if exc is not None:
+            exc.add_note(self._logs())
+        if self._outer is not None:
+            # It ends its child with itself, and with process 1 of a namespace all others end.
+            self._outer.kill()
+            self._outer.wait(_DEADLINE_S)
+        for path in self._groups:
             wait_until(lambda: _removed(path), 10, f"{path} is empty")  # noqa: B023
 
     @property
@@ -106,10 +128,11 @@ class Systemd:
         Raises:
             ProcessLookupError: it has ended, or has not begun.
         """
-        children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children")
-        with contextlib.suppress(OSError, ValueError):
-            (child,) = children.read_text().split()
-            return int(child)
+        if self._outer is not None:
+            outer = self._outer.pid
+            with contextlib.suppress(OSError, ValueError):
+                (child,) = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
+                return int(child)
         raise ProcessLookupError
 
     def run(
@@ -117,45 +140,42 @@ class Systemd:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command among its processes."""
         done = subprocess.run(
-            [*self.enter_argv(), *argv], capture_output=True, text=True, timeout=timeout_s,
-            check=False, env={"PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+            ["nsenter", "-t", str(self.pid), "-m", "-n", "-p", "-u", "-i", "-C", "--", *argv],
+            capture_output=True, text=True, timeout=timeout_s, check=False,
+            env={"PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
         return done
-
-    def enter_argv(self) -> tuple[str, ...]:
-        """Argv to put before a command that is to run among its processes."""
-        return ("nsenter", "-t", str(self.pid), "-m", "-n", "-p", "-u", "-i", "-C", "--")
 
     def show(self, unit: str, name: str) -> str:
         """A property of a unit."""
         return self.run("systemctl", "show", "--value", "-p", name, unit).stdout.strip()
 
     def _is_up(self) -> bool:
+        assert self._outer is not None
         assert self._outer.poll() is None, "systemd has ended"
         with contextlib.suppress(ProcessLookupError):
             return self.run("systemctl", "is-active", _TARGET, check=False).returncode == 0
         return False
 
     def _logs(self) -> str:
-        text = (self._directory / "log").read_text()
+        text = ""
         with contextlib.suppress(OSError):
+            text += (self._directory / "log").read_text()
             text += Path(f"/proc/{self.pid}/root", _LOG).read_text()
         return text
 
 
-def _hierarchies() -> list[tuple[str, str]]:
-    """Where hierarchies of control groups are mounted below /sys/fs/cgroup, and their options."""
+def _hierarchies() -> list[Hierarchy]:
+    """All that are mounted in the place for them."""
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         place = before.split()[4]
         kind, _, options = after.split()[:3]
-        # Nobody can join a new cpuset of version 1 before it has been given CPUs.
-        if place.startswith(str(_CGROUPS)) and kind == "cgroup" and "cpuset" not in options:
-            found.append((place, options.removeprefix("rw,")))
-        if place == str(_CGROUPS) and kind == "cgroup2":
-            found.append((place, ""))
+        if kind.startswith("cgroup") and place.startswith(_CGROUPS):
+            options = options.removeprefix("rw").removeprefix(",") if kind == "cgroup" else ""
+            found.append(Hierarchy(kind, options, place))
     return found
 
 
