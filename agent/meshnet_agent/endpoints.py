@@ -119,8 +119,10 @@ class Endpoints:
             ConflictError: an endpoint that is attached is another host id's.
         """
         endpoints, _ = self._disk.load_endpoints()
-        for endpoint in [e for e in endpoints if e.host != self._host]:
-            found = await self._find_owner(endpoint)
+        others = [e for e in endpoints if e.host != self._host]
+        link_names = await self._list_links() if others else set()
+        for endpoint in others:
+            found = await self._find_owner(endpoint, link_names)
             if found is not None:
                 os.close(found[1])
                 raise ConflictError(
@@ -292,8 +294,7 @@ class Endpoints:
         """
         bare = {e.id for e in self.all if e.parent is not None and not await self._has_macvlan(e)}
         async with self._lock:
-            there = await self._worker.run(lambda wiring: wiring.list_endpoint_links())
-            gone = set(link_names) - set(there)
+            gone = set(link_names) - await self._list_links()
             for endpoint in [
                 e
                 for e in self.all
@@ -503,13 +504,20 @@ class Endpoints:
                 # What is left of it is collected at the next start.
                 _log.error("endpoint not freed", endpoint=endpoint.name, reason=str(error))
 
-    async def _find_owner(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
-        """The process that an endpoint on disk is of, or its heir, as in `_find_heir`."""
+    async def _list_links(self) -> set[str]:
+        return set(await self._worker.run(lambda wiring: wiring.list_endpoint_links()))
+
+    async def _find_owner(
+        self, endpoint: Endpoint, link_names: set[str]
+    ) -> tuple[Endpoint, int] | None:
+        """The process that an endpoint on disk is of, or its heir, as in `_find_heir`.
+
+        Args:
+            link_names: host-side links that there are.
+        """
         found = _same_process(endpoint)
         if found is None and (
-            endpoint.parent is not None
-            or endpoint_link_name(endpoint.id)
-            in await self._worker.run(lambda wiring: wiring.list_endpoint_links())
+            endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names
         ):
             # The link is there, so the namespace is, and its inode still means that one.
             found = await self._find_heir(endpoint)
@@ -538,11 +546,11 @@ class Endpoints:
 
     async def _recover(self) -> None:
         """At start: keep what lives, free what does not, remove links nobody recorded."""
-        link_names = set(await self._worker.run(lambda wiring: wiring.list_endpoint_links()))
+        link_names = await self._list_links()
         endpoints, unreadable = self._disk.load_endpoints()
         for endpoint in endpoints:
             try:
-                found = await self._find_owner(endpoint)
+                found = await self._find_owner(endpoint, link_names)
                 if found is not None:
                     await self._worker.run(lambda wiring, e=endpoint: wiring.adopt(e))  # type: ignore[misc]
                     self._adopt(*found)

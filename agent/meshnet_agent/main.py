@@ -226,7 +226,8 @@ async def _run(config: AgentConfig) -> None:
                 id_pool=id_pool,
                 systemd_cgroup=config.cgroup_driver == "systemd",
             )
-            await _serve(service, containers, agent, socket_path, notifier)
+            with _listen(socket_path) as listener:
+                await _serve(listener, service, containers, agent, notifier)
 
 
 @contextlib.asynccontextmanager
@@ -271,25 +272,17 @@ def _path(text: str | None) -> Path | None:
 
 
 async def _serve(
-    service: Service, containers: Containers, agent: Agent, socket_path: Path, notifier: Notifier
+    listener: socket.socket,
+    service: Service,
+    containers: Containers,
+    agent: Agent,
+    notifier: Notifier,
 ) -> None:
     """Run all parts until a signal.
 
     Containers stop first: a container that ends is put away by the agent's help, which is not
     there any more otherwise.  The API is the last.
     """
-    with _listen(socket_path) as listener:
-        await _serve_by(listener, service, containers, agent, socket_path, notifier)
-
-
-async def _serve_by(
-    listener: socket.socket,
-    service: Service,
-    containers: Containers,
-    agent: Agent,
-    socket_path: Path,
-    notifier: Notifier,
-) -> None:
     hypercorn = HypercornConfig()
     hypercorn.bind = [f"fd://{os.dup(listener.fileno())}"]  # it closes what it is given
     hypercorn.backlog = _BACKLOG
@@ -316,7 +309,7 @@ async def _serve_by(
                 async with trio.open_nursery() as inner:
                     await inner.start(containers.run)
                     notifier.tell("READY=1")
-                    _log.info("ready", host=agent.host.id, socket=str(socket_path))
+                    _log.info("ready", host=agent.host.id, socket=listener.getsockname())
             middle.cancel_scope.cancel()
         stopping.set()
         root.cancel_scope.cancel()

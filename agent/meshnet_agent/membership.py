@@ -113,9 +113,8 @@ class Membership:
         said = ""
         while True:
             await trio.sleep(pause_s * random.uniform(0.9, 1.1))
-            lease = self._lease
             try:
-                if lease is None:
+                if self._lease is None:
                     await trio.sleep(self._rejoin_pause_s())
                 lease = self._lease
                 if lease is None:

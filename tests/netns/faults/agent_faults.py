@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.lab.poll import wait_until
 from meshnet.unix_http import Connection
+from tests.netns.cgroups import removed
 from tests.netns.faults.fault import CutsHosts, Injected
 from tests.netns.faults.mesh import TTL_S
 from tests.netns.mesh import meshnet
@@ -170,7 +171,7 @@ class OutOfMemory:
             assert status in (None, -signal.SIGKILL), f"ended with {status}"
         finally:
             host.kill_agent()
-            wait_until(lambda: _removed(cgroup), 10, f"{cgroup} is empty")
+            wait_until(partial(removed, cgroup), 10, f"{cgroup} is empty")
         return Injected(f"agent of {host.name} out of memory", host.start_agent, says="ready")
 
 
@@ -196,15 +197,6 @@ def _make_cgroup(name: str) -> Path:
     limit = "memory.max" if unified.exists() else "memory.limit_in_bytes"
     (directory / limit).write_text(str(64 << 10))
     return directory
-
-
-def _removed(cgroup: Path) -> bool:
-    """Remove a cgroup; its last process may not be gone entirely."""
-    try:
-        cgroup.rmdir()
-    except OSError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,9 +160,9 @@ static void begin_connection(struct stream *stream) {
     if (stream->sock < 0)
         die("socket");
     setsockopt(stream->sock, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    /* So that a stream is heard of soon after its path is whole again.  Older kernels take longer. */
     /* After a fault that lost half of all, BBR paces a stream for long by what it measured then. */
     setsockopt(stream->sock, IPPROTO_TCP, TCP_CONGESTION, "cubic", strlen("cubic"));
+    /* So that a stream is heard of soon after its path is whole again.  Older kernels take longer. */
     setsockopt(stream->sock, IPPROTO_TCP, TCP_RTO_MAX_MS, &longest_ms, sizeof longest_ms);
     stream->sequence = stream->done = stream->ready = 0;
     stream->hash = HASH_START;

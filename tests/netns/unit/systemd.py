@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from meshnet.lab.netns import enter_argv
 from meshnet.lab.poll import wait_until
+from tests.netns.cgroups import removed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,7 +120,7 @@ class Systemd:
             self._outer.kill()
             self._outer.wait(_DEADLINE_S)
         for path in self._groups:
-            wait_until(lambda: _removed(path), 10, f"{path} is empty")  # noqa: B023
+            wait_until(partial(removed, path), 10, f"{path} is empty")
 
     @property
     def pid(self) -> int:
@@ -177,13 +178,3 @@ def _hierarchies() -> list[Hierarchy]:
             options = options.removeprefix("rw").removeprefix(",") if kind == "cgroup" else ""
             found.append(Hierarchy(kind, options, place))
     return found
-
-
-def _removed(cgroup: Path) -> bool:
-    """Remove a cgroup and those below it; the last process may not be gone entirely."""
-    try:
-        for directory, _, _ in os.walk(cgroup, topdown=False):
-            os.rmdir(directory)
-    except OSError:
-        return False
-    return True
