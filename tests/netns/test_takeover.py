@@ -16,6 +16,7 @@ from meshnet.kernel.netns import inside
 from meshnet.kernel.takeover.interface import Interfaces
 from meshnet.kernel.takeover.journal import JournalDir
 from meshnet.kernel.takeover.main import Takeover
+from meshnet.lab.poll import wait_until
 from meshnet.lab.underlay import ETCD_PORT
 from tests.netns.mesh import ping, silenced
 
@@ -128,6 +129,12 @@ def _mac(host: Namespace, link: str) -> str:
     found = re.search(r"link/ether (\S+)", host.run(["ip", "link", "show", link]).stdout)
     assert found is not None
     return found[1]
+
+
+def _knows_carrier(host: Namespace) -> bool:
+    """Whether each link whose peer is down is known to have none; the kernel finds out late."""
+    links = host.run(["ip", "-oneline", "link", "show", "up"]).stdout.splitlines()
+    return all("NO-CARRIER" in link for link in links if "M-DOWN" in link)
 
 
 def _routes(looks: dict[str, str], link: str) -> list[str]:
@@ -295,6 +302,7 @@ def test_links_that_cannot_be_taken_are_left_alone(taking: _Taking) -> None:
     }
     for reason, (link, setup, undo) in cases.items():
         host.run(["ip", "-batch", "-"], input_text="\n".join(setup))
+        wait_until(lambda: _knows_carrier(host), 5, "the kernel knows of carriers")
         before = taking.look()
         with (
             taking.by() as takeover,
