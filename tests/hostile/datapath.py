@@ -31,6 +31,8 @@ MTU = 1450
 _MEMBERS = ("192.0.2.1", "192.0.2.2")
 _STRANGER = "192.0.2.9"
 _MOST_BYTES = 65_000
+_MOST_PARTS = 128
+"""Of a train (linux/udp.h, ``UDP_MAX_SEGMENTS``)."""
 DOCUMENTS: list[dict[str, Any]] = [
     {"underlay_ip": ip, "mac": mac.hex(":"), "offload": True,
      "subnets": [f"10.42.{i + 1}.0/24", f"fd00:42:0:{i + 1}::/64"]}
@@ -111,6 +113,8 @@ def _make_datagrams(random: Random) -> bytes:
             data = damage_bytes(random, data)[:_MOST_BYTES]
         if random.randrange(9) == 0:
             size = random.choice((1, 22, 50, len(data) + 1))
+        if size:
+            data = data[: size * _MOST_PARTS]
         source = random.choice((0, 0, 0, 0, 1))
         parts += [bytes((source,)) + size.to_bytes(4, "big") + data]
     return pack(*parts)

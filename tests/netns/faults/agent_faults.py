@@ -44,7 +44,7 @@ class _AgentEnded:
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
         """End one."""
-        host = rng.choice(mesh.lab.hosts)
+        host = mesh.host_to_end(rng)
         if self.in_order:
             status = host.stop_agent()
             assert status == 0, f"{host.name}: the agent ended with {status}"
@@ -161,7 +161,7 @@ class OutOfMemory:
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
         """Put an agent in a cgroup with next to no memory, and take that."""
-        host = rng.choice(mesh.lab.hosts)
+        host = mesh.host_to_end(rng)
         pid = host.agent_pid
         cgroup = _make_cgroup(f"{host.netns}-oom")
         try:
@@ -208,7 +208,7 @@ class Reboot:
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
         """Cut the power of one host."""
         lab = mesh.lab
-        name = rng.choice(lab.hosts).name
+        name = mesh.host_to_end(rng).name
         networks = [member.network for member in mesh.members if member.host == name]
         lab.remove_host(name, keep_state=True)
         mesh.members[:] = [member for member in mesh.members if member.host != name]

@@ -38,7 +38,7 @@ class ClockJump:
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
         """Set the clock under an agent that was started with one that can be set (``clock.c``)."""
-        host = rng.choice(mesh.lab.hosts)
+        host = mesh.host_to_end(rng)
         file = host.state_dir.with_name("clock")
         _set(file, 0)
         host.stop_agent()

@@ -137,7 +137,7 @@ class FileDamaged:
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
         """Damage one."""
-        host = rng.choice(mesh.lab.hosts)
+        host = mesh.host_to_end(rng)
         return self.inject_this(rng.choice(_files(host)), host, mesh, rng)
 
     def inject_this(self, file: Path, host: LabHost, mesh: FaultMesh, rng: Random) -> Injected:
@@ -182,7 +182,7 @@ class NewerState:
 
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
         """Write what a newer version might have written."""
-        host = rng.choice(mesh.lab.hosts)
+        host = mesh.host_to_end(rng)
         host.stop_agent()
         endpoints = sorted((host.state_dir / "endpoints").glob("*.json"))
         records = [host.state_dir / "mesh.json", *endpoints]

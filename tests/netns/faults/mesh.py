@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from tests.netns.mesh import attach, create_network, meshnet
 
 if TYPE_CHECKING:
-    from meshnet.lab.host import LabContainer
+    from random import Random
+
+    from meshnet.lab.host import LabContainer, LabHost
     from meshnet.lab.topology import Lab
     from tests.netns.mesh import Document
 
@@ -43,10 +45,19 @@ class Member:
 
 @dataclass(slots=True)
 class FaultMesh:
-    """A running lab and what was put on it."""
+    """A running lab and what was put on it.
+
+    Attributes:
+        spared: the host whose agent no fault ends, so that one life lasts as long as the lab.
+    """
 
     lab: Lab
     members: list[Member] = field(default_factory=list)
+    spared: str | None = None
+
+    def host_to_end(self, rng: Random) -> LabHost:
+        """One whose agent, or all of it, a fault may end."""
+        return rng.choice([host for host in self.lab.hosts if host.name != self.spared])
 
     def add(self, host: str, network: str) -> Member:
         """Attach a new container."""

@@ -142,7 +142,7 @@ class AddressChanged:
     def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
         """Change one, under an agent that was told the link and not the address."""
         lab = mesh.lab
-        host = rng.choice(lab.hosts)
+        host = mesh.host_to_end(rng)
         host.stop_agent()
         host.start_agent(by_link=True)
         old, new = str(host.underlay_ip), str(lab.underlay.host_ip(7000 + rng.randrange(1000)))
