@@ -26,13 +26,7 @@ from meshnet.errors import (
     PolicyRefusedError,
 )
 from meshnet.kernel import EndpointWiring
-from meshnet.kernel.netns import (
-    find_process,
-    host_netns_inodes,
-    netns_inode,
-    open_process,
-    start_ticks,
-)
+from meshnet.kernel.netns import host_netns_inodes, netns_inode, open_process, start_ticks
 from meshnet.model import Endpoint, EndpointId
 from meshnet.ports import select_published
 from meshnet.state import LinkKind, endpoint_link_name
@@ -40,6 +34,7 @@ from meshnet.wire.mac import endpoint_mac
 from meshnet_agent.addresses import SubnetAddresses
 from meshnet_agent.attachment import check_names, check_publishable, gateways_of, inner_routes
 from meshnet_agent.flag import Flag
+from meshnet_agent.owners import Owners
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
@@ -88,6 +83,7 @@ class Endpoints:
         self.ports = ports
         self._settle = settle
         self._worker = worker
+        self._owners = Owners(worker)
         self._disk = disk
         self._host = host
         self._endpoints: dict[EndpointId, Endpoint] = {}
@@ -122,7 +118,7 @@ class Endpoints:
         others = [e for e in endpoints if e.host != self._host]
         link_names = await self._list_links() if others else set()
         for endpoint in others:
-            found = await self._find_owner(endpoint, link_names)
+            found = await self._owners.find(endpoint, link_names)
             if found is not None:
                 os.close(found[1])
                 raise ConflictError(
@@ -493,7 +489,7 @@ class Endpoints:
             if endpoint is None:
                 return
             try:
-                heir = await self._find_heir(endpoint)
+                heir = await self._owners.find_heir(endpoint)
                 if heir is None:
                     _log.info("endpoint freed, its process ended", endpoint=endpoint.name)
                     self._watchers.pop(identity, None)
@@ -507,38 +503,6 @@ class Endpoints:
     async def _list_links(self) -> set[str]:
         return set(await self._worker.run(lambda wiring: wiring.list_endpoint_links()))
 
-    async def _find_owner(
-        self, endpoint: Endpoint, link_names: set[str]
-    ) -> tuple[Endpoint, int] | None:
-        """The process that an endpoint on disk is of, or its heir, as in `_find_heir`.
-
-        Args:
-            link_names: host-side links that there are.
-        """
-        found = _same_process(endpoint)
-        if found is None and (
-            endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names
-        ):
-            # The link is there, so the namespace is, and its inode still means that one.
-            found = await self._find_heir(endpoint)
-        return found
-
-    async def _find_heir(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
-        """Another process of the namespace, as a changed endpoint and its pidfd."""
-        while True:
-            pid = await trio.to_thread.run_sync(find_process, endpoint.netns_inode)
-            if pid is None:
-                return None
-            # One that ends before it is opened may have left children.
-            with contextlib.suppress(NotFoundError), open_process(pid) as (pid_fd, netns_fd):
-                if netns_inode(netns_fd) == endpoint.netns_inode:
-                    if endpoint.parent is not None and not await self._worker.run(
-                        lambda wiring, fd=netns_fd: wiring.holds(fd, endpoint)  # type: ignore[misc]
-                    ):
-                        return None  # another namespace, which got the inode of one that is gone
-                    heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
-                    return heir, os.dup(pid_fd)
-
     def _adopt(self, endpoint: Endpoint, pid_fd: int) -> None:
         self._endpoints[endpoint.id] = endpoint
         self._watch(endpoint, pid_fd)
@@ -550,7 +514,7 @@ class Endpoints:
         endpoints, unreadable = self._disk.load_endpoints()
         for endpoint in endpoints:
             try:
-                found = await self._find_owner(endpoint, link_names)
+                found = await self._owners.find(endpoint, link_names)
                 if found is not None:
                     await self._worker.run(lambda wiring, e=endpoint: wiring.adopt(e))  # type: ignore[misc]
                     self._adopt(*found)
@@ -573,17 +537,3 @@ class Endpoints:
             _log.warning("unrecorded endpoint link removed", link=name)
             await self._worker.run(lambda wiring, n=name: wiring.remove_link(n))  # type: ignore[misc]
         self.changed.set()
-
-
-def _same_process(endpoint: Endpoint) -> tuple[Endpoint, int] | None:
-    """The endpoint with a pidfd, if the very process it was attached to still runs."""
-    try:
-        with open_process(endpoint.pid) as (pid_fd, netns_fd):
-            if (
-                start_ticks(endpoint.pid) == endpoint.pid_start_ticks
-                and netns_inode(netns_fd) == endpoint.netns_inode
-            ):
-                return endpoint, os.dup(pid_fd)
-    except MeshnetError:
-        pass
-    return None

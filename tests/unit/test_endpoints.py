@@ -222,7 +222,7 @@ async def test_the_port_leads_nowhere_once_the_process_has_ended(
     async with host.agent() as endpoints:
         await attach(endpoints, process.pid, "8080:80")
         await endpoints.changed.wait()
-        monkeypatch.setattr("meshnet_agent.endpoints.find_process", lambda _: None)
+        monkeypatch.setattr("meshnet_agent.owners.find_process", lambda _: None)
         process.kill()
         with trio.fail_after(5):
             await endpoints.changed.wait()
