@@ -50,6 +50,10 @@ def check_host_prefix(cidr: IpNetwork, host_prefix: int) -> None:
             cuts it into more than 2^32 subnets.
     """
     longest = cidr.max_prefixlen - 2
+    if cidr.prefixlen > longest:
+        raise UsageError(
+            f"{cidr} has no room for a host's subnet: choose a prefix of /{longest} or shorter"
+        )
     if not cidr.prefixlen <= host_prefix <= longest:
         raise UsageError(
             f"host prefix /{host_prefix} does not fit {cidr}: "

@@ -39,6 +39,10 @@ Vni = NewType("Vni", int)
 
 VXLAN_PORT = 4789
 """UDP port of VXLAN (RFC 7348 §8.1)."""
+DEFAULT_HOST_PREFIX = 24
+"""Of one host's IPv4 subnet."""
+DEFAULT_HOST_PREFIX6 = 64
+"""Of one host's IPv6 subnet."""
 
 
 class Mode(StrEnum):
@@ -123,8 +127,8 @@ class Network:
     subnets: tuple[IpNetwork, ...]
     vni: Vni
     port: int = VXLAN_PORT
-    host_prefix: int = 24
-    host_prefix6: int = 64
+    host_prefix: int = DEFAULT_HOST_PREFIX
+    host_prefix6: int = DEFAULT_HOST_PREFIX6
     mtu_bytes: int | None = None
     direct_routing: bool = False
     fallback: bool = False

@@ -120,7 +120,7 @@ class Agent:
         )
         self.probes = Probes(vteps, self._whom_to_probe, self.reconciler.touch)
         self.identity = MeshIdentity(store, disk.path / "mesh.json")
-        self.follower = Follower(store, self.identity, self._on_snapshot, self.way)
+        self.follower = Follower(store, self.identity, self._on_snapshot, self._on_return, self.way)
         self.membership = Membership(
             self.registry,
             self.host,
@@ -137,7 +137,7 @@ class Agent:
             link_addresses=self._link_addresses,
             endpoints=lambda: self.endpoints.all,
             recorded=disk.endpoint_ids,
-            check_store=self.identity.check,
+            check_store=self.follower.check_store,
             on_change=self.reconciler.mark_dirty,
         )
         self.endpoints = Endpoints(
@@ -154,7 +154,8 @@ class Agent:
             self.endpoints,
             self.host.id,
             lambda: self.follower.snapshot.networks,
-            self.identity.check,
+            self.follower.check_store,
+            lambda: self.follower.connected,
         )
         self.takeovers = Takeovers(
             takeovers,
@@ -357,6 +358,11 @@ class Agent:
             self.reconciler.touch(touched)
             if touched:
                 self.probes.refresh()
+
+    def _on_return(self) -> None:
+        """What was written last may have gone to an etcd that is no more."""
+        self.publisher.refresh()
+        self.pool.refresh()
 
     def _on_missing_links(self, names: Collection[str]) -> None:
         known = {endpoint_link_name(e.id) for e in self.endpoints.all}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import structlog
@@ -18,7 +18,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
-from meshnet.codec.document import MAX_VALUE_BYTES
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
@@ -30,6 +29,8 @@ from meshnet.errors import (
     UsageError,
 )
 from meshnet.model import (
+    DEFAULT_HOST_PREFIX,
+    DEFAULT_HOST_PREFIX6,
     AddressRange,
     IpAddress,
     IpNetwork,
@@ -40,11 +41,13 @@ from meshnet.model import (
     default_port,
 )
 from meshnet.ports import parse_all_published
+from meshnet.runtime.options import NO_NETWORKS
 from meshnet.text import parse_address, parse_network, printable
 from meshnet_agent.attachment import AttachRequest
 from meshnet_agent.containers_api import container_routes
 from meshnet_agent.exec_sessions import ExecSessions
 from meshnet_agent.openapi import describe, takes
+from meshnet_agent.request_body import read_body, shown_path
 from meshnet_agent.volumes import volume_routes
 
 if TYPE_CHECKING:
@@ -88,8 +91,8 @@ class NetworkRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: str
     subnets: list[str]
     mode: Mode = Mode.VXLAN
-    host_prefix: int = 24
-    host_prefix6: int = 64
+    host_prefix: int | None = None
+    host_prefix6: int | None = None
     vni: int | None = None
     port: int | None = None
     mtu: int | None = None
@@ -128,8 +131,7 @@ class PublishRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ports: list[str]
 
 
-_T = TypeVar("_T")
-_SHOWN, _LONGEST_MESSAGE = 300, 1000
+_LONGEST_MESSAGE = 1000
 """Characters of what a request said that are repeated, and of a whole message."""
 
 
@@ -166,7 +168,7 @@ def make_app(
             route("/v1/status", "GET", handlers.status),
             *(
                 [
-                    *container_routes(containers, ExecSessions(containers), route, _body),
+                    *container_routes(containers, ExecSessions(containers), route),
                     *volume_routes(containers.volumes, route),
                 ]
                 if containers is not None
@@ -194,8 +196,9 @@ class _Handlers:
 
     @takes(NetworkRequest)
     async def create_network(self, request: Request) -> object:
-        wanted = await _body(request, NetworkRequest)
+        wanted = await read_body(request, NetworkRequest)
         subnets = sorted((_cidr(s) for s in wanted.subnets), key=lambda s: s.version)
+        _check_given(wanted, subnets)
 
         def build(vni: Vni) -> Network:
             return Network(
@@ -204,8 +207,8 @@ class _Handlers:
                 subnets=tuple(subnets),
                 vni=vni,
                 port=wanted.port if wanted.port is not None else default_port(wanted.mode, vni),
-                host_prefix=wanted.host_prefix,
-                host_prefix6=wanted.host_prefix6,
+                host_prefix=_given(wanted.host_prefix, DEFAULT_HOST_PREFIX),
+                host_prefix6=_given(wanted.host_prefix6, DEFAULT_HOST_PREFIX6),
                 mtu_bytes=wanted.mtu,
                 direct_routing=wanted.direct_routing,
                 fallback=wanted.fallback == "auto",
@@ -227,7 +230,7 @@ class _Handlers:
 
     @takes(EndpointRequest)
     async def attach(self, request: Request) -> object:
-        wanted = await _body(request, EndpointRequest)
+        wanted = await read_body(request, EndpointRequest)
         return await self._service.attach(
             AttachRequest(
                 pid=wanted.pid,
@@ -242,17 +245,17 @@ class _Handlers:
 
     @takes(DetachRequest)
     async def detach(self, request: Request) -> object:
-        wanted = await _body(request, DetachRequest)
+        wanted = await read_body(request, DetachRequest)
         return await self._service.detach(wanted.pid, wanted.network)
 
     @takes(PublishRequest)
     async def publish(self, request: Request) -> object:
-        wanted = await _body(request, PublishRequest)
+        wanted = await read_body(request, PublishRequest)
         return await self._service.publish(wanted.endpoint, parse_all_published(wanted.ports))
 
     @takes(PublishRequest)
     async def unpublish(self, request: Request) -> object:
-        wanted = await _body(request, PublishRequest)
+        wanted = await read_body(request, PublishRequest)
         return await self._service.unpublish(wanted.endpoint, wanted.ports)
 
     async def list_endpoints(self, _request: Request) -> object:
@@ -322,7 +325,7 @@ def _guard(
             if isinstance(error, OSError) and error.errno in _EXHAUSTED:
                 return _error(_exhausted(error))
             # The agent must outlive a bug in one request; the next pass and the log tell of it.
-            _log.exception("request failed", path=_path(request))
+            _log.exception("request failed", path=shown_path(request))
             return _error(KernelRefusedError("internal error: see the agent's log"))
 
     return guarded
@@ -331,7 +334,7 @@ def _guard(
 async def _no_such_route(request: Request, _error_of_starlette: Exception) -> Response:
     return _error(
         NotFoundError(
-            f"{request.method} {_path(request)} is no request of this API: see docs/api.md"
+            f"{request.method} {shown_path(request)} is no request of this API: see docs/api.md"
         )
     )
 
@@ -369,33 +372,43 @@ def _json(document: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(document), status, media_type="application/json")
 
 
-async def _body(request: Request, kind: type[_T]) -> _T:
-    raw = bytearray()
-    try:
-        async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > MAX_VALUE_BYTES:
-                raise UsageError(f"request body is larger than {MAX_VALUE_BYTES} bytes")
-    except ClientDisconnect as error:
-        raise UsageError(f"request body of {_path(request)} breaks off") from error
-    try:
-        return msgspec.json.decode(bytes(raw), type=kind)
-    except (ValueError, RecursionError) as error:  # DecodeError, UnicodeDecodeError
-        reason = printable(str(error), _SHOWN)
-        raise UsageError(f"request body of {_path(request)}: {reason}") from error
-
-
-def _path(request: Request) -> str:
-    """The request's path.  Not ``request.url``, which cannot be had of some ``Host`` headers."""
-    return printable(str(request.scope["path"]), _SHOWN)
-
-
 async def _chunks(request: Request) -> AsyncIterator[bytes]:
     try:
         async for chunk in request.stream():
             yield chunk
     except ClientDisconnect as error:
         raise UsageError("the archive was cut off while it was sent: send it again") from error
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _check_given(wanted: NetworkRequest, subnets: list[IpNetwork]) -> None:
+    """Refuse a new network what would have no effect, and names that mean something else.
+
+    Raises:
+        UsageError: says what.
+    """
+    if wanted.name in NO_NETWORKS:
+        raise UsageError(
+            f"network name {wanted.name} is a word of meshnet run --net: choose another"
+        )
+    for option, value in (
+        ("--port", wanted.port),
+        ("--host-prefix", wanted.host_prefix),
+        ("--host-prefix6", wanted.host_prefix6),
+    ):
+        if value is not None and not wanted.mode.is_overlay:
+            raise UsageError(f"mode {wanted.mode} has no {option}: it is for modes vxlan and udp")
+    for option, value, version in (
+        ("--host-prefix", wanted.host_prefix, 4),
+        ("--host-prefix6", wanted.host_prefix6, 6),
+    ):
+        if value is not None and version not in {s.version for s in subnets}:
+            raise UsageError(
+                f"{option} {value} is of a subnet of IPv{version}, which {wanted.name} has not"
+            )
 
 
 def _cidr(text: str) -> IpNetwork:

@@ -14,10 +14,10 @@ from meshnet.codec.document import BadValueError
 from meshnet.files import write_whole
 from meshnet.runtime.id_ranges import IdRange  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.mount_points import MountPoint  # noqa: TC001  (msgspec reads it)
-from meshnet.runtime.options import ContainerOptions, parse_label
+from meshnet.runtime.options import ContainerOptions, parse_label, shared_with
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _log = structlog.get_logger()
@@ -56,7 +56,7 @@ class Record:
         shim: the conmon that keeps it.
         created_s, started_s, finished_s: Unix time.
         stopped: somebody wanted its end: it is not restarted.
-        endpoints: documents of its endpoints (`meshnet_agent.documents`).
+        endpoints: documents of the endpoints that were made with it (`meshnet_agent.documents`).
         v: version of the file (`meshnet_agent.disk`).
     """
 
@@ -90,8 +90,21 @@ class Record:
         """Its own, or the beginning of its id."""
         return self.options.hostname or self.id
 
-    def document(self) -> dict[str, Any]:
-        """The document of ``ps`` and ``inspect`` (docs/cli.md)."""
+    @property
+    def shares_network(self) -> bool:
+        """Whether its network namespace is the host's or another container's."""
+        words = self.options.networks
+        return "host" in words or any(shared_with(w) is not None for w in words)
+
+    def document(self, endpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The document of ``ps`` and ``inspect`` (docs/cli.md).
+
+        Args:
+            endpoints: documents of those that it has now, with or without our doing.
+        """
+        networks: Sequence[str] = self.options.networks
+        if self.process is not None and not self.shares_network:
+            networks = [e["network"] for e in endpoints] or [n for n in networks if n == "none"]
         return {
             "id": self.id,
             "name": self.name,
@@ -99,10 +112,10 @@ class Record:
             "state": self.state,
             "exit_code": self.exit_code,
             "image": self.options.image or self.options.rootfs,
-            "networks": list(self.options.networks),
+            "networks": list(networks),
             "command": list(self.args),
             "labels": dict(map(parse_label, self.options.labels)),
-            "endpoints": list(self.endpoints),
+            "endpoints": list(endpoints),
             "restarts": self.restarts,
             "error": self.error,
             "created_s": self.created_s,

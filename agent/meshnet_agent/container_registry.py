@@ -13,7 +13,6 @@ from meshnet_agent.container_record import Record, State, save
 
 if TYPE_CHECKING:
     from meshnet_agent.bundle import Bundle
-    from meshnet_agent.documents import Document
 
 
 class Container:
@@ -78,10 +77,6 @@ class Registry:
     def records(self) -> list[Record]:
         """Of all containers."""
         return [c.record for c in self._containers.values()]
-
-    def documents(self) -> list[Document]:
-        """All containers, the newest first."""
-        return [r.document() for r in sorted(self.records(), key=lambda r: -r.created_s)]
 
     def find(self, name: str) -> Container:
         """A container by its name, its id, or the beginning of the id.

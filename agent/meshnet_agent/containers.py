@@ -29,10 +29,14 @@ from meshnet.runtime.id_ranges import IdRange, allocate, check_free
 from meshnet.runtime.mount_points import mount_points
 from meshnet.runtime.oci import Digest
 from meshnet.runtime.oci_runtime import OciRuntime, find_runtime
-from meshnet.runtime.options import ContainerOptions, check_options, parse_restart
+from meshnet.runtime.options import (
+    MOST_TIMEOUT_S,
+    ContainerOptions,
+    check_options,
+    parse_restart,
+)
 from meshnet.runtime.userns import parse_userns
 from meshnet.runtime.volumes import VolumeStore
-from meshnet.text import check_name
 from meshnet_agent.bundle import (
     Bundle,
     Sources,
@@ -69,6 +73,7 @@ class Containers:
     Args:
         state_dir, run_dir: the agent's.
         attach, detach: puts a process on a network, and takes it off.
+        endpoints_of: documents of the endpoints in a process's network namespace.
         passed_over: filled with the OCI runtimes that cannot run here, and why.
         id_pool: ids of the host that containers with ``--userns auto`` get theirs from.
         systemd_cgroup: systemd makes the containers' cgroups.
@@ -83,6 +88,7 @@ class Containers:
         run_dir: Path,
         attach: Callable[[AttachRequest], Awaitable[Document]],
         detach: Callable[[int, str], Awaitable[Document]],
+        endpoints_of: Callable[[int], list[Document]],
         passed_over: dict[str, str],
         *,
         id_pool: IdRange,
@@ -94,6 +100,7 @@ class Containers:
         self._sources = Sources(state_dir.absolute() / "images")
         self._attach = attach
         self._detach = detach
+        self._endpoints_of = endpoints_of
         self.registry = Registry()
         self._runtime: OciRuntime | None = None
         self._probing = trio.Lock()
@@ -127,12 +134,22 @@ class Containers:
 
     # --- looking --------------------------------------------------------------------------------
 
+    def documents(self) -> list[Document]:
+        """All containers, the newest first."""
+        records = sorted(self.registry.records(), key=lambda r: -r.created_s)
+        return [self._document(record) for record in records]
+
+    def _document(self, record: Record) -> Document:
+        if record.process is None or record.shares_network:
+            return record.document(())
+        return record.document(self._endpoints_of(record.process.pid))
+
     def inspect(self, name: str) -> Document:
         """All that is known of a container."""
         container = self.registry.find(name)
         record = container.record
         options = {f: getattr(record.options, f) for f in ContainerOptions.__slots__}
-        return record.document() | {
+        return self._document(record) | {
             "options": options,
             "image_id": record.image_id,
             "ids": asdict(record.ids) if record.ids is not None else None,
@@ -162,7 +179,6 @@ class Containers:
         parse_all_published(options.publish)
         identity = secrets.token_hex(6)
         name = options.name or f"c-{identity}"
-        check_name("container", name)
         record = Record(
             id=identity, name=name, options=options, created_s=time.time(), args=(), lowerdirs=()
         )
@@ -282,12 +298,14 @@ class Containers:
         async with container.lock:
             record = container.record
             if record.state is not State.CREATED:
-                raise ConflictError(f"container {record.name} is {record.state}, not created")
+                raise ConflictError(
+                    f"container {record.name} is {record.state}: stop it first, or restart it"
+                )
             with trio.CancelScope(shield=True):
                 await container.change(state=State.RUNNING, started_s=time.time())
                 await runtime.start(record.id)
         _log.info("container started", container=record.name, id=record.id)
-        return container.record.document()
+        return self._document(container.record)
 
     async def restart(self, name: str, timeout_s: int | None) -> Document:
         """Stop a container, if it runs, and start it again.
@@ -308,10 +326,16 @@ class Containers:
         """Send a signal to a container's first process."""
         container = self.registry.running(name)
         self._signal(container, _signal_of(signal_name))
-        return container.record.document()
+        return self._document(container.record)
 
     async def stop(self, name: str, timeout_s: int | None) -> Document:
-        """End a container: its stop signal, then SIGKILL; returns when it has ended."""
+        """End a container: its stop signal, then SIGKILL; returns when it has ended.
+
+        Raises:
+            UsageError: no such time.
+        """
+        if timeout_s is not None and not 0 <= timeout_s <= MOST_TIMEOUT_S:
+            raise UsageError(f"timeout {timeout_s} is out of range: give seconds, 0 or more")
         container = self.registry.find(name)
         ended = container.ended
         await container.change(stopped=True)
@@ -324,7 +348,7 @@ class Containers:
                 ):
                     await ended.wait()
             await self._kill_and_wait(container, ended)
-        return container.record.document()
+        return self._document(container.record)
 
     async def _kill_and_wait(self, container: Container, ended: trio.Event) -> None:
         if not ended.is_set():
@@ -344,7 +368,7 @@ class Containers:
             ConflictError: it runs.
         """
         container = self.registry.find(name)
-        document = container.record.document()
+        document = self._document(container.record)
         if container.record.state in (State.RUNNING, State.CREATING) and not force:
             raise ConflictError(
                 f"container {name} is {container.record.state}: stop it first, or use --force"

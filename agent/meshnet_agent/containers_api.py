@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from starlette.responses import Response, StreamingResponse
@@ -15,10 +15,12 @@ from meshnet.runtime.oci_runtime import exit_status_of
 from meshnet.runtime.options import ContainerOptions
 from meshnet_agent.container_log import read_log
 from meshnet_agent.openapi import takes
+from meshnet_agent.request_body import convert, read_body, shown_path
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from starlette.datastructures import QueryParams
     from starlette.requests import Request
     from starlette.routing import Route
 
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 
     Handler = Callable[[Request], Awaitable[object]]
     MakeRoute = Callable[[str, str, Handler], Route]
-    ReadBody = Callable[[Request, type[Any]], Awaitable[Any]]
 
+_T = TypeVar("_T", int, float)
 _FIELDS = frozenset(f.name for f in fields(ContainerOptions))
 
 
@@ -44,25 +46,36 @@ class StopRequest(msgspec.Struct, forbid_unknown_fields=True):
     timeout_s: int | None = None
 
 
+def _number(query: QueryParams, key: str, kind: Callable[[str], _T], remedy: str) -> _T | None:
+    """A number, 0 or more, of a query that may have none."""
+    text = query.get(key)
+    if text is None:
+        return None
+    try:
+        number = kind(text)
+        if number >= 0:
+            return number
+    except ValueError:
+        pass
+    raise UsageError(f"{key} {text[:40]!r} is not usable: give {remedy}")
+
+
 def container_routes(
-    containers: Containers, sessions: ExecSessions, route: MakeRoute, read_body: ReadBody
+    containers: Containers, sessions: ExecSessions, route: MakeRoute
 ) -> list[Route]:
-    """The routes; `route` guards a handler, `read_body` reads a body of a type."""
+    """The routes; `route` guards a handler."""
 
     async def options_of(request: Request) -> ContainerOptions:
         document = await read_body(request, dict[str, Any])
         for unknown in document.keys() - _FIELDS:
             raise UsageError(f"a container has no option {unknown!r}: see docs/api.md")
-        try:
-            return msgspec.convert(document, ContainerOptions)
-        except msgspec.ValidationError as error:
-            raise UsageError(f"request body of {request.url.path}: {error}") from error
+        return convert(document, ContainerOptions, shown_path(request))
 
     def name_of(request: Request) -> str:
         return str(request.path_params["name"])
 
     async def list_all(_request: Request) -> object:
-        return containers.registry.documents()
+        return containers.documents()
 
     @takes(ContainerOptions)
     async def create(request: Request) -> object:
@@ -106,13 +119,8 @@ def container_routes(
     async def logs(request: Request) -> Response:
         container = containers.registry.find(name_of(request))
         query = request.query_params
-        try:
-            tail = int(query["tail"]) if "tail" in query else None
-            since_s = float(query["since"]) if "since" in query else None
-        except ValueError as error:
-            raise UsageError(f"tail and since are numbers: {error}") from error
-        if tail is not None and tail < 0:
-            raise UsageError(f"tail {tail} is negative: give a number of lines")
+        tail = _number(query, "tail", int, "a number of lines")
+        since_s = _number(query, "since", float, "seconds of Unix time")
         body = read_log(container, follow=query.get("follow") == "1", tail=tail, since_s=since_s)
         return StreamingResponse(body, media_type="application/octet-stream")
 

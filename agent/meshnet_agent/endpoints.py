@@ -418,14 +418,20 @@ class Endpoints:
                     "wait for that, or choose another --name"
                 )
 
-    def _find(self, pid: int, network: str) -> Endpoint:
+    def of_process(self, pid: int) -> list[Endpoint]:
+        """Those in a process's network namespace; of one that has ended, those it was given."""
         inode = -1
         with contextlib.suppress(OSError):
             inode = os.stat(f"/proc/{pid}/ns/net").st_ino
-        for endpoint in self._endpoints.values():
-            if endpoint.network == network and (
-                endpoint.netns_inode == inode or (inode == -1 and endpoint.pid == pid)
-            ):
+        return [
+            e
+            for e in self._endpoints.values()
+            if e.netns_inode == inode or (inode == -1 and e.pid == pid)
+        ]
+
+    def _find(self, pid: int, network: str) -> Endpoint:
+        for endpoint in self.of_process(pid):
+            if endpoint.network == network:
                 return endpoint
         raise NotFoundError(
             f"process {pid} has no endpoint on network {network}: meshnet endpoint ls lists them"

@@ -25,6 +25,7 @@ from meshnet.runtime.conmon import (
     Shim,
     read_exit,
 )
+from meshnet.runtime.options import check_process
 from meshnet_agent.bundle import open_to_group
 from meshnet_agent.processes import identify, send, wait_for_end
 
@@ -70,6 +71,7 @@ class ExecSessions:
         container = self._containers.registry.running(name)
         if not wanted.command:
             raise UsageError("exec needs a command")
+        check_process(wanted)
         record = container.record
         options = replace(
             record.options,

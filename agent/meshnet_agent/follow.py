@@ -47,6 +47,7 @@ class Follower:
         way: given way to between slices of many changes.
         on_change: called after every change with the snapshot and what the change comes to; None:
             everything was read anew.
+        on_return: called when the store is followed again: meanwhile it may have been another one.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Follower:
         store: Store,
         identity: MeshIdentity,
         on_change: Callable[[MeshSnapshot, Changes | None], None],
+        on_return: Callable[[], None],
         way: RightOfWay,
     ) -> None:
         self._way = way
@@ -61,6 +63,7 @@ class Follower:
         self._identity = identity
         self._mirror = Mirror()
         self._on_change = on_change
+        self._on_return = on_return
         self._heard_at = trio.current_time()
         self._dead_since: dict[HostId, float] = {}
         self.connected = False
@@ -81,6 +84,23 @@ class Follower:
             return {}
         now = trio.current_time()
         return {host: now - since for host, since in self._dead_since.items()}
+
+    async def check_store(self) -> None:
+        """Look whether the store is the one that is followed; before anything is written to it.
+
+        Raises:
+            PolicyRefusedError: it is not this host's mesh, or an older copy of it.
+            StoreUnavailableError: that cannot be told now.
+        """
+        await self._identity.check()
+        if self.connected:
+            return  # its history was looked at when the watch began
+        try:
+            await self._identity.check_history(self._mirror)
+        except CompactedError as error:
+            raise StoreUnavailableError(
+                "etcd's history was compacted and is being listed again: try again in a moment"
+            ) from error
 
     async def list_all(self) -> None:
         """Read everything.
@@ -159,8 +179,11 @@ class Follower:
                 # What was dead when the store was lost may have come back meanwhile: grace periods
                 # begin again, or they would end on old news.
                 self._dead_since = dict.fromkeys(self._dead_since, trio.current_time())
+            returned = not self.connected
             self.connected = True
             self.error = None
+            if returned:
+                self._on_return()
             self._heard_at = trio.current_time()
             async for batch in batches:
                 self._heard_at = trio.current_time()

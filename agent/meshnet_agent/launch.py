@@ -10,7 +10,7 @@ from meshnet.errors import ConflictError
 from meshnet.ports import parse_all_published
 from meshnet.runtime.cgroups import has_unified_io, set_blkio_weight
 from meshnet.runtime.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim
-from meshnet.runtime.options import ContainerOptions, shared_with
+from meshnet.runtime.options import NO_NETWORKS, ContainerOptions, shared_with
 from meshnet.runtime.userns import parse_userns
 from meshnet_agent.attachment import AttachRequest
 from meshnet_agent.bundle import Bundle, open_to_group
@@ -132,4 +132,4 @@ def _user_namespace(record: Record, registry: Registry) -> str:
 
 def _own_networks(options: ContainerOptions) -> tuple[str, ...]:
     words = options.networks
-    return tuple(w for w in words if w not in ("none", "host") and shared_with(w) is None)
+    return tuple(w for w in words if w not in NO_NETWORKS and shared_with(w) is None)

@@ -106,7 +106,6 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
         epilog="Every option is also an environment variable (--lease-ttl: MESHNET_LEASE_TTL) and "
         "a key of the TOML file (lease-ttl). Example: meshnet-agent --etcd http://10.0.0.1:2379 "
         "--underlay-dev eth0",
-        allow_abbrev=False,
     )
     for setting in SETTINGS:
         if not setting.secret:
@@ -226,6 +225,7 @@ async def _run(config: AgentConfig) -> None:
                 Path(config.run_dir),
                 service.attach,
                 service.detach,
+                service.endpoints_of,
                 service.passed_over,
                 id_pool=id_pool,
                 systemd_cgroup=config.cgroup_driver == "systemd",

@@ -77,7 +77,7 @@ class PoolAddresses:
         link_addresses: the host's own addresses on a link; None: there is no such link.
         endpoints: this host's.
         recorded: ids of all that are on disk, readable or not.
-        check_store: raises if the store is not this host's mesh (`MeshIdentity.check`).
+        check_store: raises if the store is not this host's mesh (`Follower.check_store`).
         on_change: called when `host_addresses` changed, or the endpoints that they are for.
 
     Attributes:

@@ -33,7 +33,8 @@ class Publisher:
     """Keeps the keys of this host's endpoints current.
 
     Args:
-        check_store: raises if the store is not this host's mesh (`MeshIdentity.check`).
+        check_store: raises if the store is not this host's mesh (`Follower.check_store`).
+        is_followed: whether the store is watched now, and so was looked at (`Follower.connected`).
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Publisher:
         host: HostId,
         networks: Callable[[], Iterable[NetworkName]],
         check_store: Callable[[], Awaitable[None]],
+        is_followed: Callable[[], bool],
     ) -> None:
         self._registry = registry
         self._endpoints = endpoints
         self._host = host
         self._networks = networks
         self._check_store = check_store
+        self._is_followed = is_followed
         self._published: dict[str, bytes] | None = None
 
     def refresh(self) -> None:
@@ -75,8 +78,9 @@ class Publisher:
                 self._endpoints.changed.set()
 
     async def _sync(self) -> None:
-        if self._published is None:
+        if self._published is None or not self._is_followed():
             await self._check_store()
+        if self._published is None:
             published: dict[str, bytes] = {}
             for network in self._networks():
                 published |= await self._registry.list_published(network, self._host)

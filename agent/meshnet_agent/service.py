@@ -97,7 +97,11 @@ class Service:
         """Create a network and wait, for a while, until it is up here.
 
         It exists also if it does not come up on this host: then `error` says why.
+
+        Raises:
+            PolicyRefusedError: the store is not this host's mesh; also of what removes something.
         """
+        await self._agent.follower.check_store()
         network = await self._agent.registry.create_network(build, vni)
         try:
             ready = await self.wait_for_network(network.name)
@@ -119,10 +123,12 @@ class Service:
             raise ConflictError(
                 f"network {name} has {len(mine)} endpoints on this host ({some}): detach them first"
             )
+        await self._agent.follower.check_store()
         await self._agent.registry.remove_network(NetworkName(name))
 
     async def remove_host(self, host: str) -> None:
         """Forget a host (`Registry.remove_host`)."""
+        await self._agent.follower.check_store()
         await self._agent.registry.remove_host(HostId(host))
 
     async def detach(self, pid: int, network: str) -> Document:
@@ -144,6 +150,10 @@ class Service:
             ms=round(elapsed_ms, 2),
         )
         return endpoint_document(endpoint) | {"agent_ms": round(elapsed_ms, 3)}
+
+    def endpoints_of(self, pid: int) -> list[Document]:
+        """The endpoints in a process's network namespace."""
+        return [endpoint_document(e) for e in self._agent.endpoints.of_process(pid)]
 
     async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Document:
         """Publish ports of a live endpoint (`Endpoints.publish`)."""

@@ -103,9 +103,10 @@ class Client:
         *,
         timeout_s: float | None = _TIMEOUT_S,
     ) -> Any:  # noqa: ANN401
+        target = _target(parts, query or {})
         document = json.dumps(body).encode() if body is not None else None
         with self._connected(timeout_s) as connection:
-            connection.request(method, _target(parts, query or {}), document)
+            connection.request(method, target, document)
             return _document(connection.answer())
 
     @contextmanager
@@ -151,6 +152,9 @@ class Question:
 def _target(parts: tuple[str, ...], query: dict[str, str]) -> str:
     if "" in parts:
         raise UsageError("the name is empty: give one")
+    for part in parts:
+        if "/" in part and parts[0] != "images":
+            raise UsageError(f"name {part!r} is not usable: only an image's has a '/'")
     path = "/v1/" + "/".join(part if _UNQUOTED.issuperset(part) else _quote(part) for part in parts)
     if not query:
         return path

@@ -54,7 +54,6 @@ def make_parser(groups: Iterable[str] = GROUPS) -> argparse.ArgumentParser:
         description="Put any process of any host on one network.",
         epilog=_EXIT_STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(

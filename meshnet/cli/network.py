@@ -111,7 +111,10 @@ def _add_create(actions: Subparsers) -> None:
         help="the physical network's router; twice for IPv4 and IPv6",
     )
     create.add_argument(
-        "--internal", action="store_true", help="endpoints have no way out of the network"
+        "--internal",
+        action="store_true",
+        help="endpoints have no way out of the network (modes macvlan and underlay-bridge: "
+        "they get no default route, and reach the physical network)",
     )
     create.add_argument(
         "--host-access",
@@ -178,7 +181,7 @@ def _inspect(args: argparse.Namespace) -> int:
         print_json(document)
         return 0
     for key in ("name", "mode", "vni", "port", "mtu"):
-        print(f"{key + ':':16}{document[key]}")
+        print(f"{key + ':':16}{document[key] or '-'}")
     print(f"{'direct routing:':16}{'yes' if document['direct_routing'] else 'no'}")
     print(f"{'fallback:':16}{document['fallback']}")
     print(f"{'subnets:':16}{joined(document['subnets'])}")

@@ -11,11 +11,12 @@ from meshnet.errors import UsageError
 
 TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Like argparse's, but for its error message."""
+    """Like argparse's, but for its error message, and that options are written in full."""
 
     def __init__(
         self,
@@ -25,7 +26,17 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         # argparse makes a formatter for each argument, to check it; without a width, each would
         # import shutil and measure the terminal.
-        super().__init__(formatter_class=partial(formatter_class, width=_width()), **options)
+        sized = partial(formatter_class, width=_width())
+        super().__init__(formatter_class=sized, allow_abbrev=False, **options)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, but a sub-command itself refuses what it does not know."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with the status of a usage error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -53,7 +54,6 @@ def _add_run(commands: Subparsers) -> None:
         epilog=_RUN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [OPTION...] (IMAGE | --rootfs DIR) [CMD...]",
-        allow_abbrev=False,
     )
     run.add_argument(
         "--net", metavar="NAME", action="append", default=[], dest="networks",
@@ -97,7 +97,7 @@ def _add_run(commands: Subparsers) -> None:
     )
     for name, text in numbers:
         run.add_argument(name, metavar="N", type=int, help=text)
-    run.add_argument("--cpus", metavar="F", type=float, help="how many CPUs it may use, as 0.5")
+    run.add_argument("--cpus", metavar="F", type=_finite, help="how many CPUs it may use, as 0.5")
     several = (
         (("-v", "--volume"), "[SRC:]DST[:ro]", "mount a path of the host, or a volume"),
         (("-p", "--publish"), "PORT[:PORT][/udp]", "a port of the host leads to one of it"),
@@ -136,7 +136,6 @@ def _add_exec(commands: Subparsers) -> None:
         "exec",
         help="run another command in a running container",
         usage="%(prog)s [OPTION...] NAME CMD...",
-        allow_abbrev=False,
     )
     _add_stdio(execute)
     execute.add_argument("name", metavar="NAME").completer = complete_containers  # type: ignore[attr-defined]
@@ -156,29 +155,33 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     sizes = {
         f"{name}_bytes": _size(value) if value is not None else None
         for name, value in (
-            ("memory", args.memory),
-            ("memory_reservation", args.memory_reservation),
             ("shm_size", args.shm_size),
             ("log_max", _log_max_size(args)),
         )
     }
+    for name in ("memory", "memory_reservation"):
+        text = getattr(args, name)
+        sizes[f"{name}_bytes"] = _size(text) or None if text is not None else None
     if args.memory_swap is not None:
         unlimited = args.memory_swap == "-1"
         sizes["memory_swap_bytes"] = -1 if unlimited else _size(args.memory_swap) or None
     same = (
         "name", "hostname", "entrypoint", "restart", "cpuset_cpus", "pid", "ipc", "uts", "userns",
-        "user", "workdir", "stop_signal", "cpu_shares", "pids_limit", "blkio_weight", "cpus", "rm",
-        "init", "privileged", "read_only", "interactive", "tty", "tmpfs", "publish", "cap_add",
-        "cap_drop", "group_add", "dns",
+        "user", "workdir", "stop_signal", "pids_limit", "cpus", "rm", "init", "privileged",
+        "read_only", "interactive", "tty", "tmpfs", "publish", "cap_add", "cap_drop", "group_add",
+        "dns",
     )  # fmt: skip
     return (
         sizes
         | {name: getattr(args, name) for name in same}
         | {
             "image": image,
-            "rootfs": os.path.abspath(args.rootfs) if args.rootfs is not None else None,
+            "rootfs": os.path.abspath(args.rootfs) if args.rootfs else args.rootfs,
             "command": words,
             "networks": args.networks or ["none"],
+            # Docker: 0 is no limit, and the default share or weight.
+            "cpu_shares": args.cpu_shares or None,
+            "blkio_weight": args.blkio_weight or None,
             "env": _env([*_env_files(args.env_file), *args.env]),
             "volumes": args.volume,
             "ulimits": args.ulimit,
@@ -189,6 +192,17 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             "stop_timeout_s": args.stop_timeout,
         }
     )
+
+
+def _finite(text: str) -> float:
+    """A number that JSON has."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: give one such as 0.5")
+    return number
 
 
 def _size(text: str) -> int:

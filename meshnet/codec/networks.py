@@ -174,8 +174,10 @@ def _check_mode_settings(network: Network) -> None:
                 )
         return
     if network.parent is None or not IFNAME_PATTERN.fullmatch(network.parent):
+        reason = f"{network.parent!r} is no name of a link" if network.parent else "none is given"
         raise UsageError(
-            f"mode {mode} needs --parent, the hosts' link on the physical network, such as eth0"
+            f"mode {mode} needs --parent, the hosts' link on the physical network, such as eth0: "
+            f"{reason}"
         )
     for kind, versions in (
         ("--range", [r.version for r in network.ranges]),
@@ -192,9 +194,10 @@ def _check_mode_settings(network: Network) -> None:
             )
     for addresses in network.ranges:
         cidr = cidrs.get(addresses.version)
-        ordered = int(addresses.first) <= int(addresses.last)
-        if cidr is None or not (ordered and addresses.first in cidr and addresses.last in cidr):
+        within = cidr is not None and addresses.first in cidr and addresses.last in cidr
+        if not within or int(addresses.first) > int(addresses.last):
+            what = f"is not within {', '.join(map(str, network.subnets))}"
             raise UsageError(
-                f"range {addresses} is not within {', '.join(map(str, network.subnets))}: give the "
-                "first and the last address for endpoints, such as 192.0.2.100-192.0.2.199"
+                f"range {addresses} {'ends before it begins' if within else what}: give the first "
+                "and the last address for endpoints, such as 192.0.2.100-192.0.2.199"
             )

@@ -14,14 +14,22 @@ from meshnet.runtime.devices import parse_device
 from meshnet.runtime.sysctls import check_sysctls
 from meshnet.runtime.ulimits import parse_ulimit
 from meshnet.runtime.userns import check_userns
+from meshnet.text import check_name
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([bkmgt]?)b?", re.IGNORECASE)
 _RESTART = re.compile(r"no|always|on-failure(?::(\d+))?")
+NO_NETWORKS = ("none", "host")
+"""Words of ``--net`` that are no network's name."""
 _CONTAINER = "container:"
 _VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,62}")
 """Of two letters or more, as in Docker: a single one would be a drive of Windows there."""
 _LEAST_LOG_BYTES = 64 << 10
+_LEAST_MEMORY_BYTES = 6 << 20
+"""Docker's: with less nothing can be started."""
+_MOST_BYTES = (1 << 63) - 1
+MOST_TIMEOUT_S = 1 << 31
+_CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 NO_SWAP_LIMIT = -1
 
 
@@ -229,7 +237,7 @@ def check_options(options: ContainerOptions) -> None:
         raise UsageError(f"rootfs {options.rootfs!r} is not an absolute path")
     if options.rootfs is not None and not (options.command or options.entrypoint):
         raise UsageError("a --rootfs says nothing of what to run: give a command")
-    alone = [n for n in options.networks if n in ("none", "host") or shared_with(n) is not None]
+    alone = [n for n in options.networks if n in NO_NETWORKS or shared_with(n) is not None]
     if alone and len(options.networks) > 1:
         raise UsageError(f"--net {alone[0]} goes with no other --net")
     if options.publish and (alone or not options.networks):
@@ -239,9 +247,14 @@ def check_options(options: ContainerOptions) -> None:
             raise UsageError(f"namespace {word!r} is unknown: host or container:NAME")
     if options.rm and options.restart != "no":
         raise UsageError("--rm and --restart contradict each other: give one")
-    if options.cpus is not None and options.cpus < 0.01:
-        raise UsageError(f"--cpus {options.cpus} is too few: give 0.01 or more")
+    if len(options.networks) > len(set(options.networks)):
+        raise UsageError(f"--net is given twice with one name: {', '.join(options.networks)}")
+    for kind, name in (("container", options.name), ("host", options.hostname)):
+        if name is not None:
+            check_name(kind, name)
     parse_restart(options.restart)
+    _check_numbers(options)
+    check_process(options)
     check_userns(options)
     for volume in options.volumes:
         parse_volume(volume)
@@ -256,15 +269,49 @@ def check_options(options: ContainerOptions) -> None:
     check_sysctls(options)
     if 0 < options.log_max_bytes < _LEAST_LOG_BYTES or options.log_max_bytes < 0:
         raise UsageError(f"--log-max-size {options.log_max_bytes} is too small: give 64k, or 0")
-    for text in (*options.command, *options.env, *options.tmpfs):
+    for text in options.tmpfs:
+        if not text.startswith("/") or "\0" in text:
+            raise UsageError(f"--tmpfs {text!r} is not usable: give /DIR or /DIR:OPTIONS")
+
+
+def check_process(options: ContainerOptions) -> None:
+    """Refuse what no program can be started with.
+
+    Raises:
+        UsageError: the message says what.
+    """
+    if options.workdir is not None and not options.workdir.startswith("/"):
+        raise UsageError(f"--workdir {options.workdir!r} is not usable: give an absolute path")
+    for variable in options.env:
+        if not variable.partition("=")[0]:
+            raise UsageError(f"--env {variable!r} has no name: give K=V")
+    for text in (*options.command, *options.env, options.workdir or ""):
         if "\0" in text:
             raise UsageError("a NUL is in an argument or a variable")
 
 
+def _check_numbers(options: ContainerOptions) -> None:
+    for option, value, least, most, remedy in (
+        ("--cpus", options.cpus, 0.01, 100_000, "0.01 or more"),
+        ("--cpu-shares", options.cpu_shares, 2, 1 << 18, "2 to 262144"),
+        ("--pids-limit", options.pids_limit, -1, 1 << 22, "1 to 4194304, or -1"),
+        ("--blkio-weight", options.blkio_weight, 10, 1000, "10 to 1000"),
+        ("--stop-timeout", options.stop_timeout_s, 0, MOST_TIMEOUT_S, "seconds, 0 or more"),
+        ("--memory", options.memory_bytes, _LEAST_MEMORY_BYTES, _MOST_BYTES, "6m or more"),
+        ("--memory-reservation", options.memory_reservation_bytes, 1, _MOST_BYTES, "1 or more"),
+        ("--shm-size", options.shm_size_bytes, 1, _MOST_BYTES, "one, as 64m"),
+        ("--memory-swap", options.memory_swap_bytes, NO_SWAP_LIMIT, _MOST_BYTES, "one, or -1"),
+    ):
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{option} {value} is out of range: give {remedy}")
+    if options.cpuset_cpus is not None and not _CPU_LIST.fullmatch(options.cpuset_cpus):
+        raise UsageError(
+            f"--cpuset-cpus {options.cpuset_cpus!r} is not usable: give numbers of CPUs, as 0-1,3"
+        )
+
+
 def _check_memory(options: ContainerOptions) -> None:
     swap, memory = options.memory_swap_bytes, options.memory_bytes
-    if options.shm_size_bytes <= 0:
-        raise UsageError(f"--shm-size {options.shm_size_bytes} is too small: give one, as 64m")
     if swap is None or swap == NO_SWAP_LIMIT:
         return
     if memory is None:

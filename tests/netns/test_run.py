@@ -170,6 +170,15 @@ def test_networks_and_life(make_lab: MakeLab, rootfs: Path) -> None:
                   check=False, input_text="in\n")  # fmt: skip
     assert (done.returncode, done.stdout) == (4, "in\nb\n"), done
     assert h1.run([*CLIENT, "exec", "web", "nothing"], check=False).returncode == 127
+    # What it has now is shown, not what it was made with.
+    meshnet(h1, "detach", web["pid"], "--net", "prod")
+    (shown,) = meshnet(h1, "ps")
+    assert (shown["networks"], shown["endpoints"]) == ([], [])
+    again = meshnet(h1, "attach", web["pid"], "--net", "prod", "--name", "again")
+    (shown,) = meshnet(h1, "ps")
+    assert shown["networks"] == ["prod"]
+    assert [e["address"] for e in shown["endpoints"]] == [again["address"]]
+    assert "timeout -1 is out of range" in meshnet(h1, "stop", "-t", "-1", "web", status=2)
     meshnet(h1, "stop", "web")
     assert [(d["name"], d["state"], d["exit_code"]) for d in meshnet(h1, "ps", "--all")] == [
         ("web", "exited", 7)

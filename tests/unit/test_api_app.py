@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -75,6 +76,42 @@ async def test_bodies_that_cannot_be_read(body: bytes) -> None:
     status, document = await exchange(APP, "POST", "/v1/detach", [], [body])
     assert (status, document["error"]["kind"]) == (400, "UsageError")
     assert len(document["error"]["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("detach", {"pid": -5, "network": "a"}, "pid -5 is not usable: expected `int` >= 1"),
+        ("networks", {"name": "a", "subnets": [7]}, "subnets[0] 7 is not usable"),
+        ("networks", {"name": "a", "subnets": [], "vni": "x" * 999}, "vni 'xxxxx"),
+        ("detach", {"pid": 1}, "request body of /v1/detach: Object missing required field"),
+    ],
+)
+async def test_a_wrong_member_is_named_with_its_value(
+    path: str, body: dict[str, Any], message: str
+) -> None:
+    raw = json.dumps(body).encode()
+    status, document = await exchange(APP, "POST", f"/v1/{path}", [], [raw])
+    assert (status, document["error"]["kind"]) == (400, "UsageError")
+    assert message in document["error"]["message"]
+    assert len(document["error"]["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"name": "none"}, "a word of meshnet run --net"),
+        ({"mode": "bridge", "port": 4444}, "mode bridge has no --port"),
+        ({"mode": "macvlan", "host_prefix": 26}, "mode macvlan has no --host-prefix"),
+        ({"host_prefix6": 64}, "--host-prefix6 64 is of a subnet of IPv6"),
+        ({"subnets": ["fd00::/48"], "host_prefix": 24}, "--host-prefix 24 is of a subnet of IPv4"),
+    ],
+)
+async def test_settings_without_effect_are_refused(body: dict[str, Any], message: str) -> None:
+    raw = json.dumps({"name": "a", "subnets": ["10.9.0.0/16"]} | body).encode()
+    status, document = await exchange(APP, "POST", "/v1/networks", [], [raw])
+    assert (status, document["error"]["kind"]) == (400, "UsageError")
+    assert message in document["error"]["message"]
 
 
 async def test_a_body_that_breaks_off() -> None:

@@ -90,6 +90,12 @@ def test_version() -> None:
         "endpoint publish web",
         "--nothing",
         "completion csh",
+        "ps --js",
+        "network create x --sub 10.0.0.0/16",
+        "network ls more",
+        "run --nothing image",
+        "run --cpus nan image",
+        "network inspect a/b",
     ],
 )
 def test_usage_errors_are_one_line_and_status_2(arguments: str) -> None:
@@ -97,7 +103,14 @@ def test_usage_errors_are_one_line_and_status_2(arguments: str) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "--help" in done.stderr
+    assert "--help" in done.stderr or "a/b" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["network ls more", "run --nothing image"])
+def test_the_help_that_is_named_is_the_commands_own(arguments: str) -> None:
+    command = " ".join(word for word in arguments.split() if word not in ("more", "image"))
+    command = command.removesuffix(" --nothing")
+    assert f"see meshnet {command} --help" in client(*arguments.split()).stderr
 
 
 def test_no_command_shows_the_help() -> None:

@@ -216,6 +216,7 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
         ({"host_prefix": 31}, "/31"),
         ({"host_prefix": 15}, "/15"),
         ({"subnets": ("fd00::/16",), "host_prefix6": 64}, "2\\^32"),
+        ({"subnets": ("10.77.0.0/31",)}, "10.77.0.0/31 has no room"),
     ],
 )
 def test_networks_that_cannot_work(changes: dict[str, Any], message: str) -> None:

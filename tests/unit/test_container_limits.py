@@ -48,7 +48,7 @@ def test_swap_is_as_dockers() -> None:
     assert unlimited == {"limit": MIB, "swap": -1}
     assert memory_of(accounts_swap=True, memory_swap_bytes=-1) == {}
     with pytest.raises(UsageError, match="less than --memory"):
-        check_options(replace(OPTIONS, memory_bytes=2 * MIB, memory_swap_bytes=MIB))
+        check_options(replace(OPTIONS, memory_bytes=8 * MIB, memory_swap_bytes=MIB))
 
 
 def test_what_this_kernel_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,10 +53,12 @@ class Host:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runtime = FakeRuntime()
         self.detached: list[tuple[int, str]] = []
+        self.endpoints: list[dict[str, Any]] = []
         self.passed_over: dict[str, str] = {}
         self.state = directory / "state"
         self.containers = Containers(
-            self.state, directory / "run", self._attach, self._detach, self.passed_over,
+            self.state, directory / "run", self._attach, self._detach, self._endpoints_of,
+            self.passed_over,
             id_pool=IdRange(1 << 31, 1 << 20),
         )  # fmt: skip
 
@@ -72,6 +74,9 @@ class Host:
 
     async def _attach(self, _request: object) -> dict[str, Any]:
         raise AssertionError("nothing is attached here")
+
+    def _endpoints_of(self, pid: int) -> list[dict[str, Any]]:
+        return [e for e in self.endpoints if e["pid"] == pid]
 
     async def _detach(self, pid: int, network: str) -> dict[str, Any]:
         await trio.lowlevel.checkpoint()
@@ -116,16 +121,14 @@ async def test_what_ended_while_no_agent_was_there(host: Host, nursery: trio.Nur
             statuses[name] = (await host.containers.wait(name))["exit_code"]
     assert statuses == {"c1": 3, "c2": 255, "c5": 9}
     with trio.fail_after(10):
-        while len(host.containers.registry.documents()) > 3:  # noqa: ASYNC110  (there is no event for it)
+        while len(host.containers.documents()) > 3:  # noqa: ASYNC110  (there is no event for it)
             await trio.sleep(0.01)
     assert not gone.exists()
     assert not half.exists()
     assert host.detached == [(77, "prod")]
     assert set(host.runtime.deleted) == {f"{n:012x}" for n in range(1, 6)}
-    assert [d["name"] for d in host.containers.registry.documents()] == ["c5", "c2", "c1"]
-    assert all(
-        d["state"] == "exited" and d["pid"] is None for d in host.containers.registry.documents()
-    )
+    assert [d["name"] for d in host.containers.documents()] == ["c5", "c2", "c1"]
+    assert all(d["state"] == "exited" and d["pid"] is None for d in host.containers.documents())
     on_disk = {r.name: r.exit_code for r in load_all(host.state / "containers")}
     assert on_disk == statuses
     assert host.passed_over == {"crun": "too old"}
@@ -163,7 +166,7 @@ async def test_a_failed_create_leaves_nothing(host: Host, nursery: trio.Nursery)
     await nursery.start(host.containers.run)
     with pytest.raises(UsageError, match="no directory"):
         await host.containers.create(ContainerOptions(rootfs="/none", command=("true",)))
-    assert host.containers.registry.documents() == []
+    assert host.containers.documents() == []
     assert list((host.state / "containers").glob("*")) == []
     nursery.cancel_scope.cancel()
 
@@ -226,5 +229,5 @@ async def test_ids_are_those_that_no_record_has(host: Host, nursery: trio.Nurser
     lost = ContainerOptions(rootfs="/", command=("true",), userns="container:nobody")
     with pytest.raises(NotFoundError, match="nobody"):
         await host.containers.create(lost)
-    assert [d["name"] for d in host.containers.registry.documents()] == ["c1"]
+    assert [d["name"] for d in host.containers.documents()] == ["c1"]
     nursery.cancel_scope.cancel()

@@ -36,3 +36,11 @@ def test_a_host_that_came_for_a_visit_is_passed_over() -> None:
     visit = [(at, value) for at, value in line(10, 99) if 150 <= at < 160 or at > 380]
     series = {"h1: kernel, routes": line(30, 30), "h4: kernel, routes": visit}
     assert drifts(series, 400) == []
+
+
+def test_what_is_of_visitors_only_is_passed_over() -> None:
+    starting = [(150.0, 3.0), (160.0, 4.0), (350.0, 12.0), (390.0, 14.0)]
+    series = {"h1: kernel, routes": line(30, 30), "h1: VTEP, descriptors": starting}
+    assert drifts(series, 400) == []
+    seldom = [(at, value) for at, value in line(10, 99) if at % 5 == 0]
+    assert drifts(series | {"etcd: etcd, keys": seldom}, 400) != []

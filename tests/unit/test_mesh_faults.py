@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
 
 from meshnet.diff import Table
-from meshnet.errors import KernelRefusedError
+from meshnet.errors import KernelRefusedError, PolicyRefusedError
 from meshnet.model import HostId, NetworkName
 from meshnet.state import ElementKey, FdbKey, Ruleset
 from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
+from meshnet.store.registry import endpoint_key
+from meshnet_agent.service import Service
 from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, full_mesh, open_mesh, until
+from tests.values import make_endpoint, make_network
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -163,6 +166,43 @@ async def test_an_empty_or_another_store_is_not_believed(
             "all are back in their mesh",
         )
         assert [node.state() for node in mesh.nodes] == before
+
+
+async def test_nothing_is_written_to_another_store(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Nor is what was asked for meanwhile forgotten when the real one is back."""
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 2)
+        node = mesh.nodes[0]
+        service = Service(node.running, cast("Any", None))
+
+        def attach(number: int) -> str:
+            endpoint = make_endpoint(identity=f"{number:012x}")
+            node.running.endpoints._endpoints[endpoint.id] = endpoint
+            node.running.endpoints.changed.set()
+            return endpoint_key(endpoint)
+
+        first = attach(1)
+        await until(lambda: first in mesh.store._database.keys, "it is published")
+        other = MemoryStore()
+        node.see_another_store(other)
+        await until(lambda: not node.running.follower.connected, "it is lost", TTL_S)
+        second = attach(2)
+        for refused in (
+            lambda: service.create_network(lambda vni: make_network("late", vni=vni), None),
+            lambda: service.remove_network("late"),
+            lambda: service.remove_host("h2"),
+        ):
+            with pytest.raises(PolicyRefusedError, match="etcd is empty"):
+                await refused()
+        await trio.sleep(2 * GRACE_S)
+        assert (await other.list_prefix("")).items == ()
+        # Somebody else took it away meanwhile, as a restored etcd may not have it.
+        await mesh.store.commit([], [Delete(first)])
+        node.see_another_store(mesh.store)
+        keys = mesh.store._database.keys
+        await until(lambda: {first, second} <= keys.keys(), "both are published", 2 * TTL_S)
 
 
 # --- the kernel ----------------------------------------------------------------------------------

@@ -226,5 +226,5 @@ class Reboot:
             heal,
             rng.uniform(0, 2 * TTL_S),
             CutsHosts(frozenset({name})),
-            says="endpoint freed",
+            says="endpoint freed" if networks else "",
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from meshnet.errors import StoreUnavailableError
 from meshnet.lab.poll import wait_until
 from tests.netns.faults.fault import Injected
-from tests.netns.faults.mesh import TTL_S
+from tests.netns.faults.mesh import NETWORKS, TTL_S
 from tests.netns.mesh import meshnet
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ class RolledBack:
             etcd.restore(snapshot)
         snapshot.unlink()
         _start(etcds)
+        _refuses_writes(host, rng.choice(sorted(NETWORKS)), "older copy")
         accepted = bool(rng.randrange(2)) and mesh.spared is None  # it ends every agent
 
         def heal() -> None:
@@ -263,6 +264,24 @@ class RolledBack:
             whole_within_s=_OUTAGE_WHOLE_S,
             says="restored from an older copy",
         )
+
+
+def _refuses_writes(host: LabHost, network: str, reason: str) -> None:
+    """An operator's commands must not reach an etcd that is not this mesh's."""
+    for command in (
+        ("network", "create", "late", "--subnet", "10.99.0.0/16"),
+        ("network", "rm", network),
+        ("host", "rm", "nobody"),
+    ):
+        what = f"{host.name} refuses meshnet {' '.join(command)}"
+        wait_until(partial(_is_refused, host, command, reason), 20, what)
+
+
+def _is_refused(host: LabHost, command: tuple[str, ...], reason: str) -> bool:
+    done = host.run(["meshnet", *command], check=False)
+    assert done.returncode, f"{host.name} did meshnet {' '.join(command)}"
+    # 5: it has endpoints on that host, which is looked at first.
+    return done.returncode == 5 or (done.returncode == 9 and reason in done.stderr)
 
 
 def _networks(host: LabHost) -> list[str]:
@@ -304,6 +323,7 @@ class Wiped:
             etcd.kill()
             etcd.data_dir.rename(etcd.data_dir.with_name("later"))
         _start(etcds)
+        _refuses_writes(rng.choice(lab.hosts), rng.choice(sorted(NETWORKS)), "etcd is empty")
 
         def heal() -> None:
             left = lab.etcd.ctl("get", "--prefix", "/", "--keys-only")

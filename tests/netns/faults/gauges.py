@@ -81,18 +81,19 @@ def drifts(series: Series, seconds: float) -> list[str]:
 
     Flat: the median of the last quarter is no more above that of the second quarter than its kind
     may be.  The first quarter is for what an agent learns and keeps.  What was hardly there (a
-    host that came for a visit) is passed over.
+    host that came for a visit, a userspace VTEP of a network that did) is passed over.
 
     Args:
         seconds: how long it all took.
     """
     sentences = []
+    all_samples = max(map(len, series.values()), default=0)
     for name, points in sorted(series.items()):
         early = _values(points, 0.25 * seconds, 0.5 * seconds)
         late = _values(points, 0.75 * seconds, seconds)
         kind = name.partition(": ")[2]
         most = max(len(other) for key, other in series.items() if key.partition(": ")[2] == kind)
-        if min(len(early), len(late)) < most / 8:
+        if min(len(early), len(late)) < max(most / 8, all_samples / (8 * _COMMAND_EVERY)):
             continue
         part, more = TOLERANCES.get(name.rpartition(", ")[2], _TOLERANCE_OF_OBJECTS)
         before, after = median(early), median(late)
