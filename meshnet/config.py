@@ -242,7 +242,8 @@ def _check(
     if not etcd:
         raise UsageError("etcd is not set: give --etcd URL, such as http://10.0.0.1:2379")
     if bool(values["underlay-ip"]) == bool(values["underlay-dev"]):
-        raise UsageError("give one of --underlay-ip IP and --underlay-dev IF, not both")
+        which = "both are given" if values["underlay-ip"] else "neither is given"
+        raise UsageError(f"give --underlay-ip IP or --underlay-dev IF, one of them: {which}")
     if bool(values["etcd-cert"]) != bool(values["etcd-key"]):
         raise UsageError("give --etcd-cert and --etcd-key together")
     host_id = values["host-id"] or hostname

@@ -265,8 +265,7 @@ class _Handlers:
         return await self._service.host_documents()
 
     async def remove_host(self, request: Request) -> object:
-        await self._service.remove_host(request.path_params["id"])
-        return {"id": request.path_params["id"]}
+        return await self._service.remove_host(request.path_params["id"])
 
     async def status(self, _request: Request) -> object:
         return await self._service.status_document()

@@ -62,6 +62,8 @@ class Endpoints:
     Attributes:
         changed: raised when an endpoint came, went or changed, for whoever publishes them.
         unhealed: endpoints whose link is gone for good, and why.
+        unreadable: ids of endpoints whose record could not be read at the start, links of which are
+            there.
         ports: who has which published port.
 
     Args:
@@ -80,6 +82,7 @@ class Endpoints:
     ) -> None:
         self.changed = Flag()
         self.unhealed: dict[EndpointId, str] = {}
+        self.unreadable: set[str] = set()
         self.ports = ports
         self._settle = settle
         self._worker = worker
@@ -538,6 +541,7 @@ class Endpoints:
                 self._disk.remove_endpoint(draft.id)
             except MeshnetError as error:
                 _log.error("endpoint not undone", endpoint=draft.name, reason=str(error))
+        self.unreadable = {i for i in unreadable if endpoint_link_name(i) in link_names}
         recorded = {endpoint_link_name(identity) for identity in {*self._endpoints, *unreadable}}
         for name in link_names - recorded:
             _log.warning("unrecorded endpoint link removed", link=name)

@@ -20,9 +20,9 @@ from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.vxlan import vxlan_name
 from meshnet.diff import Failure, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
-from meshnet.model import HostId, Network, NetworkName, Vni
+from meshnet.model import EndpointId, HostId, Network, NetworkName, Vni
 from meshnet.plan import NetworkOutcome, backend_of, way_to
-from meshnet.state import RouteKey
+from meshnet.state import RouteKey, endpoint_link_name
 from meshnet_agent.documents import (
     Document,
     endpoint_document,
@@ -126,10 +126,11 @@ class Service:
         await self._agent.follower.check_store()
         await self._agent.registry.remove_network(NetworkName(name))
 
-    async def remove_host(self, host: str) -> None:
+    async def remove_host(self, host: str) -> Document:
         """Forget a host (`Registry.remove_host`)."""
         await self._agent.follower.check_store()
-        await self._agent.registry.remove_host(HostId(host))
+        endpoints = await self._agent.registry.remove_host(HostId(host))
+        return {"id": host, "endpoints": [endpoint_document(e) for e in endpoints]}
 
     async def detach(self, pid: int, network: str) -> Document:
         """Detach a process (`Endpoints.detach`)."""
@@ -340,6 +341,7 @@ class Service:
             ],
             "errors": [
                 *([blocked] if blocked else []),
+                *map(_unreadable, sorted(self._agent.endpoints.unreadable)),
                 *(f"nothing is deleted while {key} cannot be read" for key in snapshot.holes),
                 *_some([str(f) for f in other]),
             ],
@@ -372,6 +374,14 @@ def _some(errors: list[str]) -> list[str]:
     """The first errors, and how many more there are: one cause can have ten thousand."""
     left = len(errors) - _SHOWN_ERRORS
     return [*errors[:_SHOWN_ERRORS], *([f"and {left} more like these"] if left > 0 else [])]
+
+
+def _unreadable(identity: str) -> str:
+    return (
+        f"the record of endpoint {identity} could not be read and is set aside, as {identity}.bad "
+        "in the state directory: its packets are dropped; put it right and start the agent anew, "
+        f"or end the process behind {endpoint_link_name(EndpointId(identity))}"
+    )
 
 
 def _sort_failures(

@@ -28,6 +28,7 @@ def add_parser(commands: Subparsers) -> None:
     """Add the commands."""
     ps = commands.add_parser("ps", help="list the containers of this host")
     ps.add_argument("-a", "--all", action="store_true", help="also those that have ended")
+    ps.add_argument("-q", "--quiet", action="store_true", help="print ids only, one a line")
     add_json(ps)
     ps.set_defaults(run=_ps)
     logs = _add_one(commands, "logs", "print what a container printed", _logs, json=False)
@@ -73,6 +74,10 @@ def _ps(args: argparse.Namespace) -> int:
         documents = [d for d in documents if d["state"] == "running"]
     if args.json:
         print_json(documents)
+        return 0
+    if args.quiet:
+        for document in documents:
+            print(document["id"])
         return 0
     print_table(
         ("ID", "NAME", "IMAGE", "STATE", "PID", "ADDRESSES"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from meshnet.cli.client import Client
 from meshnet.cli.output import joined, print_either, print_json, print_table
 
@@ -60,4 +62,11 @@ def _hosts(args: argparse.Namespace) -> int:
 
 def _rm(args: argparse.Namespace) -> int:
     document = Client(args.socket).delete("hosts", args.id)
+    if document["endpoints"] and not args.json:
+        names = ", ".join(e["name"] for e in document["endpoints"])
+        print(
+            f"meshnet: warning: no host has a way any more to {names}: if {args.id} still runs, "
+            "what is attached there is cut off",
+            file=sys.stderr,
+        )
     return print_either(args.json, document, document["id"])

@@ -218,10 +218,11 @@ class EventFilter:
             self._looks[index] = looks
             return message.kind == rtnl.RTM_DELLINK or looks != before
         name = attrs.get(links.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
-        # Endpoint links are made by the dozen; only their end, or their leaving the bridge (a
-        # RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.
+        # Endpoint links are made by the dozen; only their end, that they are down, or their leaving
+        # the bridge (a RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.
         if ENDPOINT_LINK.fullmatch(name):
-            return message.kind == rtnl.RTM_DELLINK and self.expects_endpoint(name)
+            ends = message.kind == rtnl.RTM_DELLINK or not flags & links.IFF_UP
+            return ends and self.expects_endpoint(name)
         return name in self._awaited or bool(NETWORK_LINK.fullmatch(name))
 
     def _neighbour(self, message: rtnl.Message) -> bool:

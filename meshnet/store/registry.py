@@ -154,8 +154,11 @@ class Registry:
             return [Holds(put.key, put.value)], []
         return [], [put]
 
-    async def remove_host(self, host: HostId) -> None:
+    async def remove_host(self, host: HostId) -> list[Endpoint]:
         """Forget a host that is gone for good: its entry, reservations, endpoints and addresses.
+
+        Returns:
+            the endpoints that it had published: they may still run where only its agent is dead.
 
         Raises:
             NotFoundError: nothing is known of the host.
@@ -171,7 +174,9 @@ class Registry:
         if host not in snapshot.hosts and host_key(host) not in snapshot.bad_values and not owned:
             raise NotFoundError(f"host {host} does not exist: meshnet hosts lists them")
         networks = snapshot.networks.keys() | snapshot.reservations.keys()
-        writes: list[Write] = [DeletePrefix(f"{ENDPOINTS}{n}/{host}/") for n in sorted(networks)]
+        prefixes = [f"{ENDPOINTS}{n}/{host}/" for n in sorted(networks)]
+        endpoints = [e for prefix in prefixes for e in await self._endpoints_below(prefix)]
+        writes: list[Write] = [DeletePrefix(prefix) for prefix in prefixes]
         writes += [Delete(key) for key in (*owned, *await addresses_of(self.store, host))]
         writes.append(Delete(host_key(host)))  # last: what is cut short can be asked for again
         for first in range(0, len(writes), _BATCH):
@@ -181,6 +186,7 @@ class Registry:
                     f"host {host} is alive: stop its agent first, then remove it "
                     "(after a crash wait until its lease has run out)"
                 )
+        return endpoints
 
     # --- subnets ------------------------------------------------------------------------------
 
@@ -326,7 +332,11 @@ class Registry:
 
     async def list_endpoints(self, network: NetworkName | None = None) -> Sequence[Endpoint]:
         """Published endpoints of all hosts; those unreadable, or not their key's, are left out."""
-        prefix = ENDPOINTS + (f"{network}/" if network is not None else "")
+        return await self._endpoints_below(
+            ENDPOINTS + (f"{network}/" if network is not None else "")
+        )
+
+    async def _endpoints_below(self, prefix: str) -> list[Endpoint]:
         found = []
         for item in (await self.store.list_prefix(prefix)).items:
             with contextlib.suppress(BadValueError):

@@ -58,7 +58,7 @@ def test_socket_and_requests(make_lab: MakeLab) -> None:
         ("POST", "/v1/networks", b"\xff\x00", 400, "request body"),
         ("POST", "/v1/networks", b"[" * 5000, 400, "request body"),
         ("POST", "/v1/networks", b'{"name":"a","subnets":[],"x":1}', 400, "unknown field `x`"),
-        ("POST", "/v1/attach", b'{"pid":"1","network":"a"}', 400, "Expected `int`"),
+        ("POST", "/v1/attach", b'{"pid":"1","network":"a"}', 400, "expected `int`"),
         ("POST", "/v1/attach", b'{"pid":1,"network":"%s"}' % (b"a" * 70_000), 400, "larger than"),
         ("DELETE", "/v1/networks/nothere", b"", 404, "nothere"),
         ("DELETE", "/v1/hosts/nothere", b"", 404, "nothere"),
@@ -126,10 +126,13 @@ def test_corrupt_endpoint_record_is_set_aside(make_lab: MakeLab) -> None:
     host.start_agent()
     assert [e["id"] for e in meshnet(host, "endpoint", "ls")] == [kept["id"]]
     assert not bad.exists()
+    assert meshnet(host, "status")["errors"] == []
     # Nor is the link of such an endpoint removed, at this start or the next: it may be in use.
     host.run(["ip", "link", "add", "mne0123456789ab", "type", "veth", "peer", "name", "left"])
     for _ in range(2):
         host.kill_agent()
         host.start_agent()
         assert "mne0123456789ab" in host.run(["ip", "link"]).stdout
+        (said,) = meshnet(host, "status")["errors"]
+        assert "endpoint 0123456789ab could not be read and is set aside" in said
     assert bad.with_suffix(".bad").read_bytes() == b'{"v":1,'

@@ -317,7 +317,7 @@ def test_agent_settings(make_lab: MakeLab, tmp_path: Path) -> None:
     refused(2, "unknown key 'lease-tll'", *etcd, *address, "--config", str(config))
     refused(2, "MESHNET_LEASE_TLL is unknown", *etcd, *address, MESHNET_LEASE_TLL="15")
     refused(2, "lease-ttl is 'soon'", *etcd, *address, "--lease-ttl", "soon")
-    refused(2, "give one of", *etcd)
+    refused(2, "neither is given", *etcd)
     refused(4, "is on no link", *etcd, "--underlay-ip", "192.0.2.7")
     refused(4, "link nope", *etcd, "--underlay-dev", "nope")
     refused(8, "etcd", "--etcd", "http://10.255.0.9:2379", *address)

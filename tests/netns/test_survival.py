@@ -140,7 +140,8 @@ def test_host_joins_and_leaves_for_good(make_lab: MakeLab) -> None:
     assert h4.stop_agent() == 0
     wait_until(lambda: not alive(h1)["h4"], 5, "h4 is seen stopped")
     assert ping(containers[0], address_of(endpoint))  # stopped is not gone
-    meshnet(h1, "host", "rm", "h4")
+    forgotten = meshnet(h1, "host", "rm", "h4")["endpoints"]
+    assert [e["id"] for e in forgotten] == [endpoint["id"]]
     for host in lab.hosts[:3]:
         wait_until(
             lambda: subnet not in kernel_state(host),  # noqa: B023
@@ -186,6 +187,7 @@ DAMAGE = {
     "MTU": "ip link set mnb4097 mtu 1300",
     "endpoint link": "ip link del {link}",
     "endpoint port": "ip link set {link} nomaster",
+    "endpoint link down": "ip link set {link} down",
 }
 
 

@@ -82,7 +82,7 @@ def test_unknown_variables_are_refused_and_others_programs_pass() -> None:
         ({"etcd": None}, "etcd"),
         ({"etcd": ","}, "etcd"),
         ({"underlay-ip": None}, "underlay"),
-        ({"underlay-dev": "eth0"}, "not both"),
+        ({"underlay-dev": "eth0"}, "both are given"),
         ({"underlay-ip": "10.9.0.300"}, "10.9.0.300"),
         ({"host-id": "a/b"}, "a/b"),
         ({"lease-ttl": "1"}, "lease-ttl"),

@@ -28,8 +28,8 @@ def make_filter() -> EventFilter:
     return found
 
 
-def link(index: int, name: str, kind: int = rtnl.RTM_NEWLINK) -> bytes:
-    body = rtnl.IFINFO.pack(0, 0, index, 0, 0)
+def link(index: int, name: str, kind: int = rtnl.RTM_NEWLINK, flags: int = 0) -> bytes:
+    body = rtnl.IFINFO.pack(0, 0, index, flags, 0)
     return datagram(kind, body + rtnl.attr(links.IFLA_IFNAME, name.encode() + b"\0"))
 
 
@@ -67,6 +67,7 @@ def netconf(index: int) -> bytes:
         link(OTHER, "mnv4097"),
         link(OTHER, "mnb4097", rtnl.RTM_DELLINK),
         link(OTHER, "mne0123456789ab", rtnl.RTM_DELLINK),
+        link(OTHER, "mne0123456789ab"),  # it is down
         address(OWN),
         address(UNDERLAY),
         address(BRIDGE),
@@ -92,7 +93,8 @@ def test_what_concerns_us(events: EventFilter, data: bytes) -> None:
     [
         link(OTHER, "eth7"),
         link(OTHER, "mnfoo"),
-        link(OTHER, "mne0123456789ab"),  # made by the dozen, by ourselves
+        link(OTHER, "mne0123456789ab", flags=links.IFF_UP),  # made by the dozen, by ourselves
+        link(OTHER, ENDED),
         address(OTHER),
         link(OTHER, ENDED, rtnl.RTM_DELLINK),
         neighbour(OTHER),

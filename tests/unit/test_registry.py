@@ -275,7 +275,7 @@ async def test_removing_a_host(registry: Registry, store: MemoryStore) -> None:
         await registry.remove_host(H1)
     assert (await registry.snapshot()).hosts.keys() == {H1, H2}
     await store.revoke_lease(lease)
-    await registry.remove_host(H1)
+    assert await registry.remove_host(H1) == [endpoint]
     snapshot = await registry.snapshot()
     assert snapshot.hosts.keys() == {H2}
     assert {host for owned in snapshot.reservations.values() for host in owned.values()} == {H2}

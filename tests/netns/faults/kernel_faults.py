@@ -57,6 +57,7 @@ _CHANGED = (
     _Damage("ip link set {vxlan} down", "overlay"),
     _Damage("ip link set {vxlan} address 02:00:00:00:00:01", "overlay"),
     _Damage("ip link set {bridge} mtu 1300", "network"),
+    _Damage("ip link set {link} down", "member"),
     _Damage("ip link set {bridge} down", "network"),
     _Damage("sysctl -qw net.ipv4.conf.{bridge}.forwarding=0", "network"),
     # Where bridges pass their packets to nftables (bridge-nf-call-iptables) within the host, too.
