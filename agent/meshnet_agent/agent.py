@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from meshnet.kernel import Kernel, Wiring
     from meshnet.kernel.address_probe import AddressProber
     from meshnet.kernel.vteps import VtepProcesses
-    from meshnet.model import IpAddress, MeshSnapshot
+    from meshnet.model import IpAddress, IpNetwork, MeshSnapshot
     from meshnet.store import Store
     from meshnet.store.mirror import Changes
     from meshnet_agent.disk import StateDir
@@ -128,6 +128,7 @@ class Agent:
             ttl_s=config.lease_ttl_s,
             check_store=self.identity.check,
             on_change=self.reconciler.mark_dirty,
+            endpoints_in=self._endpoints_in,
         )
         self.pool = PoolAddresses(
             store,
@@ -178,7 +179,7 @@ class Agent:
             StoreUnavailableError: the store did not answer at start.
             PolicyRefusedError: the store is not this host's mesh.
         """
-        await self.endpoints.check_host()
+        await self.endpoints.load()
         await self.membership.join()
         await self.follower.list_all()
         try:
@@ -358,6 +359,9 @@ class Agent:
             self.reconciler.touch(touched)
             if touched:
                 self.probes.refresh()
+
+    def _endpoints_in(self, network: NetworkName, version: int) -> IpNetwork | None:
+        return self.endpoints.subnet_of(network, version)
 
     def _on_return(self) -> None:
         """What was written last may have gone to an etcd that is no more."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from meshnet.model import (
         HostId,
         IpInterface,
+        IpNetwork,
         Network,
         NetworkName,
         PublishedPort,
@@ -90,6 +91,7 @@ class Endpoints:
         self._disk = disk
         self._host = host
         self._endpoints: dict[EndpointId, Endpoint] = {}
+        self._recorded: list[Endpoint] = []
         self._subnets = SubnetAddresses(self._addresses_in_use)
         self._pool = pool
         self._attaching: list[tuple[AttachRequest, int]] = []
@@ -111,14 +113,21 @@ class Endpoints:
     def _addresses_in_use(self) -> list[IpInterface]:
         return [a for e in self._endpoints.values() for a in e.addresses]
 
-    async def check_host(self) -> None:
-        """See that what is on disk is this host's: other hosts look for it where its host id is.
+    def subnet_of(self, network: NetworkName, version: int) -> IpNetwork | None:
+        """The subnet of an IP version that endpoints of a network are in, also while starting."""
+        known = (*self._endpoints.values(), *self._recorded)
+        of_network = (a for e in known if e.network == network for a in e.addresses)
+        return next((a.network for a in of_network if a.version == version), None)
+
+    async def load(self) -> None:
+        """Read what is on disk, and see that it is this host's: others look for it by its host id.
 
         Raises:
             ConflictError: an endpoint that is attached is another host id's.
+            KernelRefusedError: the disk refused to be read.
         """
-        endpoints, _ = self._disk.load_endpoints()
-        others = [e for e in endpoints if e.host != self._host]
+        self._recorded, self.unreadable = self._disk.load_endpoints()
+        others = [e for e in self._recorded if e.host != self._host]
         link_names = await self._list_links() if others else set()
         for endpoint in others:
             found = await self._owners.find(endpoint, link_names)
@@ -131,7 +140,7 @@ class Endpoints:
                 )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take over what is on disk, then watch processes for ever."""
+        """Take over what `load` has read, then watch processes for ever."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await self._recover()
@@ -520,8 +529,7 @@ class Endpoints:
     async def _recover(self) -> None:
         """At start: keep what lives, free what does not, remove links nobody recorded."""
         link_names = await self._list_links()
-        endpoints, unreadable = self._disk.load_endpoints()
-        for endpoint in endpoints:
+        for endpoint in self._recorded:
             try:
                 found = await self._owners.find(endpoint, link_names)
                 if found is not None:
@@ -541,8 +549,9 @@ class Endpoints:
                 self._disk.remove_endpoint(draft.id)
             except MeshnetError as error:
                 _log.error("endpoint not undone", endpoint=draft.name, reason=str(error))
-        self.unreadable = {i for i in unreadable if endpoint_link_name(i) in link_names}
-        recorded = {endpoint_link_name(identity) for identity in {*self._endpoints, *unreadable}}
+        self._recorded = []
+        recorded = {endpoint_link_name(i) for i in {*self._endpoints, *self.unreadable}}
+        self.unreadable = {i for i in self.unreadable if endpoint_link_name(i) in link_names}
         for name in link_names - recorded:
             _log.warning("unrecorded endpoint link removed", link=name)
             await self._worker.run(lambda wiring, n=name: wiring.remove_link(n))  # type: ignore[misc]

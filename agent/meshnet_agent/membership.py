@@ -46,6 +46,8 @@ class Membership:
     Args:
         check_store: raises if the store is not this host's mesh (`MeshIdentity.check`).
         on_change: called when `subnets` or `errors` changed.
+        endpoints_in: the subnet of an IP version that this host's endpoints of a network are in:
+            where another host does not have it, they need it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Membership:
         ttl_s: int,
         check_store: Callable[[], Awaitable[None]],
         on_change: Callable[[], None],
+        endpoints_in: Callable[[NetworkName, int], IpNetwork | None],
     ) -> None:
         self.host = host
         self.subnets: dict[NetworkName, tuple[IpNetwork, ...]] = {}
@@ -67,6 +70,7 @@ class Membership:
         self._ttl_s = ttl_s
         self._check_store = check_store
         self._on_change = on_change
+        self._endpoints_in = endpoints_in
         self._lease: LeaseId | None = None
         # Those that the host's key may be under: the answer to a write may have been lost.
         self._granted: set[LeaseId] = set()
@@ -282,6 +286,8 @@ class Membership:
         kept = self.subnets.get(network.name, ())
         last, _ = self._reserved.get((network.name, version), (None, 0))
         prefer = next((s for s in kept if s.version == version), last)
+        if prefer is None:
+            prefer = self._endpoints_in(network.name, version)
         known = None
         if self._snapshot is not None and (network.name, version) not in self._unsure:
             known = self._snapshot.reservations.get(network.name, Reservations())

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 import pytest
@@ -167,6 +168,30 @@ def test_dead_hosts_routes_stay_for_the_grace_period(make_lab: MakeLab) -> None:
     assert meshnet(h1, "hosts")[1]["subnets"]["prod"] == subnet
     h2.start_agent()
     wait_until(lambda: subnet in kernel_state(h1), 10, "the route is back")
+
+
+def test_a_host_forgotten_by_mistake_goes_on_where_it_was(make_lab: MakeLab) -> None:
+    """Its endpoints still run: it takes the subnet that they are in, not the lowest free one."""
+    lab = make_lab(3, agent_args=["--lease-ttl", "2"])
+    create_network(lab, "prod", *SUBNETS)
+    for host in lab.hosts:
+        wait_in_sync(host, peers=2)
+    subnets = {d["id"]: d["subnets"]["prod"] for d in meshnet(lab.hosts[0], "hosts")}
+    lowest, witness, forgotten = sorted(lab.hosts, key=lambda h: ip_network(subnets[h.name]))
+    one, two = witness.spawn_container(), forgotten.spawn_container()
+    attach(one, witness, "prod")
+    theirs = attach(two, forgotten, "prod")
+    forgotten.kill_agent()
+    assert lowest.stop_agent() == 0
+    wait_until(lambda: not alive(witness)[forgotten.name], 10, "it counts as dead")
+    for host in (lowest, forgotten):
+        meshnet(witness, "host", "rm", host.name)
+    forgotten.start_agent()
+    wait_in_sync(witness, peers=1)
+    (now,) = (d for d in meshnet(witness, "hosts") if d["id"] == forgotten.name)
+    assert now["subnets"]["prod"] == subnets[forgotten.name]
+    wait_until(lambda: ping(one, address_of(theirs, 4)), 5, "a ping")
+    assert ping(one, address_of(theirs, 6))
 
 
 DAMAGE = {

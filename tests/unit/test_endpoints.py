@@ -79,6 +79,7 @@ class _Host:
         )
         try:
             async with trio.open_nursery() as nursery:
+                await endpoints.load()
                 await nursery.start(endpoints.run)
                 await settle()
                 yield endpoints

@@ -46,6 +46,7 @@ def membership(changes: list[None]) -> Membership:
         ttl_s=15,
         check_store=trio.lowlevel.checkpoint,
         on_change=lambda: changes.append(None),
+        endpoints_in=lambda _network, _version: None,
     )
 
 
@@ -104,6 +105,7 @@ def member(store: MemoryStore, name: str = "h1") -> Membership:
         ttl_s=15,
         check_store=trio.lowlevel.checkpoint,
         on_change=lambda: None,
+        endpoints_in=lambda _network, _version: None,
     )
 
 
@@ -263,6 +265,7 @@ async def test_a_network_that_may_not_be_joined_holds_up_no_other(
         ttl_s=15,
         check_store=trio.lowlevel.checkpoint,
         on_change=lambda: None,
+        endpoints_in=lambda _network, _version: None,
     )
     await membership.join()
     membership.follow(await registry.snapshot())
@@ -272,3 +275,28 @@ async def test_a_network_that_may_not_be_joined_holds_up_no_other(
         nursery.cancel_scope.cancel()
     assert (await registry.snapshot()).reserved_by(ME).keys() == {"test"}
     assert str(membership.errors[PROD]) == "permission denied"
+
+
+async def test_a_host_that_was_forgotten_takes_the_subnet_that_its_endpoints_are_in(
+    autojump_clock: MockClock,
+) -> None:
+    registry = Registry(MemoryStore(clock=trio.current_time))
+    network = await registry.create_network(lambda _: make_network(), None)
+    where = {4: ip_network("10.42.129.0/24"), 6: ip_network("fd00:42:0:9::/64")}
+    membership = Membership(
+        registry,
+        Host(id=ME, underlay_ip=underlay_ip(1)),
+        Claim(instance="h1", underlay_ip=underlay_ip(1)),
+        ttl_s=15,
+        check_store=trio.lowlevel.checkpoint,
+        on_change=lambda: None,
+        endpoints_in=lambda name, version: where[version] if name == network.name else None,
+    )
+    await membership.join()
+    membership.follow(await registry.snapshot())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(membership.reserve)
+        await trio.sleep(5)
+        nursery.cancel_scope.cancel()
+    owned = (await registry.snapshot()).subnets_of(ME, network.name)
+    assert set(owned) == {where[cidr.version] for cidr in network.subnets}
