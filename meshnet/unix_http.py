@@ -6,6 +6,7 @@ client does before it asks.  May import only the standard library.
 
 from __future__ import annotations
 
+import select
 import socket
 
 # typing.TYPE_CHECKING without importing typing, which takes longer than this whole file.
@@ -78,6 +79,10 @@ class Connection:
     def finish(self) -> None:
         """End the body."""
         self._socket.sendall(b"0\r\n\r\n")
+
+    def has_answer(self, timeout_s: float | None) -> bool:
+        """Wait for the beginning of the answer; False if there is none in time."""
+        return bool(select.select([self._socket], [], [], timeout_s)[0])
 
     def answer(self) -> Answer:
         """Wait for the answer's head.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import contextmanager
 
 from meshnet.errors import (
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SOCKET = "/run/meshnet/agent.sock"
 _TIMEOUT_S = 60.0
+QUIET_S = 1.0
+"""What takes longer says so, on a terminal."""
 _UNQUOTED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~")
 """RFC 3986 §2.3."""
 
@@ -107,6 +110,11 @@ class Client:
         document = json.dumps(body).encode() if body is not None else None
         with self._connected(timeout_s) as connection:
             connection.request(method, target, document)
+            if sys.stderr.isatty() and not connection.has_answer(QUIET_S):
+                from meshnet.cli.progress import progress  # which has a thread
+
+                with progress("waiting for the agent"):
+                    connection.has_answer(timeout_s)
             return _document(connection.answer())
 
     @contextmanager

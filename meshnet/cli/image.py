@@ -11,27 +11,23 @@ import shutil
 import sys
 import tarfile
 import tempfile
-import threading
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from meshnet.cli.client import Client
 from meshnet.cli.completion import complete_images
 from meshnet.cli.output import joined, print_either, print_json, print_table
+from meshnet.cli.progress import progress
 from meshnet.cli.skopeo import skopeo
 from meshnet.errors import NotFoundError, UsageError
 
 TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import IO, Any
 
     from meshnet.cli.completion import Subparsers
 
-_QUIET_S = 1.0
-"""What takes longer than this says so."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -94,7 +90,7 @@ def _finish(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace],
 
 
 def _load(args: argparse.Namespace) -> int:
-    with _progress(f"loading {args.path}"):
+    with progress(f"loading {args.path}"):
         documents = _upload(Client(args.socket), args.path, args.name)
     return _print_loaded(args, documents)
 
@@ -226,7 +222,7 @@ def _rm(args: argparse.Namespace) -> int:
 def _pull(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="meshnet-") as directory:
         layout = str(Path(directory, "layout"))
-        with _progress(f"pulling {args.image}"):
+        with progress(f"pulling {args.image}"):
             skopeo(f"docker://{args.image}", f"oci:{layout}:image", args.image, args.insecure)
             documents = _upload(Client(args.socket), layout, args.image)
     return _print_loaded(args, documents)
@@ -237,32 +233,9 @@ def _push(args: argparse.Namespace) -> int:
     document = client.get("images", args.image)
     with (
         tempfile.NamedTemporaryFile(prefix="meshnet-", suffix=".tar") as file,
-        _progress(f"pushing {args.image}"),
+        progress(f"pushing {args.image}"),
     ):
         client.download("archives", args.image, output=file)
         file.flush()
         skopeo(f"oci-archive:{file.name}", f"docker://{args.image}", args.image, args.insecure)
     return print_either(args.json, document, args.image)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """Say on a terminal what is going on, and for how long, once it takes more than a second."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    done = threading.Event()
-
-    def tell() -> None:
-        started = time.monotonic()
-        while not done.wait(_QUIET_S):
-            print(f"\r{what}: {time.monotonic() - started:.0f} s", end="", file=sys.stderr)
-
-    teller = threading.Thread(target=tell)
-    teller.start()
-    try:
-        yield
-    finally:
-        done.set()
-        teller.join()
-        print("\r\x1b[K", end="", file=sys.stderr)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import socket
+import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from meshnet.cli import client, progress
 from meshnet.unix_http import BadAnswerError, Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    Serve = Callable[[bytes], "Server"]
+    Serve = Callable[..., "Server"]
 
 
 class Server:
     """Answers one connection with some bytes, once it has read the request, and hangs up."""
 
-    def __init__(self, path: Path, answer: bytes) -> None:
+    def __init__(self, path: Path, answer: bytes, after_s: float = 0.0) -> None:
         self.path = str(path)
+        self._after_s = after_s
         self.got = b""
         self._answer = answer
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -36,6 +41,7 @@ class Server:
             peer.settimeout(10)
             while not self._is_whole():
                 self.got += peer.recv(65536)
+            time.sleep(self._after_s)
             peer.sendall(self._answer)
 
     def _is_whole(self) -> bool:
@@ -54,8 +60,8 @@ class Server:
 def serve(tmp_path: Path) -> Iterator[Serve]:
     servers: list[Server] = []
 
-    def make(answer: bytes) -> Server:
-        servers.append(Server(tmp_path / f"{len(servers)}.sock", answer))
+    def make(answer: bytes, after_s: float = 0.0) -> Server:
+        servers.append(Server(tmp_path / f"{len(servers)}.sock", answer, after_s))
         return servers[-1]
 
     yield make
@@ -140,3 +146,22 @@ def test_an_upload_of_any_length(serve: Serve) -> None:
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Connection(str(tmp_path / "none.sock"), 1.0)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stderr", "said"), [(_Terminal(), True), (io.StringIO(), False)])
+def test_what_takes_long_says_so_on_a_terminal(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, *, said: bool
+) -> None:
+    for module in (client, progress):
+        monkeypatch.setattr(module, "QUIET_S", 0.05)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
+    assert client.Client(serve(answer).path).get("x") == []
+    assert stderr.getvalue() == ""
+    assert client.Client(serve(answer, after_s=0.5).path).get("x") == []
+    assert ("waiting for the agent" in stderr.getvalue()) is said
