@@ -384,7 +384,7 @@ def _given(value: int | None, default: int) -> int:
 
 
 def _check_given(wanted: NetworkRequest, subnets: list[IpNetwork]) -> None:
-    """Refuse a new network what would have no effect, and names that mean something else.
+    """Refuse settings of a new network that have no effect, and names that mean something else.
 
     Raises:
         UsageError: says what.

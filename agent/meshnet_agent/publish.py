@@ -61,7 +61,7 @@ class Publisher:
 
     async def run(self) -> None:
         """Publish after every change, for ever."""
-        delay_s = _DELAYS_S[0]
+        delay_s, said = _DELAYS_S[0], ""
         while True:
             with trio.move_on_after(_REFRESH_S * random.uniform(0.9, 1.1)) as waiting:
                 await self._endpoints.changed.wait()
@@ -69,9 +69,11 @@ class Publisher:
                 self._published = None
             try:
                 await self._sync()
-                delay_s = _DELAYS_S[0]
+                delay_s, said = _DELAYS_S[0], ""
             except (StoreUnavailableError, PolicyRefusedError) as error:
-                _log.warning("endpoints not published", reason=str(error))
+                if str(error) != said:  # it may be so for hours
+                    _log.warning("endpoints not published", reason=str(error))
+                said = str(error)
                 self._published = None
                 await trio.sleep(delay_s * random.uniform(0.5, 1.0))
                 delay_s = min(_DELAYS_S[1], delay_s * 2)
