@@ -267,6 +267,10 @@ class Service:
         notes += [
             f"{name} runs no containers here: {why}" for name, why in self.passed_over.items()
         ]
+        dead = sorted(self._agent.follower.dead_for_s())
+        if dead:
+            some = f"{', '.join(dead[:5])}{', …' if len(dead) > 5 else ''}"
+            notes.append(f"no agent runs on {some}, or it does not reach etcd: see meshnet hosts")
         underlay = self._agent.reconciler.result.underlay
         if underlay is not None and not underlay.nexthop_objects:
             notes.append(_NO_NEXTHOP_OBJECTS)

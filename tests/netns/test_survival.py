@@ -138,8 +138,11 @@ def test_host_joins_and_leaves_for_good(make_lab: MakeLab) -> None:
     h1 = lab.host("h1")
     assert "is alive" in meshnet(h1, "host", "rm", "h4", status=5)
     subnet = meshnet(h4, "hosts")[-1]["subnets"]["prod"]
+    assert meshnet(h1, "status")["notes"] == []
     assert h4.stop_agent() == 0
     wait_until(lambda: not alive(h1)["h4"], 5, "h4 is seen stopped")
+    (note,) = meshnet(h1, "status")["notes"]
+    assert note.startswith("no agent runs on h4")
     assert ping(containers[0], address_of(endpoint))  # stopped is not gone
     forgotten = meshnet(h1, "host", "rm", "h4")["endpoints"]
     assert [e["id"] for e in forgotten] == [endpoint["id"]]
