@@ -33,7 +33,7 @@ from meshnet_agent.documents import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from meshnet.model import Host, MeshSnapshot, PublishedPort
+    from meshnet.model import Endpoint, Host, MeshSnapshot, PublishedPort
     from meshnet_agent.agent import Agent
     from meshnet_agent.attachment import AttachRequest, ReadyNetwork
     from meshnet_agent.images import Images
@@ -158,14 +158,28 @@ class Service:
 
     async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Document:
         """Publish ports of a live endpoint (`Endpoints.publish`)."""
-        network = self._agent.endpoints.find(name).network
+        network = (await self._find_endpoint(name)).network
         ready = await self.wait_for_network(network)
         endpoint = await self._agent.endpoints.publish(name, ports, ready.network)
         return endpoint_document(endpoint)
 
     async def unpublish(self, name: str, ports: Sequence[str]) -> Document:
         """Take published ports of a live endpoint away (`Endpoints.unpublish`)."""
+        await self._find_endpoint(name)
         return endpoint_document(await self._agent.endpoints.unpublish(name, ports))
+
+    async def _find_endpoint(self, name: str) -> Endpoint:
+        """One of this host; the error names the host that has it."""
+        try:
+            return self._agent.endpoints.find(name)
+        except NotFoundError:
+            with contextlib.suppress(StoreUnavailableError):
+                for endpoint in await self._agent.registry.list_endpoints():
+                    if name in (endpoint.name, endpoint.id):
+                        raise NotFoundError(
+                            f"endpoint {name} is on host {endpoint.host}: ask the agent there"
+                        ) from None
+            raise
 
     def network_documents(self) -> list[Document]:
         """All networks."""

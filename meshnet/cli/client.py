@@ -161,7 +161,7 @@ def _target(parts: tuple[str, ...], query: dict[str, str]) -> str:
     if "" in parts:
         raise UsageError("the name is empty: give one")
     for part in parts:
-        if "/" in part and parts[0] != "images":
+        if "/" in part and parts[0] not in ("images", "archives"):
             raise UsageError(f"name {part!r} is not usable: only an image's has a '/'")
     path = "/v1/" + "/".join(part if _UNQUOTED.issuperset(part) else _quote(part) for part in parts)
     if not query:

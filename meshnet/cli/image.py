@@ -109,11 +109,16 @@ def _upload(client: Client, path: str, name: str | None) -> list[dict[str, Any]]
     else:
         source = _open(path)
     with source:
-        return list(
-            client.upload(
-                "images", query=query, write=lambda file: shutil.copyfileobj(source, file, 1 << 18)
+        try:
+            return list(
+                client.upload(
+                    "images",
+                    query=query,
+                    write=lambda file: shutil.copyfileobj(source, file, 1 << 18),
+                )
             )
-        )
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
 
 
 def _open(path: str) -> IO[bytes]:

@@ -156,6 +156,9 @@ def test_host_joins_and_leaves_for_good(make_lab: MakeLab) -> None:
         wait_in_sync(host, peers=2)
     assert "h4" not in alive(h1)
     assert all(e["host"] != "h4" for e in meshnet(h1, "endpoint", "ls"))
+    (there,) = (e for e in meshnet(h1, "endpoint", "ls") if e["host"] == "h2")
+    said = meshnet(h1, "endpoint", "publish", there["name"], "8080:80", status=4)
+    assert f"endpoint {there['name']} is on host h2" in said
     assert "does not exist" in meshnet(h1, "host", "rm", "h4", status=4)
 
 
