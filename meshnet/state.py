@@ -243,6 +243,9 @@ class KernelState:
 
 def format_ip(packed: PackedIp) -> str:
     """The usual text form of a packed address."""
+    if len(packed) == 4:
+        first, second, third, fourth = packed  # as `ipaddress` does it, in a tenth of the time
+        return f"{first}.{second}.{third}.{fourth}"
     return str(ip_address(packed))
 
 

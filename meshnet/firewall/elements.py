@@ -167,6 +167,8 @@ def _published_key(published: PublishedPort, version: int) -> ElementKey:
 def format_element(key: ElementKey, value: bytes = b"") -> str:
     """An element as nft writes it: ``"mne…" . 02:65:0a:2a:00:02 . 10.42.0.2``."""
     named = SETS[key.set_name]
+    if len(named.key) == 1 and not named.value and key.key:
+        return named.key[0].format(key.key[: named.key[0].size_bytes])  # of members are thousands
     text = " . ".join(_format(named.key, key.key)) if key.key else "*"
     return f"{text} : {' . '.join(_format(named.value, value))}" if value else text
 

@@ -53,7 +53,7 @@ class NftTables:
         """
         for _ in range(_TRIES):
             _nft(["-f", "-"], render_script(ruleset, counts))
-            digest = _digest("".join(self._list()))
+            digest = _digest("".join(_list_tables()))
             if ruleset.text != self._text or digest == self._digest:
                 break
             # One text has one listing: somebody changed it in between, or nft was upgraded.
@@ -76,24 +76,28 @@ class NftTables:
 
     def read(self) -> str | None:
         """The text the tables were loaded from; None: there are none; "": not as loaded."""
-        listings = self._list()
+        listings = _list_tables()
         if not any(listings):
             return None
         return self._text if _digest("".join(listings)) == self._digest else ""
 
-    @staticmethod
-    def _list() -> list[str]:
-        return [_list_table(family) for family in FAMILIES]
+
+def _list_tables() -> list[str]:
+    """Our tables without elements and counts; "": there is none of that family.
+
+    They are cut out of all tables of their families: for one table alone nft 1.0.6 reads the
+    elements, too, that it is not to print, which takes 15 ms for 10,000 of them.
+    """
+    commands = "".join(f"list ruleset {family}\n" for family in FAMILIES)
+    listing = _nft(["--terse", "--stateless", "-f", "-"], commands)
+    return [_cut_out(f"table {family} {TABLE} {{\n", listing) for family in FAMILIES]
 
 
-def _list_table(family: str) -> str:
-    """A table without elements and counts; "": there is none."""
-    try:
-        return _nft(["--terse", "--stateless", "list", "table", family, TABLE], "")
-    except KernelRefusedError as error:
-        if "No such file" in str(error):
-            return ""
-        raise
+def _cut_out(head: str, listing: str) -> str:
+    """The table that begins so, in a listing of many."""
+    _, begin, rest = f"\n{listing}".partition(f"\n{head}")
+    body, end, _ = rest.partition("\n}\n")
+    return begin[1:] + body + end
 
 
 def _nft(arguments: list[str], script: str) -> str:
