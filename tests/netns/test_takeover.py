@@ -89,7 +89,7 @@ class _Taking:
         """All that must be the same again, but for what the clock changes."""
         seen = {look: self.host.run(look.split()).stdout for look in LOOKS}
         seen["permanent"] = self.host.run(["ip", "neigh", "show", "nud", "permanent"]).stdout
-        return {look: re.sub(r"\d+sec", "…", text) for look, text in seen.items()}
+        return {look: re.sub(r"\d+sec| tentative", "", text) for look, text in seen.items()}
 
     @contextlib.contextmanager
     def by(self, interfaces: Callable[[], Interfaces] = Interfaces) -> Iterator[Takeover]:
