@@ -179,10 +179,10 @@ class Follower:
                 # What was dead when the store was lost may have come back meanwhile: grace periods
                 # begin again, or they would end on old news.
                 self._dead_since = dict.fromkeys(self._dead_since, trio.current_time())
-            returned = not self.connected
+            was_lost = self.error is not None  # at the start it is not
             self.connected = True
             self.error = None
-            if returned:
+            if was_lost:
                 self._on_return()
             self._heard_at = trio.current_time()
             async for batch in batches:

@@ -56,7 +56,7 @@ def convert(document: Any, kind: type[_T], path: str) -> _T:  # noqa: ANN401
         UsageError: it is none; names the member and its value.
     """
     try:
-        return msgspec.convert(document, kind, strict=True)
+        return msgspec.convert(document, kind)
     except (ValueError, RecursionError) as error:
         found = _PLACE.fullmatch(str(error))
         if found is None:

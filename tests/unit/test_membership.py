@@ -21,10 +21,11 @@ from meshnet_agent.membership import Membership
 from tests.values import ME, make_network, make_snapshot, underlay_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from trio.testing import MockClock
 
+    from meshnet.model import IpNetwork
     from meshnet.store import Commit, Condition, LeaseId, Write
 
 PROD = NetworkName("prod")
@@ -97,7 +98,11 @@ class SlowStore(MemoryStore):
         return await super().keep_alive(lease_id)
 
 
-def member(store: MemoryStore, name: str = "h1") -> Membership:
+def member(
+    store: MemoryStore,
+    name: str = "h1",
+    endpoints_in: Callable[[NetworkName, int], IpNetwork | None] = lambda _network, _version: None,
+) -> Membership:
     return Membership(
         Registry(store),
         Host(id=HostId(name), underlay_ip=underlay_ip(1)),
@@ -105,8 +110,18 @@ def member(store: MemoryStore, name: str = "h1") -> Membership:
         ttl_s=15,
         check_store=trio.lowlevel.checkpoint,
         on_change=lambda: None,
-        endpoints_in=lambda _network, _version: None,
+        endpoints_in=endpoints_in,
     )
+
+
+async def join_and_reserve(membership: Membership, registry: Registry) -> None:
+    """Join, and reserve subnets of what is there now."""
+    await membership.join()
+    membership.follow(await registry.snapshot())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(membership.reserve)
+        await trio.sleep(5)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -255,24 +270,12 @@ class Denying(MemoryStore):
 async def test_a_network_that_may_not_be_joined_holds_up_no_other(
     autojump_clock: MockClock,
 ) -> None:
-    registry = Registry(Denying())
+    store = Denying()
+    registry = Registry(store)
     for network in (make_network(), make_network("test", ("10.43.0.0/16",), 7)):
         await registry.create_network(lambda _, made=network: made, network.vni)  # type: ignore[misc]
-    membership = Membership(
-        registry,
-        Host(id=ME, underlay_ip=underlay_ip(1)),
-        Claim(instance="h1", underlay_ip=underlay_ip(1)),
-        ttl_s=15,
-        check_store=trio.lowlevel.checkpoint,
-        on_change=lambda: None,
-        endpoints_in=lambda _network, _version: None,
-    )
-    await membership.join()
-    membership.follow(await registry.snapshot())
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(membership.reserve)
-        await trio.sleep(5)
-        nursery.cancel_scope.cancel()
+    membership = member(store)
+    await join_and_reserve(membership, registry)
     assert (await registry.snapshot()).reserved_by(ME).keys() == {"test"}
     assert str(membership.errors[PROD]) == "permission denied"
 
@@ -280,23 +283,14 @@ async def test_a_network_that_may_not_be_joined_holds_up_no_other(
 async def test_a_host_that_was_forgotten_takes_the_subnet_that_its_endpoints_are_in(
     autojump_clock: MockClock,
 ) -> None:
-    registry = Registry(MemoryStore(clock=trio.current_time))
+    store = MemoryStore(clock=trio.current_time)
+    registry = Registry(store)
     network = await registry.create_network(lambda _: make_network(), None)
     where = {4: ip_network("10.42.129.0/24"), 6: ip_network("fd00:42:0:9::/64")}
-    membership = Membership(
-        registry,
-        Host(id=ME, underlay_ip=underlay_ip(1)),
-        Claim(instance="h1", underlay_ip=underlay_ip(1)),
-        ttl_s=15,
-        check_store=trio.lowlevel.checkpoint,
-        on_change=lambda: None,
+    membership = member(
+        store,
         endpoints_in=lambda name, version: where[version] if name == network.name else None,
     )
-    await membership.join()
-    membership.follow(await registry.snapshot())
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(membership.reserve)
-        await trio.sleep(5)
-        nursery.cancel_scope.cancel()
+    await join_and_reserve(membership, registry)
     owned = (await registry.snapshot()).subnets_of(ME, network.name)
     assert set(owned) == {where[cidr.version] for cidr in network.subnets}
