@@ -84,7 +84,7 @@ class Link(NamedTuple):
             than are desired.
         parent: of a macvlan: name of the link that it is on; "" if that is gone.
         hairpin: of a port of a bridge: whether it gets back what came from it
-            (`meshnet.kernel.links.encode_hairpin`).
+            (`meshnet.kernel.wire.links.encode_hairpin`).
     """
 
     kind: LinkKind

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from meshnet.runtime.oci import platform_of
+from meshnet.runtime.images.oci import platform_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -34,20 +34,20 @@ from meshnet.kernel.events import EventFilter
 from meshnet.kernel.takeover.process import TakeoverProcesses
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
-from meshnet.runtime.id_ranges import parse_range
+from meshnet.runtime.spec.id_ranges import parse_range
 from meshnet.vtep.native import library
-from meshnet_agent.agent import Agent
-from meshnet_agent.api import make_app, raw_refusal
-from meshnet_agent.containers import Containers
-from meshnet_agent.disk import StateDir, hold_namespace, hold_run_dir
-from meshnet_agent.images import Images
+from meshnet_agent.api.app import make_app, raw_refusal
+from meshnet_agent.api.overload import refuse_clients
+from meshnet_agent.api.service import Service
+from meshnet_agent.containers.images import Images
+from meshnet_agent.containers.lifecycle import Containers
+from meshnet_agent.daemon import Agent
+from meshnet_agent.dataplane.monitor import listen
+from meshnet_agent.endpoints.published_ports import KernelPorts
 from meshnet_agent.logs import configure_logs
-from meshnet_agent.monitor import listen
 from meshnet_agent.notify import Notifier
-from meshnet_agent.overload import refuse_clients
-from meshnet_agent.ports import KernelPorts
-from meshnet_agent.service import Service
-from meshnet_agent.worker import open_worker
+from meshnet_agent.state_dir import StateDir, hold_namespace, hold_run_dir
+from meshnet_agent.tasks.worker import open_worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

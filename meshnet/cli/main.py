@@ -30,7 +30,7 @@ GROUPS = {
     "lab": ("lab",),
     "completion": ("completion",),
 }  # fmt: skip
-"""Modules of this package, in the order of the help, and the commands that each adds."""
+"""Modules of `meshnet.cli.commands`, in the order of the help, and the commands that each adds."""
 _EXIT_STATUSES = """\
 exit status:
   0 done                  5 conflict (exists, already attached, address taken)
@@ -67,7 +67,7 @@ def make_parser(groups: Iterable[str] = GROUPS) -> argparse.ArgumentParser:
         title="commands", prog=parser.prog, metavar="COMMAND", required=False
     )
     for group in groups:
-        import_module(f"meshnet.cli.{group}").add_parser(commands)
+        import_module(f"meshnet.cli.commands.{group}").add_parser(commands)
     parser.set_defaults(run=None)
     return parser
 
@@ -88,7 +88,7 @@ def groups_for(arguments: Sequence[str]) -> Iterable[str]:
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit status."""
     if "_ARGCOMPLETE" in os.environ:
-        from meshnet.cli.completion import complete
+        from meshnet.cli.commands.completion import complete
 
         complete(make_parser())
     parser = make_parser(groups_for(arguments))

@@ -1,6 +1,6 @@
 """A container's terminal: stdin, output, signals and the window's size, by conmon's socket.
 
-Needs no agent: the socket is conmon's own (`meshnet.runtime.conmon` has the protocol).
+Needs no agent: the socket is conmon's own (`meshnet.runtime.engine.conmon` has the protocol).
 """
 
 from __future__ import annotations

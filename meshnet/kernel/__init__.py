@@ -2,7 +2,7 @@
 
 The `Kernel` protocol is synchronous: the agent calls it from one thread of its own, because
 netlink sockets and network namespaces belong to threads.  `meshnet.kernel.netlink` is the real
-one; `meshnet.kernel.memory` is a verified fake that passes the same contract tests
+one; `meshnet.kernel.fakes.kernel` is a verified fake that passes the same contract tests
 (``tests/contract/test_kernel.py``) and can be told to fail.
 
 Objects that are not ours are neither reported nor touched.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from meshnet.errors import KernelRefusedError
-from meshnet.kernel.bpf import (
+from meshnet.kernel.wire.bpf import (
     EVERYTHING,
     IF_EQUAL,
     LOAD_U8,
@@ -33,7 +33,7 @@ from meshnet.kernel.bpf import (
 from meshnet.wire import arp, nd
 
 if TYPE_CHECKING:
-    from meshnet.kernel.bpf import Step
+    from meshnet.kernel.wire.bpf import Step
     from meshnet.model import IpAddress
 
 _PROBES = 3

@@ -16,14 +16,14 @@ import struct
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
-from meshnet.kernel import links, rtnl
-from meshnet.kernel.nftnl import NETLINK_NETFILTER
+from meshnet.kernel.wire import links, rtnl
+from meshnet.kernel.wire.nftnl import NETLINK_NETFILTER
 from meshnet.model import Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from meshnet.kernel.rtnl import Body
+    from meshnet.kernel.wire.rtnl import Body
     from meshnet.model import IpAddress
     from meshnet.ports import Binding
 

@@ -16,8 +16,8 @@ import struct
 from typing import TYPE_CHECKING
 
 from meshnet.firewall.elements import TABLE
-from meshnet.kernel import bulk, links, rtnl
-from meshnet.kernel.bpf import (
+from meshnet.kernel.wire import bulk, links, rtnl
+from meshnet.kernel.wire.bpf import (
     EVERYTHING,
     IF_BITS,
     IF_EQUAL,
@@ -27,7 +27,7 @@ from meshnet.kernel.bpf import (
     RETURN,
     attach_filter,
 )
-from meshnet.kernel.nftnl import NETLINK_NETFILTER, NFNL_SUBSYS_NFTABLES
+from meshnet.kernel.wire.nftnl import NETLINK_NETFILTER, NFNL_SUBSYS_NFTABLES
 from meshnet.state import (
     ENDPOINT_LINK,
     NETWORK_LINK,

@@ -1,7 +1,7 @@
 """The real kernel: one host's network stack through netlink, /proc/sys and nftables.
 
 Links are made and changed through pyroute2; all that comes in thousands goes through
-`meshnet.kernel.bulk`.  Everything acts on the network namespace of the thread that makes the
+`meshnet.kernel.wire.bulk`.  Everything acts on the network namespace of the thread that makes the
 object, and all calls must come from that thread.
 """
 
@@ -21,11 +21,11 @@ from pyroute2.netlink.exceptions import NetlinkError
 from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
-from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.elements import are_wired
 from meshnet.kernel.nft import NftTables
-from meshnet.kernel.nftnl import NftSocket
 from meshnet.kernel.ordering import carry_out
+from meshnet.kernel.wire import bulk, links, rtnl
+from meshnet.kernel.wire.nftnl import NftSocket
 from meshnet.state import (
     ENDPOINT_LINK,
     NETWORK_LINK,
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
     from meshnet.kernel.elements import WiredElements
     from meshnet.kernel.events import NeighbourId
-    from meshnet.kernel.links import LinkInfo
     from meshnet.kernel.vteps import VtepProcesses
+    from meshnet.kernel.wire.links import LinkInfo
     from meshnet.model import IpAddress
     from meshnet.state import Ruleset
 

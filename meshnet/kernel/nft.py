@@ -3,7 +3,7 @@
 The kernel's listing of a table is not the text that made it, so after a load the listings' digest
 is remembered next to the text (in a file, so that a restarted agent need not load again): while
 the listings have that digest, the tables *are* the text.  Elements of named sets, which are
-compared for themselves (`meshnet.kernel.nftnl`), and counters are left out of listings.
+compared for themselves (`meshnet.kernel.wire.nftnl`), and counters are left out of listings.
 
 Runs ``nft`` (Debian package nftables) without a shell; scripts go in by standard input.
 """

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
 from meshnet.firewall.elements import source_elements
-from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.address_probe import announce
 from meshnet.kernel.netns import inside, open_by_inode
-from meshnet.kernel.nftnl import NftSocket
+from meshnet.kernel.wire import bulk, links, rtnl
+from meshnet.kernel.wire.nftnl import NftSocket
 from meshnet.state import ENDPOINT_LINK, LinkKind, endpoint_link_name
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ Keys (docs/etcd-layout.md)::
     /meshnet/v1/mesh/subnets/NAME/CIDR        whose subnet that is (a reservation)
     /meshnet/v1/endpoints/NAME/ID/ENDPOINT    an endpoint; listed on demand, never watched
     /meshnet/v1/addresses/NAME/ADDRESS        who has it (`meshnet.store.addresses`); never watched
-    /meshnet/v1/mesh-id                       random name of the mesh (`meshnet_agent.identity`)
+    /meshnet/v1/mesh-id                       random name of the mesh
     /meshnet/v1/serial/networks               written with every change of the set of networks
 
 A value that cannot be used is left out, remembered with its reason, and shown by ``status``; what

@@ -5,5 +5,5 @@ started, `meshnet.vtep.control` for how it is told of peers, `meshnet.vtep.datap
 does with a packet, and docs/design/userspace-vtep.md for why.
 
 It outlives the agent.  May import only the standard library, `meshnet.errors`, `meshnet.wire` and
-`meshnet.kernel.tun`; none of trio, pyroute2, msgspec: it starts within milliseconds and is small.
+`meshnet.vtep.tun`; none of trio, pyroute2, msgspec: it starts within milliseconds and is small.
 """

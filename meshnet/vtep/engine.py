@@ -14,10 +14,10 @@ from meshnet.vtep.receiver import Receiver
 from meshnet.vtep.sender import Sender
 
 if TYPE_CHECKING:
-    from meshnet.kernel.tun import Tun, Underlay
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import PeerTable
     from meshnet.vtep.prober import Prober
+    from meshnet.vtep.tun import Tun, Underlay
 
 ENGINES = ("python", "native")
 _MOST_READS = 64

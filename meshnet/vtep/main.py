@@ -21,7 +21,6 @@ import time
 from typing import TYPE_CHECKING
 
 from meshnet.errors import MeshnetError, UsageError
-from meshnet.kernel.tun import bring_up, open_tun, open_underlay
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.engine import ENGINES, Parts, make_engine
@@ -29,6 +28,7 @@ from meshnet.vtep.peers import Own, PeerTable, parse_ip, parse_mac
 from meshnet.vtep.prober import Prober
 from meshnet.vtep.rundir import RunDir
 from meshnet.vtep.server import Server
+from meshnet.vtep.tun import bring_up, open_tun, open_underlay
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

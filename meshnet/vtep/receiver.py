@@ -38,10 +38,10 @@ from meshnet.wire.vxlan import (
 )
 
 if TYPE_CHECKING:
-    from meshnet.kernel.tun import Tun, Underlay
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import Peer, PeerTable
     from meshnet.vtep.prober import Prober
+    from meshnet.vtep.tun import Tun, Underlay
     from meshnet.wire import Buffer
 
 _BUFFER_BYTES = 65_536

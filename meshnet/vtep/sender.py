@@ -23,7 +23,7 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from meshnet.kernel.tun import SOL_UDP, UDP_SEGMENT, connect_underlay
+from meshnet.vtep.tun import SOL_UDP, UDP_SEGMENT, connect_underlay
 from meshnet.wire import icmp, virtio
 from meshnet.wire.segment import MAX_SEGMENTS, MAX_SEND_BYTES, Cutter, complete
 from meshnet.wire.vxlan import ENCAPSULATION_BYTES
@@ -31,9 +31,9 @@ from meshnet.wire.vxlan import ENCAPSULATION_BYTES
 if TYPE_CHECKING:
     import socket
 
-    from meshnet.kernel.tun import Tun, Underlay
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import Peer, PeerTable
+    from meshnet.vtep.tun import Tun, Underlay
     from meshnet.wire import Buffer
 
 _SLOTS = 64

@@ -13,7 +13,6 @@ import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from meshnet.kernel import bulk, rtnl
 from meshnet.kernel.events import (
     NETLINK_ADD_MEMBERSHIP,
     RTNLGRP_IPV4_ROUTE,
@@ -22,6 +21,7 @@ from meshnet.kernel.events import (
     RTNLGRP_NEXTHOP,
 )
 from meshnet.kernel.netns import inside
+from meshnet.kernel.wire import bulk, rtnl
 from tests.bench.simulated import Object
 
 if TYPE_CHECKING:

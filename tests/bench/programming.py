@@ -24,7 +24,7 @@ from meshnet.kernel.netns import inside
 from meshnet.lab.netns import netns_path
 from meshnet.model import Host, HostId, MeshSnapshot, Mode, Network, NetworkName, Reservations, Vni
 from meshnet.plan import LocalView
-from meshnet_agent.passes import Passes, PassInput
+from meshnet_agent.dataplane.passes import Passes, PassInput
 from tests.bench.classic import OWN_IP, host_namespace, program_by_hand, remotes
 from tests.bench.common import at_most, median_of, median_ratio
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from meshnet.diff import Failure, Op
     from meshnet.model import IpNetwork
-    from meshnet_agent.passes import PassResult
+    from meshnet_agent.dataplane.passes import PassResult
     from tests.bench.common import Measure, Run
 
 ROUNDS = 3

@@ -23,7 +23,7 @@ from tests.contract.hosts import UNDERLAY_DEV
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from meshnet.kernel.memory import MemoryKernel
+    from meshnet.kernel.fakes.kernel import MemoryKernel
 
 BRIDGE, TUNNEL = "mnb4097", "mnv4097"
 MAC2 = bytes.fromhex("026d0a2a0100")  # VTEP of 10.42.1.0/24, host h2's

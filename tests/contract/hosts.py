@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from meshnet.firewall.rules import FAMILIES
 from meshnet.kernel.elements import WiredElements
-from meshnet.kernel.memory import MemoryKernel
+from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.kernel.netlink import NetlinkKernel
 from meshnet.kernel.netns import inside
 from tests.values import underlay_ip

@@ -49,7 +49,7 @@ from tests.values import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from meshnet.kernel.memory import MemoryKernel
+    from meshnet.kernel.fakes.kernel import MemoryKernel
     from tests.contract.hosts import HostUnderTest
 
 

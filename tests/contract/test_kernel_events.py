@@ -13,7 +13,6 @@ import trio.testing
 
 from meshnet.diff import Op, Table, diff
 from meshnet.firewall.elements import member
-from meshnet.kernel import rtnl
 from meshnet.kernel.events import (
     EventFilter,
     neighbour_id,
@@ -22,6 +21,7 @@ from meshnet.kernel.events import (
     open_route_events,
 )
 from meshnet.kernel.netns import inside
+from meshnet.kernel.wire import rtnl
 from meshnet.lab.poll import wait_until
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
@@ -31,7 +31,7 @@ from meshnet.state import (
     Route,
     RouteKey,
 )
-from meshnet_agent.monitor import listen
+from meshnet_agent.dataplane.monitor import listen
 from tests.contract.changes import BRIDGE, TUNNEL
 from tests.contract.hosts import RealHost, host_namespace, ip
 from tests.values import make_network, make_snapshot, plan_for, underlay_ip

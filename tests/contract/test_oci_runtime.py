@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from meshnet.runtime.conmon import Shim
-from meshnet.runtime.oci_runtime import OciRuntime, ways_to_run
+from meshnet.runtime.engine.conmon import Shim
+from meshnet.runtime.engine.oci_runtime import OciRuntime, ways_to_run
 
 pytestmark = pytest.mark.root
 UNIFIED = "/sys/fs/cgroup/unified"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.diff import Op, Table
-from meshnet.kernel import bulk, rtnl
 from meshnet.kernel.netns import inside
+from meshnet.kernel.wire import bulk, rtnl
 from meshnet.state import NEXTHOP_ID_FIRST, Nexthop
 from tests.contract.hosts import UNDERLAY_DEV, host_namespace, ip
 

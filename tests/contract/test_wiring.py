@@ -20,7 +20,7 @@ from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
 from meshnet.firewall.elements import source_elements
 from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel import EndpointWiring
-from meshnet.kernel.memory_wiring import MemoryWiring, NamespaceLink
+from meshnet.kernel.fakes.wiring import MemoryWiring, NamespaceLink
 from meshnet.kernel.netns import netns_inode
 from meshnet.kernel.wiring import NetlinkWiring
 from meshnet.state import Ruleset

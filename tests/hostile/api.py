@@ -16,9 +16,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshnet.store import Put
-from meshnet_agent.api import make_app
-from meshnet_agent.images import Images
-from meshnet_agent.service import Service
+from meshnet_agent.api.app import make_app
+from meshnet_agent.api.service import Service
+from meshnet_agent.containers.images import Images
 from tests.hostile.campaign import (
     TEXTS,
     Campaign,

@@ -8,12 +8,12 @@ import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from meshnet.kernel.tun import Tun, Underlay
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, PeerTable
 from meshnet.vtep.prober import Prober
 from meshnet.vtep.receiver import Receiver
+from meshnet.vtep.tun import Tun, Underlay
 from meshnet.wire import probe, virtio, vxlan
 from meshnet.wire.inner import UDP, Inner
 from meshnet.wire.probe import REQUEST, Probe

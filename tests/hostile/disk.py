@@ -15,8 +15,8 @@ from meshnet.errors import MeshnetError, PolicyRefusedError
 from meshnet.kernel.nft import NftTables
 from meshnet.store.memory import MemoryStore
 from meshnet.vtep.rundir import RunDir
-from meshnet_agent.disk import StateDir
-from meshnet_agent.identity import MeshIdentity
+from meshnet_agent.mesh.identity import MeshIdentity
+from meshnet_agent.state_dir import StateDir
 from tests.hostile.campaign import (
     Campaign,
     assert_clear,

@@ -8,8 +8,8 @@ from ipaddress import ip_interface
 from typing import TYPE_CHECKING
 
 from meshnet.diff import Op, Table
-from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
+from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     FdbKey,

@@ -18,7 +18,7 @@ from meshnet.cli.main import run_command
 from meshnet.cli.skopeo import error_of
 from meshnet.errors import MeshnetError, NotFoundError, PolicyRefusedError
 from meshnet.lab.poll import wait_until
-from meshnet.runtime.images import ImageStore
+from meshnet.runtime.images.store import ImageStore
 from tests.images import Layout, Member, config_of, digest, docker_save, tar
 from tests.netns.mesh import meshnet
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from meshnet.kernel.tun import SOL_UDP, UDP_SEGMENT
 from meshnet.lab.poll import wait_until
 from meshnet.vtep.engine import ENGINES
 from meshnet.vtep.native import library
+from meshnet.vtep.tun import SOL_UDP, UDP_SEGMENT
 from meshnet.wire import vxlan
 from tests.bench.common import scratch
 from tests.netns.mesh import PingStream, ping

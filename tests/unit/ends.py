@@ -12,7 +12,6 @@ import select
 import socket
 from typing import TYPE_CHECKING, Any, cast
 
-from meshnet.kernel.tun import SOL_UDP, UDP_GRO, UDP_SEGMENT, Tun, Underlay, open_underlay
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.engine import Parts
 from meshnet.vtep.native import library
@@ -21,6 +20,7 @@ from meshnet.vtep.peers import Own, PeerTable
 from meshnet.vtep.prober import Prober
 from meshnet.vtep.receiver import Receiver
 from meshnet.vtep.sender import Sender
+from meshnet.vtep.tun import SOL_UDP, UDP_GRO, UDP_SEGMENT, Tun, Underlay, open_underlay
 from meshnet.wire import virtio
 from tests.unit.packets import MACS, VNI, cut_by_kernel, virtio_of
 

@@ -1,4 +1,4 @@
-"""The ports of a host in memory: a fake of `meshnet_agent.ports.KernelPorts`."""
+"""The ports of a host in memory: a fake of `endpoints.published_ports.KernelPorts`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FakePorts:
     redirected: list[Binding] = field(default_factory=list)
 
     def hold(self, binding: Binding) -> FakePort:
-        """See `meshnet_agent.ports.HostPorts`."""
+        """See `meshnet_agent.endpoints.published_ports.HostPorts`."""
         if not (
             binding.address.is_unspecified
             or self.addresses is None
@@ -44,11 +44,11 @@ class FakePorts:
         return FakePort(self, taken)
 
     def find_user(self, binding: Binding) -> str | None:
-        """See `meshnet_agent.ports.HostPorts`."""
+        """See `meshnet_agent.endpoints.published_ports.HostPorts`."""
         return next((name for b, name in self.others.items() if b.overlaps(binding)), None)
 
     def forget_flows(self, bindings: Collection[Binding]) -> None:
-        """See `meshnet_agent.ports.HostPorts`."""
+        """See `meshnet_agent.endpoints.published_ports.HostPorts`."""
         self.redirected += bindings
 
     def _taken(self, binding: Binding) -> bool:

@@ -14,13 +14,13 @@ import trio
 
 from meshnet.config import load_config
 from meshnet.kernel.events import EventFilter
-from meshnet.kernel.memory import MemoryKernel
-from meshnet.kernel.memory_wiring import MemoryWiring
+from meshnet.kernel.fakes.kernel import MemoryKernel
+from meshnet.kernel.fakes.wiring import MemoryWiring
 from meshnet.state import FdbKey, NeighbourKey
 from meshnet.store.memory import MemoryStore
 from meshnet.store.registry import Registry
-from meshnet_agent.agent import Agent
-from meshnet_agent.disk import StateDir
+from meshnet_agent.daemon import Agent
+from meshnet_agent.state_dir import StateDir
 from tests.unit.host_ports import FakePorts
 from tests.values import make_network, underlay_ip
 
@@ -38,7 +38,7 @@ TTL_S, GRACE_S, RESYNC_S = 15, 120, 60
 
 
 class InlineWorker(Generic[T]):
-    """`meshnet_agent.worker.Worker` without a thread: a clock that jumps knows none."""
+    """`meshnet_agent.tasks.worker.Worker` without a thread: a clock that jumps knows none."""
 
     def __init__(self, owned: T) -> None:
         self._owned = owned

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meshnet.kernel import rtnl
+from meshnet.kernel.wire import rtnl
 
 if TYPE_CHECKING:
-    from meshnet.kernel.rtnl import Body, Request
+    from meshnet.kernel.wire.rtnl import Body, Request
 
 
 def datagram(kind: int, body: bytes, *, port_id: int = 0, sequence: int = 1) -> bytes:

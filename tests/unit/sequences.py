@@ -28,7 +28,7 @@ from trio.testing import MockClock
 
 from meshnet.diff import Table
 from meshnet.errors import ConflictError
-from meshnet.kernel.memory import MemoryKernel
+from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.model import HostId, NetworkName
 from meshnet.state import ElementKey, FdbKey, Ruleset
 from meshnet.store import CompactedError, Delete, Put

@@ -15,9 +15,9 @@ import structlog
 from starlette.routing import Route
 from structlog.testing import capture_logs
 
-from meshnet_agent.api import make_app
+from meshnet_agent.api.app import make_app
+from meshnet_agent.api.openapi import describe
 from meshnet_agent.logs import configure_logs
-from meshnet_agent.openapi import describe
 from tests.hostile.api import exchange
 
 if TYPE_CHECKING:

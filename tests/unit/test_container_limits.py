@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from meshnet.cli.container import parse_since
+from meshnet.cli.commands.container import parse_since
 from meshnet.errors import KernelRefusedError, NotFoundError, UsageError
-from meshnet.runtime.conmon import Shim
-from meshnet.runtime.devices import DeviceWish, parse_device
-from meshnet.runtime.oci_runtime import OciRuntime
-from meshnet.runtime.options import ContainerOptions, check_options
-from meshnet.runtime.spec import Surroundings, make_spec
-from meshnet.runtime.ulimits import UNLIMITED, Ulimit, parse_ulimit
-from meshnet.runtime.users import User, add_groups
-from meshnet_agent import host_kernel
-from meshnet_agent.container_log import _seek
-from meshnet_agent.host_kernel import check_kernel, find_devices
+from meshnet.runtime.engine.conmon import Shim
+from meshnet.runtime.engine.oci_runtime import OciRuntime
+from meshnet.runtime.spec.config import Surroundings, make_spec
+from meshnet.runtime.spec.devices import DeviceWish, parse_device
+from meshnet.runtime.spec.options import ContainerOptions, check_options
+from meshnet.runtime.spec.ulimits import UNLIMITED, Ulimit, parse_ulimit
+from meshnet.runtime.spec.users import User, add_groups
+from meshnet_agent.containers import host_support
+from meshnet_agent.containers.host_support import check_kernel, find_devices
+from meshnet_agent.containers.log import _seek
 
 OPTIONS = ContainerOptions(rootfs="/r", command=("true",))
 MIB = 1 << 20
@@ -52,16 +52,16 @@ def test_swap_is_as_dockers() -> None:
 
 
 def test_what_this_kernel_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_kernel, "accounts_swap", lambda: False)
+    monkeypatch.setattr(host_support, "accounts_swap", lambda: False)
     with pytest.raises(KernelRefusedError, match="swapaccount=1"):
         check_kernel(replace(OPTIONS, memory_bytes=MIB, memory_swap_bytes=MIB))
     check_kernel(replace(OPTIONS, memory_bytes=MIB))
     monkeypatch.setattr("resource.getrlimit", lambda _number: (10, 20))
-    monkeypatch.setattr(host_kernel, "_may_raise_limits", lambda: False)
+    monkeypatch.setattr(host_support, "_may_raise_limits", lambda: False)
     check_kernel(replace(OPTIONS, ulimits=("nofile=20", "locks=1:20")))
     with pytest.raises(KernelRefusedError, match="LimitNOFILE="):
         check_kernel(replace(OPTIONS, ulimits=("nofile=1:21",)))
-    monkeypatch.setattr(host_kernel, "_may_raise_limits", lambda: True)
+    monkeypatch.setattr(host_support, "_may_raise_limits", lambda: True)
     check_kernel(replace(OPTIONS, ulimits=("nofile=1:21",)))
 
 

@@ -9,12 +9,12 @@ import pytest
 import trio
 
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageError
-from meshnet.runtime.id_ranges import PER_CONTAINER, IdRange
-from meshnet.runtime.mount_points import MountPoint
-from meshnet.runtime.options import ContainerOptions
-from meshnet_agent import containers as module
-from meshnet_agent.container_record import FILE, ProcessId, Record, State, load_all, save
-from meshnet_agent.containers import Containers
+from meshnet.runtime.spec.id_ranges import PER_CONTAINER, IdRange
+from meshnet.runtime.spec.mount_points import MountPoint
+from meshnet.runtime.spec.options import ContainerOptions
+from meshnet_agent.containers import lifecycle as module
+from meshnet_agent.containers.lifecycle import Containers
+from meshnet_agent.containers.record import FILE, ProcessId, Record, State, load_all, save
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,13 +14,13 @@ from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
 from meshnet.errors import PolicyRefusedError
 from meshnet.files import write_whole
 from meshnet.model import EndpointId
-from meshnet.runtime.options import ContainerOptions
+from meshnet.runtime.spec.options import ContainerOptions
 from meshnet.store import Change, Delete, Put, WatchBatch
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import MESH, MESH_ID, NETWORKS, Mirror
-from meshnet_agent import container_record
-from meshnet_agent.disk import StateDir
-from meshnet_agent.identity import MeshIdentity
+from meshnet_agent.containers import record as container_record
+from meshnet_agent.mesh.identity import MeshIdentity
+from meshnet_agent.state_dir import StateDir
 from tests.values import make_endpoint
 
 if TYPE_CHECKING:

@@ -17,16 +17,16 @@ from meshnet.errors import (
     PolicyRefusedError,
     UsageError,
 )
-from meshnet.kernel.memory import MemoryKernel
-from meshnet.kernel.memory_wiring import MemoryWiring
+from meshnet.kernel.fakes.kernel import MemoryKernel
+from meshnet.kernel.fakes.wiring import MemoryWiring
 from meshnet.model import AddressRange, Mode
 from meshnet.ports import parse_all_published
 from meshnet.state import Link, LinkKind
-from meshnet_agent.addresses import SubnetAddresses
-from meshnet_agent.attachment import AttachRequest, ReadyNetwork
-from meshnet_agent.disk import StateDir
-from meshnet_agent.endpoints import Endpoints
-from meshnet_agent.ports import PublishedPorts
+from meshnet_agent.endpoints.addresses.subnet import SubnetAddresses
+from meshnet_agent.endpoints.attach import Endpoints
+from meshnet_agent.endpoints.published_ports import PublishedPorts
+from meshnet_agent.endpoints.request import AttachRequest, ReadyNetwork
+from meshnet_agent.state_dir import StateDir
 from tests.unit.host_ports import FakePorts
 from tests.unit.mesh import InlineWorker
 from tests.values import ME, make_network, underlay_ip
@@ -99,7 +99,7 @@ class _Host:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Host:
     # The processes are in this machine's own namespace, which is as good as any for a fake.
-    monkeypatch.setattr("meshnet_agent.endpoints.host_netns_inodes", set)
+    monkeypatch.setattr("meshnet_agent.endpoints.attach.host_netns_inodes", set)
     return _Host(tmp_path)
 
 
@@ -223,7 +223,7 @@ async def test_the_port_leads_nowhere_once_the_process_has_ended(
     async with host.agent() as endpoints:
         await attach(endpoints, process.pid, "8080:80")
         await endpoints.changed.wait()
-        monkeypatch.setattr("meshnet_agent.owners.find_process", lambda _: None)
+        monkeypatch.setattr("meshnet_agent.endpoints.sandbox.find_process", lambda _: None)
         process.kill()
         with trio.fail_after(5):
             await endpoints.changed.wait()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
+from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import NEXTHOP_ID_FIRST, ROUTE_PROTOCOL
 from tests.unit.messages import datagram, u32
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.errors import ConflictError, NotFoundError, PolicyRefusedError, UsageError
-from meshnet.runtime.images import Image, ImageStore
-from meshnet.runtime.oci import BadImageError, Digest
-from meshnet.runtime.tarstream import Budget
+from meshnet.runtime.images.oci import BadImageError, Digest
+from meshnet.runtime.images.store import Image, ImageStore
+from meshnet.runtime.images.tarstream import Budget
 from tests.images import (
     CONFIG_TYPE,
     INDEX_TYPE,
@@ -273,7 +273,7 @@ def test_two_loads_at_once_share_their_layers(store: ImageStore, tmp_path: Path)
 
 
 def run_load(store: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-m", "meshnet.runtime.load", f"--store={store}"]
+    command = [sys.executable, "-P", "-m", "meshnet.runtime.images.load", f"--store={store}"]
     command += ["--max-bytes=67108864", "--max-entries=1000", *options]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

@@ -21,9 +21,10 @@ EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep", "files", "unix_http
 PURE_IN_EDGES = {
     "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
     "kernel/ordering.py",
-    "runtime/oci.py", "runtime/names.py", "runtime/options.py", "runtime/seccomp.py",
-    "runtime/spec.py", "runtime/users.py", "runtime/userns.py", "runtime/id_ranges.py",
-    "runtime/mount_points.py",
+    "runtime/images/oci.py", "runtime/images/names.py", "runtime/spec/__init__.py",
+    "runtime/spec/options.py", "runtime/spec/seccomp.py", "runtime/spec/config.py",
+    "runtime/spec/users.py", "runtime/spec/userns.py", "runtime/spec/id_ranges.py",
+    "runtime/spec/mount_points.py",
 }  # fmt: skip
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",
@@ -112,10 +113,10 @@ def test_the_client_starts_fast() -> None:
 def test_the_userspace_vtep_is_small() -> None:
     """Its process starts within milliseconds and stays small: no library, no other edge."""
     files = [MESHNET / name for name in modules(MESHNET) if name.startswith("vtep/")]
-    for path in [*files, MESHNET / "kernel" / "tun.py"]:
+    for path in files:
         for module in imports(path):
             allowed = module.split(".")[0] in sys.stdlib_module_names or module.startswith(
-                ("meshnet.errors", "meshnet.wire", "meshnet.vtep", "meshnet.kernel.tun")
+                ("meshnet.errors", "meshnet.wire", "meshnet.vtep", "meshnet.vtep.tun")
             )
             assert allowed, f"{path.name} imports {module}"
 
@@ -126,7 +127,7 @@ def test_each_third_party_library_has_its_place() -> None:
         "etcd3": {"store/etcd.py", "store/_etcd_rpc.py", "store/_etcd_messages.py",
                   "store/_etcd_watch.py", "store/_etcd_config.py"},
         "msgspec": {"codec/document.py", "codec/endpoints.py", "codec/hosts.py",
-                    "codec/networks.py", "store/__init__.py", "runtime/oci.py"},
+                    "codec/networks.py", "store/__init__.py", "runtime/images/oci.py"},
     }  # fmt: skip
     for library, allowed in places.items():
         users = {

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshnet.errors import MeshnetError, PolicyRefusedError
-from meshnet.runtime.layers import OPAQUE, Unpacked, unpack
-from meshnet.runtime.oci import BadImageError
-from meshnet.runtime.tarstream import Budget
+from meshnet.runtime.images.layers import OPAQUE, Unpacked, unpack
+from meshnet.runtime.images.oci import BadImageError
+from meshnet.runtime.images.tarstream import Budget
 from tests.images import Member, digest, directory, hard_link, symlink, tar
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("root")]

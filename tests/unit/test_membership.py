@@ -17,7 +17,7 @@ from meshnet.store import Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import SUBNETS, subnet_key
 from meshnet.store.registry import Registry
-from meshnet_agent.membership import Membership
+from meshnet_agent.mesh.membership import Membership
 from tests.values import ME, make_network, make_snapshot, underlay_ip
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
 from meshnet.store.registry import endpoint_key
-from meshnet_agent.service import Service
+from meshnet_agent.api.service import Service
 from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, full_mesh, open_mesh, until
 from tests.values import make_endpoint, make_network
 
@@ -401,7 +401,7 @@ async def test_a_grace_period_that_ends_over_a_hole_deletes_nothing(
 async def test_while_all_agents_list_again_nobody_is_taken_for_dead(
     tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshnet_agent.follow._LISTINGS_A_SECOND", 0.01)
+    monkeypatch.setattr("meshnet_agent.mesh.follower._LISTINGS_A_SECOND", 0.01)
     async with open_mesh(tmp_path, seed=3) as mesh:
         await full_mesh(mesh, 3)
         node, _, away = mesh.nodes

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.diff import Op, Table
-from meshnet.kernel import bulk, links, rtnl
+from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     NEXTHOP_ID_LAST,
@@ -31,7 +31,7 @@ from tests.unit.strategies import macs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from meshnet.kernel.rtnl import Body
+    from meshnet.kernel.wire.rtnl import Body
 
 DEV, IFINDEX = "mnv1", 77
 INDICES = {DEV: IFINDEX}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from meshnet.diff import Op, Table
 from meshnet.firewall import elements
 from meshnet.firewall.elements import SETS, format_element, key_size
-from meshnet.kernel import nftnl, rtnl
+from meshnet.kernel.wire import nftnl, rtnl
 from meshnet.model import Endpoint, Protocol, PublishedPort
 from meshnet.state import ElementKey
 from tests.unit import strategies

@@ -25,7 +25,10 @@ _STARTERS = {
 }
 _PRINTS_A_SCRIPT = "argcomplete.shellcode"
 """For people to source; its argument `shell` is a name."""
-_GATES = (("meshnet/lab/host.py", "_GATE"), ("meshnet/runtime/oci_runtime.py", "_HIDE_UNIFIED"))
+_GATES = (
+    ("meshnet/lab/host.py", "_GATE"),
+    ("meshnet/runtime/engine/oci_runtime.py", "_HIDE_UNIFIED"),
+)
 """The exceptions: the lab's containers wait for a line before they become their command, and crun
 gets its view of the cgroups first.  The script is a constant, and the command is its arguments,
 which no shell reads."""

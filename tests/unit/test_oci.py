@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.errors import NotFoundError
-from meshnet.runtime import oci
-from meshnet.runtime.oci import BadImageError, Descriptor, Platform
+from meshnet.runtime.images import oci
+from meshnet.runtime.images.oci import BadImageError, Descriptor, Platform
 from tests.images import config_of, dumps
 
 SHA = "sha256:" + "a" * 64

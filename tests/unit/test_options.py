@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.errors import UsageError
-from meshnet.runtime import seccomp
-from meshnet.runtime.oci_runtime import clean, exit_status_of
-from meshnet.runtime.options import (
+from meshnet.runtime.engine.oci_runtime import clean, exit_status_of
+from meshnet.runtime.spec import seccomp
+from meshnet.runtime.spec.config import DEFAULT_CAPABILITIES
+from meshnet.runtime.spec.options import (
     ContainerOptions,
     Volume,
     check_options,
@@ -21,12 +22,13 @@ from meshnet.runtime.options import (
     parse_size,
     parse_volume,
 )
-from meshnet.runtime.spec import DEFAULT_CAPABILITIES
-from meshnet.runtime.users import User, resolve_user
+from meshnet.runtime.spec.users import User, resolve_user
 
 PASSWD = "root:x:0:0::/root:/bin/sh\nweb:x:70:71::/srv:/bin/sh\n# a line of another kind\n"
 GROUP = "root:x:0:\nweb:x:71:\nlog:x:72:root,web\n"
-PROFILE: dict[str, Any] = json.loads(files("meshnet.runtime").joinpath("seccomp.json").read_text())
+PROFILE: dict[str, Any] = json.loads(
+    files("meshnet.runtime.spec").joinpath("seccomp.json").read_text()
+)
 
 
 @pytest.mark.parametrize(

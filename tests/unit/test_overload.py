@@ -14,8 +14,8 @@ import pytest
 import trio
 import trio.testing
 
-from meshnet_agent.api import raw_refusal
-from meshnet_agent.overload import refuse_clients
+from meshnet_agent.api.app import raw_refusal
+from meshnet_agent.api.overload import refuse_clients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from meshnet.backends import Path
 from meshnet.diff import Table
-from meshnet.kernel.memory import MemoryKernel
+from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.model import Host, HostId, MeshSnapshot, Mode, NetworkName
 from meshnet.plan import LocalView
 from meshnet.state import Nexthop
-from meshnet_agent.passes import HostView, PartInput, Passes, PassInput, PassResult
+from meshnet_agent.dataplane.passes import HostView, PartInput, Passes, PassInput, PassResult
 from tests.values import IPV4, IPV6, ME, make_network, make_snapshot, underlay_ip
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from meshnet.model import HostId, NetworkName
-from meshnet_agent.paths import Pair, Paths, Way
+from meshnet_agent.dataplane.fallback import Pair, Paths, Way
 
 PROD = NetworkName("prod")
 H2, H3 = (PROD, HostId("h2")), (PROD, HostId("h3"))

@@ -36,8 +36,8 @@ from meshnet.store.addresses import SET_ASIDE_S, address_key, list_pool, take_ad
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ADDRESSES, network_key, printable_key
 from meshnet.store.registry import Registry
-from meshnet_agent.attachment import ReadyNetwork
-from meshnet_agent.pool import PoolAddresses
+from meshnet_agent.endpoints.addresses.pool import PoolAddresses
+from meshnet_agent.endpoints.request import ReadyNetwork
 from tests.unit.mesh import MemoryProber, until
 from tests.values import make_endpoint, make_network, underlay_ip
 
@@ -331,7 +331,7 @@ async def test_a_write_whose_answer_was_lost(autojump_clock: MockClock, wire: Wi
 
     async with one.running():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("meshnet_agent.pool.take_addresses", lose)
+            patch.setattr("meshnet_agent.endpoints.addresses.pool.take_addresses", lose)
             with pytest.raises(StoreUnavailableError):
                 await one.attach(1)
         await wire.until_held(0)

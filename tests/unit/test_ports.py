@@ -22,7 +22,7 @@ from meshnet.ports import (
     parse_published,
     select_published,
 )
-from meshnet_agent.ports import KernelPorts, PublishedPorts
+from meshnet_agent.endpoints.published_ports import KernelPorts, PublishedPorts
 from tests.unit.host_ports import FakePorts
 from tests.unit.strategies import published_ports
 from tests.values import make_endpoint
@@ -295,7 +295,7 @@ def test_ports_of_others_are_refused(
         KernelPorts().hold(taken)
     assert KernelPorts().find_user(taken) is None  # its own are none of others
     pid = os.getpid()
-    monkeypatch.setattr("meshnet_agent.ports.os.getpid", lambda: 0)
+    monkeypatch.setattr("meshnet_agent.endpoints.published_ports.os.getpid", lambda: 0)
     assert (KernelPorts().find_user(taken) or "").endswith(f"(pid {pid})")
 
 

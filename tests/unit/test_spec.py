@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.errors import UsageError
-from meshnet.runtime.id_ranges import IdRange
-from meshnet.runtime.options import ContainerOptions, Volume
-from meshnet.runtime.spec import (
+from meshnet.runtime.spec.config import (
     CAPABILITIES,
     DEFAULT_CAPABILITIES,
     Surroundings,
@@ -20,7 +18,9 @@ from meshnet.runtime.spec import (
     make_spec,
     merge_env,
 )
-from meshnet.runtime.users import User
+from meshnet.runtime.spec.id_ranges import IdRange
+from meshnet.runtime.spec.options import ContainerOptions, Volume
+from meshnet.runtime.spec.users import User
 
 OPTIONS = ContainerOptions(rootfs="/r", command=("true",))
 ALL = frozenset(CAPABILITIES)

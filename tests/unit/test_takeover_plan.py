@@ -15,8 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.errors import KernelRefusedError
-from meshnet.kernel import links, rtnl
-from meshnet.kernel.bulk import (
+from meshnet.kernel.takeover import contents
+from meshnet.kernel.takeover.contents import Contents, Kind, Record
+from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage
+from meshnet.kernel.takeover.plan import Step, Verb, plan_giving_back, plan_taking
+from meshnet.kernel.wire import links, rtnl
+from meshnet.kernel.wire.bulk import (
     NDA_DST,
     NDA_LLADDR,
     NUD_PERMANENT,
@@ -25,10 +29,6 @@ from meshnet.kernel.bulk import (
     RTA_PRIORITY,
     RTA_TABLE,
 )
-from meshnet.kernel.takeover import contents
-from meshnet.kernel.takeover.contents import Contents, Kind, Record
-from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage
-from meshnet.kernel.takeover.plan import Step, Verb, plan_giving_back, plan_taking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

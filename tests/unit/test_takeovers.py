@@ -10,7 +10,7 @@ import trio
 
 from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
 from meshnet.model import MeshSnapshot, Mode
-from meshnet_agent.takeover import Takeovers
+from meshnet_agent.dataplane.takeovers import Takeovers
 from tests.unit.mesh import MemoryTakeovers
 from tests.values import make_network, make_snapshot, make_underlay
 

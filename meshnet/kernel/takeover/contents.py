@@ -16,8 +16,8 @@ from enum import IntEnum
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
-from meshnet.kernel import links, rtnl
-from meshnet.kernel.bulk import (
+from meshnet.kernel.wire import links, rtnl
+from meshnet.kernel.wire.bulk import (
     NDA_DST,
     NDA_LLADDR,
     NHA_ID,
@@ -37,7 +37,7 @@ from meshnet.state import ROUTE_PROTOCOL
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from meshnet.kernel.rtnl import Body
+    from meshnet.kernel.wire.rtnl import Body
     from meshnet.model import IpAddress
 
 IFA_LABEL, IFA_CACHEINFO, IFA_RT_PRIORITY = 3, 6, 9

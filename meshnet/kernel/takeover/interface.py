@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
-from meshnet.kernel import bulk, links, rtnl
 from meshnet.kernel.takeover import contents
 from meshnet.kernel.takeover.contents import Contents, Kind, Record
 from meshnet.kernel.takeover.plan import Verb
+from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import ENDPOINT_LINK, LINK_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from meshnet.kernel.rtnl import Body, Request
     from meshnet.kernel.takeover.plan import Step
+    from meshnet.kernel.wire.rtnl import Body, Request
 
 _PROC_NET = Path("/proc/sys/net")
 _SETTINGS = ("ipv4/conf", "ipv6/conf", "ipv4/neigh", "ipv6/neigh")

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, PolicyRefusedError
-from meshnet.kernel import links
 from meshnet.kernel.takeover.confirm import ETCD, find_silent, name_of
 from meshnet.kernel.takeover.interface import Interfaces, generation_of
 from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage, this_boot
 from meshnet.kernel.takeover.plan import plan_giving_back, plan_taking
+from meshnet.kernel.wire import links
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,0 +1,1 @@
+"""The API's requests, one file a kind of object."""

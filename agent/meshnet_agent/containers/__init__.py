@@ -1,0 +1,1 @@
+"""The local runtime: containers, images and volumes of this host."""

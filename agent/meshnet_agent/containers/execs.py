@@ -1,0 +1,179 @@
+"""``meshnet exec``: further programs in a container, each under a conmon of its own.
+
+The program waits until its client has attached; then the client asks for it to be started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.errors import NotFoundError, UsageError
+from meshnet.runtime.engine.conmon import (
+    ATTACH,
+    CONMON_PID,
+    WINDOW_SIZE,
+    Exec,
+    Shim,
+    read_exit,
+)
+from meshnet.runtime.spec.options import check_process
+from meshnet_agent.containers.bundle import open_to_group
+from meshnet_agent.containers.processes import identify, send, wait_for_end
+
+if TYPE_CHECKING:
+    from meshnet.runtime.spec.options import ContainerOptions
+    from meshnet_agent.api.documents import Document
+    from meshnet_agent.containers.lifecycle import Containers
+    from meshnet_agent.containers.record import ProcessId
+
+_STARTED = "started"
+"""A file in the directory of a program that was let go on."""
+_FORGET_S = 60.0
+"""How long a program waits for its client, and its status after the end."""
+
+
+@dataclass(eq=False)
+class _Session:
+    container: str
+    directory: Path
+    waiting: Exec
+    shim: ProcessId
+    started: trio.Event = field(default_factory=trio.Event)
+    ended: trio.Event = field(default_factory=trio.Event)
+    exit_code: int | None = None
+
+
+class ExecSessions:
+    """All programs that clients run in containers."""
+
+    def __init__(self, containers: Containers) -> None:
+        self._containers = containers
+        self._sessions: dict[str, _Session] = {}
+
+    async def create(self, name: str, wanted: ContainerOptions) -> Document:
+        """Prepare a program; returns where its client attaches.
+
+        Args:
+            wanted: its command, variables, user, workdir, terminal and stdin.
+
+        Raises:
+            ConflictError: the container does not run.
+        """
+        container = self._containers.registry.running(name)
+        if not wanted.command:
+            raise UsageError("exec needs a command")
+        check_process(wanted)
+        record = container.record
+        options = replace(
+            record.options,
+            command=wanted.command,
+            env=(*record.options.env, *wanted.env),
+            user=wanted.user,
+            workdir=wanted.workdir,
+            tty=wanted.tty,
+            interactive=wanted.interactive,
+        )
+        identity = secrets.token_hex(6)
+        directory = self._containers.run_dir(f"exec-{identity}")
+        process = await trio.to_thread.run_sync(
+            container.bundle.write_exec, record, options, directory, record.env
+        )
+        shim = Shim(
+            runtime=await self._containers.runtime(),
+            identity=record.id,
+            bundle=directory,
+            log=directory / "log",
+            exits=directory,
+            tty=options.tty,
+            stdin=options.interactive,
+        )
+        waiting = await shim.prepare_exec(process)
+        conmon = identify(int((directory / CONMON_PID).read_text()))
+        for file, mode in ((ATTACH, 0o770), (WINDOW_SIZE, 0o660)):
+            open_to_group(directory / file, mode)
+        session = _Session(record.id, directory, waiting, conmon)
+        self._sessions[identity] = session
+        self._containers.nursery.start_soon(self._live, identity, session)
+        return {
+            "id": identity,
+            "attach": str(directory / ATTACH),
+            "window": str(directory / WINDOW_SIZE),
+            "exit_file": str(directory / record.id),
+        }
+
+    async def start(self, identity: str) -> Document:
+        """Start a program whose client has attached; returns its pid.
+
+        Raises:
+            StartError: there is no such program, or the runtime refused.
+        """
+        session = self._find(identity)
+        (session.directory / _STARTED).touch()
+        session.started.set()
+        return {"pid": await session.waiting.start()}
+
+    async def wait(self, identity: str) -> Document:
+        """Wait until a program has ended; returns its status."""
+        session = self._find(identity)
+        await session.ended.wait()
+        return {"exit_code": session.exit_code}
+
+    def _find(self, identity: str) -> _Session:
+        if identity not in self._sessions:
+            raise NotFoundError(f"exec {identity} does not exist: it ended, or was never there")
+        return self._sessions[identity]
+
+    async def _live(self, identity: str, session: _Session) -> None:
+        with trio.move_on_after(_FORGET_S) as waiting:
+            await session.started.wait()
+        if waiting.cancelled_caught:
+            send(session.shim, signal.SIGKILL)
+            await session.waiting.close()
+        await wait_for_end(session.shim)
+        session.exit_code = read_exit(session.directory, session.container)
+        with contextlib.suppress(OSError):
+            await trio.to_thread.run_sync(shutil.rmtree, session.directory)
+        session.ended.set()
+        await trio.sleep(_FORGET_S)
+        self._sessions.pop(identity, None)
+
+
+def clear_execs(run: Path) -> None:
+    """At the agent's start: end what waits for a start that nobody will ask for, tidy up the ended.
+
+    A program that had been started goes on, as its container does.
+    """
+    for directory in run.glob("exec-*"):
+        conmon = _conmon_of(directory)
+        if conmon is not None:
+            try:
+                if (directory / _STARTED).exists():
+                    continue
+                signal.pidfd_send_signal(conmon, signal.SIGKILL)
+            finally:
+                os.close(conmon)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _conmon_of(directory: Path) -> int | None:
+    """A pidfd of the conmon that lives in a directory; None: it has ended."""
+    try:
+        pid = int((directory / CONMON_PID).read_text())
+        fd = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        return None
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if os.fsencode(directory) in words:
+            return fd
+    os.close(fd)
+    return None

@@ -1,0 +1,61 @@
+"""Processes that outlive the agent: told apart for ever, signalled and awaited by pidfd."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from functools import cache
+from pathlib import Path
+
+import trio
+
+from meshnet.errors import NotFoundError
+from meshnet.kernel.netns import start_ticks
+from meshnet_agent.containers.record import ProcessId
+
+
+@cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def identify(pid: int) -> ProcessId:
+    """A process for ever.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    return ProcessId(pid, start_ticks(pid), _boot_id())
+
+
+def is_alive(process: ProcessId) -> bool:
+    """Whether it is there still, and is that one."""
+    try:
+        return identify(process.pid) == process
+    except NotFoundError:
+        return False
+
+
+def send(process: ProcessId, number: signal.Signals) -> None:
+    """Signal a process, if it is still that one."""
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(process.pid)
+        try:
+            if is_alive(process):
+                signal.pidfd_send_signal(fd, number)
+        finally:
+            os.close(fd)
+
+
+async def wait_for_end(process: ProcessId) -> None:
+    """Wait until a process has ended."""
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if is_alive(process):
+            await trio.lowlevel.wait_readable(fd)
+    finally:
+        os.close(fd)

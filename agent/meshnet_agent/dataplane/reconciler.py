@@ -1,0 +1,260 @@
+"""The reconciler: when to run which pass (`meshnet_agent.dataplane.passes`), and how it went.
+
+A pass over everything runs when something raised the flag (networks or this host's part in them
+changed, or the kernel), at every resync, and while operations are refused.  Hosts that changed are
+gathered in a set, never in a queue, and taken from it in batches: each costs a pass over those
+alone.  All passes run in the kernel's thread, so that the event loop stays free.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.diff import Table
+from meshnet.errors import KernelRefusedError, MeshnetError
+from meshnet_agent.dataplane.passes import PartInput, Passes, PassInput, PassResult
+from meshnet_agent.tasks.flag import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    from meshnet.kernel import Kernel
+    from meshnet.model import HostId
+    from meshnet_agent.tasks.right_of_way import RightOfWay
+    from meshnet_agent.tasks.worker import Worker
+
+_log = structlog.get_logger()
+_PAUSE_S, _REST_S = 0.02, 1.0
+"""Longest rest after a pass, and before one over everything after another such, else as long as it
+took: a burst of events becomes one pass."""
+_TRIFLE_S = 0.001
+"""After so short a pass resting costs more than it saves."""
+_RETRY_S = (0.5, 30.0)
+"""First and last delay before failed operations are tried again."""
+_BATCH_HOSTS = 100
+_LOGGED_FAILURES = 20
+
+
+class Reconciler:
+    """Runs passes.
+
+    Attributes:
+        result: of the last pass that could run.
+        blocked: why the last pass could not run at all, or None.
+        passes: that ran, since start.
+        full_passes: those of them that looked at everything.
+        writes: operations of all passes, since start.
+
+    Args:
+        gather: takes the values for a pass over everything.
+        gather_part: takes the values for a pass over some hosts; None: nothing changed.
+        on_missing: called with endpoint links that are gone.
+        resync_s: longest time between two passes over everything, give or take a tenth: agents
+            spread out.
+        next_change_s: seconds until what `gather_part` returns changes by the clock alone.
+        way: given way to before a pass over some hosts.
+    """
+
+    def __init__(
+        self,
+        worker: Worker[Kernel],
+        gather: Callable[[], PassInput],
+        gather_part: Callable[[Collection[HostId]], PartInput | None],
+        on_missing: Callable[[Collection[str]], None],
+        *,
+        resync_s: float,
+        next_change_s: Callable[[], float],
+        way: RightOfWay,
+    ) -> None:
+        self.result = PassResult()
+        self.passes = 0
+        self.full_passes = 0
+        self.writes = 0
+        self.blocked: str | None = None
+        self._worker = worker
+        self._gather = gather
+        self._gather_part = gather_part
+        self._on_missing = on_missing
+        self._resync_s = resync_s
+        self._next_change_s = next_change_s
+        self._way = way
+        self._runner = Passes()
+        self._running = False
+        self._wake = Flag()
+        self._all_due = True
+        self._touched: set[HostId] = set()
+        self._passed = trio.Event()
+        self._begun = self._ended = 0
+        self._tried = trio.Event()
+        self._over = False
+        self._retry_s = _RETRY_S[0]
+        self._resync_at = self._rested_at = 0.0
+
+    def mark_dirty(self) -> None:
+        """Ask for a pass over everything."""
+        self._all_due = True
+        self._wake.set()
+
+    def touch(self, hosts: Iterable[HostId]) -> None:
+        """Ask for a pass over hosts that changed; with none, for a look at the clock."""
+        self._touched.update(hosts)
+        self._wake.set()
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the last pass left nothing to do and nothing has happened since."""
+        return bool(self.passes and self.blocked is None and not self.pending)
+
+    @property
+    def pending(self) -> int:
+        """Work that is left: operations of the running pass, or one for a pass that is due, hosts
+        that changed, and operations that failed and wait to be tried again."""
+        due = max(self._runner.progress.left, self._running or self._all_due)
+        return due + len(self._touched) + len(self.result.failures)
+
+    async def wait_for_pass(self) -> None:
+        """Wait until the next pass over everything has ended."""
+        await self._passed.wait()
+
+    async def settle(self) -> None:
+        """Have a pass over everything that begins after this call, and wait until it has ended.
+
+        Raises:
+            KernelRefusedError: it could not run, or the firewall is not as it should be; both are
+                tried again. Or the agent is stopping, and there are no more passes.
+        """
+        self.mark_dirty()
+        next_one = self._begun + 1
+        while self._ended < next_one:
+            if self._over:
+                raise KernelRefusedError("no pass can run on this host: its agent is stopping")
+            await self._tried.wait()
+        if self.blocked is not None:
+            raise KernelRefusedError(f"no pass can run on this host: {self.blocked}")
+        for failure in self.result.failures:
+            if failure.op.table in (Table.FIREWALL, Table.ELEMENT):
+                raise KernelRefusedError(f"the firewall cannot be changed: {failure}")
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run passes for ever; started after the first one.
+
+        A failed operation is tried again with growing delays; a pass that could not run at all
+        (the underlay address is gone) likewise.
+        """
+        try:
+            await self._run_passes(task_status)
+        finally:
+            # Nobody waits for a pass that never comes: clean-up may be shielded.
+            self._over = True
+            self._tried.set()
+
+    async def _run_passes(self, task_status: trio.TaskStatus[None]) -> None:
+        started = False
+        while True:
+            with trio.move_on_at(min(self._all_at, trio.current_time() + self._next_change_s())):
+                await self._wake.wait()
+            if trio.current_time() >= self._all_at:
+                await self._pass_over_all()
+                self._plan_next()
+                if self.passes and not started:
+                    started = True
+                    task_status.started()
+            else:
+                await self._way.give()
+                await self._pass_over_some()
+                if self.result.failures:
+                    self._resync_at = min(self._resync_at, trio.current_time() + self._retry_s)
+            if self.result.seconds > _TRIFLE_S:
+                await trio.sleep(min(_PAUSE_S, self.result.seconds))
+
+    @property
+    def _all_at(self) -> float:
+        """When to look at everything: with the resync, or once rested if there is a reason."""
+        return min(self._resync_at, self._rested_at) if self._all_due else self._resync_at
+
+    def _plan_next(self) -> None:
+        """After a pass over everything: when to begin the next, without and with a reason."""
+        now = trio.current_time()
+        if self.blocked is None and not self.result.failures:
+            self._retry_s = _RETRY_S[0]
+            wait_s = self._resync_s * random.uniform(0.9, 1.1)
+        else:
+            wait_s = min(self._resync_s, self._retry_s * random.uniform(0.5, 1.0))
+            self._retry_s = min(_RETRY_S[1], self._retry_s * 2)
+        self._resync_at = now + wait_s
+        # Somebody who changes something all the time gets half of a processor at most.
+        self._rested_at = now + (0 if self.result.again else min(_REST_S, self.result.seconds))
+
+    async def _pass_over_all(self) -> None:
+        self._all_due = False
+        self._touched.clear()
+        self._begun += 1
+        given = self._gather()
+        result = await self._run(lambda kernel: self._runner.run_all(kernel, given))
+        self._ended = self._begun
+        self._tried.set()
+        self._tried = trio.Event()
+        if result is None:
+            return
+        self.full_passes += 1
+        if self.result.again:
+            self.mark_dirty()
+        if self.result.missing:
+            self._on_missing(self.result.missing)
+        self._passed.set()
+        self._passed = trio.Event()
+
+    async def _pass_over_some(self) -> None:
+        batch = set(itertools.islice(self._touched, _BATCH_HOSTS))
+        self._touched -= batch
+        if self._touched:
+            self._wake.set()
+        given = self._gather_part(batch)
+        if given is None:
+            return
+        if await self._run(lambda kernel: self._runner.run_part(kernel, given)) is None:
+            self.mark_dirty()
+
+    async def _run(self, work: Callable[[Kernel], PassResult | None]) -> PassResult | None:
+        """Run a pass in the kernel's thread; None: it could not, or would not, come to an end."""
+        self._running = True
+        before = {(f.op.table, f.op.key, f.reason) for f in self.result.failures}
+        try:
+            result = await self._worker.run(work)
+        except (MeshnetError, OSError) as error:
+            # The underlay's address is gone, nft is missing, a dump was cut short: what is in the
+            # kernel stays, and the next pass may find it mended.
+            if str(error) != self.blocked:
+                _log.error("pass not possible", reason=str(error))
+            self.blocked = str(error)
+            return None
+        finally:
+            self._running = False
+        if result is None:
+            return None
+        self.result = result
+        self.blocked = None
+        self.passes += 1
+        self.writes += result.writes
+        new = [f for f in result.failures if (f.op.table, f.op.key, f.reason) not in before]
+        for failure in new[:_LOGGED_FAILURES]:
+            _log.error("kernel refused", operation=str(failure.op), reason=failure.reason)
+        if len(new) > _LOGGED_FAILURES:
+            _log.error("kernel refused more", operations=len(new) - _LOGGED_FAILURES)
+        if result.writes:
+            log = _log.info if result.scope == "all" else _log.debug
+            log(
+                "kernel programmed",
+                scope=result.scope,
+                operations=result.writes,
+                failed=len(result.failures),
+                seconds=round(result.seconds, 4),
+                **{stage: round(s, 4) for stage, s in asdict(result.stages).items()},
+            )
+        return result

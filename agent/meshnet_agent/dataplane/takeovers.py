@@ -1,0 +1,196 @@
+"""Links that networks of mode ``underlay-bridge`` take over, and give back when they are gone.
+
+Follows the snapshot, one link after the other.  The work is done by processes that outlive this
+agent (`meshnet.kernel.takeover`), which confirm it or undo it by themselves.  One that failed, or
+that somebody took apart, is tried again after `_RETRY_S` and no sooner: a host's link does not
+flap.  Stopping gives nothing back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import structlog
+import trio
+
+from meshnet.backends.underlay_bridge import parent_bridge_name
+from meshnet.errors import ConflictError, MeshnetError
+from meshnet.model import Mode
+from meshnet.plan import networks_to_bridge
+from meshnet_agent.tasks.flag import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from meshnet.backends import Underlay
+    from meshnet.model import IpAddress, MeshSnapshot, Network, NetworkName
+
+_log = structlog.get_logger()
+_RETRY_S = 300.0
+_GIVE_BACK_AGAIN_S = (0.5, 60.0)
+"""Pause before a link is tried to be given back again: while endpoints are going, and after an
+error."""
+
+
+class TakeoverRunner(Protocol):
+    """Takes links over: `meshnet.kernel.takeover.process.TakeoverProcesses`, or a fake."""
+
+    def bridges(self) -> list[str]:
+        """Bridges that have taken a link, or were about to."""
+        ...
+
+    async def standing(self) -> dict[str, str]:
+        """Those that have, confirmed: bridge and link."""
+        ...
+
+    async def take(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
+        """Have a bridge in the place of a link, or leave everything as it was."""
+        ...
+
+    async def give_back(self, bridge: str) -> None:
+        """Move everything that a bridge has back to its link; not while endpoints hang on it."""
+        ...
+
+
+class _Try(NamedTuple):
+    """The last attempt for a bridge: for which network, and when."""
+
+    network: Network
+    at: float
+
+
+class Takeovers:
+    """This host's takeovers.
+
+    Args:
+        snapshot: what the store says of the mesh.
+        underlay: as the last pass saw it; None: there was none.
+        on_change: called when `states` changed.
+
+    Attributes:
+        states: by network, why its parent is not taken over; "": it is (`LocalView.takeovers`).
+    """
+
+    def __init__(
+        self,
+        runner: TakeoverRunner,
+        *,
+        snapshot: Callable[[], MeshSnapshot],
+        underlay: Callable[[], Underlay | None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.states: dict[NetworkName, str] = {}
+        self._runner = runner
+        self._snapshot = snapshot
+        self._underlay = underlay
+        self._on_change = on_change
+        self._tries: dict[str, _Try] = {}
+        self._complaints: dict[str, str] = {}
+        self._look = Flag()
+        self._again_at = float("inf")
+
+    def look(self) -> None:
+        """Something may have changed."""
+        self._look.set()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take over and give back for ever; started when what stands is known."""
+        standing = await self._runner.standing()
+        for network in self._snapshot().networks.values():
+            bridge = parent_bridge_name(network)
+            if network.mode is Mode.UNDERLAY_BRIDGE and standing.get(bridge) == network.parent:
+                self.states[network.name] = ""
+        task_status.started()
+        while True:
+            with trio.move_on_at(self._again_at):
+                await self._look.wait()
+            self._again_at = float("inf")
+            snapshot, underlay = self._snapshot(), self._underlay()
+            if underlay is None:
+                continue
+            wanted = {parent_bridge_name(n): n for n in networks_to_bridge(snapshot, underlay)}
+            named = {
+                parent_bridge_name(n)
+                for n in snapshot.networks.values()
+                if n.mode is Mode.UNDERLAY_BRIDGE
+            }
+            try:
+                standing = await self._runner.standing()
+                if not snapshot.holes:
+                    for bridge in set(self._runner.bridges()) - named:
+                        await self._give_back(bridge)
+            except MeshnetError as error:
+                self._complain("", str(error))
+                self._again_in(_RETRY_S)
+                continue
+            self._forget(snapshot)
+            for bridge, network in wanted.items():
+                await self._bring(bridge, network, standing)
+
+    async def _bring(self, bridge: str, network: Network, standing: dict[str, str]) -> None:
+        """Have a network's parent taken over, unless that was tried not long ago."""
+        parent = network.parent or ""
+        if standing.get(bridge) == parent:
+            self._set(network, "")
+            return
+        tried = self._tries.get(bridge)
+        if tried is not None and tried.network == network:
+            due = tried.at + _RETRY_S
+            if trio.current_time() < due:
+                if not self.states.get(network.name):
+                    self._set(
+                        network,
+                        f"somebody took link {parent} out of bridge {bridge}, or removed that: it "
+                        "is mended by the next try, or when the agent is restarted",
+                    )
+                self._again_at = min(self._again_at, due)
+                return
+        self._tries[bridge] = _Try(network, trio.current_time())
+        if self.states.pop(network.name, None) is not None:
+            self._on_change()
+        started = trio.current_time()
+        try:
+            await self._runner.take(bridge, parent, network.gateways)
+        except MeshnetError as error:
+            self._set(network, f"link {parent} is not taken over: {error}")
+            self._again_in(_RETRY_S)
+        else:
+            seconds = round(trio.current_time() - started, 3)
+            _log.info("link taken over", link=parent, bridge=bridge, seconds=seconds)
+            self._set(network, "")
+
+    async def _give_back(self, bridge: str) -> None:
+        """Give a link back whose network is gone, once its endpoints are."""
+        try:
+            await self._runner.give_back(bridge)
+        except ConflictError as error:
+            self._complain(bridge, str(error))
+            self._again_in(_GIVE_BACK_AGAIN_S[0])
+        except MeshnetError as error:
+            self._complain(bridge, str(error))
+            self._again_in(_GIVE_BACK_AGAIN_S[1])
+        else:
+            _log.info("link given back", bridge=bridge)
+            self._tries.pop(bridge, None)
+            self._complaints.pop(bridge, None)
+            self._on_change()
+
+    def _set(self, network: Network, state: str) -> None:
+        if self.states.get(network.name) == state:
+            return
+        self.states[network.name] = state
+        if state:
+            _log.error("network not bridged", network=network.name, reason=state)
+        self._on_change()
+
+    def _forget(self, snapshot: MeshSnapshot) -> None:
+        for name in self.states.keys() - snapshot.networks.keys():
+            del self.states[name]
+
+    def _complain(self, bridge: str, reason: str) -> None:
+        if self._complaints.get(bridge) != reason:
+            self._complaints[bridge] = reason
+            _log.error("takeover", bridge=bridge, reason=reason)
+
+    def _again_in(self, seconds: float) -> None:
+        self._again_at = min(self._again_at, trio.current_time() + seconds)

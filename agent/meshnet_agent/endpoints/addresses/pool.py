@@ -1,0 +1,422 @@
+"""Addresses of underlay networks: one pool for all hosts, and the wire has a say.
+
+The store decides which endpoint of the mesh has an address (`meshnet.store.addresses`); then the
+wire is asked whether somebody outside the mesh has it.  One that is answered for is set aside for a
+while and the next is taken.  Many attaches do this at the same time.
+
+What this host holds is compared with its endpoints in the background: what no endpoint on disk and
+no attach under way has is given back.  So nothing leaks, whenever the agent is killed, and a detach
+needs no store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from ipaddress import ip_interface
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.errors import (
+    ConflictError,
+    KernelRefusedError,
+    MeshnetError,
+    NotFoundError,
+    PoolExhaustedError,
+)
+from meshnet.ipam import check_pool_address
+from meshnet.model import AddressHolder
+from meshnet.store.addresses import (
+    SET_ASIDE_S,
+    free_addresses,
+    list_pool,
+    set_aside,
+    take_addresses,
+)
+from meshnet.wire.mac import is_endpoint_mac
+from meshnet_agent.endpoints.addresses.pool_view import PoolView, answered, name_of
+from meshnet_agent.tasks.flag import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+
+    from meshnet.kernel.address_probe import AddressProber
+    from meshnet.model import (
+        Endpoint,
+        EndpointId,
+        HostId,
+        IpAddress,
+        IpInterface,
+        MeshSnapshot,
+        Network,
+        NetworkName,
+    )
+    from meshnet.store import Store
+    from meshnet_agent.endpoints.request import ReadyNetwork
+
+_log = structlog.get_logger()
+_TRIES = 64
+_MAX_CONFLICTS = 10
+"""Answers from the wire after which an attach gives up (MAX_CONFLICTS of RFC 5227 §1.1)."""
+_LEAVING_S = 30
+"""How long an address stays set aside that an endpoint's MAC answered for: most likely one whose
+namespace the kernel has not quite removed."""
+_DELAYS_S = (0.2, 10.0)
+_REFRESH_S, _REFRESH_ASIDE_S = 600.0, 60.0
+"""Time after which pools are listed again; sooner while something is set aside, so that ``status``
+does not name it for long after."""
+
+
+class PoolAddresses:
+    """Takes addresses of pools for this host, and gives back what it does not need.
+
+    Args:
+        snapshot: what the store says of the mesh.
+        link_addresses: the host's own addresses on a link; None: there is no such link.
+        endpoints: this host's.
+        recorded: ids of all that are on disk, readable or not.
+        check_store: raises if the store is not this host's mesh (`Follower.check_store`).
+        on_change: called when `host_addresses` changed, or the endpoints that they are for.
+
+    Attributes:
+        host_addresses: what this host holds for itself, by network.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        host: HostId,
+        prober: AddressProber,
+        *,
+        snapshot: Callable[[], MeshSnapshot],
+        link_addresses: Callable[[str], Collection[IpAddress] | None],
+        endpoints: Callable[[], Iterable[Endpoint]],
+        recorded: Callable[[], Collection[str]],
+        check_store: Callable[[], Awaitable[None]],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.host_addresses: dict[NetworkName, tuple[IpAddress, ...]] = {}
+        self._store = store
+        self._host = host
+        self._prober = prober
+        self._snapshot = snapshot
+        self._link_addresses = link_addresses
+        self._endpoints = endpoints
+        self._recorded = recorded
+        self._check_store = check_store
+        self._on_change = on_change
+        self._pools: dict[NetworkName, PoolView] = {}
+        self._taking: set[EndpointId] = set()
+        self._look = Flag()
+
+    # --- for status ---------------------------------------------------------------------------
+
+    @property
+    def set_aside(self) -> list[tuple[NetworkName, IpAddress, bytes]]:
+        """Addresses that somebody outside the mesh answered for, and the MAC that did."""
+        return [
+            (name, address, holder.held_by)
+            for name, pool in self._pools.items()
+            for address, holder in pool.holders.items()
+            if holder.held_by
+        ]
+
+    @property
+    def bad_values(self) -> dict[str, str]:
+        """Keys of pools that cannot be used, and why."""
+        return {key: why for pool in self._pools.values() for key, why in pool.bad_values.items()}
+
+    def errors(self, network: NetworkName) -> list[str]:
+        """What is wrong with this host's addresses of a network."""
+        return self._pools[network].errors if network in self._pools else []
+
+    # --- for attach and detach ----------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def take(
+        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+    ) -> AsyncIterator[tuple[IpInterface, ...]]:
+        """See `meshnet_agent.endpoints.addresses.subnet.Addresses`.
+
+        Raises:
+            StoreUnavailableError: the store does not answer.
+        """
+        network = ready.network
+        self._taking.add(identity)
+        try:
+            found = await self._find(
+                self._pool(network),
+                ready.uplink,
+                AddressHolder(self._host, identity),
+                [s.version for s in ready.subnets],
+                wanted,
+            )
+            lengths = {s.version: s.prefixlen for s in network.subnets}
+            yield tuple(ip_interface((a, lengths[a.version])) for a in found)
+        finally:
+            self._taking.discard(identity)
+            self._note_endpoints()
+
+    def free(self, addresses: Iterable[IpInterface]) -> None:
+        """See `endpoints.addresses.subnet.Addresses`: their endpoint is off the disk."""
+        self._note_endpoints()
+
+    def _note_endpoints(self) -> None:
+        """This host has one more or less."""
+        self._look.set()
+        if self.host_addresses:
+            self._on_change()  # it reaches each of them by a route
+
+    def _pool(self, network: Network) -> PoolView:
+        known = self._pools.get(network.name)
+        if known is None or known.network != network:
+            known = self._pools[network.name] = PoolView(network)
+        return known
+
+    async def _find(
+        self,
+        pool: PoolView,
+        link: str,
+        holder: AddressHolder,
+        versions: Collection[int],
+        wanted: IpAddress | None = None,
+    ) -> list[IpAddress]:
+        """Take an address of each IP version that nobody has, in the store and on the wire."""
+        excluded = self._excluded(pool.network, link)
+        if wanted is not None:
+            check_pool_address(pool.network, wanted, excluded)
+        entered, races, conflicts = pool.begun, 0, 0
+        if not pool.listed:
+            await self._list(pool, entered)
+        while races < _TRIES and conflicts < _MAX_CONFLICTS:
+            try:
+                # After one lost race the lowest is known; it is no use where many take at once.
+                spread = races > 1 or (races == 1 and bool(pool.choosing))
+                chosen = pool.choose(
+                    excluded, versions, wanted, random.randrange if spread else None
+                )
+            except (PoolExhaustedError, ConflictError):
+                if pool.listed > entered:
+                    raise
+                await self._list(pool, pool.begun)  # others may have freed some
+                continue
+            with pool.chosen(chosen):
+                if not await self._commit(pool, chosen, holder):
+                    races += 1
+                    await self._list(pool, pool.begun)
+                    continue
+            try:
+                answers = await self._ask(link, chosen)
+            except MeshnetError:
+                await self._free(pool, dict.fromkeys(chosen, holder))
+                raise
+            if not answers:
+                return chosen
+            await self._set_aside(pool, dict.fromkeys(chosen, holder), answers)
+            if wanted in answers:
+                raise answered(pool.network, wanted, answers[wanted])
+            conflicts += 1
+        if conflicts == _MAX_CONFLICTS:
+            raise ConflictError(
+                f"network {pool.network.name}: machines outside the mesh answered for all of "
+                f"{conflicts} addresses that were tried, which meshnet status lists: choose a "
+                "--range that nobody else uses, or look for a proxy ARP"
+            )
+        raise ConflictError(
+            f"network {pool.network.name}: lost the race for an address {races} times: try again"
+        )
+
+    def _excluded(self, network: Network, link: str) -> set[IpAddress]:
+        """Addresses of routers and hosts, which no endpoint gets."""
+        hosts = {host.underlay_ip for host in self._snapshot().hosts.values()}
+        return {*network.gateways, *hosts, *(self._link_addresses(link) or ())}
+
+    async def _commit(
+        self, pool: PoolView, addresses: Collection[IpAddress], holder: AddressHolder
+    ) -> bool:
+        try:
+            won = await take_addresses(
+                self._store, pool.network.name, pool.revision, addresses, holder
+            )
+        except BaseException:
+            pool.listed = 0  # the store may have made it
+            raise
+        if won:
+            for address in addresses:
+                pool.note(address, holder)
+        return won
+
+    async def _list(self, pool: PoolView, seen: int) -> None:
+        """List a pool, unless a listing that began after number `seen` has ended."""
+        async with pool.lock:
+            if pool.listed > seen:
+                return
+            pool.begun += 1
+            pool.written.clear()
+            listing = await list_pool(self._store, pool.network)
+            pool.listed = pool.begun
+            pool.revision = listing.network_revision
+            pool.bad_values = dict(listing.bad_values)
+            pool.replace(dict(listing.holders))
+
+    async def _ask(self, link: str, addresses: Collection[IpAddress]) -> dict[IpAddress, bytes]:
+        """Ask the wire for all of some addresses at once; who answered."""
+        answers: dict[IpAddress, bytes] = {}
+        failures: list[MeshnetError] = []
+
+        async def ask(address: IpAddress) -> None:
+            try:
+                mac = await self._prober.probe(link, address)
+            except MeshnetError as error:
+                failures.append(error)
+            else:
+                if mac is not None:
+                    answers[address] = mac
+
+        async with trio.open_nursery() as nursery:
+            for address in addresses:
+                nursery.start_soon(ask, address)
+        if failures:
+            raise failures[0]
+        return answers
+
+    async def _set_aside(
+        self,
+        pool: PoolView,
+        held: dict[IpAddress, AddressHolder],
+        answers: dict[IpAddress, bytes],
+    ) -> None:
+        leaving = all(is_endpoint_mac(mac) for mac in answers.values())
+        ttl_s = _LEAVING_S if leaving else SET_ASIDE_S
+        try:
+            await set_aside(self._store, pool.network.name, held, answers, ttl_s)
+        except BaseException:
+            pool.listed = 0
+            raise
+        for address in held:
+            mac = answers.get(address, b"")
+            pool.note(address, AddressHolder(type(self._host)(""), held_by=mac) if mac else None)
+            if mac:
+                _log.warning(
+                    "address set aside, a machine outside the mesh answers for it",
+                    network=pool.network.name,
+                    address=str(address),
+                    mac=mac.hex(":"),
+                )
+
+    # --- in the background --------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Look at what is needed: a pass went over the host's links."""
+        self._look.set()
+
+    def refresh(self) -> None:
+        """Compare with the store: the set of networks changed, or this host was away."""
+        for pool in self._pools.values():
+            pool.listed = 0
+        self._look.set()
+
+    async def load(self) -> None:
+        """List all pools, so that a pass can be planned with what this host holds."""
+        for pool in self._current():
+            with contextlib.suppress(NotFoundError):  # the watch will say so
+                await self._list(pool, pool.begun)
+        self._publish()
+
+    async def run(self) -> None:
+        """Give back what is not needed, after every change and at times, for ever."""
+        delay_s = _DELAYS_S[0]
+        while True:
+            wait_s = _REFRESH_ASIDE_S if self.set_aside else _REFRESH_S
+            with trio.move_on_after(wait_s * random.uniform(0.9, 1.1)) as waiting:
+                await self._look.wait()
+            if waiting.cancelled_caught:
+                self.refresh()
+            try:
+                await self._sync()
+                delay_s = _DELAYS_S[0]
+            except MeshnetError as error:
+                _log.warning("addresses not compared with the store", reason=str(error))
+                self.refresh()
+                await trio.sleep(delay_s * random.uniform(0.5, 1.0))
+                delay_s = min(_DELAYS_S[1], delay_s * 2)
+
+    def _current(self) -> list[PoolView]:
+        """The pools of all underlay networks; those of others are forgotten."""
+        networks = [n for n in self._snapshot().networks.values() if n.mode.is_underlay]
+        self._pools = {n.name: self._pool(n) for n in networks}
+        return list(self._pools.values())
+
+    async def _sync(self) -> None:
+        pools = self._current()
+        if not all(pool.listed for pool in pools):
+            await self._check_store()
+        for pool in pools:
+            if not pool.listed:
+                await self._list(pool, pool.begun)
+            await self._give_back(pool)
+            pool.errors = [*await self._restore(pool), *await self._take_own(pool)]
+        self._publish()
+
+    async def _give_back(self, pool: PoolView) -> None:
+        """Free what no endpoint on disk and no attach under way has."""
+        needed = {*self._recorded(), *self._taking, *([""] if pool.network.host_access else [])}
+        unneeded = {
+            address: holder
+            for address, holder in pool.holders.items()
+            if holder.host == self._host and holder.endpoint not in needed
+        }
+        if unneeded:
+            await self._free(pool, unneeded)
+
+    async def _free(self, pool: PoolView, held: dict[IpAddress, AddressHolder]) -> None:
+        await free_addresses(self._store, pool.network.name, held)
+        for address in held:
+            pool.note(address, None)
+
+    async def _restore(self, pool: PoolView) -> list[str]:
+        """Take again what endpoints have and the store lost; what others have by now."""
+        errors = []
+        for endpoint in self._endpoints():
+            holder = AddressHolder(self._host, endpoint.id)
+            mine = [a for a in endpoint.addresses if a.network in pool.network.subnets]
+            if endpoint.network != pool.network.name:
+                continue
+            for address in (a.ip for a in mine if pool.holders.get(a.ip) != holder):
+                if address in pool.holders:
+                    errors.append(
+                        f"endpoint {endpoint.name} has {address}, which "
+                        f"{name_of(pool.holders[address])} holds: detach and attach it again"
+                    )
+                elif not await self._commit(pool, [address], holder):
+                    pool.listed = 0
+                    self._look.set()
+        return errors
+
+    async def _take_own(self, pool: PoolView) -> list[str]:
+        """Have an address of each IP version for the host itself, where the network wants that."""
+        network = pool.network
+        link = network.parent or ""
+        if not network.host_access or self._link_addresses(link) is None:
+            return []
+        have = {a.version for a in self._own(pool)}
+        try:
+            for version in {s.version for s in network.subnets} - have:
+                await self._find(pool, link, AddressHolder(self._host), [version])
+        except (ConflictError, PoolExhaustedError, KernelRefusedError) as error:
+            return [f"no address for the host itself: {error}"]
+        return []
+
+    def _own(self, pool: PoolView) -> list[IpAddress]:
+        mine = AddressHolder(self._host)
+        held = [address for address, holder in pool.holders.items() if holder == mine]
+        return sorted(held, key=lambda address: (address.version, int(address)))
+
+    def _publish(self) -> None:
+        own = {name: tuple(self._own(pool)) for name, pool in self._pools.items()}
+        own = {name: addresses for name, addresses in own.items() if addresses}
+        if own != self.host_addresses:
+            self.host_addresses = own
+            self._on_change()

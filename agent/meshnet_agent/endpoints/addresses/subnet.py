@@ -1,0 +1,101 @@
+"""Addresses of endpoints: where they come from, who has them on this host."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from ipaddress import ip_interface
+from typing import TYPE_CHECKING, Protocol
+
+from meshnet.errors import MeshnetError, UsageError
+from meshnet.ipam import AddressPool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from meshnet.model import (
+        EndpointId,
+        IpAddress,
+        IpInterface,
+        IpNetwork,
+        Network,
+        NetworkName,
+    )
+    from meshnet_agent.endpoints.request import ReadyNetwork
+
+
+class Addresses(Protocol):
+    """Where endpoints' addresses come from."""
+
+    def take(
+        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+    ) -> AbstractAsyncContextManager[tuple[IpInterface, ...]]:
+        """One address of each of the network's IP versions; `wanted` is the one of its own.
+
+        They are the endpoint's if the block ends well, and are given back if it does not.
+
+        Raises:
+            UsageError: `wanted` is none that an endpoint may have.
+            ConflictError: `wanted` is in use.
+            PoolExhaustedError: none is left.
+        """
+        ...
+
+    def free(self, addresses: Iterable[IpInterface]) -> None:
+        """Give addresses back whose endpoint is gone; others' are ignored."""
+        ...
+
+
+class SubnetAddresses:
+    """Addresses of subnets that this host has for itself: nobody else need be asked.
+
+    Args:
+        in_use: the addresses of this host's endpoints; asked once for each subnet.
+    """
+
+    def __init__(self, in_use: Callable[[], Iterable[IpInterface]]) -> None:
+        self._in_use = in_use
+        self._pools: dict[IpNetwork, AddressPool] = {}
+
+    @asynccontextmanager
+    async def take(
+        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+    ) -> AsyncIterator[tuple[IpInterface, ...]]:
+        """See `Addresses`."""
+        addresses = self._take(ready.network, ready.subnets, wanted)
+        try:
+            yield addresses
+        except BaseException:
+            self.free(addresses)
+            raise
+
+    def _take(
+        self, network: Network, subnets: Sequence[IpNetwork], wanted: IpAddress | None
+    ) -> tuple[IpInterface, ...]:
+        if wanted is not None and wanted.version not in {s.version for s in subnets}:
+            raise UsageError(
+                f"address {wanted} is IPv{wanted.version}, network {network.name} has "
+                f"{', '.join(map(str, subnets))} here: choose one within it"
+            )
+        taken: list[IpInterface] = []
+        try:
+            for subnet in subnets:
+                matches = wanted is not None and wanted.version == subnet.version
+                address = self._pool(network.name, subnet).take(wanted if matches else None)
+                taken.append(ip_interface((address, subnet.prefixlen)))
+        except MeshnetError:
+            self.free(taken)
+            raise
+        return tuple(taken)
+
+    def free(self, addresses: Iterable[IpInterface]) -> None:
+        """See `Addresses`."""
+        for address in addresses:
+            if address.network in self._pools:
+                self._pools[address.network].free(address.ip)
+
+    def _pool(self, network: NetworkName, subnet: IpNetwork) -> AddressPool:
+        if subnet not in self._pools:
+            in_use = [a.ip for a in self._in_use() if a.network == subnet]
+            self._pools[subnet] = AddressPool(network, subnet, in_use)
+        return self._pools[subnet]

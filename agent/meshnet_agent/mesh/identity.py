@@ -1,0 +1,165 @@
+"""Which mesh this host belongs to: the guard before anything is believed or written.
+
+An etcd that was wiped, restored from an older copy, or is simply another one answers like any
+other, and says that all networks are gone.  So the first agent of a mesh writes a random name into
+the store, every agent remembers it and the latest revision it saw, and a store that does not know
+the name, or has gone back in time, is not listened to: the data path stays as it is until an
+operator restores the store or removes the file that remembers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+import structlog
+
+from meshnet.codec.checksum import checked, with_checksum
+from meshnet.codec.document import BadValueError
+from meshnet.errors import PolicyRefusedError
+from meshnet.files import write_whole
+from meshnet.store import Absent, Put
+from meshnet.store.mirror import MESH_ID
+from meshnet.text import printable
+from meshnet_agent.state_dir import set_aside
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meshnet.store import Store
+    from meshnet.store.mirror import Mirror
+
+_log = structlog.get_logger()
+_SAVE_EVERY = 1000
+"""Revisions after which the latest one is written down again."""
+
+
+class _Remembered(msgspec.Struct, frozen=True):
+    """What the file holds."""
+
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    revision: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    v: Literal[1] = 1
+
+
+_FORMAT = msgspec.json.Decoder(_Remembered)
+
+
+class MeshIdentity:
+    """The name and the revision, remembered in a file.
+
+    Args:
+        file: ``mesh.json`` in the state directory.
+    """
+
+    def __init__(self, store: Store, file: Path) -> None:
+        self._store = store
+        self._file = file
+        self._id, self._revision = _read(file)
+        self._saved = self._revision
+
+    def observe(self, revision: int) -> None:
+        """Note a revision that was seen; it is on disk after the next `check` or `save`."""
+        self._revision = max(self._revision, revision)
+
+    async def check(self) -> None:
+        """Look whether the store is this host's mesh, no older than it was.
+
+        Raises:
+            PolicyRefusedError: it is not; the message says how and what to do.
+            StoreUnavailableError: it does not answer.
+        """
+        before = self._id
+        found, revision = await self._look()
+        if self._id is None:
+            if found is None:
+                await self._store.commit(
+                    [Absent(MESH_ID)], [Put(MESH_ID, secrets.token_hex(8).encode())]
+                )
+                found, revision = await self._look()
+            self._id = found
+            _log.info("belongs to mesh", mesh=found)
+        elif found is None:
+            raise PolicyRefusedError(
+                f"etcd is empty, and this host belongs to mesh {self._id}: restore etcd or correct "
+                f"--etcd; to start anew stop the agents and remove {self._file}"
+            )
+        elif found != self._id:
+            raise PolicyRefusedError(
+                f"etcd holds mesh {found}, and this host belongs to mesh {self._id}: correct "
+                f"--etcd; to join that mesh stop this agent and remove {self._file}"
+            )
+        elif revision < self._revision:
+            raise PolicyRefusedError(
+                f"etcd is at revision {revision} and was at {self._revision}: it was restored from "
+                "an older copy, which may lack networks that are in use; to accept that stop this "
+                f"agent and remove {self._file}"
+            )
+        self.observe(revision)
+        if found != before or self._revision > self._saved + _SAVE_EVERY:
+            self.save()
+
+    async def check_history(self, mirror: Mirror) -> None:
+        """Look whether what was learned of the store is still in its history.
+
+        One that was restored from an older copy, and has been written to since, may have come to
+        any revision.
+
+        Raises:
+            PolicyRefusedError: it is not.
+            CompactedError: that history is gone: list again.
+            StoreUnavailableError: it does not answer.
+        """
+        for known, put in ((mirror.last_put, True), (mirror.last_deletion, False)):
+            if known is None:
+                continue
+            key, revision = known
+            found = await self._store.read(key, revision=revision)
+            if [item.mod_revision for item in found.items] != ([revision] if put else []):
+                raise self.refusal_of(key, revision)
+
+    def refusal_of(self, key: str, revision: int) -> PolicyRefusedError:
+        """The error for a key that at a revision is not what it was when that was seen."""
+        return PolicyRefusedError(
+            f"etcd's {printable(key, 200)} at revision {revision} is not what it was: it was "
+            "restored from an older copy, which may lack networks that are in use; to accept that "
+            f"stop this agent and remove {self._file}"
+        )
+
+    def save(self) -> None:
+        """Write down what is known; a disk that refuses weakens the guard, and is logged."""
+        if self._id is None:
+            return
+        document = _Remembered(self._id, self._revision)
+        try:
+            write_whole(self._file, with_checksum(msgspec.json.encode(document)))
+        except OSError as error:
+            _log.error("mesh file cannot be written", file=str(self._file), reason=str(error))
+        else:
+            self._saved = self._revision
+
+    async def _look(self) -> tuple[str | None, int]:
+        listing = await self._store.read(MESH_ID)
+        value = next((item.value for item in listing.items), None)
+        name = printable(value.decode(errors="replace"), 200) if value is not None else None
+        return name, listing.revision
+
+
+def _read(file: Path) -> tuple[str | None, int]:
+    """What the file remembers; nothing if there is none, or it is damaged and set aside."""
+    try:
+        raw = file.read_bytes()
+    except FileNotFoundError:
+        return None, 0
+    except OSError as error:
+        _log.error("mesh file cannot be read", file=str(file), reason=str(error))
+        return None, 0
+    try:
+        remembered = _FORMAT.decode(checked(raw))
+    except (BadValueError, ValueError, RecursionError) as error:  # or DecodeError
+        with contextlib.suppress(OSError):
+            set_aside(file, str(error)[:200])
+        return None, 0
+    return remembered.id, remembered.revision

@@ -1,0 +1,326 @@
+"""This host's part in the mesh: its lease, its entry, its subnets of overlay networks.
+
+Losing the lease, or etcd, changes nothing in the kernel: the host is shown dead to others until it
+has a lease again, and keeps its subnets as long as nobody else was given them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.errors import (
+    MeshnetError,
+    PolicyRefusedError,
+    PoolExhaustedError,
+    StoreUnavailableError,
+)
+from meshnet.model import Reservations
+from meshnet.store import LeaseExpiredError
+from meshnet_agent.tasks.flag import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from meshnet.model import Claim, Host, IpNetwork, MeshSnapshot, Network, NetworkName
+    from meshnet.store import LeaseId
+    from meshnet.store.registry import Registry
+
+_log = structlog.get_logger()
+_REJOIN_S = (0.1, 1.0)
+"""Least pause before keys that are gone, or that somebody else wrote over, are written again."""
+_LONGEST_REJOIN_S = 300.0
+_NEWS_PER_S = 1_000_000
+"""When many hosts lost their leases at once, how much news they make together by coming back: each
+of them is news to every agent.  It is what three etcd members of four cores deliver
+(docs/design/etcd-load.md); more keeps etcd too busy to renew leases."""
+
+
+class Membership:
+    """Claims the host, keeps its lease alive and reserves a subnet of every network.
+
+    Args:
+        check_store: raises if the store is not this host's mesh (`MeshIdentity.check`).
+        on_change: called when `subnets` or `errors` changed.
+        endpoints_in: the subnet of an IP version that this host's endpoints of a network are in:
+            where another host does not have it, they need it.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        host: Host,
+        claim: Claim,
+        *,
+        ttl_s: int,
+        check_store: Callable[[], Awaitable[None]],
+        on_change: Callable[[], None],
+        endpoints_in: Callable[[NetworkName, int], IpNetwork | None],
+    ) -> None:
+        self.host = host
+        self.subnets: dict[NetworkName, tuple[IpNetwork, ...]] = {}
+        self.errors: dict[NetworkName, MeshnetError] = {}
+        self.lease_ok = False
+        self._registry = registry
+        self._claim = claim
+        self._ttl_s = ttl_s
+        self._check_store = check_store
+        self._on_change = on_change
+        self._endpoints_in = endpoints_in
+        self._lease: LeaseId | None = None
+        # Those that the host's key may be under: the answer to a write may have been lost.
+        self._granted: set[LeaseId] = set()
+        self._snapshot: MeshSnapshot | None = None
+        # What was reserved last, and the revision from which on snapshots show it.
+        self._reserved: dict[tuple[NetworkName, int], tuple[IpNetwork, int]] = {}
+        # Where a reservation may have been made without this host learning of it.
+        self._unsure: set[tuple[NetworkName, int]] = set()
+        # How many there were of each network's, to tell when one is freed.
+        self._counts: dict[NetworkName, int] = {}
+        self._published = trio.Event()
+        # As what the host was published by this agent.
+        self._claimed: Host | None = None
+        self._look = Flag()
+        self._claiming = trio.Lock()
+        self._progress = trio.Event()
+
+    async def join(self) -> None:
+        """Claim the host.
+
+        Raises:
+            ConflictError: another agent is this host.
+            StoreUnavailableError: the store does not answer.
+            PolicyRefusedError: the store is not this host's mesh.
+        """
+        async with self._claiming:
+            await self._check_store()
+            host = self.host
+            self._lease = await self._registry.claim_host(
+                host, self._claim, self._ttl_s, self._granted
+            )
+            self._granted = {self._lease}
+            self._claimed = host
+        self.lease_ok = True
+
+    async def keep_alive(self) -> None:
+        """Renew the lease three times per time to live, or get a new one.  Never returns.
+
+        Raises:
+            ConflictError: while the lease was lost another agent became this host.
+        """
+        renew_s = self._ttl_s / 3
+        pause_s = renew_s
+        said = ""
+        while True:
+            await trio.sleep(pause_s * random.uniform(0.9, 1.1))
+            try:
+                if self._lease is None:
+                    await trio.sleep(self._rejoin_pause_s())
+                lease = self._lease
+                if lease is None:
+                    await self.join()
+                    _log.info("lease taken again")
+                    self._look.set()
+                else:
+                    await self._registry.store.keep_alive(lease)
+                    self.lease_ok = True
+                pause_s, said = renew_s, ""
+            except LeaseExpiredError:
+                if self._lease != lease or self._claiming.locked():
+                    continue  # this agent ended it, for the one that it has now or soon
+                _log.warning("lease ran out")
+                self._lease = None
+                self.lease_ok = False
+                pause_s = 0.0
+            except (StoreUnavailableError, PolicyRefusedError) as error:
+                self.lease_ok = False
+                if str(error) != said:  # it may be so for hours
+                    _log.warning("lease not renewed", reason=str(error))
+                said = str(error)
+                # A call may take as long as a third of the lease before it fails: after a whole
+                # pause more the next one would come too late.
+                pause_s = renew_s * random.uniform(0.0, 0.5)
+
+    def _rejoin_pause_s(self) -> float:
+        """How long to wait before this host is claimed again: longer the more hosts are dead."""
+        least_s, most_s = _REJOIN_S
+        if self._snapshot is not None:
+            hosts = self._snapshot.hosts.keys()
+            dead = len(hosts - self._snapshot.alive.keys())
+            most_s = max(most_s, min(_LONGEST_REJOIN_S, dead * len(hosts) / _NEWS_PER_S))
+        return random.uniform(least_s, most_s)
+
+    async def leave(self) -> None:
+        """End the lease, so that others see at once that this agent has stopped."""
+        if self._lease is not None:
+            await self._registry.store.revoke_lease(self._lease)
+            self._lease = None
+
+    async def settled(self) -> None:
+        """Wait until every network has a subnet of this host, or a reason why not."""
+        while self._snapshot is None or any(
+            name not in self.subnets and name not in self.errors for name in self._snapshot.networks
+        ):
+            await self._progress.wait()
+
+    def move(self, host: Host) -> None:
+        """Publish this host anew: its underlay address is another."""
+        self.host = host
+        self._claim = replace(self._claim, underlay_ip=host.underlay_ip)
+        self._look.set()
+
+    def follow(self, snapshot: MeshSnapshot) -> None:
+        """Take in what the store says now; reservations follow in `reserve`."""
+        self._snapshot = snapshot
+        changed = False
+        for name in list(self.subnets):
+            if name not in snapshot.networks:
+                del self.subnets[name]
+                changed = True
+        for name in [n for n in self.errors if n not in snapshot.networks]:
+            del self.errors[name]
+        self._reserved = {k: s for k, s in self._reserved.items() if k[0] in snapshot.networks}
+        for name, network in snapshot.networks.items():
+            if not network.mode.is_overlay:
+                # Nobody owns a part of it: every host has the whole.
+                if self.subnets.get(name) != network.subnets:
+                    self.subnets[name] = network.subnets
+                    changed = True
+                continue
+            held = snapshot.subnets_of(self.host.id, name)
+            kept = self.subnets.get(name, ())
+            mine = self._merge(network, held, kept, snapshot)
+            if mine == kept:
+                pass
+            elif mine:
+                self.subnets[name] = mine
+                changed = True
+            else:
+                _log.error("subnet was given to another host", network=name, subnets=str(kept))
+                del self.subnets[name]
+                changed = True
+            count = len(snapshot.reservations.get(name, ()))
+            freed = count < self._counts.get(name, 0)
+            self._counts[name] = count
+            full = isinstance(self.errors.get(name), PoolExhaustedError) and not freed
+            if len(held) < len(network.subnets) and not full:
+                self._look.set()
+        if self._is_published(snapshot):
+            self._published.set()
+        else:
+            self._look.set()
+        if changed:
+            self._announce()
+
+    def _merge(
+        self,
+        network: Network,
+        held: Sequence[IpNetwork],
+        kept: Sequence[IpNetwork],
+        snapshot: MeshSnapshot,
+    ) -> tuple[IpNetwork, ...]:
+        """This host's subnets, one an IP version: reserved, or kept while nobody else has it.
+
+        One that is not within the network belongs to a network of that name that was removed and
+        made anew, faster than this agent looked.
+        """
+        owners = snapshot.reservations.get(network.name, Reservations())
+        mine = {
+            s.version: s
+            for s in kept
+            if network.is_host_subnet(s) and owners.get(s, self.host.id) == self.host.id
+        }
+        mine |= {s.version: s for s in reversed(held)}
+        return tuple(mine[version] for version in sorted(mine))
+
+    async def reserve(self) -> None:
+        """Reserve what is missing whenever the snapshot shows it.  Never returns."""
+        delay_s = 0.0
+        while True:
+            await self._look.wait()
+            try:
+                await self._reserve_missing()
+                delay_s = 0.0
+            except (StoreUnavailableError, PolicyRefusedError) as error:
+                _log.warning("subnet not reserved", reason=str(error))
+                delay_s = min(10.0, delay_s * 2 or 0.2)
+                await trio.sleep(delay_s * random.uniform(0.5, 1.0))
+                self._look.set()
+
+    async def _reserve_missing(self) -> None:
+        snapshot = self._snapshot
+        if snapshot is None or self._lease is None:
+            return
+        if self._claimed != self.host:
+            # It moved, and nobody reaches it until they know.
+            await self.join()
+        elif not self._is_published(snapshot):
+            # Somebody may remove the keys again and again: not as fast as the store can write.
+            self._published = trio.Event()
+            with trio.move_on_after(self._rejoin_pause_s()):
+                await self._published.wait()
+            snapshot = self._snapshot or snapshot
+            if not self._is_published(snapshot):
+                await self.join()
+        refused: PolicyRefusedError | None = None
+        for name, network in snapshot.networks.items():
+            if not network.mode.is_overlay:
+                continue
+            held = snapshot.subnets_of(self.host.id, name)
+            for cidr in network.subnets:
+                _, shown_from = self._reserved.get((name, cidr.version), (None, 0))
+                on_its_way = snapshot.revision < shown_from
+                if cidr.version not in {s.version for s in held} and not on_its_way:
+                    try:
+                        await self._reserve(network, cidr.version)
+                    except PolicyRefusedError as error:
+                        refused = error  # of this network: others may be allowed
+        if refused is not None:
+            raise refused
+
+    async def _reserve(self, network: Network, version: int) -> None:
+        kept = self.subnets.get(network.name, ())
+        last, _ = self._reserved.get((network.name, version), (None, 0))
+        prefer = next((s for s in kept if s.version == version), last)
+        if prefer is None:
+            prefer = self._endpoints_in(network.name, version)
+        known = None
+        if self._snapshot is not None and (network.name, version) not in self._unsure:
+            known = self._snapshot.reservations.get(network.name, Reservations())
+        before = self.errors.pop(network.name, None)
+        try:
+            subnet, shown_from = await self._registry.reserve_subnet(
+                network,
+                version,
+                self.host.id,
+                known=known,
+                prefer=prefer,
+                random_below=random.randrange,
+            )
+        except StoreUnavailableError:
+            self._unsure.add((network.name, version))
+            raise
+        except MeshnetError as error:
+            self.errors[network.name] = error
+            if str(before) != str(error):
+                _log.error("no subnet", network=network.name, reason=str(error))
+                self._announce()
+            if isinstance(error, PolicyRefusedError):
+                raise
+        else:
+            self._unsure.discard((network.name, version))
+            self._reserved[network.name, version] = subnet, shown_from
+            _log.info("subnet reserved", network=network.name, subnet=str(subnet))
+
+    def _is_published(self, snapshot: MeshSnapshot) -> bool:
+        """Whether this host's keys are there: somebody may have removed them by hand."""
+        return snapshot.hosts.get(self.host.id) == self.host and self.host.id in snapshot.alive
+
+    def _announce(self) -> None:
+        self._progress.set()
+        self._progress = trio.Event()
+        self._on_change()

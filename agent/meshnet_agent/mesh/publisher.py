@@ -1,0 +1,95 @@
+"""Publishes this host's endpoints in the store, so that every agent can list them.
+
+Off the path of ``attach``: an endpoint works before others can list it.  At start, and after an
+outage of the store, what is published is compared with what there is.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.codec.endpoints import encode_endpoint
+from meshnet.errors import PolicyRefusedError, StoreUnavailableError
+from meshnet.store.registry import endpoint_key
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from meshnet.model import HostId, NetworkName
+    from meshnet.store.registry import Registry
+    from meshnet_agent.endpoints.attach import Endpoints
+
+_log = structlog.get_logger()
+_DELAYS_S = (0.2, 10.0)
+_REFRESH_S = 600.0
+"""Time after which what is published is looked at again, in case somebody removed it."""
+
+
+class Publisher:
+    """Keeps the keys of this host's endpoints current.
+
+    Args:
+        check_store: raises if the store is not this host's mesh (`Follower.check_store`).
+        is_followed: whether the store is watched now, and so was looked at (`Follower.connected`).
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        endpoints: Endpoints,
+        host: HostId,
+        networks: Callable[[], Iterable[NetworkName]],
+        check_store: Callable[[], Awaitable[None]],
+        is_followed: Callable[[], bool],
+    ) -> None:
+        self._registry = registry
+        self._endpoints = endpoints
+        self._host = host
+        self._networks = networks
+        self._check_store = check_store
+        self._is_followed = is_followed
+        self._published: dict[str, bytes] | None = None
+
+    def refresh(self) -> None:
+        """Look at what is published, and publish what is missing."""
+        self._published = None
+        self._endpoints.changed.set()
+
+    async def run(self) -> None:
+        """Publish after every change, for ever."""
+        delay_s, said = _DELAYS_S[0], ""
+        while True:
+            with trio.move_on_after(_REFRESH_S * random.uniform(0.9, 1.1)) as waiting:
+                await self._endpoints.changed.wait()
+            if waiting.cancelled_caught:
+                self._published = None
+            try:
+                await self._sync()
+                delay_s, said = _DELAYS_S[0], ""
+            except (StoreUnavailableError, PolicyRefusedError) as error:
+                if str(error) != said:  # it may be so for hours
+                    _log.warning("endpoints not published", reason=str(error))
+                said = str(error)
+                self._published = None
+                await trio.sleep(delay_s * random.uniform(0.5, 1.0))
+                delay_s = min(_DELAYS_S[1], delay_s * 2)
+                self._endpoints.changed.set()
+
+    async def _sync(self) -> None:
+        if self._published is None or not self._is_followed():
+            await self._check_store()
+        if self._published is None:
+            published: dict[str, bytes] = {}
+            for network in self._networks():
+                published |= await self._registry.list_published(network, self._host)
+            self._published = published
+        wanted = {endpoint_key(e): encode_endpoint(e) for e in self._endpoints.all}
+        puts = {k: v for k, v in wanted.items() if self._published.get(k) != v}
+        deletes = [key for key in self._published if key not in wanted]
+        if puts or deletes:
+            await self._registry.publish(puts, deletes)
+        self._published = wanted

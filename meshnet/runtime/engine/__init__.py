@@ -1,0 +1,1 @@
+"""What runs a container: runc or crun under conmon, on overlayfs, in cgroups."""
