@@ -1,4 +1,4 @@
-"""The agent: its parts, wired together, in nurseries.
+"""The composition root: makes the parts of one host's agent, and runs them in nurseries.
 
 ::
 
@@ -8,411 +8,281 @@
 
 The innermost is stopped first.  Stopping, crashing or losing the store removes nothing from the
 kernel.  An unexpected exception ends the process; systemd starts it again.
+
+Parts know each other by small read-only protocols: what the mesh is (`mesh.view`), what the data
+plane last did (`dataplane.view`), which endpoints are here.  What happens reaches them in two ways:
+the follower and the reconciler tell their listeners, and everybody marks what is `Dirty`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import socket
-from dataclasses import replace
+import secrets
+import signal
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 import trio
 
-from meshnet.backends.macvlan import shim_name
-from meshnet.backends.overlay import bridge_name
-from meshnet.backends.udp import tun_name
-from meshnet.backends.underlay_bridge import parent_bridge_name
-from meshnet.backends.vxlan import vxlan_name
-from meshnet.errors import ConflictError, MeshnetError, NotFoundError
-from meshnet.kernel.events import EventFilter, nftables_concerns_us
-from meshnet.model import Claim, Datapath, Host, HostId, Mode, NetworkName
-from meshnet.plan import LocalView, fallen_peers, probed_peers
-from meshnet.state import endpoint_link_name
+from meshnet.errors import MeshnetError
+from meshnet.model import Claim, Host, HostId
+from meshnet.plan import fallen_peers
+from meshnet.runtime.spec.id_ranges import parse_range
 from meshnet.store.registry import Registry
-from meshnet_agent.dataplane.monitor import listen
-from meshnet_agent.dataplane.passes import HostView, PartInput, PassInput
-from meshnet_agent.dataplane.probes import Probes, Target
+from meshnet_agent.api.app import make_app
+from meshnet_agent.api.server import open_socket, serve_api
+from meshnet_agent.api.service import Service
+from meshnet_agent.containers.images import Images
+from meshnet_agent.containers.lifecycle import Containers
+from meshnet_agent.dataplane.dirty import Dirty
+from meshnet_agent.dataplane.fallback import Fallback
+from meshnet_agent.dataplane.inputs import LocalParts, PassInputs
+from meshnet_agent.dataplane.monitor import Monitor
+from meshnet_agent.dataplane.probes import Probes
 from meshnet_agent.dataplane.reconciler import Reconciler
 from meshnet_agent.dataplane.takeovers import Takeovers
+from meshnet_agent.dataplane.underlay_address import UnderlayAddress
+from meshnet_agent.edges import open_edges
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
 from meshnet_agent.endpoints.attach import Endpoints
+from meshnet_agent.endpoints.keeper import Keeper
+from meshnet_agent.endpoints.networks import ReadyNetworks
 from meshnet_agent.endpoints.published_ports import PublishedPorts
-from meshnet_agent.endpoints.request import ReadyNetwork
 from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
-from meshnet_agent.mesh.membership import Membership
+from meshnet_agent.mesh.liveness import Liveness
+from meshnet_agent.mesh.membership import Claimant, Membership
+from meshnet_agent.mesh.presence import Presence
 from meshnet_agent.mesh.publisher import Publisher
-from meshnet_agent.tasks.flag import Flag
+from meshnet_agent.notify import Notifier
+from meshnet_agent.tasks.readiness import Readiness
 from meshnet_agent.tasks.right_of_way import RightOfWay
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection
-
     from meshnet.config import AgentConfig
-    from meshnet.kernel import Kernel, Wiring
-    from meshnet.kernel.address_probe import AddressProber
-    from meshnet.kernel.vteps import VtepProcesses
-    from meshnet.model import IpAddress, IpNetwork, MeshSnapshot
-    from meshnet.store import Store
-    from meshnet.store.mirror import Changes
-    from meshnet_agent.dataplane.fallback import Pair
-    from meshnet_agent.dataplane.takeovers import TakeoverRunner
-    from meshnet_agent.endpoints.published_ports import HostPorts
-    from meshnet_agent.state_dir import StateDir
-    from meshnet_agent.tasks.worker import Worker
-
-    Listen = Callable[..., Awaitable[None]]
+    from meshnet_agent.edges import Edges
 
 _log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
+_LEAVE_S = 2.0
 
 
-class Agent:
-    """One host's agent, on any store and any kernel.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """One host's agent."""
 
-    Args:
-        datapath: what forwards this host's packets on ``vxlan`` networks.
-        vteps: its userspace VTEPs, to ask what they counted.
-        prober: asks the wire whether an address is free.
-        host_ports: the ports of this host, to keep its processes off published ones.
-        takeovers: takes this host's links over, for networks that have them for a parent.
-        listen: waits for the kernel's notifications (`meshnet_agent.dataplane.monitor.listen`).
+    edges: Edges
+    readiness: Readiness
+    dirty: Dirty
+    right_of_way: RightOfWay
+    registry: Registry
+    identity: MeshIdentity
+    follower: Follower
+    liveness: Liveness
+    membership: Membership
+    publisher: Publisher
+    pool: PoolAddresses
+    endpoints: Endpoints
+    networks: ReadyNetworks
+    keeper: Keeper
+    takeovers: Takeovers
+    fallback: Fallback
+    reconciler: Reconciler
+    probes: Probes
+    monitor: Monitor
+
+
+def make_parts(config: AgentConfig, edges: Edges) -> Parts:
+    """Make all parts, and tell each whom to listen to; nothing runs yet."""
+    host = Host(id=HostId(config.host_id), underlay_ip=edges.underlay_ip, datapath=edges.datapath)
+    claim = Claim(instance=edges.state_dir.instance, underlay_ip=edges.underlay_ip)
+    dirty, right_of_way = Dirty(), RightOfWay()
+    registry = Registry(edges.store)
+    identity = MeshIdentity(edges.store, edges.state_dir.path / "mesh.json")
+    follower = Follower(edges.store, identity, right_of_way)
+    liveness = Liveness(follower, config.grace_s)
+    pool = PoolAddresses(
+        edges.store,
+        host.id,
+        edges.prober,
+        snapshot=lambda: follower.snapshot,
+        endpoints=lambda: endpoints.all,
+        recorded=edges.state_dir.endpoint_ids,
+        check_store=follower.check_store,
+        on_change=dirty.mark_all,
+    )
+    endpoints = Endpoints(
+        edges.wiring,
+        edges.state_dir,
+        host.id,
+        pool,
+        PublishedPorts(edges.host_ports),
+        lambda: reconciler.settle(),  # noqa: PLW0108  (it is made below)
+    )
+    edges.event_filter.expects_endpoint = endpoints.expects_link
+    membership = Membership(
+        registry,
+        identity,
+        Claimant(host=host, claim=claim, ttl_s=config.lease_ttl_s),
+        dirty,
+        endpoints,
+    )
+    takeovers = Takeovers(edges.takeovers, follower, dirty)
+    fallback = Fallback(secrets.randbits(62), trio.current_time())
+    inputs = PassInputs(
+        follower,
+        liveness,
+        LocalParts(
+            membership=membership,
+            endpoints=endpoints,
+            pool=pool,
+            takeovers=takeovers,
+            fallback=fallback,
+        ),
+        dirty,
+        config.underlay_dev,
+    )
+    reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
+    probes = Probes(edges.vteps, inputs, fallback, dirty)
+    monitor = Monitor(edges.kernel, edges.event_filter, follower)
+    publisher = Publisher(registry, follower, endpoints, host.id)
+    presence = Presence(host.id, publisher, pool)
+    networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
+    keeper = Keeper(endpoints, networks, follower)
+    follower.tell(liveness, membership, keeper, presence, pool, inputs, probes)
+    reconciler.tell(
+        UnderlayAddress(edges.store, membership), monitor, pool, takeovers, keeper, probes
+    )
+    return Parts(
+        edges=edges,
+        readiness=Readiness(),
+        dirty=dirty,
+        right_of_way=right_of_way,
+        registry=registry,
+        identity=identity,
+        follower=follower,
+        liveness=liveness,
+        membership=membership,
+        publisher=publisher,
+        pool=pool,
+        endpoints=endpoints,
+        networks=networks,
+        keeper=keeper,
+        takeovers=takeovers,
+        fallback=fallback,
+        reconciler=reconciler,
+        probes=probes,
+        monitor=monitor,
+    )
+
+
+async def run_parts(
+    parts: Parts, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Join the mesh and serve it until cancelled; started when the first pass is applied.
+
+    Raises:
+        ConflictError: another agent is this host, or this one was another host before.
+        StoreUnavailableError: the store did not answer at start.
+        PolicyRefusedError: the store is not this host's mesh.
     """
+    await parts.endpoints.load()
+    await parts.membership.join()
+    await parts.follower.list_all()
+    try:
+        async with trio.open_nursery() as store:
+            store.start_soon(parts.membership.keep_alive)
+            store.start_soon(parts.membership.reserve)
+            store.start_soon(parts.follower.watch)
+            store.start_soon(parts.publisher.run)
+            async with trio.open_nursery() as data_plane:
+                await data_plane.start(parts.endpoints.run)
+                await parts.pool.load()
+                store.start_soon(parts.pool.run)
+                data_plane.start_soon(parts.keeper.run)
+                await _start_data_plane(parts, data_plane)
+                parts.readiness.ready = True
+                task_status.started()
+    finally:
+        with trio.move_on_after(_LEAVE_S, shield=True), contextlib.suppress(MeshnetError):
+            await parts.membership.leave()
+        parts.identity.save()
 
-    def __init__(
-        self,
-        config: AgentConfig,
-        store: Store,
-        kernel: Worker[Kernel],
-        wiring: Worker[Wiring],
-        disk: StateDir,
-        underlay_ip: IpAddress,
-        event_filter: EventFilter,
-        prober: AddressProber,
-        host_ports: HostPorts,
-        takeovers: TakeoverRunner,
-        listen: Listen = listen,
-        *,
-        datapath: Datapath = Datapath.KERNEL,
-        vteps: VtepProcesses | None = None,
-    ) -> None:
-        self.config = config
-        self.ready = False
-        self.vteps = vteps
-        self._kernel = kernel
-        self._wiring = wiring
-        self.host = Host(id=HostId(config.host_id), underlay_ip=underlay_ip, datapath=datapath)
-        self.registry = Registry(store)
-        claim = Claim(instance=disk.instance, underlay_ip=underlay_ip)
-        self._event_filter = event_filter
-        self._listen = listen
-        self.way = RightOfWay()
-        self.reconciler = Reconciler(
-            kernel,
-            self._gather,
-            self._gather_part,
-            self._on_missing_links,
-            resync_s=config.resync_s,
-            next_change_s=self._next_expiry_s,
-            way=self.way,
+
+async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
+    """Listen first, then look: what changes in between is not missed."""
+    edges = parts.edges
+    await nursery.start(edges.kernel_events.listen, edges.event_filter, parts.dirty)
+    # The first pass is a useful one if it has the first reservations.
+    with trio.move_on_after(_FIRST_RESERVATIONS_S):
+        await parts.membership.settled()
+    await _adopt_fallen(parts)
+    await nursery.start(parts.takeovers.run)
+    nursery.start_soon(parts.monitor.run)
+    await nursery.start(parts.reconciler.run)
+    nursery.start_soon(parts.probes.run)
+
+
+async def _adopt_fallen(parts: Parts) -> None:
+    """Start from the tunnels that the kernel sends by: a restart moves nobody."""
+    snapshot = parts.follower.snapshot
+    if any(network.fallback for network in snapshot.networks.values()):
+        state = await parts.edges.kernel.run(lambda kernel: kernel.dump())
+        parts.fallback.adopt(fallen_peers(snapshot, state), trio.current_time())
+
+
+async def serve(config: AgentConfig) -> None:
+    """Run the agent of this host until SIGTERM or SIGINT.
+
+    Containers stop first: a container that ends is put away with the help of the mesh's parts,
+    which are not there any more otherwise.  The API is the last.
+    """
+    notifier = Notifier()
+    id_pool = parse_range(config.userns_range, "userns-range")
+    async with open_edges(config) as edges:
+        parts = make_parts(config, edges)
+        images = Images(
+            edges.state_dir.path / "images",
+            max_bytes=config.image_max_bytes,
+            max_entries=config.image_max_entries,
         )
-        self.probes = Probes(vteps, self._whom_to_probe, self.reconciler.touch)
-        self.identity = MeshIdentity(store, disk.path / "mesh.json")
-        self.follower = Follower(store, self.identity, self._on_snapshot, self._on_return, self.way)
-        self.membership = Membership(
-            self.registry,
-            self.host,
-            claim,
-            ttl_s=config.lease_ttl_s,
-            check_store=self.identity.check,
-            on_change=self.reconciler.mark_dirty,
-            endpoints_in=self._endpoints_in,
+        await images.collect()
+        service = Service(parts, images)
+        containers = Containers(
+            edges.state_dir.path,
+            Path(config.run_dir),
+            service.attach,
+            service.detach,
+            service.endpoints_of,
+            service.passed_over,
+            id_pool=id_pool,
+            systemd_cgroup=config.cgroup_driver == "systemd",
         )
-        self.pool = PoolAddresses(
-            store,
-            self.host.id,
-            prober,
-            snapshot=lambda: self.follower.snapshot,
-            link_addresses=self._link_addresses,
-            endpoints=lambda: self.endpoints.all,
-            recorded=disk.endpoint_ids,
-            check_store=self.follower.check_store,
-            on_change=self.reconciler.mark_dirty,
-        )
-        self.endpoints = Endpoints(
-            wiring,
-            disk,
-            self.host.id,
-            self.pool,
-            PublishedPorts(host_ports),
-            self.reconciler.settle,
-        )
-        event_filter.expects_endpoint = self.endpoints.expects_link
-        self.publisher = Publisher(
-            self.registry,
-            self.endpoints,
-            self.host.id,
-            lambda: self.follower.snapshot.networks,
-            self.follower.check_store,
-            lambda: self.follower.connected,
-        )
-        self.takeovers = Takeovers(
-            takeovers,
-            snapshot=lambda: self.follower.snapshot,
-            underlay=lambda: self.reconciler.result.underlay,
-            on_change=self.reconciler.mark_dirty,
-        )
-        self._passed = Flag()
-        self._nursery: trio.Nursery | None = None
-        self._was_alive = False
-        self._expired: frozenset[HostId] = frozenset()
-
-    # --- life ---------------------------------------------------------------------------------
-
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Join the mesh and serve it until cancelled; started when the first pass is applied.
-
-        Raises:
-            ConflictError: another agent is this host, or this one was another host before.
-            StoreUnavailableError: the store did not answer at start.
-            PolicyRefusedError: the store is not this host's mesh.
-        """
-        await self.endpoints.load()
-        await self.membership.join()
-        await self.follower.list_all()
-        try:
-            async with trio.open_nursery() as store_nursery:
-                store_nursery.start_soon(self.membership.keep_alive)
-                store_nursery.start_soon(self.membership.reserve)
-                store_nursery.start_soon(self.follower.watch)
-                store_nursery.start_soon(self.publisher.run)
-                async with trio.open_nursery() as data_plane:
-                    self._nursery = data_plane
-                    await data_plane.start(self.endpoints.run)
-                    await self.pool.load()
-                    store_nursery.start_soon(self.pool.run)
-                    # Networks may have been removed while this agent was down.
-                    self._on_snapshot(self.follower.snapshot, None)
-                    await data_plane.start(
-                        self._listen,
-                        self._event_filter.concerns_us,
-                        nftables_concerns_us,
-                        self.reconciler.mark_dirty,
-                    )
-                    # The first pass is a useful one if it has the first reservations.
-                    with trio.move_on_after(_FIRST_RESERVATIONS_S):
-                        await self.membership.settled()
-                    await self._adopt_fallen()
-                    await data_plane.start(self.takeovers.run)
-                    await data_plane.start(self.reconciler.run)
-                    data_plane.start_soon(self._keep_filter_current)
-                    data_plane.start_soon(self._keep_macvlans)
-                    data_plane.start_soon(self.probes.run)
-                    self.ready = True
-                    task_status.started()
-        finally:
-            with trio.move_on_after(2, shield=True), contextlib.suppress(MeshnetError):
-                await self.membership.leave()
-            self.identity.save()
-
-    async def _keep_filter_current(self) -> None:
-        while True:
-            self.probes.refresh()  # which peers are on-link may have changed
-            underlay = self.reconciler.result.underlay
-            if underlay is not None:
-                self._follow_address(underlay.ip)
-                networks = self.follower.snapshot.networks.values()
-                parents = {n.parent for n in networks if n.parent is not None}
-                parents |= {
-                    parent_bridge_name(n) for n in networks if n.mode is Mode.UNDERLAY_BRIDGE
-                }
-                self._event_filter.look_at(
-                    indices_of([name(n) for n in networks for name in (bridge_name, shim_name)]),
-                    indices_of([name(n) for n in networks for name in (vxlan_name, tun_name)]),
-                    indices_of([*underlay.forwarding_links, *parents]),
-                    parents,
-                )
-            self.pool.look()
-            self.takeovers.look()
-            self._passed.set()
-            await self.reconciler.wait_for_pass()
-
-    async def _keep_macvlans(self) -> None:
-        """Look for macvlans after every pass: nothing tells this namespace of their end."""
-        while True:
-            await self._passed.wait()
-            if any(endpoint.parent is not None for endpoint in self.endpoints.all):
-                await self.endpoints.heal((), self.ready_network)
-
-    def _follow_address(self, underlay_ip: IpAddress) -> None:
-        """Publish where this host is now, if its link was given another address."""
-        if underlay_ip != self.host.underlay_ip:
-            _log.warning(
-                "underlay address changed",
-                before=str(self.host.underlay_ip),
-                now=str(underlay_ip),
-            )
-            self.host = replace(self.host, underlay_ip=underlay_ip)
-            self.registry.store.reconnect()
-            self.membership.move(self.host)
-            self.probes.refresh()
-
-    async def _adopt_fallen(self) -> None:
-        """Start from the ways that the kernel sends by: a restart moves nobody."""
-        snapshot = self.follower.snapshot
-        if any(network.fallback for network in snapshot.networks.values()):
-            state = await self._kernel.run(lambda kernel: kernel.dump())
-            self.probes.adopt(fallen_peers(snapshot, state))
-
-    def _whom_to_probe(self) -> dict[Pair, Target] | None:
-        snapshot, result = self.follower.snapshot, self.reconciler.result
-        if result.underlay is None or snapshot.holes:
-            return None
-        local = self._local_view()
-        targets: dict[Pair, Target] = {}
-        for network in snapshot.networks.values():
-            outcome = result.networks.get(network.name)
-            if not network.fallback:
-                continue
-            if outcome is None:
-                return None  # the next pass has it
-            if outcome.plan is None:
-                continue
-            mtu_bytes = outcome.plan.mtu_bytes
-            for host, peer in probed_peers(network, snapshot, local, result.underlay).items():
-                target = Target(tun_name(network), str(peer.host.underlay_ip), mtu_bytes)
-                targets[network.name, host] = target
-        return targets
-
-    def _local_view(self) -> LocalView:
-        """What this agent knows of its own host, now."""
-        return LocalView(
-            host=self.host.id,
-            subnets=dict(self.membership.subnets),
-            endpoints=self.endpoints.all,
-            addresses=dict(self.pool.host_addresses),
-            takeovers=dict(self.takeovers.states),
-            expired=self._expired,
-            fallen=self.probes.fallen,
-        )
-
-    def _link_addresses(self, link: str) -> Collection[IpAddress] | None:
-        """This host's addresses on a link; None: there is no such link."""
-        underlay = self.reconciler.result.underlay
-        found = underlay.links.get(link) if underlay is not None else None
-        return found.addresses if found is not None else None
-
-    def _next_expiry_s(self) -> float:
-        """Seconds until the next dead host's grace period ends."""
-        left = (self.config.grace_s - dead_s for dead_s in self.follower.dead_for_s().values())
-        return min((seconds for seconds in left if seconds > 0), default=float("inf"))
-
-    def _gather(self) -> PassInput:
-        self._expired = self._find_expired()
-        return PassInput(
-            snapshot=self.follower.copy_snapshot(),
-            local=self._local_view(),
-            underlay_ip=self.host.underlay_ip,
-            underlay_dev=self.config.underlay_dev,
-        )
-
-    def _gather_part(self, hosts: Collection[HostId]) -> PartInput | None:
-        expired, before = self._find_expired(), self._expired
-        self._expired = expired
-        if not hosts and expired == before:
-            return None
-        snapshot = self.follower.snapshot
-        if snapshot.holes:
-            self.reconciler.mark_dirty()  # it knows what may be deleted
-            return None
-        return PartInput(
-            hosts={h: HostView(snapshot.hosts.get(h), snapshot.reserved_by(h)) for h in hosts},
-            expired=expired,
-            fallen=self.probes.fallen,
-        )
-
-    def _find_expired(self) -> frozenset[HostId]:
-        dead = self.follower.dead_for_s()
-        return frozenset(h for h, s in dead.items() if s >= self.config.grace_s)
-
-    def _on_snapshot(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
-        self.membership.follow(snapshot)
-        if self._nursery is not None and not snapshot.holes:
-            for network in {e.network for e in self.endpoints.all} - snapshot.networks.keys():
-                self._nursery.start_soon(self.endpoints.remove_network, network)
-        alive = self.host.id in snapshot.alive
-        if alive and not self._was_alive:
-            # Somebody may have removed this host, and with it what it published, in between.
-            self.publisher.refresh()
-            self.pool.refresh()
-        self._was_alive = alive
-        if changes is None or changes.networks:
-            self.pool.refresh()
-        if changes is None or changes.networks or snapshot.holes:
-            self.reconciler.mark_dirty()
-            self.probes.refresh()
-        else:
-            # A lease alone changes nothing in the kernel, but for a host that was given up.
-            touched = changes.hosts | (changes.leases & self._expired)
-            self.reconciler.touch(touched)
-            if touched:
-                self.probes.refresh()
-
-    def _endpoints_in(self, network: NetworkName, version: int) -> IpNetwork | None:
-        return self.endpoints.subnet_of(network, version)
-
-    def _on_return(self) -> None:
-        """What was written last may have gone to an etcd that is no more."""
-        self.publisher.refresh()
-        self.pool.refresh()
-
-    def _on_missing_links(self, names: Collection[str]) -> None:
-        known = {endpoint_link_name(e.id) for e in self.endpoints.all}
-        if self._nursery is not None and known & set(names):
-            self._nursery.start_soon(self.endpoints.heal, names, self.ready_network)
-
-    async def drops(self) -> dict[str, int]:
-        """Packets that this host's firewall dropped, by reason."""
-        return await self._wiring.run(lambda wiring: wiring.drops())
-
-    def ready_network(self, name: str) -> ReadyNetwork:
-        """A network that is up on this host now.
-
-        Raises:
-            NotFoundError: there is no such network.
-            ConflictError, PoolExhaustedError: it is not up; the message says why.
-        """
-        network = self.follower.snapshot.networks.get(NetworkName(name))
-        outcome = self.reconciler.result.networks.get(NetworkName(name))
-        if network is None:
-            raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
-        if outcome is None or outcome.plan is None:
-            refused = self.membership.errors.get(network.name)
-            if refused is not None:
-                raise refused
-            reason = "; ".join(outcome.errors) if outcome is not None else ""
-            raise ConflictError(
-                f"network {name} is not up on this host: {reason or 'no pass has run yet'}"
-            )
-        subnets = self.membership.subnets.get(network.name, ())
-        if not subnets or not indices_of([outcome.plan.uplink]):
-            raise ConflictError(f"network {name} is not up on this host: see meshnet status")
-        return ReadyNetwork(
-            network=network,
-            subnets=subnets,
-            uplink=outcome.plan.uplink,
-            mtu_bytes=outcome.plan.mtu_bytes,
-            endpoint_link=outcome.plan.endpoint_link,
-            gso_max_bytes=outcome.plan.gso_max_bytes,
-        )
+        with open_socket(Path(config.run_dir)) as listener:
+            async with trio.open_nursery() as root:
+                app = make_app(service, parts.readiness, containers)
+                stop_api = await root.start(serve_api, listener, app)
+                async with trio.open_nursery() as middle:
+                    with trio.CancelScope() as running:
+                        root.start_soon(_stop_on_signal, parts.readiness, running, notifier)
+                        await middle.start(run_parts, parts)
+                        async with trio.open_nursery() as inner:
+                            await inner.start(containers.run)
+                            notifier.tell("READY=1")
+                            _log.info("ready", host=config.host_id, socket=listener.getsockname())
+                    middle.cancel_scope.cancel()
+                stop_api.set()
+                root.cancel_scope.cancel()
 
 
-def indices_of(names: Collection[str]) -> set[int]:
-    """Indices of those links that exist."""
-    found = set()
-    for name in names:
-        with contextlib.suppress(OSError):
-            found.add(socket.if_nametoindex(name))
-    return found
+async def _stop_on_signal(
+    readiness: Readiness, running: trio.CancelScope, notifier: Notifier
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            _log.info("stopping", signal=signal.Signals(number).name)
+            notifier.tell("STOPPING=1")
+            readiness.ready = False  # from here on requests are refused, not cut off
+            running.cancel()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from meshnet.backends import Path, Underlay
     from meshnet.diff import Failure, Op
@@ -67,6 +67,10 @@ class Kernel(Protocol):
 
         The links' names and MTUs are those that the last `observe` or `dump` saw.
         """
+        ...
+
+    def link_indices(self) -> Mapping[str, int]:
+        """Interface indices of all links by name, as the last look and what was made since say."""
         ...
 
     def dump(self) -> KernelState:
@@ -135,6 +139,10 @@ class Wiring(Protocol):
 
     def remove_link(self, name: str) -> None:
         """Remove an endpoint link by name.  Idempotent."""
+        ...
+
+    def has_link(self, name: str) -> bool:
+        """Whether the host has a link of that name now, whoever made it."""
         ...
 
     def list_endpoint_links(self) -> list[str]:

@@ -262,6 +262,10 @@ class NetlinkKernel:
         self._by_index = {link.ifindex: link for link in found}
         return found
 
+    def link_indices(self) -> dict[str, int]:
+        """See `meshnet.kernel.Kernel`."""
+        return dict(self._indices)
+
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
         self.deleted.clear()

@@ -139,6 +139,14 @@ class NetlinkWiring:
         if errors and errors[0].errno != errno.ENODEV:
             raise KernelRefusedError(f"endpoint link {name}: {errors[0]}")
 
+    def has_link(self, name: str) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        try:
+            socket.if_nametoindex(name)
+        except OSError:
+            return False
+        return True
+
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
         messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())

@@ -21,7 +21,7 @@ from meshnet.kernel.netns import inside
 from tests.values import underlay_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path as FilePath
 
     from meshnet.backends import Path, Underlay
@@ -146,6 +146,9 @@ class RealHost:
 
     def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
         return self._thread.call(lambda k: k.find_paths(addresses))
+
+    def link_indices(self) -> Mapping[str, int]:
+        return self._thread.call(lambda k: k.link_indices())
 
     def dump(self) -> KernelState:
         return self._thread.call(lambda k: k.dump())

@@ -17,7 +17,9 @@ import pytest
 
 from meshnet.config import load_config
 from meshnet.errors import UsageError
-from meshnet_agent.main import SOCKET_NAME, _listen, _read_config, _read_password, main
+from meshnet_agent.api.server import SOCKET_NAME, listen
+from meshnet_agent.edges import _read_password
+from meshnet_agent.main import _read_config, main
 from tests.contract.hosts import UNDERLAY_DEV, host_namespace
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ _MEMBERS, _NOBODY = 54_321, 65_534
 _SECRET = "s3cret-of-etcd"
 _AS_USER = """
 import locale, os, sys
-from meshnet.cli import main, status  # while the files may still be read
+from meshnet.cli import main  # while the files may still be read
+from meshnet.cli.commands import status
 os.setgroups([int(group) for group in sys.argv[2:]])
 os.setgid(65534)
 os.setuid(65534)
@@ -44,7 +47,7 @@ def path(root: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="meshnet-socket-") as directory:
         Path(directory).chmod(0o755)
         path = Path(directory, SOCKET_NAME)
-        listener = _listen(path)
+        listener = listen(path)
         listener.settimeout(10)
 
         def answer() -> None:

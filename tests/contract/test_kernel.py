@@ -20,6 +20,7 @@ from meshnet.state import (
     AddressKey,
     FdbKey,
     KernelState,
+    Link,
     LinkKind,
     NeighbourKey,
     Nexthop,
@@ -101,6 +102,17 @@ def test_the_underlay(host: HostUnderTest) -> None:
         host.kernel.observe(underlay_ip(77), None)
     with pytest.raises(NotFoundError):
         host.kernel.observe(None, "none0")
+
+
+def test_link_indices(host: HostUnderTest) -> None:
+    host.kernel.observe(underlay_ip(1), None)
+    before = dict(host.kernel.link_indices())
+    assert before[UNDERLAY_DEV] > 0
+    link = Link(LinkKind.BRIDGE, 1450, bytes.fromhex("02670a2a0100"))
+    assert host.kernel.apply([Op(Table.LINK, "mnb7", link, False)]) == []
+    after = host.kernel.link_indices()
+    assert after["mnb7"] not in before.values()
+    assert after[UNDERLAY_DEV] == before[UNDERLAY_DEV]
 
 
 def test_paths(host: HostUnderTest) -> None:

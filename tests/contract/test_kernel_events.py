@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,8 @@ from meshnet.state import (
     Route,
     RouteKey,
 )
-from meshnet_agent.dataplane.monitor import listen
+from meshnet_agent.dataplane.dirty import Dirty
+from meshnet_agent.dataplane.monitor import NetlinkEvents
 from tests.contract.changes import BRIDGE, TUNNEL
 from tests.contract.hosts import RealHost, host_namespace, ip
 from tests.values import make_network, make_snapshot, plan_for, underlay_ip
@@ -164,31 +164,32 @@ async def test_lost_notifications_are_made_up_for(
 ) -> None:
     real, fd = host
     monkeypatch.setattr("meshnet.kernel.events._RECEIVE_BUFFER_BYTES", 4096)
-    changed, changes = trio.open_memory_channel[None](100)
+    dirty = Dirty()
+    dirty.clear_all()
     heard: list[bytes] = []
 
-    def deaf(data: bytes) -> bool:
-        heard.append(data)
-        return data.find(b"mnb9999") >= 0
+    class Deaf(EventFilter):
+        def concerns_us(self, data: bytes) -> bool:
+            heard.append(data)
+            return data.find(b"mnb9999") >= 0
 
     async with trio.open_nursery() as nursery:
         with inside(fd):
             # Runs until its sockets are open without letting another task run in between.
-            on_change = functools.partial(changed.send_nowait, None)
-            listening = functools.partial(listen, deaf, lambda _: False, on_change)
-            await nursery.start(listening)
+            await nursery.start(NetlinkEvents((), ()).listen, Deaf(), dirty)
         ops = peers(300)
         assert real.apply(ops) == []  # the loop stands still meanwhile
         with trio.fail_after(10):
-            await changes.receive()
+            await dirty.wait()
+        dirty.clear_all()
         await trio.testing.wait_all_tasks_blocked()
         assert 0 < len(heard) < len(ops)  # none of which concerned us
         state = real.dump()
         assert len(state.neighbours) == len(state.fdb) == len(state.nexthops) == 300
-        assert changes.statistics().current_buffer_used == 0
+        assert not dirty.everything
         real.shell("ip link add mnb9999 type bridge")
         with trio.fail_after(10):
-            await changes.receive()
+            await dirty.wait()
         nursery.cancel_scope.cancel()
 
 

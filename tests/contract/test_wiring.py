@@ -113,6 +113,9 @@ class RealWired:
     def remove_link(self, name: str) -> None:
         self._thread.call(lambda w: w.remove_link(name))
 
+    def has_link(self, name: str) -> bool:
+        return self._thread.call(lambda w: w.has_link(name))
+
     def list_endpoint_links(self) -> list[str]:
         return self._thread.call(lambda w: w.list_endpoint_links())
 
@@ -263,6 +266,9 @@ def test_connect_and_disconnect(wired: Wired) -> None:
         {"0.0.0.0/0": "10.42.0.1", "::/0": "fd00:42::1"},
     )
     assert wired.wiring.list_endpoint_links() == ["mne0123456789ab"]
+    assert wired.wiring.has_link("mne0123456789ab")
+    assert wired.wiring.has_link(BRIDGE)
+    assert not wired.wiring.has_link("none0")
     assert diff(desired_for(wired.kernel, endpoint), wired.kernel.dump()) == []
     assert wired.wiring.writes > 0
     for _ in range(2):  # idempotent

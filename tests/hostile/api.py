@@ -244,7 +244,7 @@ async def _open() -> AsyncIterator[Check]:
             await mesh.create_network()
             await mesh.start_many(1)
             images = Images(Path(directory, "images"), max_bytes=1 << 20, max_entries=100)
-            app = make_app(Service(mesh.nodes[0].running, images), lambda: True)
+            app = make_app(Service(mesh.nodes[0].running, images), mesh.nodes[0].running.readiness)
 
             async def check(data: bytes) -> str:
                 return await _try(mesh, app, data)

@@ -19,7 +19,9 @@ from meshnet.kernel.fakes.wiring import MemoryWiring
 from meshnet.state import FdbKey, NeighbourKey
 from meshnet.store.memory import MemoryStore
 from meshnet.store.registry import Registry
-from meshnet_agent.daemon import Agent
+from meshnet_agent.daemon import Parts, make_parts, run_parts
+from meshnet_agent.dataplane.dirty import Dirty
+from meshnet_agent.edges import Edges
 from meshnet_agent.state_dir import StateDir
 from tests.unit.host_ports import FakePorts
 from tests.values import make_network, underlay_ip
@@ -35,6 +37,18 @@ if TYPE_CHECKING:
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
 TTL_S, GRACE_S, RESYNC_S = 15, 120, 60
+
+
+class CountedDirty(Dirty):
+    """Counts how often a pass over everything was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def mark_all(self) -> None:
+        super().mark_all()
+        self.count += 1
 
 
 class InlineWorker(Generic[T]):
@@ -104,14 +118,14 @@ class Node:
     directory: Path
     instance: str
     ports: FakePorts = field(default_factory=FakePorts)
-    agent: Agent | None = None
+    agent: Parts | None = None
     prober: MemoryProber = field(default_factory=MemoryProber)
     takeovers: MemoryTakeovers = field(default_factory=MemoryTakeovers)
     stop_agent: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: trio.Event = field(default_factory=trio.Event)
 
     @property
-    def running(self) -> Agent:
+    def running(self) -> Parts:
         assert self.agent is not None
         return self.agent
 
@@ -125,22 +139,22 @@ class Node:
         disk = StateDir(self.directory, lambda: self.instance)
         self.stopped = trio.Event()
         self.stop_agent = trio.CancelScope()
-        self.agent = Agent(
-            config,
-            self.store,
-            InlineWorker(self.kernel),
-            InlineWorker(MemoryWiring(self.kernel)),
-            disk,
-            self.ip,
-            EventFilter(),
-            self.prober,
-            self.ports,
-            self.takeovers,
-            self._listen,
+        edges = Edges(
+            store=self.store,
+            kernel=InlineWorker(self.kernel),
+            wiring=InlineWorker(MemoryWiring(self.kernel)),
+            state_dir=disk,
+            underlay_ip=self.ip,
+            event_filter=EventFilter(),
+            kernel_events=self,
+            prober=self.prober,
+            host_ports=self.ports,
+            takeovers=self.takeovers,
         )
+        self.agent = make_parts(config, edges)
         try:
             with self.stop_agent:
-                await self.agent.run(task_status)
+                await run_parts(self.agent, task_status)
         finally:
             disk.close()
             self.stopped.set()
@@ -156,10 +170,14 @@ class Node:
         await self.stop()
         self.store.set_available(True)
 
-    async def _listen(
-        self, *filters_and_on_change: Callable[[], None], task_status: trio.TaskStatus[None]
+    async def listen(
+        self,
+        event_filter: EventFilter,
+        dirty: Dirty,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        self.kernel.on_change = filters_and_on_change[-1]
+        """As `KernelEvents`: what is changed by hand is noticed at once."""
+        self.kernel.on_change = dirty.mark_all
         try:
             task_status.started()
             await trio.sleep_forever()

@@ -18,13 +18,16 @@ from structlog.testing import capture_logs
 from meshnet_agent.api.app import make_app
 from meshnet_agent.api.openapi import describe
 from meshnet_agent.logs import configure_logs
+from meshnet_agent.tasks.readiness import Readiness
 from tests.hostile.api import exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+READY = Readiness()
+READY.ready = True
 _DOCS = Path(__file__).parents[2] / "docs" / "api.md"
-APP = make_app(cast("Any", None), lambda: True)
+APP = make_app(cast("Any", None), READY)
 
 
 async def test_the_document_has_every_route_and_body() -> None:
@@ -127,7 +130,7 @@ class _OutOfDescriptors:
 
 
 async def test_an_agent_out_of_descriptors_says_so() -> None:
-    app = make_app(cast("Any", _OutOfDescriptors()), lambda: True)
+    app = make_app(cast("Any", _OutOfDescriptors()), READY)
     status, document = await exchange(app, "GET", "/v1/status")
     assert (status, document["error"]["exit_status"]) == (500, 7)
     message = document["error"]["message"]

@@ -17,73 +17,84 @@ from meshnet.store import Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import SUBNETS, subnet_key
 from meshnet.store.registry import Registry
-from meshnet_agent.mesh.membership import Membership
+from meshnet_agent.dataplane.dirty import Dirty
+from meshnet_agent.mesh.membership import Claimant, Membership
+from tests.unit.mesh import CountedDirty
 from tests.values import ME, make_network, make_snapshot, underlay_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from trio.testing import MockClock
 
     from meshnet.model import IpNetwork
     from meshnet.store import Commit, Condition, LeaseId, Write
+    from meshnet_agent.mesh.membership import SubnetUsers
 
 PROD = NetworkName("prod")
 SNAPSHOT = make_snapshot([make_network()], 2)
 SUBNET = ip_network("10.42.0.0/24")
 
 
-@pytest.fixture
-def changes() -> list[None]:
-    return []
+class NoIdentity:
+    """Of whoever may write to any store."""
+
+    async def check(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+class NoEndpoints:
+    """A host without any."""
+
+    def subnet_of(self, network: NetworkName, version: int) -> IpNetwork | None:
+        return None
 
 
 @pytest.fixture
-def membership(changes: list[None]) -> Membership:
-    return Membership(
-        Registry(MemoryStore(clock=lambda: 0.0)),
-        Host(id=ME, underlay_ip=underlay_ip(1)),
-        Claim(instance="h1", underlay_ip=underlay_ip(1)),
-        ttl_s=15,
-        check_store=trio.lowlevel.checkpoint,
-        on_change=lambda: changes.append(None),
-        endpoints_in=lambda _network, _version: None,
-    )
+def dirty() -> CountedDirty:
+    return CountedDirty()
 
 
-def test_a_subnet_is_taken_in_once(membership: Membership, changes: list[None]) -> None:
+@pytest.fixture
+def membership(dirty: CountedDirty) -> Membership:
+    return member(MemoryStore(clock=lambda: 0.0), dirty=dirty)
+
+
+def test_a_subnet_is_taken_in_once(membership: Membership, dirty: CountedDirty) -> None:
     for _ in range(2):
-        membership.follow(SNAPSHOT)
+        membership.mesh_changed(SNAPSHOT, None)
         assert membership.subnets == {PROD: (SUBNET,)}
-    assert len(changes) == 1
+    assert dirty.count == 1
 
 
 def test_a_lost_reservation_keeps_the_subnet_until_another_has_it(
-    membership: Membership, changes: list[None]
+    membership: Membership, dirty: CountedDirty
 ) -> None:
-    membership.follow(SNAPSHOT)
-    membership.follow(replace(SNAPSHOT, reservations={}))
+    membership.mesh_changed(SNAPSHOT, None)
+    membership.mesh_changed(replace(SNAPSHOT, reservations={}), None)
     assert membership.subnets == {PROD: (SUBNET,)}
-    membership.follow(replace(SNAPSHOT, reservations={PROD: Reservations({SUBNET: HostId("h2")})}))
+    membership.mesh_changed(
+        replace(SNAPSHOT, reservations={PROD: Reservations({SUBNET: HostId("h2")})}), None
+    )
     assert membership.subnets == {}
-    assert len(changes) == 2
+    assert dirty.count == 2
 
 
-def test_a_network_that_is_gone(membership: Membership, changes: list[None]) -> None:
-    membership.follow(SNAPSHOT)
-    membership.follow(replace(SNAPSHOT, networks={}))
+def test_a_network_that_is_gone(membership: Membership, dirty: CountedDirty) -> None:
+    membership.mesh_changed(SNAPSHOT, None)
+    membership.mesh_changed(replace(SNAPSHOT, networks={}), None)
     assert membership.subnets == {}
-    assert len(changes) == 2
+    assert dirty.count == 2
 
 
 def test_a_network_that_was_made_anew_with_other_addresses(
-    membership: Membership, changes: list[None]
+    membership: Membership, dirty: CountedDirty
 ) -> None:
-    membership.follow(SNAPSHOT)
+    membership.mesh_changed(SNAPSHOT, None)
     other = make_network(subnets=("10.77.0.0/16",))
-    membership.follow(replace(SNAPSHOT, networks={PROD: other}, reservations={}))
+    membership.mesh_changed(replace(SNAPSHOT, networks={PROD: other}, reservations={}), None)
     assert membership.subnets == {}
-    assert len(changes) == 2
+    assert dirty.count == 2
 
 
 class SlowStore(MemoryStore):
@@ -101,23 +112,23 @@ class SlowStore(MemoryStore):
 def member(
     store: MemoryStore,
     name: str = "h1",
-    endpoints_in: Callable[[NetworkName, int], IpNetwork | None] = lambda _network, _version: None,
+    endpoints: SubnetUsers | None = None,
+    dirty: Dirty | None = None,
 ) -> Membership:
-    return Membership(
-        Registry(store),
-        Host(id=HostId(name), underlay_ip=underlay_ip(1)),
-        Claim(instance=name, underlay_ip=underlay_ip(1)),
+    claimant = Claimant(
+        host=Host(id=HostId(name), underlay_ip=underlay_ip(1)),
+        claim=Claim(instance=name, underlay_ip=underlay_ip(1)),
         ttl_s=15,
-        check_store=trio.lowlevel.checkpoint,
-        on_change=lambda: None,
-        endpoints_in=endpoints_in,
+    )
+    return Membership(
+        Registry(store), NoIdentity(), claimant, dirty or Dirty(), endpoints or NoEndpoints()
     )
 
 
 async def join_and_reserve(membership: Membership, registry: Registry) -> None:
     """Join, and reserve subnets of what is there now."""
     await membership.join()
-    membership.follow(await registry.snapshot())
+    membership.mesh_changed(await registry.snapshot(), None)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(membership.reserve)
         await trio.sleep(5)
@@ -157,7 +168,7 @@ async def test_a_host_that_moved_is_published_at_once_and_once(autojump_clock: M
     async with trio.open_nursery() as nursery:
         nursery.start_soon(membership.keep_alive)
         nursery.start_soon(membership.reserve)
-        membership.follow(await membership._registry.snapshot())
+        membership.mesh_changed(await membership._registry.snapshot(), None)
         await trio.sleep(6.1)  # a renewal is under way
         moved = Host(id=ME, underlay_ip=underlay_ip(2))
         membership.move(moved)
@@ -192,13 +203,13 @@ async def test_a_subnet_that_is_on_its_way_is_not_reserved_again(autojump_clock:
         nursery.start_soon(membership.reserve)
         store.commits = 0
         for _ in range(3):
-            membership.follow(before)
+            membership.mesh_changed(before, None)
             await trio.testing.wait_all_tasks_blocked()
         assert store.commits == 1
         (subnet,) = (await registry.snapshot()).reservations[PROD]
         # Somebody frees it by hand: it is reserved again once that is seen.
         await store.commit([], [Delete(subnet_key(PROD, subnet))])
-        membership.follow(await registry.snapshot())
+        membership.mesh_changed(await registry.snapshot(), None)
         await trio.testing.wait_all_tasks_blocked()
         assert (await registry.snapshot()).reservations[PROD] == {subnet: ME}
         nursery.cancel_scope.cancel()
@@ -215,7 +226,7 @@ async def test_many_hosts_that_lost_their_leases_come_back_one_after_the_other(
         pauses = []
         for _ in range(20):
             membership = member(store)
-            membership.follow(replace(snapshot, hosts=hosts, alive={}))
+            membership.mesh_changed(replace(snapshot, hosts=hosts, alive={}), None)
             pauses.append(membership._rejoin_pause_s())
         assert least_s <= max(pauses) <= most_s
 
@@ -252,7 +263,7 @@ async def test_a_snapshot_that_lags_behind_makes_no_second_reservation(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(membership.reserve)
         for _ in range(3):
-            membership.follow(stale)
+            membership.mesh_changed(stale, None)
             await trio.sleep(1)
         nursery.cancel_scope.cancel()
     assert len((await registry.snapshot()).reservations[network.name]) == 1
@@ -287,10 +298,12 @@ async def test_a_host_that_was_forgotten_takes_the_subnet_that_its_endpoints_are
     registry = Registry(store)
     network = await registry.create_network(lambda _: make_network(), None)
     where = {4: ip_network("10.42.129.0/24"), 6: ip_network("fd00:42:0:9::/64")}
-    membership = member(
-        store,
-        endpoints_in=lambda name, version: where[version] if name == network.name else None,
-    )
+
+    class Endpoints:
+        def subnet_of(self, name: NetworkName, version: int) -> IpNetwork | None:
+            return where[version] if name == network.name else None
+
+    membership = member(store, endpoints=Endpoints())
     await join_and_reserve(membership, registry)
     owned = (await registry.snapshot()).subnets_of(ME, network.name)
     assert set(owned) == {where[cidr.version] for cidr in network.subnets}

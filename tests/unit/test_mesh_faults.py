@@ -328,7 +328,7 @@ async def test_settling_waits_for_a_pass_that_began_later(
 
         passes = reconciler.full_passes
         async with trio.open_nursery() as nursery:
-            reconciler.mark_dirty()
+            node.running.dirty.mark_all()
             await trio.lowlevel.checkpoint()  # a pass is under way
             somebody_breaks_it()
             for _ in range(3):
@@ -408,7 +408,9 @@ async def test_while_all_agents_list_again_nobody_is_taken_for_dead(
         before = node.essence()
         await away.crash()
         follower = node.running.follower
-        await until(lambda: "h3" in follower.dead_for_s(), "its lease ran out", 2 * TTL_S)
+        await until(
+            lambda: "h3" in node.running.liveness.dead_for_s(), "its lease ran out", 2 * TTL_S
+        )
         await trio.sleep(GRACE_S - 5)
         for watch in node.store._watches:
             watch.break_off(CompactedError("compacted"))

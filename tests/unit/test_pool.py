@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from meshnet.backends import HostLink
 from meshnet.codec.endpoints import decode_address_holder
 from meshnet.errors import (
     ConflictError,
@@ -36,10 +37,11 @@ from meshnet.store.addresses import SET_ASIDE_S, address_key, list_pool, take_ad
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ADDRESSES, network_key, printable_key
 from meshnet.store.registry import Registry
+from meshnet_agent.dataplane.passes import PassResult
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
 from meshnet_agent.endpoints.request import ReadyNetwork
 from tests.unit.mesh import MemoryProber, until
-from tests.values import make_endpoint, make_network, underlay_ip
+from tests.values import make_endpoint, make_network, make_underlay, underlay_ip
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -65,6 +67,11 @@ class CountingStore(MemoryStore):
         return await super().commit(when, then)
 
 
+UNDERLAY = replace(
+    make_underlay(), links={"eth0": HostLink(1500, frozenset({ip_address("10.9.8.2")}))}
+)
+
+
 @dataclass
 class Member:
     """A host's pool, and what it is told of its surroundings."""
@@ -87,13 +94,16 @@ class Member:
             self.host,
             self.prober,
             snapshot=lambda: self.snapshot,
-            link_addresses=lambda link: {ip_address("10.9.8.2")} if link == "eth0" else None,
             endpoints=lambda: self.endpoints,
             recorded=lambda: self.recorded,
             check_store=trio.lowlevel.checkpoint,
             on_change=self.note,
         )
+        self.passed()
         return self.pool
+
+    def passed(self) -> None:
+        self.pool.passed(PassResult(underlay=UNDERLAY))
 
     def note(self) -> None:
         self.changes += 1
@@ -427,7 +437,7 @@ async def test_an_address_for_the_host_itself(autojump_clock: MockClock, wire: W
     network = await wire.network(V4, V6, host_access=True)
     (one,) = await wire.members(1)
     async with one.running():
-        one.pool.look()
+        one.passed()
         await until(lambda: bool(one.pool.host_addresses), "the host has addresses")
     assert [str(a) for a in one.pool.host_addresses[network.name]] == ["10.9.8.1", "fd09::1"]
     assert set((await wire.holders()).values()) == {AddressHolder(one.host)}
@@ -443,10 +453,10 @@ async def test_no_address_for_the_host_itself(autojump_clock: MockClock, wire: W
     (one,) = await wire.members(1)
     one.prober.error = KernelRefusedError("link eth0 is down")
     async with one.running():
-        one.pool.look()
+        one.passed()
         await until(lambda: bool(one.pool.errors(network.name)), "it is told")
         assert "eth0 is down" in one.pool.errors(network.name)[0]
         one.prober.error = None
-        one.pool.look()
+        one.passed()
         await until(lambda: bool(one.pool.host_addresses), "the host has an address")
         assert one.pool.errors(network.name) == []

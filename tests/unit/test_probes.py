@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -132,8 +133,8 @@ async def test_an_agent_starts_from_the_ways_that_its_kernel_has(
         node = mesh.nodes[0]
         before = node.essence()
         pair = (PROD, HostId("h2"))
-        node.running.probes.adopt([pair])
-        node.running.reconciler.touch([HostId("h2")])
+        node.running.fallback.adopt([pair], trio.current_time())
+        node.running.dirty.touch([HostId("h2")])
         await until(lambda: node.running.reconciler.in_sync, "the pass is over")
         moved = node.essence()
         assert moved != before
@@ -141,6 +142,6 @@ async def test_an_agent_starts_from_the_ways_that_its_kernel_has(
         await node.crash()
         await mesh.start(node)
         await until(lambda: node.running.reconciler.in_sync, "the first pass is over")
-        assert node.running.probes.fallen == {pair}
+        assert node.running.fallback.fallen == {pair}
         assert node.essence() == moved
         assert node.running.reconciler.writes == 0

@@ -10,8 +10,9 @@ import trio
 
 from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
 from meshnet.model import MeshSnapshot, Mode
+from meshnet_agent.dataplane.passes import PassResult
 from meshnet_agent.dataplane.takeovers import Takeovers
-from tests.unit.mesh import MemoryTakeovers
+from tests.unit.mesh import CountedDirty, MemoryTakeovers
 from tests.values import make_network, make_snapshot, make_underlay
 
 if TYPE_CHECKING:
@@ -32,18 +33,16 @@ class Host:
     runner: MemoryTakeovers = field(default_factory=MemoryTakeovers)
     snapshot: MeshSnapshot = field(default_factory=lambda: make_snapshot([LAN], 1))
     underlay: Underlay | None = field(default_factory=make_underlay)
-    changes: int = 0
 
     def __post_init__(self) -> None:
-        self.takeovers = Takeovers(
-            self.runner,
-            snapshot=lambda: self.snapshot,
-            underlay=lambda: self.underlay,
-            on_change=self._on_change,
-        )
+        self.dirty = CountedDirty()
+        self.takeovers = Takeovers(self.runner, self, self.dirty)
 
-    def _on_change(self) -> None:
-        self.changes += 1
+    # As its mesh (`MeshView`).
+    connected = True
+
+    async def check_store(self) -> None:
+        await trio.lowlevel.checkpoint()
 
     @property
     def state(self) -> str | None:
@@ -51,7 +50,7 @@ class Host:
 
     async def look(self, after_s: float = 2) -> None:
         """Raise the flag and let things happen."""
-        self.takeovers.look()
+        self.takeovers.passed(PassResult(underlay=self.underlay))
         await trio.sleep(after_s)
 
 
@@ -72,7 +71,7 @@ async def test_taken_when_a_network_appears_and_given_back_when_it_goes(
     assert (host.state, host.runner.asked) == (None, ["take mnp9"])
     await host.look()
     assert host.state == ""
-    assert host.changes == 1
+    assert host.dirty.count == 1
     for _ in range(3):
         await host.look()
     assert host.runner.asked == ["take mnp9"]

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from meshnet_agent.api.service import Service
     from meshnet_agent.containers.images import Images
     from meshnet_agent.containers.lifecycle import Containers
+    from meshnet_agent.tasks.readiness import Readiness
 
 _log = structlog.get_logger()
 
@@ -136,24 +137,23 @@ _LONGEST_MESSAGE = 1000
 
 
 def make_app(
-    service: Service, is_ready: Callable[[], bool], containers: Containers | None = None
+    service: Service, readiness: Readiness, containers: Containers | None = None
 ) -> Starlette:
     """The ASGI application.
 
     Args:
-        is_ready: whether the first pass has been applied; until then requests that need the mesh
-            get 503.
+        readiness: until the first pass has been applied, requests that need the mesh get 503.
     """
 
     def route(path: str, method: str, handler: Callable[[Request], Awaitable[object]]) -> Route:
-        return Route(path, _guard(handler, is_ready), methods=[method])
+        return Route(path, _guard(handler, readiness), methods=[method])
 
     handlers = _Handlers(service)
     app = Starlette(
         routes=[
             Route("/openapi.json", lambda request: _json(describe(request.app.routes))),
             Route("/healthz", lambda _: _json({"status": "ok"})),
-            Route("/readyz", lambda _: _ready(is_ready())),
+            Route("/readyz", lambda _: _ready(readiness.ready)),
             route("/v1/networks", "GET", handlers.list_networks),
             route("/v1/networks", "POST", handlers.create_network),
             route("/v1/networks/{name}", "GET", handlers.inspect_network),
@@ -309,12 +309,12 @@ class _ArchiveResponse(Response):
 
 
 def _guard(
-    handler: Callable[[Request], Awaitable[object]], is_ready: Callable[[], bool]
+    handler: Callable[[Request], Awaitable[object]], readiness: Readiness
 ) -> Callable[[Request], Awaitable[Response]]:
     @functools.wraps(handler)
     async def guarded(request: Request) -> Response:
         try:
-            if not is_ready():
+            if not readiness.ready:
                 raise StoreUnavailableError("the agent is still starting: try again in a moment")
             answer = await handler(request)
             return answer if isinstance(answer, Response) else _json(answer)

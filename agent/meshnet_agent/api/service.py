@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from meshnet.model import Endpoint, Host, MeshSnapshot, PublishedPort
     from meshnet_agent.containers.images import Images
-    from meshnet_agent.daemon import Agent
+    from meshnet_agent.daemon import Parts
     from meshnet_agent.dataplane.fallback import Fall
-    from meshnet_agent.endpoints.request import AttachRequest, ReadyNetwork
+    from meshnet_agent.endpoints.request import AttachRequest
 
 _log = structlog.get_logger()
 _READY_DEADLINE_S = 10.0
@@ -58,40 +58,10 @@ class Service:
         images: this host's images, which need neither the mesh nor the kernel's tables.
     """
 
-    def __init__(self, agent: Agent, images: Images) -> None:
+    def __init__(self, agent: Parts, images: Images) -> None:
         self._agent = agent
         self.images = images
         self.passed_over: dict[str, str] = {}
-
-    async def wait_for_network(self, name: str) -> ReadyNetwork:
-        """A network, once it is up on this host.
-
-        Raises:
-            NotFoundError: there is no such network, not even in the store.
-            PoolExhaustedError: it has no subnet left for this host.
-            ConflictError: it did not come up in time; the message says why.
-        """
-        key = NetworkName(name)
-        if key not in self._agent.follower.snapshot.networks and not await self._just_created(key):
-            raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
-        with trio.move_on_after(_READY_DEADLINE_S):
-            while not self._is_refused(key):
-                with contextlib.suppress(NotFoundError, ConflictError):
-                    return self._agent.ready_network(name)
-                with trio.move_on_after(0.1):
-                    await self._agent.reconciler.wait_for_pass()
-        return self._agent.ready_network(name)
-
-    def _is_refused(self, name: NetworkName) -> bool:
-        """Whether waiting for the network is in vain."""
-        outcome = self._agent.reconciler.result.networks.get(name)
-        return name in self._agent.membership.errors or (outcome is not None and outcome.refused)
-
-    async def _just_created(self, name: NetworkName) -> bool:
-        try:
-            return await self._agent.registry.network_exists(name)
-        except StoreUnavailableError:
-            return False
 
     async def create_network(self, build: Callable[[Vni], Network], vni: int | None) -> Document:
         """Create a network and wait, for a while, until it is up here.
@@ -104,7 +74,7 @@ class Service:
         await self._agent.follower.check_store()
         network = await self._agent.registry.create_network(build, vni)
         try:
-            ready = await self.wait_for_network(network.name)
+            ready = await self._agent.networks.wait_for(network.name)
         except MeshnetError as error:
             return network_document(network, None) | {"error": str(error)}
         return network_document(network, ready.mtu_bytes)
@@ -139,8 +109,8 @@ class Service:
     async def attach(self, request: AttachRequest) -> Document:
         """Attach a process (`Endpoints.attach`)."""
         started = time.perf_counter()
-        ready = await self.wait_for_network(request.network)
-        with self._agent.way.taken():
+        ready = await self._agent.networks.wait_for(request.network)
+        with self._agent.right_of_way.taken():
             endpoint = await self._agent.endpoints.attach(request, ready)
         elapsed_ms = (time.perf_counter() - started) * 1000
         _log.info(
@@ -159,7 +129,7 @@ class Service:
     async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Document:
         """Publish ports of a live endpoint (`Endpoints.publish`)."""
         network = (await self._find_endpoint(name)).network
-        ready = await self.wait_for_network(network)
+        ready = await self._agent.networks.wait_for(network)
         endpoint = await self._agent.endpoints.publish(name, ports, ready.network)
         return endpoint_document(endpoint)
 
@@ -213,12 +183,12 @@ class Service:
         """What the network's userspace VTEP counted; None: it has none here."""
         underlay = self._agent.reconciler.result.underlay
         if (
-            self._agent.vteps is None
+            self._agent.edges.vteps is None
             or underlay is None
             or not (network.fallback or backend_of(network, underlay) is UDP)
         ):
             return None
-        counted = await trio.to_thread.run_sync(self._agent.vteps.counters, tun_name(network))
+        counted = await trio.to_thread.run_sync(self._agent.edges.vteps.counters, tun_name(network))
         hosts = {str(h.underlay_ip): h.id for h in self._agent.follower.snapshot.hosts.values()}
         return {
             "drops": counted.get("drops", {}),
@@ -243,7 +213,7 @@ class Service:
             others = [
                 e
                 for e in await self._agent.registry.list_endpoints()
-                if e.host != self._agent.host.id
+                if e.host != self._agent.membership.host.id
             ]
         except StoreUnavailableError as error:
             warning = f"only this host's endpoints are shown: {error}"
@@ -264,15 +234,15 @@ class Service:
         agent = self._agent
         snapshot, result = agent.follower.snapshot, agent.reconciler.result
         path: dict[NetworkName, str] = {}
-        if host.id == agent.host.id or result.underlay is None:
+        if host.id == agent.membership.host.id or result.underlay is None:
             return path, {}
         for name, outcome in result.networks.items():
             network, subnets = snapshot.networks.get(name), snapshot.subnets_of(host.id, name)
             if network is not None and subnets and outcome.plan is not None:
                 path[name] = way_to(
-                    network, Peer(host, subnets), agent.probes.fallen, result.underlay
+                    network, Peer(host, subnets), agent.fallback.fallen, result.underlay
                 )
-        falls = agent.probes.falls
+        falls = agent.fallback.falls
         return path, {n: falls[n, host.id].why for n in path if (n, host.id) in falls}
 
     def _notes(self) -> list[str]:
@@ -281,7 +251,7 @@ class Service:
         notes += [
             f"{name} runs no containers here: {why}" for name, why in self.passed_over.items()
         ]
-        dead = sorted(self._agent.follower.dead_for_s())
+        dead = sorted(self._agent.liveness.dead_for_s())
         if dead:
             some = f"{', '.join(dead[:5])}{', …' if len(dead) > 5 else ''}"
             notes.append(f"no agent runs on {some}, or it does not reach etcd: see meshnet hosts")
@@ -294,7 +264,7 @@ class Service:
         """What a network's status says of its fallback."""
         if not network.fallback:
             return {"fallen": [], "probes": None}
-        probes = self._agent.probes
+        probes = self._agent.fallback
         found = probes.statistics(network.name)
         return {
             "fallen": [
@@ -341,7 +311,10 @@ class Service:
                 }
             )
         return {
-            "host": {"id": self._agent.host.id, "underlay_ip": str(self._agent.host.underlay_ip)},
+            "host": {
+                "id": self._agent.membership.host.id,
+                "underlay_ip": str(self._agent.membership.host.underlay_ip),
+            },
             "store": {
                 "connected": self._agent.follower.connected and self._agent.membership.lease_ok,
                 "revision": snapshot.revision,
@@ -364,7 +337,7 @@ class Service:
                 *_some([str(f) for f in other]),
             ],
             "notes": self._notes(),
-            "drops": await self._agent.drops(),
+            "drops": await self._agent.edges.wiring.run(lambda wiring: wiring.drops()),
             "kernel": {
                 "passes": self._agent.reconciler.passes,
                 "full_passes": self._agent.reconciler.full_passes,

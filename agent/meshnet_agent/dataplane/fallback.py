@@ -1,4 +1,4 @@
-"""Which way each peer is sent to, decided from probes (docs/design/fallback.md).
+"""Which peers are in fallback, decided from probes (docs/design/fallback.md).
 
 ::
 
@@ -9,7 +9,7 @@
 A *round* is a small probe and one of full size by VXLAN, and, for a peer whose last round was not
 answered or that is in fallback, one of full size by the fallback.  Rounds are a second apart, or
 further with many peers, since there is a bound on probes a second; after one that is not answered
-they are 0.3 s apart.  A peer that answers by neither way stays where it is, and after some such
+they are 0.3 s apart.  A peer that answers neither stays where it is, and after some such
 rounds costs no more than others.
 
 Pure: time is an argument; knows no socket and no trio.
@@ -36,13 +36,13 @@ ROUND_S, FAST_S, TIMEOUT_S = 1.0, 0.3, 1.0
 DEAD_PROBES = 6
 """With a fifth of all probes lost six in a row are lost once in 16,000 rounds."""
 ALIVE_PROBES = 3
-"""Answers in a row, and no loss since, that a way must have given to be moved to."""
+"""Answers in a row, and no loss since, that a tunnel must have given to be moved to."""
 GIVE_UP_PROBES = 15
 HEALTHY_S, HEALTHY_LONGER_S, AGAIN_S = 10.0, 60.0, 300.0
 HEALTHY_PROBES = 5
 
 
-class Way(IntEnum):
+class ProbeKind(IntEnum):
     """What a probe probes."""
 
     SMALL = 0
@@ -55,7 +55,7 @@ class Probe(NamedTuple):
 
     id: int
     pair: Pair
-    way: Way
+    kind: ProbeKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Statistics(NamedTuple):
 
 @dataclass(slots=True)
 class _Stream:
-    """Probes of one way to one peer: how many in a row were lost, and answered."""
+    """Probes of one kind to one peer: how many in a row were lost, and answered."""
 
     lost: int = 0
     answered: int = 0
@@ -105,12 +105,12 @@ class _Peer:
 
 class _Sent(NamedTuple):
     pair: Pair
-    way: Way
+    kind: ProbeKind
     at: float
 
 
-class Paths:
-    """What is known of the ways to all peers.
+class Fallback:
+    """What is known of the tunnels to all peers.
 
     Args:
         first_id: of the first probe; a number nobody can guess.
@@ -162,26 +162,26 @@ class Paths:
         self._allowance = min(RATE_PER_S, self._allowance + passed_s * RATE_PER_S)
         self._allowed_at = now
         probes: list[Probe] = []
-        while self._due and self._due[0][0] <= now and self._allowance >= len(Way):
+        while self._due and self._due[0][0] <= now and self._allowance >= len(ProbeKind):
             due_at, pair = heapq.heappop(self._due)
             peer = self._peers.get(pair)
             if peer is None or peer.due_at != due_at:
                 continue  # gone, or scheduled anew
-            ways = [Way.SMALL, Way.FULL]
+            kinds = [ProbeKind.SMALL, ProbeKind.FULL]
             if peer.waiting or pair in self.falls:
-                ways.append(Way.FALLBACK)
-            self._allowance -= len(ways)
-            probes += [self._send(pair, way, now) for way in ways]
+                kinds.append(ProbeKind.FALLBACK)
+            self._allowance -= len(kinds)
+            probes += [self._send(pair, kind, now) for kind in kinds]
             peer.sent_at, peer.waiting = now, 2
             self._schedule(pair, now + (FAST_S if self._is_in_doubt(pair) else self.round_s))
         return probes
 
-    def _send(self, pair: Pair, way: Way, now: float) -> Probe:
+    def _send(self, pair: Pair, kind: ProbeKind, now: float) -> Probe:
         self._next_id += 1
-        self._sent[self._next_id] = _Sent(pair, way, now)
-        if way is not Way.FALLBACK:
+        self._sent[self._next_id] = _Sent(pair, kind, now)
+        if kind is not ProbeKind.FALLBACK:
             self._counts.setdefault(pair[0], [0, 0])[0] += 1
-        return Probe(self._next_id, pair, way)
+        return Probe(self._next_id, pair, kind)
 
     def _is_in_doubt(self, pair: Pair) -> bool:
         """Whether to be quick about finding out."""
@@ -208,9 +208,9 @@ class Paths:
         if sent is None or peer is None:
             return
         self._news.add(sent.pair)
-        stream = peer.streams[sent.way]
+        stream = peer.streams[sent.kind]
         stream.lost, stream.answered, stream.rtt_ms = 0, stream.answered + 1, rtt_ms
-        if sent.way is Way.FALLBACK:
+        if sent.kind is ProbeKind.FALLBACK:
             return
         if peer.good_since is None:
             peer.good_since = now
@@ -223,7 +223,7 @@ class Paths:
         """Count what was not answered in time, and decide.
 
         Returns:
-            Hosts that are sent to another way from now on.
+            Hosts whose packets leave by the other tunnel from now on.
         """
         for number, sent in list(self._sent.items()):
             if sent.at + TIMEOUT_S > now:
@@ -251,9 +251,9 @@ class Paths:
         if peer is None:
             return
         self._news.add(sent.pair)
-        stream = peer.streams[sent.way]
+        stream = peer.streams[sent.kind]
         stream.lost, stream.answered = stream.lost + 1, 0
-        if sent.way is not Way.FALLBACK:
+        if sent.kind is not ProbeKind.FALLBACK:
             self._counts[sent.pair[0]][1] += 1
             peer.good_since = None
 
@@ -291,7 +291,7 @@ class Paths:
         rtts = [
             rtt
             for pair, peer in self._peers.items()
-            if pair[0] == network and (rtt := peer.streams[Way.SMALL].rtt_ms) is not None
+            if pair[0] == network and (rtt := peer.streams[ProbeKind.SMALL].rtt_ms) is not None
         ]
         if not rtts:
             return Statistics(sent, lost, None, None)

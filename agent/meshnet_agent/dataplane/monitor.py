@@ -1,4 +1,4 @@
-"""Listens to the kernel and raises the reconciler's flag when somebody changed what is ours.
+"""Listens to the kernel, and marks everything dirty when somebody changed what is ours.
 
 A socket whose buffer overran (ENOBUFS) has lost notifications; the pass that follows dumps
 everything, so nothing else is lost.
@@ -7,51 +7,84 @@ everything, so nothing else is lost.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 import trio
 
-from meshnet.kernel.events import open_nftables_events, open_route_events
+from meshnet.backends.macvlan import shim_name
+from meshnet.backends.overlay import bridge_name
+from meshnet.backends.udp import tun_name
+from meshnet.backends.underlay_bridge import parent_bridge_name
+from meshnet.backends.vxlan import vxlan_name
+from meshnet.kernel.events import nftables_concerns_us, open_nftables_events, open_route_events
+from meshnet.model import Mode
+from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Collection
 
+    from meshnet.backends import Underlay
+    from meshnet.kernel import Kernel
+    from meshnet.kernel.events import EventFilter
+    from meshnet_agent.dataplane.dirty import Dirty
+    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.mesh.view import MeshView
+    from meshnet_agent.tasks.worker import Worker
+
 _log = structlog.get_logger()
 _RECEIVE_BYTES = 1 << 18
 
 
-async def listen(
-    concerns_us: Callable[[bytes], bool],
-    nftables_concerns_us: Callable[[bytes], bool],
-    on_change: Callable[[], None],
-    own_ports: Collection[int] = (),
-    own_nft_ports: Collection[int] = (),
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Listen to both sockets for ever; started once nothing can be missed any more.
+class KernelEvents(Protocol):
+    """Where the kernel's notifications come from."""
+
+    async def listen(
+        self,
+        event_filter: EventFilter,
+        dirty: Dirty,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Mark `dirty` for what concerns us, for ever; started once nothing can be missed.
+
+        Raises:
+            OSError: a socket cannot be had.
+        """
+        ...
+
+
+class NetlinkEvents:
+    """`KernelEvents` of this network namespace.
 
     Args:
-        on_change: called when a notification concerns us.
         own_ports: netlink addresses of the sockets that we write through ourselves.
         own_nft_ports: the same of nftables' elements.
-
-    Raises:
-        OSError: a socket cannot be had.
     """
-    with (
-        open_route_events(own_ports) as routes,
-        open_nftables_events(own_nft_ports) as rules,
-    ):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_receive, routes, concerns_us, on_change)
-            nursery.start_soon(_receive, rules, nftables_concerns_us, on_change)
-            task_status.started()
+
+    def __init__(self, own_ports: Collection[int], own_nft_ports: Collection[int]) -> None:
+        self._own_ports = own_ports
+        self._own_nft_ports = own_nft_ports
+
+    async def listen(
+        self,
+        event_filter: EventFilter,
+        dirty: Dirty,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """See `KernelEvents`."""
+        with (
+            open_route_events(self._own_ports) as routes,
+            open_nftables_events(self._own_nft_ports) as rules,
+        ):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_receive, routes, event_filter.concerns_us, dirty)
+                nursery.start_soon(_receive, rules, nftables_concerns_us, dirty)
+                task_status.started()
 
 
 async def _receive(
-    events: socket.socket, concerns_us: Callable[[bytes], bool], on_change: Callable[[], None]
+    events: socket.socket, concerns_us: Callable[[bytes], bool], dirty: Dirty
 ) -> None:
     while True:
         await trio.lowlevel.wait_readable(events)
@@ -63,7 +96,46 @@ async def _receive(
             if error.errno != errno.ENOBUFS:
                 raise
             _log.warning("kernel notifications lost, comparing everything")
-            on_change()
+            dirty.mark_all()
             continue
         if concerns_us(data):
-            on_change()
+            dirty.mark_all()
+
+
+class Monitor:
+    """Tells the filter after every pass which links matter, by their indices of now."""
+
+    def __init__(self, kernel: Worker[Kernel], event_filter: EventFilter, mesh: MeshView) -> None:
+        self._kernel = kernel
+        self._filter = event_filter
+        self._mesh = mesh
+        self._underlay: Underlay | None = None
+        self._look = Flag()
+
+    def passed(self, result: PassResult) -> None:
+        """See `PassListener`: links may have been made, and others looked up."""
+        self._underlay = result.underlay
+        self._look.set()
+
+    async def run(self) -> None:
+        """Keep the filter current for ever."""
+        while True:
+            await self._look.wait()
+            if self._underlay is not None:
+                await self._update(self._underlay)
+
+    async def _update(self, underlay: Underlay) -> None:
+        indices = await self._kernel.run(lambda kernel: kernel.link_indices())
+        networks = self._mesh.snapshot.networks.values()
+        parents = {n.parent for n in networks if n.parent is not None}
+        parents |= {parent_bridge_name(n) for n in networks if n.mode is Mode.UNDERLAY_BRIDGE}
+
+        def known(names: Collection[str]) -> set[int]:
+            return {indices[name] for name in names if name in indices}
+
+        self._filter.look_at(
+            known([name(n) for n in networks for name in (bridge_name, shim_name)]),
+            known([name(n) for n in networks for name in (vxlan_name, tun_name)]),
+            known([*underlay.forwarding_links, *parents]),
+            parents,
+        )

@@ -8,7 +8,6 @@ alone.  All passes run in the kernel's thread, so that the event loop stays free
 
 from __future__ import annotations
 
-import itertools
 import random
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -18,14 +17,17 @@ import trio
 
 from meshnet.diff import Table
 from meshnet.errors import KernelRefusedError, MeshnetError
-from meshnet_agent.dataplane.passes import PartInput, Passes, PassInput, PassResult
-from meshnet_agent.tasks.flag import Flag
+from meshnet_agent.dataplane.passes import Passes, PassResult
+from meshnet_agent.tasks.backoff import Backoff
+from meshnet_agent.tasks.broadcast import Broadcast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable
 
     from meshnet.kernel import Kernel
-    from meshnet.model import HostId
+    from meshnet_agent.dataplane.dirty import Dirty
+    from meshnet_agent.dataplane.inputs import PassInputs
+    from meshnet_agent.dataplane.view import PassListener
     from meshnet_agent.tasks.right_of_way import RightOfWay
     from meshnet_agent.tasks.worker import Worker
 
@@ -36,13 +38,13 @@ took: a burst of events becomes one pass."""
 _TRIFLE_S = 0.001
 """After so short a pass resting costs more than it saves."""
 _RETRY_S = (0.5, 30.0)
-"""First and last delay before failed operations are tried again."""
+"""Longest first and last pause before failed operations are tried again."""
 _BATCH_HOSTS = 100
 _LOGGED_FAILURES = 20
 
 
 class Reconciler:
-    """Runs passes.
+    """Runs passes: `meshnet_agent.dataplane.view.DataplaneView`.
 
     Attributes:
         result: of the last pass that could run.
@@ -52,25 +54,20 @@ class Reconciler:
         writes: operations of all passes, since start.
 
     Args:
-        gather: takes the values for a pass over everything.
-        gather_part: takes the values for a pass over some hosts; None: nothing changed.
-        on_missing: called with endpoint links that are gone.
+        inputs: what passes work on.
+        dirty: what they are to look at.
+        right_of_way: given way to before a pass over some hosts.
         resync_s: longest time between two passes over everything, give or take a tenth: agents
             spread out.
-        next_change_s: seconds until what `gather_part` returns changes by the clock alone.
-        way: given way to before a pass over some hosts.
     """
 
     def __init__(
         self,
         worker: Worker[Kernel],
-        gather: Callable[[], PassInput],
-        gather_part: Callable[[Collection[HostId]], PartInput | None],
-        on_missing: Callable[[Collection[str]], None],
-        *,
+        inputs: PassInputs,
+        dirty: Dirty,
+        right_of_way: RightOfWay,
         resync_s: float,
-        next_change_s: Callable[[], float],
-        way: RightOfWay,
     ) -> None:
         self.result = PassResult()
         self.passes = 0
@@ -78,33 +75,23 @@ class Reconciler:
         self.writes = 0
         self.blocked: str | None = None
         self._worker = worker
-        self._gather = gather
-        self._gather_part = gather_part
-        self._on_missing = on_missing
+        self._inputs = inputs
+        self._dirty = dirty
+        self._right_of_way = right_of_way
         self._resync_s = resync_s
-        self._next_change_s = next_change_s
-        self._way = way
+        self._listeners: list[PassListener] = []
         self._runner = Passes()
         self._running = False
-        self._wake = Flag()
-        self._all_due = True
-        self._touched: set[HostId] = set()
-        self._passed = trio.Event()
+        self._passed = Broadcast()
         self._begun = self._ended = 0
-        self._tried = trio.Event()
+        self._tried = Broadcast()
         self._over = False
-        self._retry_s = _RETRY_S[0]
+        self._backoff = Backoff(*_RETRY_S)
         self._resync_at = self._rested_at = 0.0
 
-    def mark_dirty(self) -> None:
-        """Ask for a pass over everything."""
-        self._all_due = True
-        self._wake.set()
-
-    def touch(self, hosts: Iterable[HostId]) -> None:
-        """Ask for a pass over hosts that changed; with none, for a look at the clock."""
-        self._touched.update(hosts)
-        self._wake.set()
+    def tell(self, *listeners: PassListener) -> None:
+        """Tell parts of every pass over everything from now on, in this order."""
+        self._listeners += listeners
 
     @property
     def in_sync(self) -> bool:
@@ -115,21 +102,16 @@ class Reconciler:
     def pending(self) -> int:
         """Work that is left: operations of the running pass, or one for a pass that is due, hosts
         that changed, and operations that failed and wait to be tried again."""
-        due = max(self._runner.progress.left, self._running or self._all_due)
-        return due + len(self._touched) + len(self.result.failures)
+        due = max(self._runner.progress.left, self._running or self._dirty.everything)
+        return due + self._dirty.hosts + len(self.result.failures)
 
     async def wait_for_pass(self) -> None:
-        """Wait until the next pass over everything has ended."""
+        """See `DataplaneView`."""
         await self._passed.wait()
 
     async def settle(self) -> None:
-        """Have a pass over everything that begins after this call, and wait until it has ended.
-
-        Raises:
-            KernelRefusedError: it could not run, or the firewall is not as it should be; both are
-                tried again. Or the agent is stopping, and there are no more passes.
-        """
-        self.mark_dirty()
+        """See `DataplaneView`."""
+        self._dirty.mark_all()
         next_one = self._begun + 1
         while self._ended < next_one:
             if self._over:
@@ -152,13 +134,14 @@ class Reconciler:
         finally:
             # Nobody waits for a pass that never comes: clean-up may be shielded.
             self._over = True
-            self._tried.set()
+            self._tried.send()
 
     async def _run_passes(self, task_status: trio.TaskStatus[None]) -> None:
         started = False
         while True:
-            with trio.move_on_at(min(self._all_at, trio.current_time() + self._next_change_s())):
-                await self._wake.wait()
+            next_expiry_at = trio.current_time() + self._inputs.next_expiry_s()
+            with trio.move_on_at(min(self._all_at, next_expiry_at)):
+                await self._dirty.wait()
             if trio.current_time() >= self._all_at:
                 await self._pass_over_all()
                 self._plan_next()
@@ -166,60 +149,56 @@ class Reconciler:
                     started = True
                     task_status.started()
             else:
-                await self._way.give()
+                await self._right_of_way.give()
                 await self._pass_over_some()
                 if self.result.failures:
-                    self._resync_at = min(self._resync_at, trio.current_time() + self._retry_s)
+                    self._resync_at = min(
+                        self._resync_at, trio.current_time() + self._backoff.longest_s
+                    )
             if self.result.seconds > _TRIFLE_S:
                 await trio.sleep(min(_PAUSE_S, self.result.seconds))
 
     @property
     def _all_at(self) -> float:
         """When to look at everything: with the resync, or once rested if there is a reason."""
-        return min(self._resync_at, self._rested_at) if self._all_due else self._resync_at
+        if self._dirty.everything:
+            return min(self._resync_at, self._rested_at)
+        return self._resync_at
 
     def _plan_next(self) -> None:
         """After a pass over everything: when to begin the next, without and with a reason."""
         now = trio.current_time()
         if self.blocked is None and not self.result.failures:
-            self._retry_s = _RETRY_S[0]
+            self._backoff.reset()
             wait_s = self._resync_s * random.uniform(0.9, 1.1)
         else:
-            wait_s = min(self._resync_s, self._retry_s * random.uniform(0.5, 1.0))
-            self._retry_s = min(_RETRY_S[1], self._retry_s * 2)
+            wait_s = min(self._resync_s, self._backoff.failed())
         self._resync_at = now + wait_s
         # Somebody who changes something all the time gets half of a processor at most.
         self._rested_at = now + (0 if self.result.again else min(_REST_S, self.result.seconds))
 
     async def _pass_over_all(self) -> None:
-        self._all_due = False
-        self._touched.clear()
+        self._dirty.clear_all()
         self._begun += 1
-        given = self._gather()
+        given = self._inputs.gather()
         result = await self._run(lambda kernel: self._runner.run_all(kernel, given))
         self._ended = self._begun
-        self._tried.set()
-        self._tried = trio.Event()
+        self._tried.send()
         if result is None:
             return
         self.full_passes += 1
         if self.result.again:
-            self.mark_dirty()
-        if self.result.missing:
-            self._on_missing(self.result.missing)
-        self._passed.set()
-        self._passed = trio.Event()
+            self._dirty.mark_all()
+        for listener in self._listeners:
+            listener.passed(self.result)
+        self._passed.send()
 
     async def _pass_over_some(self) -> None:
-        batch = set(itertools.islice(self._touched, _BATCH_HOSTS))
-        self._touched -= batch
-        if self._touched:
-            self._wake.set()
-        given = self._gather_part(batch)
+        given = self._inputs.gather_part(self._dirty.clear_some(_BATCH_HOSTS))
         if given is None:
             return
         if await self._run(lambda kernel: self._runner.run_part(kernel, given)) is None:
-            self.mark_dirty()
+            self._dirty.mark_all()
 
     async def _run(self, work: Callable[[Kernel], PassResult | None]) -> PassResult | None:
         """Run a pass in the kernel's thread; None: it could not, or would not, come to an end."""

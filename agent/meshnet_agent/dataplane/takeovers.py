@@ -20,10 +20,13 @@ from meshnet.plan import networks_to_bridge
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from meshnet.backends import Underlay
     from meshnet.model import IpAddress, MeshSnapshot, Network, NetworkName
+    from meshnet_agent.dataplane.dirty import Dirty
+    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.mesh.view import MeshView
 
 _log = structlog.get_logger()
 _RETRY_S = 300.0
@@ -63,40 +66,32 @@ class Takeovers:
     """This host's takeovers.
 
     Args:
-        snapshot: what the store says of the mesh.
-        underlay: as the last pass saw it; None: there was none.
-        on_change: called when `states` changed.
+        dirty: marked when `states` changed.
 
     Attributes:
         states: by network, why its parent is not taken over; "": it is (`LocalView.takeovers`).
     """
 
-    def __init__(
-        self,
-        runner: TakeoverRunner,
-        *,
-        snapshot: Callable[[], MeshSnapshot],
-        underlay: Callable[[], Underlay | None],
-        on_change: Callable[[], None],
-    ) -> None:
+    def __init__(self, runner: TakeoverRunner, mesh: MeshView, dirty: Dirty) -> None:
         self.states: dict[NetworkName, str] = {}
         self._runner = runner
-        self._snapshot = snapshot
-        self._underlay = underlay
-        self._on_change = on_change
+        self._mesh = mesh
+        self._dirty = dirty
+        self._underlay: Underlay | None = None
         self._tries: dict[str, _Try] = {}
         self._complaints: dict[str, str] = {}
         self._look = Flag()
         self._again_at = float("inf")
 
-    def look(self) -> None:
-        """Something may have changed."""
+    def passed(self, result: PassResult) -> None:
+        """See `PassListener`: which links there are may have changed."""
+        self._underlay = result.underlay
         self._look.set()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take over and give back for ever; started when what stands is known."""
         standing = await self._runner.standing()
-        for network in self._snapshot().networks.values():
+        for network in self._mesh.snapshot.networks.values():
             bridge = parent_bridge_name(network)
             if network.mode is Mode.UNDERLAY_BRIDGE and standing.get(bridge) == network.parent:
                 self.states[network.name] = ""
@@ -105,7 +100,7 @@ class Takeovers:
             with trio.move_on_at(self._again_at):
                 await self._look.wait()
             self._again_at = float("inf")
-            snapshot, underlay = self._snapshot(), self._underlay()
+            snapshot, underlay = self._mesh.snapshot, self._underlay
             if underlay is None:
                 continue
             wanted = {parent_bridge_name(n): n for n in networks_to_bridge(snapshot, underlay)}
@@ -147,7 +142,7 @@ class Takeovers:
                 return
         self._tries[bridge] = _Try(network, trio.current_time())
         if self.states.pop(network.name, None) is not None:
-            self._on_change()
+            self._dirty.mark_all()
         started = trio.current_time()
         try:
             await self._runner.take(bridge, parent, network.gateways)
@@ -173,7 +168,7 @@ class Takeovers:
             _log.info("link given back", bridge=bridge)
             self._tries.pop(bridge, None)
             self._complaints.pop(bridge, None)
-            self._on_change()
+            self._dirty.mark_all()
 
     def _set(self, network: Network, state: str) -> None:
         if self.states.get(network.name) == state:
@@ -181,7 +176,7 @@ class Takeovers:
         self.states[network.name] = state
         if state:
             _log.error("network not bridged", network=network.name, reason=state)
-        self._on_change()
+        self._dirty.mark_all()
 
     def _forget(self, snapshot: MeshSnapshot) -> None:
         for name in self.states.keys() - snapshot.networks.keys():

@@ -299,7 +299,9 @@ class Endpoints:
         if gone:
             self.changed.set()
 
-    async def heal(self, link_names: Collection[str], ready: Callable[[str], ReadyNetwork]) -> None:
+    async def heal(
+        self, link_names: Collection[str], ready: Callable[[str], Awaitable[ReadyNetwork]]
+    ) -> None:
         """Connect endpoints again whose link is gone: somebody deleted it, or its parent went.
 
         Args:
@@ -316,7 +318,7 @@ class Endpoints:
             ]:
                 try:
                     with open_process(endpoint.pid) as (_, netns_fd):
-                        network = ready(endpoint.network)
+                        network = await ready(endpoint.network)
                         await self._worker.run(
                             lambda w, fd=netns_fd, e=endpoint, n=network: self._connect(w, fd, e, n)  # type: ignore[misc]
                         )

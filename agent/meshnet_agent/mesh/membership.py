@@ -7,8 +7,8 @@ has a lease again, and keeps its subnets as long as nobody else was given them.
 from __future__ import annotations
 
 import random
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 import trio
@@ -21,14 +21,19 @@ from meshnet.errors import (
 )
 from meshnet.model import Reservations
 from meshnet.store import LeaseExpiredError
+from meshnet_agent.mesh.view import MeshListener
+from meshnet_agent.tasks.backoff import Backoff
+from meshnet_agent.tasks.broadcast import Broadcast
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from meshnet.model import Claim, Host, IpNetwork, MeshSnapshot, Network, NetworkName
     from meshnet.store import LeaseId
+    from meshnet.store.mirror import Changes
     from meshnet.store.registry import Registry
+    from meshnet_agent.dataplane.dirty import Dirty
 
 _log = structlog.get_logger()
 _REJOIN_S = (0.1, 1.0)
@@ -40,37 +45,71 @@ of them is news to every agent.  It is what three etcd members of four cores del
 (docs/design/etcd-load.md); more keeps etcd too busy to renew leases."""
 
 
-class Membership:
+_RESERVE_AGAIN_S = (0.2, 10.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimant:
+    """As what an agent claims its host, and for how long without a renewal."""
+
+    host: Host
+    claim: Claim
+    ttl_s: int
+
+
+class StoreGuard(Protocol):
+    """Whether the store may be written to (`meshnet_agent.mesh.identity.MeshIdentity`)."""
+
+    async def check(self) -> None:
+        """Look whether the store is this host's mesh.
+
+        Raises:
+            PolicyRefusedError: it is not.
+            StoreUnavailableError: it does not answer.
+        """
+        ...
+
+
+class SubnetUsers(Protocol):
+    """Who needs the subnets that this host had: its endpoints."""
+
+    def subnet_of(self, network: NetworkName, version: int) -> IpNetwork | None:
+        """The subnet of an IP version (4 or 6) that endpoints of a network are in."""
+        ...
+
+
+class Membership(MeshListener):
     """Claims the host, keeps its lease alive and reserves a subnet of every network.
 
+    Attributes:
+        host: this host, as it is published.
+        subnets: this host's, by network, IPv4 first.
+        errors: why there are none.
+        lease_ok: whether the lease was renewed the last time.
+
     Args:
-        check_store: raises if the store is not this host's mesh (`MeshIdentity.check`).
-        on_change: called when `subnets` or `errors` changed.
-        endpoints_in: the subnet of an IP version that this host's endpoints of a network are in:
-            where another host does not have it, they need it.
+        dirty: marked when `subnets` or `errors` changed.
+        endpoints: where another host does not have the subnet they are in, they get it back.
     """
 
     def __init__(
         self,
         registry: Registry,
-        host: Host,
-        claim: Claim,
-        *,
-        ttl_s: int,
-        check_store: Callable[[], Awaitable[None]],
-        on_change: Callable[[], None],
-        endpoints_in: Callable[[NetworkName, int], IpNetwork | None],
+        identity: StoreGuard,
+        claimant: Claimant,
+        dirty: Dirty,
+        endpoints: SubnetUsers,
     ) -> None:
-        self.host = host
+        self.host = claimant.host
         self.subnets: dict[NetworkName, tuple[IpNetwork, ...]] = {}
         self.errors: dict[NetworkName, MeshnetError] = {}
         self.lease_ok = False
         self._registry = registry
-        self._claim = claim
-        self._ttl_s = ttl_s
-        self._check_store = check_store
-        self._on_change = on_change
-        self._endpoints_in = endpoints_in
+        self._identity = identity
+        self._claim = claimant.claim
+        self._ttl_s = claimant.ttl_s
+        self._dirty = dirty
+        self._endpoints = endpoints
         self._lease: LeaseId | None = None
         # Those that the host's key may be under: the answer to a write may have been lost.
         self._granted: set[LeaseId] = set()
@@ -86,7 +125,7 @@ class Membership:
         self._claimed: Host | None = None
         self._look = Flag()
         self._claiming = trio.Lock()
-        self._progress = trio.Event()
+        self._progress = Broadcast()
 
     async def join(self) -> None:
         """Claim the host.
@@ -97,7 +136,7 @@ class Membership:
             PolicyRefusedError: the store is not this host's mesh.
         """
         async with self._claiming:
-            await self._check_store()
+            await self._identity.check()
             host = self.host
             self._lease = await self._registry.claim_host(
                 host, self._claim, self._ttl_s, self._granted
@@ -173,8 +212,8 @@ class Membership:
         self._claim = replace(self._claim, underlay_ip=host.underlay_ip)
         self._look.set()
 
-    def follow(self, snapshot: MeshSnapshot) -> None:
-        """Take in what the store says now; reservations follow in `reserve`."""
+    def mesh_changed(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
+        """See `MeshListener`; reservations follow in `reserve`."""
         self._snapshot = snapshot
         changed = False
         for name in list(self.subnets):
@@ -239,16 +278,15 @@ class Membership:
 
     async def reserve(self) -> None:
         """Reserve what is missing whenever the snapshot shows it.  Never returns."""
-        delay_s = 0.0
+        backoff = Backoff(*_RESERVE_AGAIN_S)
         while True:
             await self._look.wait()
             try:
                 await self._reserve_missing()
-                delay_s = 0.0
+                backoff.reset()
             except (StoreUnavailableError, PolicyRefusedError) as error:
                 _log.warning("subnet not reserved", reason=str(error))
-                delay_s = min(10.0, delay_s * 2 or 0.2)
-                await trio.sleep(delay_s * random.uniform(0.5, 1.0))
+                await trio.sleep(backoff.failed())
                 self._look.set()
 
     async def _reserve_missing(self) -> None:
@@ -287,7 +325,7 @@ class Membership:
         last, _ = self._reserved.get((network.name, version), (None, 0))
         prefer = next((s for s in kept if s.version == version), last)
         if prefer is None:
-            prefer = self._endpoints_in(network.name, version)
+            prefer = self._endpoints.subnet_of(network.name, version)
         known = None
         if self._snapshot is not None and (network.name, version) not in self._unsure:
             known = self._snapshot.reservations.get(network.name, Reservations())
@@ -321,6 +359,5 @@ class Membership:
         return snapshot.hosts.get(self.host.id) == self.host and self.host.id in snapshot.alive
 
     def _announce(self) -> None:
-        self._progress.set()
-        self._progress = trio.Event()
-        self._on_change()
+        self._progress.send()
+        self._dirty.mark_all()

@@ -15,13 +15,13 @@ import trio
 from meshnet.codec.endpoints import encode_endpoint
 from meshnet.errors import PolicyRefusedError, StoreUnavailableError
 from meshnet.store.registry import endpoint_key
+from meshnet_agent.tasks.backoff import Backoff
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
-
-    from meshnet.model import HostId, NetworkName
+    from meshnet.model import HostId
     from meshnet.store.registry import Registry
     from meshnet_agent.endpoints.attach import Endpoints
+    from meshnet_agent.mesh.view import MeshView
 
 _log = structlog.get_logger()
 _DELAYS_S = (0.2, 10.0)
@@ -30,28 +30,15 @@ _REFRESH_S = 600.0
 
 
 class Publisher:
-    """Keeps the keys of this host's endpoints current.
-
-    Args:
-        check_store: raises if the store is not this host's mesh (`Follower.check_store`).
-        is_followed: whether the store is watched now, and so was looked at (`Follower.connected`).
-    """
+    """Keeps the keys of this host's endpoints current."""
 
     def __init__(
-        self,
-        registry: Registry,
-        endpoints: Endpoints,
-        host: HostId,
-        networks: Callable[[], Iterable[NetworkName]],
-        check_store: Callable[[], Awaitable[None]],
-        is_followed: Callable[[], bool],
+        self, registry: Registry, mesh: MeshView, endpoints: Endpoints, host: HostId
     ) -> None:
         self._registry = registry
+        self._mesh = mesh
         self._endpoints = endpoints
         self._host = host
-        self._networks = networks
-        self._check_store = check_store
-        self._is_followed = is_followed
         self._published: dict[str, bytes] | None = None
 
     def refresh(self) -> None:
@@ -61,7 +48,7 @@ class Publisher:
 
     async def run(self) -> None:
         """Publish after every change, for ever."""
-        delay_s, said = _DELAYS_S[0], ""
+        backoff, said = Backoff(*_DELAYS_S), ""
         while True:
             with trio.move_on_after(_REFRESH_S * random.uniform(0.9, 1.1)) as waiting:
                 await self._endpoints.changed.wait()
@@ -69,22 +56,22 @@ class Publisher:
                 self._published = None
             try:
                 await self._sync()
-                delay_s, said = _DELAYS_S[0], ""
+                backoff.reset()
+                said = ""
             except (StoreUnavailableError, PolicyRefusedError) as error:
                 if str(error) != said:  # it may be so for hours
                     _log.warning("endpoints not published", reason=str(error))
                 said = str(error)
                 self._published = None
-                await trio.sleep(delay_s * random.uniform(0.5, 1.0))
-                delay_s = min(_DELAYS_S[1], delay_s * 2)
+                await trio.sleep(backoff.failed())
                 self._endpoints.changed.set()
 
     async def _sync(self) -> None:
-        if self._published is None or not self._is_followed():
-            await self._check_store()
+        if self._published is None or not self._mesh.connected:
+            await self._mesh.check_store()
         if self._published is None:
             published: dict[str, bytes] = {}
-            for network in self._networks():
+            for network in self._mesh.snapshot.networks:
                 published |= await self._registry.list_published(network, self._host)
             self._published = published
         wanted = {endpoint_key(e): encode_endpoint(e) for e in self._endpoints.all}

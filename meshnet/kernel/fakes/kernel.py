@@ -144,6 +144,11 @@ class MemoryKernel:
         paths = {a: self.routed.get(a, on_link) for a in addresses if a.version in versions}
         return {address: path for address, path in paths.items() if path is not None}
 
+    def link_indices(self) -> dict[str, int]:
+        """See `meshnet.kernel.Kernel`."""
+        names = [*self.host_links, *self._state.links]
+        return {name: number for number, name in enumerate(names, 1)}
+
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
         return replace(self._state.copy(), foreign_nexthop_ids=frozenset(self.foreign.nexthops))

@@ -160,6 +160,10 @@ class MemoryWiring:
         self.writes += 1
         self._kernel.remove_endpoint_link(name)
 
+    def has_link(self, name: str) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        return name in self._kernel.link_indices()
+
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
         return [name for name in self._kernel.dump().links if ENDPOINT_LINK.fullmatch(name)]

@@ -37,11 +37,13 @@ from meshnet.store.addresses import (
 )
 from meshnet.wire.mac import is_endpoint_mac
 from meshnet_agent.endpoints.addresses.pool_view import PoolView, answered, name_of
+from meshnet_agent.mesh.view import MeshListener
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 
+    from meshnet.backends import HostLink
     from meshnet.kernel.address_probe import AddressProber
     from meshnet.model import (
         Endpoint,
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
         NetworkName,
     )
     from meshnet.store import Store
+    from meshnet.store.mirror import Changes
+    from meshnet_agent.dataplane.passes import PassResult
     from meshnet_agent.endpoints.request import ReadyNetwork
 
 _log = structlog.get_logger()
@@ -69,12 +73,11 @@ _REFRESH_S, _REFRESH_ASIDE_S = 600.0, 60.0
 does not name it for long after."""
 
 
-class PoolAddresses:
+class PoolAddresses(MeshListener):
     """Takes addresses of pools for this host, and gives back what it does not need.
 
     Args:
         snapshot: what the store says of the mesh.
-        link_addresses: the host's own addresses on a link; None: there is no such link.
         endpoints: this host's.
         recorded: ids of all that are on disk, readable or not.
         check_store: raises if the store is not this host's mesh (`Follower.check_store`).
@@ -91,7 +94,6 @@ class PoolAddresses:
         prober: AddressProber,
         *,
         snapshot: Callable[[], MeshSnapshot],
-        link_addresses: Callable[[str], Collection[IpAddress] | None],
         endpoints: Callable[[], Iterable[Endpoint]],
         recorded: Callable[[], Collection[str]],
         check_store: Callable[[], Awaitable[None]],
@@ -102,7 +104,7 @@ class PoolAddresses:
         self._host = host
         self._prober = prober
         self._snapshot = snapshot
-        self._link_addresses = link_addresses
+        self._links: Mapping[str, HostLink] = {}
         self._endpoints = endpoints
         self._recorded = recorded
         self._check_store = check_store
@@ -231,7 +233,11 @@ class PoolAddresses:
     def _excluded(self, network: Network, link: str) -> set[IpAddress]:
         """Addresses of routers and hosts, which no endpoint gets."""
         hosts = {host.underlay_ip for host in self._snapshot().hosts.values()}
-        return {*network.gateways, *hosts, *(self._link_addresses(link) or ())}
+        return {*network.gateways, *hosts, *self._own_addresses(link)}
+
+    def _own_addresses(self, link: str) -> Collection[IpAddress]:
+        found = self._links.get(link)
+        return found.addresses if found is not None else ()
 
     async def _commit(
         self, pool: PoolView, addresses: Collection[IpAddress], holder: AddressHolder
@@ -308,8 +314,15 @@ class PoolAddresses:
 
     # --- in the background --------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Look at what is needed: a pass went over the host's links."""
+    def mesh_changed(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
+        """See `MeshListener`: each underlay network has a pool."""
+        if changes is None or changes.networks:
+            self.refresh()
+
+    def passed(self, result: PassResult) -> None:
+        """See `PassListener`: a pass went over the host's links."""
+        if result.underlay is not None:
+            self._links = result.underlay.links
         self._look.set()
 
     def refresh(self) -> None:
@@ -399,7 +412,7 @@ class PoolAddresses:
         """Have an address of each IP version for the host itself, where the network wants that."""
         network = pool.network
         link = network.parent or ""
-        if not network.host_access or self._link_addresses(link) is None:
+        if not network.host_access or link not in self._links:
             return []
         have = {a.version for a in self._own(pool)}
         try:

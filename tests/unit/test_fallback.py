@@ -1,4 +1,4 @@
-"""Which way peers are sent to: decided from probes that a world with a clock of its own answers."""
+"""Who is in fallback: decided from probes that a world with a clock of its own answers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from meshnet.model import HostId, NetworkName
-from meshnet_agent.dataplane.fallback import Pair, Paths, Way
+from meshnet_agent.dataplane.fallback import Fallback, Pair, ProbeKind
 
 PROD = NetworkName("prod")
 H2, H3 = (PROD, HostId("h2")), (PROD, HostId("h3"))
-Answers = Callable[[Pair, Way], bool]
+Answers = Callable[[Pair, ProbeKind], bool]
 TICK_S, RTT_S = 0.1, 0.002
 
 
@@ -21,11 +21,11 @@ class World:
 
     def __init__(self, *pairs: Pair) -> None:
         self.now = 100.0
-        self.paths = Paths(1000, self.now)
+        self.paths = Fallback(1000, self.now)
         self.paths.follow(set(pairs), self.now)
-        self.answers: Answers = lambda _pair, _way: True
+        self.answers: Answers = lambda _pair, _kind: True
         self.moves: list[tuple[float, HostId]] = []
-        self.sent: list[tuple[float, Pair, Way]] = []
+        self.sent: list[tuple[float, Pair, ProbeKind]] = []
         self._pending: list[int] = []
 
     def run(self, seconds: float) -> None:
@@ -35,15 +35,15 @@ class World:
                 self.paths.answered(number, RTT_S * 1000, self.now)
             self._pending = []
             for probe in self.paths.due(self.now):
-                self.sent.append((self.now, probe.pair, probe.way))
-                if self.answers(probe.pair, probe.way):
+                self.sent.append((self.now, probe.pair, probe.kind))
+                if self.answers(probe.pair, probe.kind):
                     self._pending.append(probe.id)
             self.moves += [(self.now, host) for host in self.paths.settle(self.now)]
             self.now += TICK_S
 
 
 def vxlan_dead(*dead: Pair) -> Answers:
-    return lambda pair, way: pair not in dead or way is Way.FALLBACK
+    return lambda pair, kind: pair not in dead or kind is ProbeKind.FALLBACK
 
 
 @pytest.mark.parametrize("phase", [i / 7 for i in range(7)])
@@ -51,7 +51,7 @@ def test_a_pair_whose_port_is_blocked_falls_within_five_seconds_and_no_other(pha
     world = World(H2, H3)
     world.run(20 + phase)
     assert world.moves == []
-    assert not [way for _, _, way in world.sent if way is Way.FALLBACK]
+    assert not [kind for _, _, kind in world.sent if kind is ProbeKind.FALLBACK]
     blocked_at, world.answers = world.now, vxlan_dead(H2)
     world.run(60)
     ((moved_at, host),) = world.moves
@@ -63,7 +63,7 @@ def test_a_pair_whose_port_is_blocked_falls_within_five_seconds_and_no_other(pha
 
 def test_full_packets_that_get_lost_are_reason_enough() -> None:
     world = World(H2)
-    world.answers = lambda _pair, way: way is not Way.FULL
+    world.answers = lambda _pair, kind: kind is not ProbeKind.FULL
     world.run(8)
     assert world.paths.fallen == {H2}
     assert "full MTU" in world.paths.falls[H2].why
@@ -75,14 +75,14 @@ def test_back_after_ten_healthy_seconds_then_sixty() -> None:
         world.answers = vxlan_dead(H2)
         world.run(10)
         assert world.paths.fallen == {H2}
-        since, world.answers = world.now, lambda _pair, _way: True
+        since, world.answers = world.now, lambda _pair, _kind: True
         world.run(healthy_s + 5)
         assert not world.paths.fallen
         assert healthy_s <= world.moves[-1][0] - since < healthy_s + 2
     world.run(400)
     world.answers = vxlan_dead(H2)
     world.run(10)
-    world.answers = lambda _pair, _way: True
+    world.answers = lambda _pair, _kind: True
     world.run(15)
     assert not world.paths.fallen
     assert len(world.moves) == 8
@@ -93,7 +93,7 @@ def test_one_loss_begins_the_ten_seconds_again() -> None:
     world.answers = vxlan_dead(H2)
     world.run(10)
     for _ in range(5):
-        world.answers = lambda _pair, _way: True
+        world.answers = lambda _pair, _kind: True
         world.run(8)
         world.answers = vxlan_dead(H2)
         world.run(1.5)
@@ -101,20 +101,20 @@ def test_one_loss_begins_the_ten_seconds_again() -> None:
     assert len(world.moves) == 1
 
 
-def test_who_answers_neither_way_stays_where_it_is() -> None:
+def test_who_answers_neither_kind_stays_where_it_is() -> None:
     world = World(H2, H3)
-    world.answers = lambda pair, _way: pair != H2
+    world.answers = lambda pair, _kind: pair != H2
     world.run(600)
     assert world.moves == []
     # Nor does it cost more than a peer that answers, but for the fallback's probes.
-    late = [pair for at, pair, way in world.sent if at > 200 and way is Way.SMALL]
+    late = [pair for at, pair, kind in world.sent if at > 200 and kind is ProbeKind.SMALL]
     assert late.count(H2) == pytest.approx(late.count(H3), rel=0.1)
     # It comes back with VXLAN blocked.
     world.answers = vxlan_dead(H2)
     world.run(10)
     assert world.paths.fallen == {H2}
     # In fallback it dies, and stays there too.
-    world.answers = lambda pair, _way: pair != H2
+    world.answers = lambda pair, _kind: pair != H2
     world.run(300)
     assert world.paths.fallen == {H2}
 
@@ -123,7 +123,7 @@ def test_a_fallback_that_dies_while_vxlan_answers_is_left_at_once() -> None:
     world = World(H2)
     world.answers = vxlan_dead(H2)
     world.run(10)
-    world.answers = lambda _pair, way: way is not Way.FALLBACK
+    world.answers = lambda _pair, kind: kind is not ProbeKind.FALLBACK
     world.run(9)
     assert world.paths.fallen == frozenset()
 
@@ -132,7 +132,7 @@ def test_a_fallback_that_dies_while_vxlan_answers_is_left_at_once() -> None:
 def test_a_fifth_of_all_probes_lost_makes_nothing_flap(seed: int) -> None:
     chance = random.Random(seed)
     world = World(H2, H3)
-    world.answers = lambda _pair, _way: chance.random() >= 0.2
+    world.answers = lambda _pair, _kind: chance.random() >= 0.2
     world.run(1800)
     # It may fall, seldom; then it stays.
     assert len(world.moves) <= 2
@@ -169,9 +169,9 @@ def test_many_peers_are_probed_in_turn_with_a_hundred_probes_a_second() -> None:
     assert world.paths.fallen == {pairs[500]}
     # Fifty hosts that are dead are no reason to forget the rest.
     dead = set(pairs[:50])
-    world.answers = lambda pair, _way: pair not in dead
+    world.answers = lambda pair, _kind: pair not in dead
     world.run(90)
-    world.answers = lambda pair, way: pair not in dead and (pair != pairs[999] or way > 1)
+    world.answers = lambda pair, kind: pair not in dead and (pair != pairs[999] or kind > 1)
     world.run(45)
     assert pairs[999] in world.paths.fallen
 

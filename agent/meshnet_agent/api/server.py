@@ -1,0 +1,90 @@
+"""The API's socket, and the HTTP server (hypercorn) behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import socket
+from typing import TYPE_CHECKING, cast
+
+import trio
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.trio import serve
+
+from meshnet.errors import UsageError
+from meshnet_agent.api.app import raw_refusal
+from meshnet_agent.api.overload import refuse_clients
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from hypercorn.typing import ASGIFramework
+    from starlette.applications import Starlette
+
+SOCKET_NAME = "agent.sock"
+_GROUP = "meshnet"
+_BACKLOG = 4096
+"""Clients that may wait to be served; where more come at once, Linux refuses them (``EAGAIN``)."""
+
+
+@contextlib.contextmanager
+def open_socket(run_dir: Path) -> Iterator[socket.socket]:
+    """Listen at the API's socket until the block ends: mode 0660, group meshnet if there is one.
+
+    Raises:
+        UsageError: its path is too long.
+    """
+    path = run_dir / SOCKET_NAME
+    with listen(path) as listener:
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)  # ours alone: the run directory is locked
+
+
+def listen(path: Path) -> socket.socket:
+    """The API's socket: mode 0660, group meshnet where there is one."""
+    path.unlink(missing_ok=True)  # ours alone: the run directory is locked
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"socket {path} cannot be made ({error}): give a shorter --run-dir"
+        ) from error
+    finally:
+        os.umask(before)
+    with contextlib.suppress(KeyError, PermissionError):
+        os.chown(path, -1, grp.getgrnam(_GROUP).gr_gid)
+    listener.setblocking(False)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+async def serve_api(
+    listener: socket.socket,
+    app: Starlette,
+    task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the API until the event is set that the task starts with, or it is cancelled."""
+    hypercorn = HypercornConfig()
+    hypercorn.bind = [f"fd://{os.dup(listener.fileno())}"]  # it closes what it is given
+    hypercorn.backlog = _BACKLOG
+    hypercorn.graceful_timeout = 1.0
+    hypercorn.loglevel = "ERROR"
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(
+            lambda task_status: serve(
+                cast("ASGIFramework", app),
+                hypercorn,
+                shutdown_trigger=stop.wait,
+                task_status=task_status,
+            )
+        )
+        nursery.start_soon(refuse_clients, listener, raw_refusal)
+        task_status.started(stop)

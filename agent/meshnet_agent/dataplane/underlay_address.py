@@ -1,0 +1,33 @@
+"""Follows this host's underlay address, which its link may be given anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import structlog
+
+if TYPE_CHECKING:
+    from meshnet.store import Store
+    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.mesh.membership import Membership
+
+_log = structlog.get_logger()
+
+
+class UnderlayAddress:
+    """Has the host published anew where it is now."""
+
+    def __init__(self, store: Store, membership: Membership) -> None:
+        self._store = store
+        self._membership = membership
+
+    def passed(self, result: PassResult) -> None:
+        """See `PassListener`."""
+        host, underlay = self._membership.host, result.underlay
+        if underlay is None or underlay.ip == host.underlay_ip:
+            return
+        _log.warning("underlay address changed", before=str(host.underlay_ip), now=str(underlay.ip))
+        # A connection from the old address would hang until it times out.
+        self._store.reconnect()
+        self._membership.move(replace(host, underlay_ip=underlay.ip))

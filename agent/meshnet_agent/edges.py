@@ -1,0 +1,175 @@
+"""The real things that the agent stands on, opened: store, kernel, disk, processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.errors import UsageError
+from meshnet.kernel.address_probe import WireProber
+from meshnet.kernel.elements import WiredElements
+from meshnet.kernel.events import EventFilter
+from meshnet.kernel.takeover.process import TakeoverProcesses
+from meshnet.kernel.vteps import VtepProcesses
+from meshnet.model import Datapath
+from meshnet.vtep.native import library
+from meshnet_agent.dataplane.monitor import NetlinkEvents
+from meshnet_agent.endpoints.published_ports import KernelPorts
+from meshnet_agent.state_dir import StateDir, hold_namespace, hold_run_dir
+from meshnet_agent.tasks.worker import open_worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from meshnet.config import AgentConfig
+    from meshnet.kernel import Kernel, Wiring
+    from meshnet.kernel.address_probe import AddressProber
+    from meshnet.model import IpAddress
+    from meshnet.store import Store
+    from meshnet_agent.dataplane.monitor import KernelEvents
+    from meshnet_agent.dataplane.takeovers import TakeoverRunner
+    from meshnet_agent.endpoints.published_ports import HostPorts
+    from meshnet_agent.tasks.worker import Worker
+
+_USES_VXLAN = {"auto": None, "kernel": True, "userspace": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edges:
+    """What the agent stands on: the real things (`open_edges`), or fakes.
+
+    Attributes:
+        underlay_ip: where this host is on the underlay.
+        datapath: what forwards its packets on networks that the kernel could carry.
+        vteps: its userspace VTEPs; None: there can be none.
+        prober: asks the wire whether an address is free.
+        host_ports: the ports of this host, to keep its processes off published ones.
+        takeovers: takes this host's links over, for networks that have them for a parent.
+        kernel_events: the kernel's notifications, as `event_filter` lets them pass.
+    """
+
+    store: Store
+    kernel: Worker[Kernel]
+    wiring: Worker[Wiring]
+    state_dir: StateDir
+    underlay_ip: IpAddress
+    event_filter: EventFilter
+    kernel_events: KernelEvents
+    prober: AddressProber
+    host_ports: HostPorts
+    takeovers: TakeoverRunner
+    vteps: VtepProcesses | None = None
+    datapath: Datapath = Datapath.KERNEL
+
+
+@contextlib.asynccontextmanager
+async def open_edges(config: AgentConfig) -> AsyncIterator[Edges]:
+    """Hold what only one agent may have, and open everything, until the block ends.
+
+    Raises:
+        ConflictError: another agent is there.
+        MeshnetError: a setting is not usable on this host, or the kernel refused.
+    """
+    # Imported here: pyroute2 takes 0.2 s, and --help needs none of it.
+    from meshnet.kernel.netlink import NetlinkKernel
+    from meshnet.kernel.wiring import NetlinkWiring
+    from meshnet.store.etcd import target
+
+    def make_kernel() -> NetlinkKernel:
+        return NetlinkKernel(
+            disk.path / "firewall.json", wired, vteps=vteps, vxlan=_USES_VXLAN[config.vxlan]
+        )
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold_namespace())
+        stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
+        disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
+        stack.callback(disk.close)
+        if config.vtep_engine == "native":
+            library.load()  # to say now, and not of each network, that it is not built
+        vteps = VtepProcesses(Path(config.run_dir, "vtep"), config.vtep_engine)
+        wired = WiredElements()
+        etcd = [target(url) for url in config.etcd]
+        takeovers = TakeoverProcesses(disk.path.absolute(), etcd, config.takeover_confirm_s)
+        # Before anybody is asked for anything: what was cut short may be in the way.
+        await takeovers.settle()
+        async with (
+            open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
+            open_worker("wiring", lambda: NetlinkWiring(wired), NetlinkWiring.close) as wiring,
+            _open_store(config) as store,
+        ):
+            underlay = await kernel.run(
+                lambda k: k.observe(config.underlay_ip, config.underlay_dev)
+            )
+            events = NetlinkEvents(
+                [
+                    await kernel.run(lambda k: k.port_id),
+                    await wiring.run(lambda w: w.port_id),
+                ],
+                [
+                    await kernel.run(lambda k: k.nft_port_id),
+                    await wiring.run(lambda w: w.nft_port_id),
+                ],
+            )
+            yield Edges(
+                store=store,
+                kernel=kernel,
+                wiring=wiring,
+                state_dir=disk,
+                underlay_ip=underlay.ip,
+                event_filter=EventFilter(await kernel.run(lambda k: k.deleted)),
+                kernel_events=events,
+                prober=WireProber(),
+                host_ports=KernelPorts(),
+                takeovers=takeovers,
+                vteps=vteps,
+                datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
+            )
+
+
+@contextlib.asynccontextmanager
+async def _open_store(config: AgentConfig) -> AsyncIterator[Store]:
+    from meshnet.store.etcd import EtcdConfig, EtcdStore
+
+    store = EtcdStore(
+        EtcdConfig(
+            # Shuffled: otherwise every host would use the first one, and all of them the next when
+            # that fails.
+            endpoints=tuple(random.sample(config.etcd, len(config.etcd))),
+            ca_file=_path(config.etcd_ca),
+            cert_file=_path(config.etcd_cert),
+            key_file=_path(config.etcd_key),
+            user=config.etcd_user,
+            password=_read_password(config),
+        )
+    )
+    try:
+        yield store
+    finally:
+        with trio.move_on_after(2, shield=True):
+            await store.aclose()
+
+
+def _read_password(config: AgentConfig) -> str | None:
+    if config.etcd_password_file is None:
+        return config.etcd_password
+    try:
+        return Path(config.etcd_password_file).read_text().splitlines()[0]
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"  # and the error quotes it
+    except IndexError:
+        reason = "it is empty"
+    except OSError as error:
+        reason = str(error)
+    raise UsageError(f"etcd-password-file {config.etcd_password_file} cannot be read: {reason}")
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text is not None else None
