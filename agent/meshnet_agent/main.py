@@ -18,8 +18,9 @@ import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 import structlog
 import trio
 from hypercorn.config import Config as HypercornConfig
@@ -36,15 +37,18 @@ from meshnet.kernel.vteps import VtepProcesses
 from meshnet.model import Datapath
 from meshnet.runtime.spec.id_ranges import parse_range
 from meshnet.vtep.native import library
-from meshnet_agent.api.app import make_app, raw_refusal
+from meshnet_agent.api.app import Served, make_app, operations_of
+from meshnet_agent.api.documents.endpoints import endpoint_document
+from meshnet_agent.api.errors import raw_refusal
 from meshnet_agent.api.overload import refuse_clients
-from meshnet_agent.api.service import Service
+from meshnet_agent.api.reports import Reports
 from meshnet_agent.containers.images import Images
 from meshnet_agent.containers.lifecycle import Containers
 from meshnet_agent.daemon import Agent
 from meshnet_agent.dataplane.monitor import listen
 from meshnet_agent.endpoints.published_ports import KernelPorts
 from meshnet_agent.logs import configure_logs
+from meshnet_agent.mesh.operations import MeshOperations
 from meshnet_agent.notify import Notifier
 from meshnet_agent.state_dir import StateDir, hold_namespace, hold_run_dir
 from meshnet_agent.tasks.worker import open_worker
@@ -54,7 +58,9 @@ if TYPE_CHECKING:
 
     from hypercorn.typing import ASGIFramework
 
+    from meshnet.model import Endpoint
     from meshnet.store import Store
+    from meshnet_agent.endpoints.request import AttachRequest
 
 _log = structlog.get_logger()
 SOCKET_NAME = "agent.sock"
@@ -219,19 +225,36 @@ async def _run(config: AgentConfig) -> None:
                 max_entries=config.image_max_entries,
             )
             await images.collect()
-            service = Service(agent, images)
+            mesh = MeshOperations(agent)
+            passed_over: dict[str, str] = {}
             containers = Containers(
                 disk.path,
                 Path(config.run_dir),
-                service.attach,
-                service.detach,
-                service.endpoints_of,
-                service.passed_over,
+                lambda request: _attach(mesh, request),
+                lambda pid, network: _detach(mesh, pid, network),
+                lambda pid: [_to_record(e) for e in mesh.endpoints_of(pid)],
+                passed_over,
                 id_pool=id_pool,
                 systemd_cgroup=config.cgroup_driver == "systemd",
             )
             with _listen(socket_path) as listener:
-                await _serve(listener, service, containers, agent, notifier)
+                reports = Reports(agent, passed_over)
+                served = Served(mesh=mesh, reports=reports, images=images, containers=containers)
+                await _serve(listener, served, containers, agent, notifier)
+
+
+async def _attach(mesh: MeshOperations, request: AttachRequest) -> dict[str, Any]:
+    return _to_record(await mesh.attach(request))
+
+
+async def _detach(mesh: MeshOperations, pid: int, network: str) -> dict[str, Any]:
+    return _to_record(await mesh.detach(pid, network))
+
+
+def _to_record(endpoint: Endpoint) -> dict[str, Any]:
+    """What a container's record has of an endpoint."""
+    record: dict[str, Any] = msgspec.to_builtins(endpoint_document(endpoint))
+    return record
 
 
 @contextlib.asynccontextmanager
@@ -277,7 +300,7 @@ def _path(text: str | None) -> Path | None:
 
 async def _serve(
     listener: socket.socket,
-    service: Service,
+    served: Served,
     containers: Containers,
     agent: Agent,
     notifier: Notifier,
@@ -293,7 +316,11 @@ async def _serve(
     hypercorn.graceful_timeout = 1.0
     hypercorn.loglevel = "ERROR"
     stopping = trio.Event()
-    app = make_app(service, lambda: agent.ready and not stopping.is_set(), containers)
+
+    def is_ready() -> bool:
+        return agent.ready and not stopping.is_set()
+
+    app = make_app(operations_of(served, is_ready), is_ready)
 
     async def serve_api(task_status: trio.TaskStatus[list[str]]) -> None:
         await serve(
