@@ -21,8 +21,9 @@ import secrets
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import structlog
 import trio
 
@@ -31,9 +32,10 @@ from meshnet.model import Claim, Host, HostId
 from meshnet.plan import fallen_peers
 from meshnet.runtime.spec.id_ranges import parse_range
 from meshnet.store.registry import Registry
-from meshnet_agent.api.app import make_app
+from meshnet_agent.api.app import Served, make_app, operations_of
+from meshnet_agent.api.documents.endpoints import endpoint_document
+from meshnet_agent.api.reports import ReportedParts, Reports
 from meshnet_agent.api.server import open_socket, serve_api
-from meshnet_agent.api.service import Service
 from meshnet_agent.containers.images import Images
 from meshnet_agent.containers.lifecycle import Containers
 from meshnet_agent.dataplane.dirty import Dirty
@@ -54,6 +56,7 @@ from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.mesh.liveness import Liveness
 from meshnet_agent.mesh.membership import Claimant, Membership
+from meshnet_agent.mesh.operations import MeshOperations
 from meshnet_agent.mesh.presence import Presence
 from meshnet_agent.mesh.publisher import Publisher
 from meshnet_agent.notify import Notifier
@@ -61,8 +64,12 @@ from meshnet_agent.tasks.readiness import Readiness
 from meshnet_agent.tasks.right_of_way import RightOfWay
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from meshnet.config import AgentConfig
+    from meshnet.model import Endpoint
     from meshnet_agent.edges import Edges
+    from meshnet_agent.endpoints.request import AttachRequest
 
 _log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
@@ -249,20 +256,23 @@ async def serve(config: AgentConfig) -> None:
             max_entries=config.image_max_entries,
         )
         await images.collect()
-        service = Service(parts, images)
+        mesh = make_operations(parts)
+        passed_over: dict[str, str] = {}
         containers = Containers(
             edges.state_dir.path,
             Path(config.run_dir),
-            service.attach,
-            service.detach,
-            service.endpoints_of,
-            service.passed_over,
+            lambda request: _attach(mesh, request),
+            lambda pid, network: _detach(mesh, pid, network),
+            lambda pid: [_to_record(e) for e in mesh.endpoints_of(pid)],
+            passed_over,
             id_pool=id_pool,
             systemd_cgroup=config.cgroup_driver == "systemd",
         )
+        reports = Reports(report_sources(parts, passed_over))
+        served = Served(mesh=mesh, reports=reports, images=images, containers=containers)
         with open_socket(Path(config.run_dir)) as listener:
             async with trio.open_nursery() as root:
-                app = make_app(service, parts.readiness, containers)
+                app = make_app(operations_of(served, parts.readiness), parts.readiness)
                 stop_api = await root.start(serve_api, listener, app)
                 async with trio.open_nursery() as middle:
                     with trio.CancelScope() as running:
@@ -275,6 +285,48 @@ async def serve(config: AgentConfig) -> None:
                     middle.cancel_scope.cancel()
                 stop_api.set()
                 root.cancel_scope.cancel()
+
+
+def make_operations(parts: Parts) -> MeshOperations:
+    """What is done on behalf of callers."""
+    return MeshOperations(
+        parts.follower,
+        parts.registry,
+        parts.membership.host.id,
+        parts.networks,
+        parts.endpoints,
+        parts.right_of_way,
+    )
+
+
+def report_sources(parts: Parts, passed_over: Mapping[str, str]) -> ReportedParts:
+    """What the API's reports are taken of."""
+    return ReportedParts(
+        follower=parts.follower,
+        liveness=parts.liveness,
+        membership=parts.membership,
+        reconciler=parts.reconciler,
+        fallback=parts.fallback,
+        endpoints=parts.endpoints,
+        pool=parts.pool,
+        wiring=parts.edges.wiring,
+        vteps=parts.edges.vteps,
+        passed_over=passed_over,
+    )
+
+
+async def _attach(mesh: MeshOperations, request: AttachRequest) -> dict[str, Any]:
+    return _to_record(await mesh.attach(request))
+
+
+async def _detach(mesh: MeshOperations, pid: int, network: str) -> dict[str, Any]:
+    return _to_record(await mesh.detach(pid, network))
+
+
+def _to_record(endpoint: Endpoint) -> dict[str, Any]:
+    """What a container's record has of an endpoint."""
+    record: dict[str, Any] = msgspec.to_builtins(endpoint_document(endpoint))
+    return record
 
 
 async def _stop_on_signal(

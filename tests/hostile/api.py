@@ -10,15 +10,18 @@ import os
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshnet.store import Put
-from meshnet_agent.api.app import make_app
-from meshnet_agent.api.service import Service
+from meshnet_agent.api.app import Served, make_app, operations_of
+from meshnet_agent.api.openapi import describe
+from meshnet_agent.api.reports import Reports
 from meshnet_agent.containers.images import Images
+from meshnet_agent.daemon import make_operations, report_sources
+from meshnet_agent.tasks.readiness import Readiness
 from tests.hostile.campaign import (
     TEXTS,
     Campaign,
@@ -42,9 +45,9 @@ if TYPE_CHECKING:
     from tests.unit.mesh import Mesh, Node
 
 _GOOD: dict[str, dict[str, Any]] = {
-    "NetworkRequest": {"name": "prod", "subnets": ["10.42.0.0/16", "fd00:42::/48"], "vni": 9},
-    "EndpointRequest": {"pid": os.getppid(), "network": "prod", "ip": "10.42.0.9", "name": "web"},
-    "DetachRequest": {"pid": os.getppid(), "network": "prod"},
+    "NetworkBody": {"name": "prod", "subnets": ["10.42.0.0/16", "fd00:42::/48"], "vni": 9},
+    "AttachBody": {"pid": os.getppid(), "network": "prod", "ip": "10.42.0.9", "name": "web"},
+    "DetachBody": {"pid": os.getppid(), "network": "prod"},
 }
 _WORDS = ("prod", "h1", "h2", "dev", "openapi.json", "..", "%2e%2e")
 _METHODS = ("GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "BREW", "get", "")
@@ -124,13 +127,9 @@ def _text(data: bytes) -> str:
 
 
 def _description() -> dict[str, Any]:
-    app = make_app(Service(None, None), lambda: True)  # type: ignore[arg-type]
-
-    async def ask() -> Any:  # noqa: ANN401
-        return (await exchange(app, "GET", "/openapi.json"))[1]
-
-    document: dict[str, Any] = trio.run(ask)
-    return document
+    nothing = cast("Any", None)
+    served = Served(mesh=nothing, reports=nothing, images=nothing)
+    return describe(operations_of(served, Readiness()))
 
 
 def _reference(operation: dict[str, Any]) -> str | None:
@@ -244,7 +243,13 @@ async def _open() -> AsyncIterator[Check]:
             await mesh.create_network()
             await mesh.start_many(1)
             images = Images(Path(directory, "images"), max_bytes=1 << 20, max_entries=100)
-            app = make_app(Service(mesh.nodes[0].running, images), mesh.nodes[0].running.readiness)
+            agent = mesh.nodes[0].running
+            served = Served(
+                mesh=make_operations(agent),
+                reports=Reports(report_sources(agent, {})),
+                images=images,
+            )
+            app = make_app(operations_of(served, agent.readiness), agent.readiness)
 
             async def check(data: bytes) -> str:
                 return await _try(mesh, app, data)

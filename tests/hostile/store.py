@@ -24,7 +24,9 @@ from meshnet.model import AddressRange, HostId, Mode, NetworkName, Reservation
 from meshnet.plan import LocalView, plan_mesh
 from meshnet.store import Change, WatchBatch
 from meshnet.store.mirror import MESH, Mirror, alive_key, host_key, network_key, subnet_key
-from meshnet_agent.api.documents import endpoint_document, host_document, network_document
+from meshnet_agent.api.documents.endpoints import endpoint_document
+from meshnet_agent.api.documents.hosts import host_document
+from meshnet_agent.api.documents.networks import network_document
 from tests.hostile.campaign import (
     TEXTS,
     Campaign,

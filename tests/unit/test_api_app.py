@@ -8,14 +8,14 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytest
 import structlog
 from starlette.routing import Route
 from structlog.testing import capture_logs
 
-from meshnet_agent.api.app import make_app
+from meshnet_agent.api.app import Served, make_app, operations_of
 from meshnet_agent.api.openapi import describe
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.tasks.readiness import Readiness
@@ -24,10 +24,35 @@ from tests.hostile.api import exchange
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-READY = Readiness()
-READY.ready = True
+    from starlette.applications import Starlette
+
+    from meshnet_agent.api.operation import Operation
+
 _DOCS = Path(__file__).parents[2] / "docs" / "api.md"
-APP = make_app(cast("Any", None), READY)
+
+
+def make_api(*, mesh: object = None, reports: object = None, containers: object = None) -> Api:
+    """The API of these parts, ready."""
+    served = Served(
+        mesh=cast("Any", mesh),
+        reports=cast("Any", reports),
+        images=cast("Any", None),
+        containers=cast("Any", containers),
+    )
+    readiness = Readiness()
+    readiness.ready = True
+    operations = operations_of(served, readiness)
+    return Api(operations, make_app(operations, readiness))
+
+
+class Api(NamedTuple):
+    """Operations, and the application that serves them."""
+
+    operations: tuple[Operation, ...]
+    app: Starlette
+
+
+OPERATIONS, APP = make_api()
 
 
 async def test_the_document_has_every_route_and_body() -> None:
@@ -45,19 +70,20 @@ async def test_the_document_has_every_route_and_body() -> None:
     }
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            named = [parameter["name"] for parameter in operation.get("parameters", ())]
+            parameters = operation.get("parameters", ())
+            named = [each["name"] for each in parameters if each["in"] == "path"]
             assert named == re.findall(r"{(.*?)}", path)
     body = document["paths"]["/v1/networks"]["post"]["requestBody"]
     reference = body["content"]["application/json"]["schema"]["$ref"]
     schema = document["components"]["schemas"][reference.rpartition("/")[2]]
     assert schema["required"] == ["name", "subnets"]
     assert schema["additionalProperties"] is False
-    assert document == describe(APP.routes)
+    assert document == describe(OPERATIONS)
 
 
 def test_the_documentation_has_every_route() -> None:
     text = _DOCS.read_text()
-    for path, operations in describe(APP.routes)["paths"].items():
+    for path, operations in describe(OPERATIONS)["paths"].items():
         for method in operations:
             shown = re.sub(r"\{(\w+)\}", lambda found: found[1].upper(), path)
             assert re.search(rf"`{method.upper()} {re.escape(shown)}[`?]", text), shown
@@ -123,15 +149,15 @@ async def test_a_body_that_breaks_off() -> None:
 
 
 class _OutOfDescriptors:
-    """A service that can open nothing more."""
+    """Reports of an agent that can open nothing more."""
 
-    async def status_document(self) -> None:
+    async def status(self) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/proc/7/stat")
 
 
 async def test_an_agent_out_of_descriptors_says_so() -> None:
-    app = make_app(cast("Any", _OutOfDescriptors()), READY)
-    status, document = await exchange(app, "GET", "/v1/status")
+    api = make_api(reports=_OutOfDescriptors())
+    status, document = await exchange(api.app, "GET", "/v1/status")
     assert (status, document["error"]["exit_status"]) == (500, 7)
     message = document["error"]["message"]
     assert "Too many open files: '/proc/7/stat'" in message

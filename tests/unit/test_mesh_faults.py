@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -15,7 +15,7 @@ from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
 from meshnet.store.registry import endpoint_key
-from meshnet_agent.api.service import Service
+from meshnet_agent.daemon import make_operations
 from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, full_mesh, open_mesh, until
 from tests.values import make_endpoint, make_network
 
@@ -175,7 +175,7 @@ async def test_nothing_is_written_to_another_store(
     async with open_mesh(tmp_path) as mesh:
         await full_mesh(mesh, 2)
         node = mesh.nodes[0]
-        service = Service(node.running, cast("Any", None))
+        operations = make_operations(node.running)
 
         def attach(number: int) -> str:
             endpoint = make_endpoint(identity=f"{number:012x}")
@@ -190,9 +190,9 @@ async def test_nothing_is_written_to_another_store(
         await until(lambda: not node.running.follower.connected, "it is lost", TTL_S)
         second = attach(2)
         for refused in (
-            lambda: service.create_network(lambda vni: make_network("late", vni=vni), None),
-            lambda: service.remove_network("late"),
-            lambda: service.remove_host("h2"),
+            lambda: operations.create_network(lambda vni: make_network("late", vni=vni), None),
+            lambda: operations.remove_network("late"),
+            lambda: operations.remove_host(HostId("h2")),
         ):
             with pytest.raises(PolicyRefusedError, match="etcd is empty"):
                 await refused()

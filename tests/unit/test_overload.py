@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from meshnet_agent.api.app import raw_refusal
+from meshnet_agent.api.errors import raw_refusal
 from meshnet_agent.api.overload import refuse_clients
 
 if TYPE_CHECKING:

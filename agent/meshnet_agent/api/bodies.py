@@ -1,24 +1,91 @@
-"""Bodies of the API's requests: read up to a limit, decoded, and what is wrong with them said."""
+"""What the API's requests carry: read up to a limit, decoded, and what is wrong with it said."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect
 
 from meshnet.codec.document import MAX_VALUE_BYTES
 from meshnet.errors import UsageError
-from meshnet.text import printable
+from meshnet.model import (
+    DEFAULT_HOST_PREFIX,
+    DEFAULT_HOST_PREFIX6,
+    AddressRange,
+    IpAddress,
+    IpNetwork,
+    Mode,
+    Network,
+    NetworkName,
+    Vni,
+    default_port,
+)
+from meshnet.ports import parse_all_published
+from meshnet.runtime.spec.options import NO_NETWORKS
+from meshnet.text import parse_address, parse_network, printable
+from meshnet_agent.endpoints.request import AttachRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.requests import Request
 
 _T = TypeVar("_T")
+_Q = TypeVar("_Q", bound=msgspec.Struct)
 _SHOWN = 300
 _PLACE = re.compile(r"(.+) - at `\$\.(.+)`")
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+
+_Pid = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
+"""linux/threads.h: PID_MAX_LIMIT."""
+
+
+class NetworkBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Body of ``POST /v1/networks``."""
+
+    name: str
+    subnets: list[str]
+    mode: Mode = Mode.VXLAN
+    host_prefix: int | None = None
+    host_prefix6: int | None = None
+    vni: int | None = None
+    port: int | None = None
+    mtu: int | None = None
+    direct_routing: bool = False
+    fallback: Literal["auto", "never"] = "never"
+    parent: str | None = None
+    ranges: list[str] = []
+    gateways: list[str] = []
+    internal: bool = False
+    host_access: bool = False
+
+
+class AttachBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Body of ``POST /v1/attach``."""
+
+    pid: _Pid
+    network: str
+    ifname: str = "eth0"
+    ip: str | None = None
+    name: str | None = None
+    default_route: bool = True
+    publish: list[str] = []
+
+
+class DetachBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Body of ``POST /v1/detach``."""
+
+    pid: _Pid
+    network: str
+
+
+class PublishBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Body of ``POST /v1/publish`` and of ``POST /v1/unpublish``."""
+
+    endpoint: str
+    ports: list[str]
 
 
 def shown_path(request: Request) -> str:
@@ -49,6 +116,26 @@ async def read_body(request: Request, kind: type[_T]) -> _T:
     return convert(document, kind, path)
 
 
+def read_query(request: Request, kind: type[_Q]) -> _Q:
+    """The parameters after the ``?``, as a struct; those without a field in it are ignored.
+
+    Raises:
+        UsageError: one is not usable; names it and its value.
+    """
+    given = dict(request.query_params)
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except ValueError as error:
+        found = _PLACE.fullmatch(str(error))
+        if found is None:
+            reason = printable(str(error), _SHOWN)
+            raise UsageError(f"query of {shown_path(request)}: {reason}") from error
+        value = given.get(found[2])
+        raise UsageError(
+            printable(f"{found[2]} {value!r:.80} is not usable: {found[1].lower()}", _SHOWN)
+        ) from error
+
+
 def convert(document: Any, kind: type[_T], path: str) -> _T:  # noqa: ANN401
     """A JSON value as a value of a type.
 
@@ -67,4 +154,110 @@ def convert(document: Any, kind: type[_T], path: str) -> _T:  # noqa: ANN401
             value = value[int(index)] if index else value[name]
         raise UsageError(
             printable(f"{found[2]} {value!r:.80} is not usable: {found[1].lower()}", _SHOWN)
+        ) from error
+
+
+def network_builder(body: NetworkBody) -> Callable[[Vni], Network]:
+    """What makes the network that a body asks for, given its VNI.
+
+    Raises:
+        UsageError: a setting is not usable, or has no effect; also the builder does.
+    """
+    subnets = sorted(map(_cidr, body.subnets), key=lambda s: s.version)
+    _check_given(body, subnets)
+
+    def build(vni: Vni) -> Network:
+        return Network(
+            name=NetworkName(body.name),
+            mode=body.mode,
+            subnets=tuple(subnets),
+            vni=vni,
+            port=body.port if body.port is not None else default_port(body.mode, vni),
+            host_prefix=_given(body.host_prefix, DEFAULT_HOST_PREFIX),
+            host_prefix6=_given(body.host_prefix6, DEFAULT_HOST_PREFIX6),
+            mtu_bytes=body.mtu,
+            direct_routing=body.direct_routing,
+            fallback=body.fallback == "auto",
+            parent=body.parent,
+            ranges=tuple(sorted(map(_range, body.ranges), key=lambda r: r.version)),
+            gateways=tuple(sorted(map(_address, body.gateways), key=lambda g: g.version)),
+            internal=body.internal,
+            host_access=body.host_access,
+        )
+
+    return build
+
+
+def attach_request(body: AttachBody) -> AttachRequest:
+    """What a body asks to attach.
+
+    Raises:
+        UsageError: an address or a port is not usable.
+    """
+    return AttachRequest(
+        pid=body.pid,
+        network=body.network,
+        ifname=body.ifname,
+        ip=_address(body.ip) if body.ip is not None else None,
+        name=body.name,
+        default_route=body.default_route,
+        publish=parse_all_published(body.publish),
+    )
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _check_given(body: NetworkBody, subnets: list[IpNetwork]) -> None:
+    """Refuse settings of a new network that have no effect, and names that mean something else.
+
+    Raises:
+        UsageError: says what.
+    """
+    if body.name in NO_NETWORKS:
+        raise UsageError(f"network name {body.name} is a word of meshnet run --net: choose another")
+    for option, value in (
+        ("--port", body.port),
+        ("--host-prefix", body.host_prefix),
+        ("--host-prefix6", body.host_prefix6),
+    ):
+        if value is not None and not body.mode.is_overlay:
+            raise UsageError(f"mode {body.mode} has no {option}: it is for modes vxlan and udp")
+    for option, value, version in (
+        ("--host-prefix", body.host_prefix, 4),
+        ("--host-prefix6", body.host_prefix6, 6),
+    ):
+        if value is not None and version not in {s.version for s in subnets}:
+            raise UsageError(
+                f"{option} {value} is of a subnet of IPv{version}, which {body.name} has not"
+            )
+
+
+def _cidr(text: str) -> IpNetwork:
+    try:
+        return parse_network(text)
+    except ValueError as error:
+        raise UsageError(
+            f"subnet {text!r} is not usable ({error}): give a CIDR such as 10.42.0.0/16"
+        ) from error
+
+
+def _range(text: str) -> AddressRange:
+    first, _, last = text.partition("-")
+    try:
+        return AddressRange(parse_address(first), parse_address(last))
+    except ValueError as error:
+        raise UsageError(
+            f"range {text!r} is not usable ({error}): give the first and the last address, such as "
+            "192.0.2.100-192.0.2.199"
+        ) from error
+
+
+def _address(text: str) -> IpAddress:
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise UsageError(
+            f"address {text!r} is not an IP address: give one such as 10.42.1.7"
         ) from error

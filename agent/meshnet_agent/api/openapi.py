@@ -1,41 +1,24 @@
-"""The API's OpenAPI document, made from its routes and the types of its bodies.
-
-A route that a handler's `takes` says nothing of has no body.
-"""
+"""The API's OpenAPI document, made from its operations."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-from starlette.routing import Route
+
+from meshnet_agent.api.documents.errors import ErrorDocument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from starlette.routing import BaseRoute
+    from meshnet_agent.api.operation import Operation
 
 _Handler = TypeVar("_Handler", bound="Callable[..., object]")
 
 _OPENAPI = "3.1.0"
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["kind", "message", "exit_status"],
-            "properties": {
-                "kind": {"type": "string"},
-                "message": {"type": "string"},
-                "exit_status": {"type": "integer"},
-            },
-        }
-    },
-}
+_REFERENCE = "#/components/schemas/{name}"
 
 
 def takes(body: type[Any]) -> Callable[[_Handler], _Handler]:
@@ -48,50 +31,70 @@ def takes(body: type[Any]) -> Callable[[_Handler], _Handler]:
     return mark
 
 
-def describe(routes: Iterable[BaseRoute]) -> dict[str, Any]:
-    """The document, of the routes that there are."""
+def describe(operations: Iterable[Operation]) -> dict[str, Any]:
+    """The document of these operations."""
+    operations = tuple(operations)
+    types = [ErrorDocument]
+    for operation in operations:
+        answers = (operation.answer, *operation.otherwise.values())
+        types += [kind for kind in (operation.body, *answers) if kind is not None]
+    found, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    schemas = dict(zip(types, found, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    bodies: dict[str, type[Any]] = {}
-    for route in routes:
-        if isinstance(route, Route):
-            for method in sorted((route.methods or set()) - {"HEAD"}):
-                operation = _operation(route, method, bodies)
-                # Starlette's ``{image:path}`` is ``{image}`` in a document.
-                path = re.sub(r"{(\w+):\w+}", r"{\1}", route.path)
-                paths.setdefault(path, {})[method.lower()] = operation
-    template = "#/components/schemas/{name}"
-    _, schemas = msgspec.json.schema_components(bodies.values(), ref_template=template)
+    for operation in operations:
+        described = _describe_one(operation, schemas)
+        paths.setdefault(operation.template, {})[operation.method.lower()] = described
     return {
         "openapi": _OPENAPI,
         "info": {"title": "meshnet-agent", "version": version("meshnet")},
         "paths": paths,
-        "components": {"schemas": {**schemas, "Error": _ERROR}},
+        "components": {"schemas": components},
     }
 
 
-def _operation(route: Route, method: str, bodies: dict[str, type[Any]]) -> Any:  # noqa: ANN401
-    handler = inspect.unwrap(route.endpoint)
-    error = {"$ref": "#/components/schemas/Error"}
-    found: dict[str, Any] = {
-        "operationId": f"{method.lower()}{re.sub('[^A-Za-z]+', '_', route.path)}",
+def _describe_one(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
+    def content(kind: Any) -> dict[str, Any]:  # noqa: ANN401
+        return {"application/json": {"schema": schemas[kind]}}
+
+    done: dict[str, Any] = {"description": "done"}
+    if operation.answer is not None:
+        done["content"] = content(operation.answer)
+    described: dict[str, Any] = {
+        "operationId": f"{operation.method.lower()}{re.sub('[^A-Za-z]+', '_', operation.path)}",
         "responses": {
-            "200": {"description": "done", "content": _json({})},
-            "default": {"description": "an error", "content": _json(error)},
+            "200": done,
+            **{
+                str(status): {"description": "not so", "content": content(kind)}
+                for status, kind in operation.otherwise.items()
+            },
+            "default": {"description": "an error", "content": content(ErrorDocument)},
         },
     }
-    names = re.findall(r"{(\w+)", route.path)
-    if names:
-        found["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in names
-        ]
-    body = getattr(handler, "body", None)
-    if body is not None:
-        bodies[body.__name__] = body
-        reference = {"$ref": f"#/components/schemas/{body.__name__}"}
-        found["requestBody"] = {"required": True, "content": _json(reference)}
-    return found
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", operation.template)
+    ]
+    if operation.query is not None:
+        parameters += _query_parameters(operation.query)
+    if parameters:
+        described["parameters"] = parameters
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": content(operation.body)}
+    return described
 
 
-def _json(schema: object) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}
+def _query_parameters(query: type[msgspec.Struct]) -> list[dict[str, Any]]:
+    """One a field; a default is left out, for null is nothing that a query can say."""
+    parameters = []
+    for field in msgspec.structs.fields(query):
+        schema = msgspec.json.schema(field.type)
+        kinds = [kind for kind in schema.get("anyOf", [schema]) if kind != {"type": "null"}]
+        parameters.append(
+            {
+                "name": field.encode_name,
+                "in": "query",
+                "required": field.required,
+                "schema": kinds[0] if len(kinds) == 1 else {"anyOf": kinds},
+            }
+        )
+    return parameters

@@ -13,7 +13,7 @@ from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio import serve
 
 from meshnet.errors import UsageError
-from meshnet_agent.api.app import raw_refusal
+from meshnet_agent.api.errors import raw_refusal
 from meshnet_agent.api.overload import refuse_clients
 
 if TYPE_CHECKING:

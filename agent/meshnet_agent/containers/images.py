@@ -15,7 +15,7 @@ import trio
 
 from meshnet.errors import KernelRefusedError, MeshnetError, error_classes
 from meshnet.runtime.images.store import ImageStore
-from meshnet_agent.api.documents import image_details, image_document, removed_document
+from meshnet_agent.api.documents.images import image_details, image_document, removed_document
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -1,0 +1,11 @@
+"""The JSON documents of the API, one file a kind of object: a contract with scripts (docs/cli.md).
+
+Values that functions build from values of the domain; nothing but the API makes or reads them.
+Fields may be added, not renamed; their order is the order in JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Document = dict[str, Any]

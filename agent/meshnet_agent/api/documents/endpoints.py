@@ -1,0 +1,75 @@
+"""Documents of endpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from meshnet.model import Endpoint
+
+
+class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """An endpoint; addresses are in CIDR form.
+
+    Attributes:
+        address6, gateway6: there of an endpoint with both IP versions alone.
+        gateway, gateway6: None where it has none.
+    """
+
+    id: str
+    network: str
+    host: str
+    name: str
+    pid: int
+    ifname: str
+    address: str
+    gateway: str | None
+    mac: str
+    mtu: int
+    default_route: bool
+    published: list[str]
+    address6: str | msgspec.UnsetType = msgspec.UNSET
+    gateway6: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class AttachedDocument(EndpointDocument, frozen=True, kw_only=True):
+    """An endpoint that was attached just now; `agent_ms` is the agent's own time for it."""
+
+    agent_ms: float
+
+
+class EndpointsDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """Endpoints of all hosts; `warning` says why only this host's are there."""
+
+    endpoints: list[EndpointDocument]
+    warning: str | None
+
+
+def endpoint_document(endpoint: Endpoint) -> EndpointDocument:
+    """The document of an endpoint."""
+    gateways = {gateway.version: str(gateway) for gateway in endpoint.gateways}
+    first, *others = endpoint.addresses
+    return EndpointDocument(
+        id=endpoint.id,
+        network=endpoint.network,
+        host=endpoint.host,
+        name=endpoint.name,
+        pid=endpoint.pid,
+        ifname=endpoint.ifname,
+        address=str(first),
+        gateway=gateways.get(first.version),
+        mac=endpoint.mac.hex(":"),
+        mtu=endpoint.mtu_bytes,
+        default_route=endpoint.default_route,
+        published=[str(port) for port in endpoint.published],
+        address6=str(others[0]) if others else msgspec.UNSET,
+        gateway6=gateways.get(6) if others else msgspec.UNSET,
+    )
+
+
+def attached_document(endpoint: Endpoint, agent_ms: float) -> AttachedDocument:
+    """The document of an endpoint that took so many milliseconds to attach."""
+    fields = msgspec.structs.asdict(endpoint_document(endpoint))
+    return AttachedDocument(**fields, agent_ms=round(agent_ms, 3))

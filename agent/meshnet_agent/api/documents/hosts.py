@@ -1,0 +1,103 @@
+"""Documents of hosts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from meshnet.backends import Peer
+from meshnet.model import Datapath, Mode, NetworkName
+from meshnet.plan import way_to
+from meshnet_agent.api.documents.endpoints import EndpointDocument, endpoint_document
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from meshnet.model import Endpoint, Host, HostId, MeshSnapshot
+    from meshnet_agent.api.reports import PathsReport
+
+
+class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """A host; all but the first three by network.
+
+    Attributes:
+        alive: its lease has not run out, as far as this agent has heard.
+        subnets: IPv4's, or IPv6's of a network without IPv4.
+        subnets6: IPv6's of networks with both.
+        datapath: what carries its tunnels.
+        path: how packets of this host to that one leave; empty for this host itself.
+        path_why: why, where that is the fallback.
+    """
+
+    id: str
+    underlay_ip: str
+    alive: bool
+    subnets: dict[NetworkName, str]
+    subnets6: dict[NetworkName, str]
+    datapath: dict[NetworkName, Datapath]
+    path: dict[NetworkName, str]
+    path_why: dict[NetworkName, str]
+
+
+class RemovedHostDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """A host that was forgotten, and the endpoints that it had published."""
+
+    id: str
+    endpoints: list[EndpointDocument]
+
+
+def host_document(
+    host: Host,
+    snapshot: MeshSnapshot,
+    path: Mapping[NetworkName, str],
+    path_why: Mapping[NetworkName, str],
+) -> HostDocument:
+    """The document of a host.
+
+    Args:
+        path: by network, how packets to it leave this host.
+        path_why: why, where it is not what the network's mode is.
+    """
+    subnets: dict[NetworkName, str] = {}
+    subnets6: dict[NetworkName, str] = {}
+    for name in snapshot.networks:
+        owned = snapshot.subnets_of(host.id, name)
+        if owned:
+            subnets[name] = str(owned[0])
+        if len(owned) > 1:
+            subnets6[name] = str(owned[1])
+    return HostDocument(
+        id=host.id,
+        underlay_ip=str(host.underlay_ip),
+        alive=host.id in snapshot.alive,
+        subnets=subnets,
+        subnets6=subnets6,
+        datapath={
+            name: Datapath.USERSPACE if snapshot.networks[name].mode is Mode.UDP else host.datapath
+            for name in subnets
+            if snapshot.networks[name].mode in (Mode.VXLAN, Mode.UDP)
+        },
+        path=dict(path),
+        path_why=dict(path_why),
+    )
+
+
+def paths_to(
+    host: Host, paths: PathsReport
+) -> tuple[dict[NetworkName, str], dict[NetworkName, str]]:
+    """How packets to a host leave this one, by network, and why if they are in fallback."""
+    path: dict[NetworkName, str] = {}
+    if host.id == paths.here or paths.underlay is None:
+        return path, {}
+    for name, outcome in paths.networks.items():
+        network = paths.snapshot.networks.get(name)
+        subnets = paths.snapshot.subnets_of(host.id, name)
+        if network is not None and subnets and outcome.plan is not None:
+            path[name] = way_to(network, Peer(host, subnets), paths.falls, paths.underlay)
+    return path, {n: paths.falls[n, host.id].why for n in path if (n, host.id) in paths.falls}
+
+
+def removed_host_document(host: HostId, endpoints: Iterable[Endpoint]) -> RemovedHostDocument:
+    """The document of a host that was forgotten."""
+    return RemovedHostDocument(id=host, endpoints=[endpoint_document(e) for e in endpoints])

@@ -1,0 +1,182 @@
+"""What is done to the mesh and to this host's endpoints on behalf of a caller: values in and out.
+
+For the API, for containers, and for whoever else asks; nothing here knows of HTTP or JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
+from meshnet.model import HostId, Network, NetworkName
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from meshnet.model import Endpoint, PublishedPort, Vni
+    from meshnet.store.registry import Registry
+    from meshnet_agent.endpoints.attach import Endpoints
+    from meshnet_agent.endpoints.networks import ReadyNetworks
+    from meshnet_agent.endpoints.request import AttachRequest
+    from meshnet_agent.mesh.view import MeshView
+    from meshnet_agent.tasks.right_of_way import RightOfWay
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreatedNetwork:
+    """A network that was created.
+
+    Attributes:
+        mtu_bytes: what its endpoints get on this host; None: it has not come up here.
+        error: why not.
+    """
+
+    network: Network
+    mtu_bytes: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshEndpoints:
+    """Endpoints of all hosts, by network, host and name.
+
+    Attributes:
+        warning: why only this host's are there.
+    """
+
+    endpoints: Sequence[Endpoint]
+    warning: str | None
+
+
+class MeshOperations:
+    """The operations on one agent; each raises `MeshnetError`."""
+
+    def __init__(
+        self,
+        mesh: MeshView,
+        registry: Registry,
+        host: HostId,
+        networks: ReadyNetworks,
+        endpoints: Endpoints,
+        right_of_way: RightOfWay,
+    ) -> None:
+        self._mesh = mesh
+        self._registry = registry
+        self._host = host
+        self._networks = networks
+        self._endpoints = endpoints
+        self._right_of_way = right_of_way
+
+    # --- networks and hosts -----------------------------------------------------------------------
+
+    async def create_network(
+        self, build: Callable[[Vni], Network], vni: int | None
+    ) -> CreatedNetwork:
+        """Create a network and wait, for a while, until it is up here.
+
+        It exists also if it does not come up on this host: then `error` says why.
+
+        Args:
+            build: makes the network, given its VNI.
+            vni: None: any that is free.
+
+        Raises:
+            PolicyRefusedError: the store is not this host's mesh; also of what removes something.
+        """
+        await self._mesh.check_store()
+        network = await self._registry.create_network(build, vni)
+        try:
+            ready = await self._networks.wait_for(network.name)
+        except MeshnetError as error:
+            return CreatedNetwork(network=network, error=str(error))
+        return CreatedNetwork(network=network, mtu_bytes=ready.mtu_bytes)
+
+    async def remove_network(self, name: str) -> None:
+        """Remove a network (`Registry.remove_network`).
+
+        Raises:
+            NotFoundError: there is no such network.
+            ConflictError: it has endpoints.
+        """
+        # This host's own endpoints may not be published yet.
+        mine = [e for e in self._endpoints.all if e.network == name]
+        if mine:
+            some = ", ".join(e.name for e in mine[:3])
+            raise ConflictError(
+                f"network {name} has {len(mine)} endpoints on this host ({some}): detach them first"
+            )
+        await self._mesh.check_store()
+        await self._registry.remove_network(NetworkName(name))
+
+    async def remove_host(self, host: HostId) -> Sequence[Endpoint]:
+        """Forget a host (`Registry.remove_host`); returns the endpoints that it had published."""
+        await self._mesh.check_store()
+        return await self._registry.remove_host(host)
+
+    # --- endpoints --------------------------------------------------------------------------------
+
+    async def attach(self, request: AttachRequest) -> Endpoint:
+        """Attach a process, once its network is up here (`Endpoints.attach`)."""
+        started = time.perf_counter()
+        ready = await self._networks.wait_for(request.network)
+        with self._right_of_way.taken():
+            endpoint = await self._endpoints.attach(request, ready)
+        _log.info(
+            "attached",
+            endpoint=endpoint.name,
+            network=endpoint.network,
+            address=str(endpoint.addresses[0]),
+            ms=round((time.perf_counter() - started) * 1000, 2),
+        )
+        return endpoint
+
+    async def detach(self, pid: int, network: str) -> Endpoint:
+        """Detach a process; returns the endpoint that was (`Endpoints.detach`)."""
+        return await self._endpoints.detach(pid, network)
+
+    async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Endpoint:
+        """Publish ports of a live endpoint (`Endpoints.publish`)."""
+        ready = await self._networks.wait_for((await self._find(name)).network)
+        return await self._endpoints.publish(name, ports, ready.network)
+
+    async def unpublish(self, name: str, ports: Sequence[str]) -> Endpoint:
+        """Take published ports of a live endpoint away (`Endpoints.unpublish`)."""
+        await self._find(name)
+        return await self._endpoints.unpublish(name, ports)
+
+    async def _find(self, name: str) -> Endpoint:
+        """An endpoint of this host; the error names the host that has it."""
+        try:
+            return self._endpoints.find(name)
+        except NotFoundError:
+            with contextlib.suppress(StoreUnavailableError):
+                for endpoint in await self._registry.list_endpoints():
+                    if name in (endpoint.name, endpoint.id):
+                        raise NotFoundError(
+                            f"endpoint {name} is on host {endpoint.host}: ask the agent there"
+                        ) from None
+            raise
+
+    def endpoints_of(self, pid: int) -> Sequence[Endpoint]:
+        """The endpoints in a process's network namespace."""
+        return self._endpoints.of_process(pid)
+
+    async def list_endpoints(self) -> MeshEndpoints:
+        """Endpoints of all hosts; of this host alone while the store does not answer."""
+        local = self._endpoints.all
+        here = self._host
+        warning = None
+        others: list[Endpoint] = []
+        try:
+            others = [e for e in await self._registry.list_endpoints() if e.host != here]
+        except StoreUnavailableError as error:
+            warning = f"only this host's endpoints are shown: {error}"
+        found = sorted([*local, *others], key=lambda e: (e.network, e.host, e.name))
+        return MeshEndpoints(endpoints=found, warning=warning)
