@@ -25,11 +25,10 @@ from meshnet.backends.overlay import bridge_name
 from meshnet.backends.udp import tun_name
 from meshnet.backends.underlay_bridge import parent_bridge_name
 from meshnet.backends.vxlan import vxlan_name
-from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.errors import MeshnetError
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
-from meshnet.model import Claim, Datapath, Host, HostId, Mode, NetworkName
+from meshnet.model import Claim, Datapath, Host, HostId, Mode
 from meshnet.plan import LocalView, fallen_peers, probed_peers
-from meshnet.state import endpoint_link_name
 from meshnet.store.registry import Registry
 from meshnet_agent.dataplane.monitor import listen
 from meshnet_agent.dataplane.passes import HostView, PartInput, PassInput
@@ -37,14 +36,19 @@ from meshnet_agent.dataplane.probes import Probes, Target
 from meshnet_agent.dataplane.reconciler import Reconciler
 from meshnet_agent.dataplane.takeovers import Takeovers
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
-from meshnet_agent.endpoints.attach import Endpoints
+from meshnet_agent.endpoints.addresses.subnet import HostAddresses, SubnetAddresses
+from meshnet_agent.endpoints.attach import Attacher
+from meshnet_agent.endpoints.directory import EndpointDirectory
+from meshnet_agent.endpoints.keeper import Keeper
+from meshnet_agent.endpoints.links import EndpointLinks
+from meshnet_agent.endpoints.networks import ReadyNetworks
 from meshnet_agent.endpoints.published_ports import PublishedPorts
-from meshnet_agent.endpoints.request import ReadyNetwork
+from meshnet_agent.endpoints.records import EndpointRecords
+from meshnet_agent.endpoints.sandbox import Sandboxes
 from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.mesh.membership import Membership
 from meshnet_agent.mesh.publisher import Publisher
-from meshnet_agent.tasks.flag import Flag
 from meshnet_agent.tasks.right_of_way import RightOfWay
 
 if TYPE_CHECKING:
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
     from meshnet.kernel import Kernel, Wiring
     from meshnet.kernel.address_probe import AddressProber
     from meshnet.kernel.vteps import VtepProcesses
-    from meshnet.model import IpAddress, IpNetwork, MeshSnapshot
+    from meshnet.model import IpAddress, IpNetwork, MeshSnapshot, NetworkName
     from meshnet.store import Store
     from meshnet.store.mirror import Changes
     from meshnet_agent.dataplane.fallback import Pair
@@ -119,7 +123,7 @@ class Agent:
             way=self.way,
         )
         self.probes = Probes(vteps, self._whom_to_probe, self.reconciler.touch)
-        self.identity = MeshIdentity(store, disk.path / "mesh.json")
+        self.identity = MeshIdentity(store, disk.mesh)
         self.follower = Follower(store, self.identity, self._on_snapshot, self._on_return, self.way)
         self.membership = Membership(
             self.registry,
@@ -130,24 +134,22 @@ class Agent:
             on_change=self.reconciler.mark_dirty,
             endpoints_in=self._endpoints_in,
         )
+        records = EndpointRecords(disk.endpoints)
+        links = EndpointLinks(wiring, records)
+        self.endpoints = EndpointDirectory(records, self.host.id)
         self.pool = PoolAddresses(
-            store,
-            self.host.id,
-            prober,
-            snapshot=lambda: self.follower.snapshot,
-            link_addresses=self._link_addresses,
-            endpoints=lambda: self.endpoints.all,
-            recorded=disk.endpoint_ids,
-            check_store=self.follower.check_store,
-            on_change=self.reconciler.mark_dirty,
+            store, self.host.id, prober, self.follower, self.reconciler, self.endpoints
         )
-        self.endpoints = Endpoints(
-            wiring,
-            disk,
-            self.host.id,
-            self.pool,
-            PublishedPorts(host_ports),
-            self.reconciler.settle,
+        self.ports = PublishedPorts(host_ports, self.reconciler)
+        self.networks = ReadyNetworks(
+            self.follower, self.reconciler, self.membership, self.registry, wiring
+        )
+        addresses = HostAddresses(SubnetAddresses(self.endpoints), self.pool)
+        self.keeper = Keeper(
+            self.endpoints, Sandboxes(wiring), links, self.ports, addresses, self.networks
+        )
+        self.attacher = Attacher(
+            self.endpoints, self.keeper, links, self.ports, addresses, self.networks, self.way
         )
         event_filter.expects_endpoint = self.endpoints.expects_link
         self.publisher = Publisher(
@@ -164,8 +166,6 @@ class Agent:
             underlay=lambda: self.reconciler.result.underlay,
             on_change=self.reconciler.mark_dirty,
         )
-        self._passed = Flag()
-        self._nursery: trio.Nursery | None = None
         self._was_alive = False
         self._expired: frozenset[HostId] = frozenset()
 
@@ -179,7 +179,7 @@ class Agent:
             StoreUnavailableError: the store did not answer at start.
             PolicyRefusedError: the store is not this host's mesh.
         """
-        await self.endpoints.load()
+        await self.keeper.load()
         await self.membership.join()
         await self.follower.list_all()
         try:
@@ -189,8 +189,8 @@ class Agent:
                 store_nursery.start_soon(self.follower.watch)
                 store_nursery.start_soon(self.publisher.run)
                 async with trio.open_nursery() as data_plane:
-                    self._nursery = data_plane
-                    await data_plane.start(self.endpoints.run)
+                    await data_plane.start(self.keeper.run)
+                    data_plane.start_soon(self.ports.run)
                     await self.pool.load()
                     store_nursery.start_soon(self.pool.run)
                     # Networks may have been removed while this agent was down.
@@ -208,7 +208,6 @@ class Agent:
                     await data_plane.start(self.takeovers.run)
                     await data_plane.start(self.reconciler.run)
                     data_plane.start_soon(self._keep_filter_current)
-                    data_plane.start_soon(self._keep_macvlans)
                     data_plane.start_soon(self.probes.run)
                     self.ready = True
                     task_status.started()
@@ -236,15 +235,8 @@ class Agent:
                 )
             self.pool.look()
             self.takeovers.look()
-            self._passed.set()
+            self.keeper.look()
             await self.reconciler.wait_for_pass()
-
-    async def _keep_macvlans(self) -> None:
-        """Look for macvlans after every pass: nothing tells this namespace of their end."""
-        while True:
-            await self._passed.wait()
-            if any(endpoint.parent is not None for endpoint in self.endpoints.all):
-                await self.endpoints.heal((), self.ready_network)
 
     def _follow_address(self, underlay_ip: IpAddress) -> None:
         """Publish where this host is now, if its link was given another address."""
@@ -298,12 +290,6 @@ class Agent:
             fallen=self.probes.fallen,
         )
 
-    def _link_addresses(self, link: str) -> Collection[IpAddress] | None:
-        """This host's addresses on a link; None: there is no such link."""
-        underlay = self.reconciler.result.underlay
-        found = underlay.links.get(link) if underlay is not None else None
-        return found.addresses if found is not None else None
-
     def _next_expiry_s(self) -> float:
         """Seconds until the next dead host's grace period ends."""
         left = (self.config.grace_s - dead_s for dead_s in self.follower.dead_for_s().values())
@@ -339,9 +325,7 @@ class Agent:
 
     def _on_snapshot(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
         self.membership.follow(snapshot)
-        if self._nursery is not None and not snapshot.holes:
-            for network in {e.network for e in self.endpoints.all} - snapshot.networks.keys():
-                self._nursery.start_soon(self.endpoints.remove_network, network)
+        self.keeper.follow(snapshot)
         alive = self.host.id in snapshot.alive
         if alive and not self._was_alive:
             # Somebody may have removed this host, and with it what it published, in between.
@@ -369,44 +353,11 @@ class Agent:
         self.pool.refresh()
 
     def _on_missing_links(self, names: Collection[str]) -> None:
-        known = {endpoint_link_name(e.id) for e in self.endpoints.all}
-        if self._nursery is not None and known & set(names):
-            self._nursery.start_soon(self.endpoints.heal, names, self.ready_network)
+        self.keeper.look(names)
 
     async def drops(self) -> dict[str, int]:
         """Packets that this host's firewall dropped, by reason."""
         return await self._wiring.run(lambda wiring: wiring.drops())
-
-    def ready_network(self, name: str) -> ReadyNetwork:
-        """A network that is up on this host now.
-
-        Raises:
-            NotFoundError: there is no such network.
-            ConflictError, PoolExhaustedError: it is not up; the message says why.
-        """
-        network = self.follower.snapshot.networks.get(NetworkName(name))
-        outcome = self.reconciler.result.networks.get(NetworkName(name))
-        if network is None:
-            raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
-        if outcome is None or outcome.plan is None:
-            refused = self.membership.errors.get(network.name)
-            if refused is not None:
-                raise refused
-            reason = "; ".join(outcome.errors) if outcome is not None else ""
-            raise ConflictError(
-                f"network {name} is not up on this host: {reason or 'no pass has run yet'}"
-            )
-        subnets = self.membership.subnets.get(network.name, ())
-        if not subnets or not indices_of([outcome.plan.uplink]):
-            raise ConflictError(f"network {name} is not up on this host: see meshnet status")
-        return ReadyNetwork(
-            network=network,
-            subnets=subnets,
-            uplink=outcome.plan.uplink,
-            mtu_bytes=outcome.plan.mtu_bytes,
-            endpoint_link=outcome.plan.endpoint_link,
-            gso_max_bytes=outcome.plan.gso_max_bytes,
-        )
 
 
 def indices_of(names: Collection[str]) -> set[int]:

@@ -46,7 +46,7 @@ from meshnet_agent.dataplane.monitor import listen
 from meshnet_agent.endpoints.published_ports import KernelPorts
 from meshnet_agent.logs import configure_logs
 from meshnet_agent.notify import Notifier
-from meshnet_agent.state_dir import StateDir, hold_namespace, hold_run_dir
+from meshnet_agent.state_dir import RuntimeDir, StateDir, hold_namespace
 from meshnet_agent.tasks.worker import open_worker
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from meshnet.store import Store
 
 _log = structlog.get_logger()
-SOCKET_NAME = "agent.sock"
 _GROUP = "meshnet"
 _USES_VXLAN = {"auto": None, "kernel": True, "userspace": False}
 _SWITCH_S = 0.0001
@@ -162,21 +161,20 @@ async def _run(config: AgentConfig) -> None:
     from meshnet.store.etcd import target
 
     def make_kernel() -> NetlinkKernel:
-        return NetlinkKernel(
-            disk.path / "firewall.json", wired, vteps=vteps, vxlan=_USES_VXLAN[config.vxlan]
-        )
+        return NetlinkKernel(disk.firewall, wired, vteps=vteps, vxlan=_USES_VXLAN[config.vxlan])
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold_namespace())
-        stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
+        run_dir = RuntimeDir(Path(config.run_dir))
+        stack.callback(run_dir.close)
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
         if config.vtep_engine == "native":
             library.load()  # to say now, and not of each network, that it is not built
-        vteps = VtepProcesses(Path(config.run_dir, "vtep"), config.vtep_engine)
+        vteps = VtepProcesses(run_dir.vtep, config.vtep_engine)
         wired = WiredElements()
         etcd = [target(url) for url in config.etcd]
-        takeovers = TakeoverProcesses(disk.path.absolute(), etcd, config.takeover_confirm_s)
+        takeovers = TakeoverProcesses(disk.path, etcd, config.takeover_confirm_s)
         # Before anybody is asked for: what was cut short may be in the way.
         await takeovers.settle()
         async with (
@@ -210,11 +208,10 @@ async def _run(config: AgentConfig) -> None:
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )
-            socket_path = Path(config.run_dir) / SOCKET_NAME
             # Ours alone: the run directory is locked.
-            stack.callback(socket_path.unlink, missing_ok=True)
+            stack.callback(run_dir.socket.unlink, missing_ok=True)
             images = Images(
-                disk.path / "images",
+                disk.images,
                 max_bytes=config.image_max_bytes,
                 max_entries=config.image_max_entries,
             )
@@ -222,7 +219,7 @@ async def _run(config: AgentConfig) -> None:
             service = Service(agent, images)
             containers = Containers(
                 disk.path,
-                Path(config.run_dir),
+                run_dir.path,
                 service.attach,
                 service.detach,
                 service.endpoints_of,
@@ -230,7 +227,7 @@ async def _run(config: AgentConfig) -> None:
                 id_pool=id_pool,
                 systemd_cgroup=config.cgroup_driver == "systemd",
             )
-            with _listen(socket_path) as listener:
+            with _listen(run_dir.socket) as listener:
                 await _serve(listener, service, containers, agent, notifier)
 
 

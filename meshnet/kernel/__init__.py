@@ -121,6 +121,10 @@ class Wiring(Protocol):
         """
         ...
 
+    def has_link(self, name: str) -> bool:
+        """Whether the host has a link of that name, whoever made it."""
+        ...
+
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         """Whether a namespace has the macvlan of an endpoint: one with its MAC, by any name.
 

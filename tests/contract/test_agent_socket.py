@@ -17,7 +17,7 @@ import pytest
 
 from meshnet.config import load_config
 from meshnet.errors import UsageError
-from meshnet_agent.main import SOCKET_NAME, _listen, _read_config, _read_password, main
+from meshnet_agent.main import _listen, _read_config, _read_password, main
 from tests.contract.hosts import UNDERLAY_DEV, host_namespace
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def path(root: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(grp, "getgrnam", lambda name: {"meshnet": group}[name])
     with tempfile.TemporaryDirectory(prefix="meshnet-socket-") as directory:
         Path(directory).chmod(0o755)
-        path = Path(directory, SOCKET_NAME)
+        path = Path(directory, "agent.sock")
         listener = _listen(path)
         listener.settimeout(10)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from meshnet.backends import HostLink
 from meshnet.codec.endpoints import decode_address_holder
 from meshnet.errors import (
     ConflictError,
@@ -36,10 +37,12 @@ from meshnet.store.addresses import SET_ASIDE_S, address_key, list_pool, take_ad
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ADDRESSES, network_key, printable_key
 from meshnet.store.registry import Registry
+from meshnet_agent.dataplane.passes import PassResult
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
 from meshnet_agent.endpoints.request import ReadyNetwork
+from tests.unit.data_plane import FakeDataPlane
 from tests.unit.mesh import MemoryProber, until
-from tests.values import make_endpoint, make_network, underlay_ip
+from tests.values import make_endpoint, make_network, make_underlay, underlay_ip
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -53,6 +56,9 @@ V4, V6 = "10.9.0.0/16", "fd09::/64"
 OUTSIDER = bytes.fromhex("0a0000000001")
 LEAVING = bytes.fromhex("02650a090801")
 GATEWAY = ip_address("10.9.8.3")
+UNDERLAY = replace(
+    make_underlay(), links={"eth0": HostLink(1500, frozenset({ip_address("10.9.8.2")}))}
+)
 
 
 class CountingStore(MemoryStore):
@@ -67,7 +73,7 @@ class CountingStore(MemoryStore):
 
 @dataclass
 class Member:
-    """A host's pool, and what it is told of its surroundings."""
+    """A host's pool and its surroundings: this is its mesh and its endpoints, too."""
 
     store: MemoryStore
     host: HostId
@@ -75,28 +81,30 @@ class Member:
     prober: MemoryProber = field(default_factory=MemoryProber)
     recorded: set[str] = field(default_factory=set)
     endpoints: list[Endpoint] = field(default_factory=list)
-    changes: int = 0
+    data_plane: FakeDataPlane = field(
+        default_factory=lambda: FakeDataPlane(PassResult(underlay=UNDERLAY))
+    )
 
     def __post_init__(self) -> None:
         self.pool = self.start()
 
     def start(self) -> PoolAddresses:
         """As the agent does; what was known before is forgotten."""
-        self.pool = PoolAddresses(
-            self.store,
-            self.host,
-            self.prober,
-            snapshot=lambda: self.snapshot,
-            link_addresses=lambda link: {ip_address("10.9.8.2")} if link == "eth0" else None,
-            endpoints=lambda: self.endpoints,
-            recorded=lambda: self.recorded,
-            check_store=trio.lowlevel.checkpoint,
-            on_change=self.note,
-        )
+        self.pool = PoolAddresses(self.store, self.host, self.prober, self, self.data_plane, self)
         return self.pool
 
-    def note(self) -> None:
-        self.changes += 1
+    async def check_store(self) -> None:
+        """It is this host's mesh."""
+        await trio.lowlevel.checkpoint()
+
+    @property
+    def all(self) -> list[Endpoint]:
+        """This host's endpoints."""
+        return self.endpoints
+
+    def recorded_ids(self) -> set[str]:
+        """What is on this host's disk."""
+        return set(self.recorded)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -114,7 +122,7 @@ class Member:
             network=network, subnets=network.subnets, uplink="eth0", mtu_bytes=1500
         )
         ip = ip_address(wanted) if wanted is not None else None
-        async with self.pool.take(ready, identity, ip) as addresses:
+        async with self.pool.allocate(ready, identity, ip) as addresses:
             self.recorded.add(identity)
         return [str(a) for a in addresses]
 
@@ -345,7 +353,7 @@ async def test_an_attach_that_fails_later_gives_its_address_back(
     ready = ReadyNetwork(network=network, subnets=network.subnets, uplink="eth0", mtu_bytes=1500)
     async with one.running():
         with pytest.raises(MeshnetError, match="the kernel would not"):
-            async with one.pool.take(ready, EndpointId("0" * 12), None):
+            async with one.pool.allocate(ready, EndpointId("0" * 12), None):
                 raise KernelRefusedError("the kernel would not")
         await wire.until_held(0)
 
@@ -431,7 +439,7 @@ async def test_an_address_for_the_host_itself(autojump_clock: MockClock, wire: W
         await until(lambda: bool(one.pool.host_addresses), "the host has addresses")
     assert [str(a) for a in one.pool.host_addresses[network.name]] == ["10.9.8.1", "fd09::1"]
     assert set((await wire.holders()).values()) == {AddressHolder(one.host)}
-    assert one.changes == 1
+    assert one.data_plane.dirty == 1
     # After a restart they are the same, before anything is planned.
     one.start()
     await one.pool.load()

@@ -232,15 +232,15 @@ class _Handlers:
     async def attach(self, request: Request) -> object:
         wanted = await read_body(request, EndpointRequest)
         return await self._service.attach(
+            wanted.pid,
             AttachRequest(
-                pid=wanted.pid,
                 network=wanted.network,
                 ifname=wanted.ifname,
                 ip=_address(wanted.ip) if wanted.ip is not None else None,
                 name=wanted.name,
                 default_route=wanted.default_route,
                 publish=parse_all_published(wanted.publish),
-            )
+            ),
         )
 
     @takes(DetachRequest)

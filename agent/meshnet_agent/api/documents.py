@@ -49,7 +49,7 @@ def endpoint_document(endpoint: Endpoint) -> Document:
         "network": endpoint.network,
         "host": endpoint.host,
         "name": endpoint.name,
-        "pid": endpoint.pid,
+        "pid": endpoint.sandbox.pid,
         "ifname": endpoint.ifname,
         "address": str(endpoint.addresses[0]),
         "gateway": gateways.get(endpoint.addresses[0].version),

@@ -10,7 +10,6 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import structlog
 import trio
 
 from meshnet.backends import Peer
@@ -29,6 +28,7 @@ from meshnet_agent.api.documents import (
     host_document,
     network_document,
 )
+from meshnet_agent.endpoints.sandbox import open_sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -37,11 +37,8 @@ if TYPE_CHECKING:
     from meshnet_agent.containers.images import Images
     from meshnet_agent.daemon import Agent
     from meshnet_agent.dataplane.fallback import Fall
-    from meshnet_agent.endpoints.request import AttachRequest, ReadyNetwork
+    from meshnet_agent.endpoints.request import AttachRequest
 
-_log = structlog.get_logger()
-_READY_DEADLINE_S = 10.0
-"""How long a request waits for a network to come up on this host."""
 _SHOWN_ERRORS = 20
 _SLICE = 500
 _NO_NEXTHOP_OBJECTS = (
@@ -63,36 +60,6 @@ class Service:
         self.images = images
         self.passed_over: dict[str, str] = {}
 
-    async def wait_for_network(self, name: str) -> ReadyNetwork:
-        """A network, once it is up on this host.
-
-        Raises:
-            NotFoundError: there is no such network, not even in the store.
-            PoolExhaustedError: it has no subnet left for this host.
-            ConflictError: it did not come up in time; the message says why.
-        """
-        key = NetworkName(name)
-        if key not in self._agent.follower.snapshot.networks and not await self._just_created(key):
-            raise NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
-        with trio.move_on_after(_READY_DEADLINE_S):
-            while not self._is_refused(key):
-                with contextlib.suppress(NotFoundError, ConflictError):
-                    return self._agent.ready_network(name)
-                with trio.move_on_after(0.1):
-                    await self._agent.reconciler.wait_for_pass()
-        return self._agent.ready_network(name)
-
-    def _is_refused(self, name: NetworkName) -> bool:
-        """Whether waiting for the network is in vain."""
-        outcome = self._agent.reconciler.result.networks.get(name)
-        return name in self._agent.membership.errors or (outcome is not None and outcome.refused)
-
-    async def _just_created(self, name: NetworkName) -> bool:
-        try:
-            return await self._agent.registry.network_exists(name)
-        except StoreUnavailableError:
-            return False
-
     async def create_network(self, build: Callable[[Vni], Network], vni: int | None) -> Document:
         """Create a network and wait, for a while, until it is up here.
 
@@ -104,7 +71,7 @@ class Service:
         await self._agent.follower.check_store()
         network = await self._agent.registry.create_network(build, vni)
         try:
-            ready = await self.wait_for_network(network.name)
+            ready = await self._agent.networks.wait_for(network.name)
         except MeshnetError as error:
             return network_document(network, None) | {"error": str(error)}
         return network_document(network, ready.mtu_bytes)
@@ -133,23 +100,16 @@ class Service:
         return {"id": host, "endpoints": [endpoint_document(e) for e in endpoints]}
 
     async def detach(self, pid: int, network: str) -> Document:
-        """Detach a process (`Endpoints.detach`)."""
-        return endpoint_document(await self._agent.endpoints.detach(pid, network))
+        """Detach a process (`Attacher.detach`)."""
+        found = self._agent.endpoints.find_of_process(pid, network)
+        return endpoint_document(await self._agent.attacher.detach(found.sandbox.netns, network))
 
-    async def attach(self, request: AttachRequest) -> Document:
-        """Attach a process (`Endpoints.attach`)."""
+    async def attach(self, pid: int, request: AttachRequest) -> Document:
+        """Attach a process (`Attacher.attach`)."""
         started = time.perf_counter()
-        ready = await self.wait_for_network(request.network)
-        with self._agent.way.taken():
-            endpoint = await self._agent.endpoints.attach(request, ready)
+        with open_sandbox(pid) as sandbox:
+            endpoint = await self._agent.attacher.attach(sandbox, request)
         elapsed_ms = (time.perf_counter() - started) * 1000
-        _log.info(
-            "attached",
-            endpoint=endpoint.name,
-            network=endpoint.network,
-            address=str(endpoint.addresses[0]),
-            ms=round(elapsed_ms, 2),
-        )
         return endpoint_document(endpoint) | {"agent_ms": round(elapsed_ms, 3)}
 
     def endpoints_of(self, pid: int) -> list[Document]:
@@ -157,16 +117,14 @@ class Service:
         return [endpoint_document(e) for e in self._agent.endpoints.of_process(pid)]
 
     async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Document:
-        """Publish ports of a live endpoint (`Endpoints.publish`)."""
-        network = (await self._find_endpoint(name)).network
-        ready = await self.wait_for_network(network)
-        endpoint = await self._agent.endpoints.publish(name, ports, ready.network)
-        return endpoint_document(endpoint)
+        """Publish ports of a live endpoint (`Attacher.publish`)."""
+        await self._find_endpoint(name)
+        return endpoint_document(await self._agent.attacher.publish(name, ports))
 
     async def unpublish(self, name: str, ports: Sequence[str]) -> Document:
-        """Take published ports of a live endpoint away (`Endpoints.unpublish`)."""
+        """Take published ports of a live endpoint away (`Attacher.unpublish`)."""
         await self._find_endpoint(name)
-        return endpoint_document(await self._agent.endpoints.unpublish(name, ports))
+        return endpoint_document(await self._agent.attacher.unpublish(name, ports))
 
     async def _find_endpoint(self, name: str) -> Endpoint:
         """One of this host; the error names the host that has it."""
@@ -277,7 +235,7 @@ class Service:
 
     def _notes(self) -> list[str]:
         """What an operator should know, and is no error."""
-        notes = self._agent.endpoints.ports.notes()
+        notes = self._agent.ports.notes()
         notes += [
             f"{name} runs no containers here: {why}" for name, why in self.passed_over.items()
         ]

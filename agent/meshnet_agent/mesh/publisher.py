@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from meshnet.model import HostId, NetworkName
     from meshnet.store.registry import Registry
-    from meshnet_agent.endpoints.attach import Endpoints
+    from meshnet_agent.endpoints.directory import EndpointDirectory
 
 _log = structlog.get_logger()
 _DELAYS_S = (0.2, 10.0)
@@ -40,7 +40,7 @@ class Publisher:
     def __init__(
         self,
         registry: Registry,
-        endpoints: Endpoints,
+        endpoints: EndpointDirectory,
         host: HostId,
         networks: Callable[[], Iterable[NetworkName]],
         check_store: Callable[[], Awaitable[None]],

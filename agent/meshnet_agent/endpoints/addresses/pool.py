@@ -37,24 +37,24 @@ from meshnet.store.addresses import (
 )
 from meshnet.wire.mac import is_endpoint_mac
 from meshnet_agent.endpoints.addresses.pool_view import PoolView, answered, name_of
+from meshnet_agent.endpoints.addresses.wire import ask_wire
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+    from collections.abc import AsyncIterator, Collection
 
     from meshnet.kernel.address_probe import AddressProber
     from meshnet.model import (
-        Endpoint,
         EndpointId,
         HostId,
         IpAddress,
         IpInterface,
-        MeshSnapshot,
         Network,
         NetworkName,
     )
     from meshnet.store import Store
     from meshnet_agent.endpoints.request import ReadyNetwork
+    from meshnet_agent.endpoints.surroundings import DataPlane, Mesh, OwnEndpoints
 
 _log = structlog.get_logger()
 _TRIES = 64
@@ -70,15 +70,11 @@ does not name it for long after."""
 
 
 class PoolAddresses:
-    """Takes addresses of pools for this host, and gives back what it does not need.
+    """Allocates addresses of pools for this host, and gives back what it does not need.
 
     Args:
-        snapshot: what the store says of the mesh.
-        link_addresses: the host's own addresses on a link; None: there is no such link.
+        prober: asks the wire whether an address is free.
         endpoints: this host's.
-        recorded: ids of all that are on disk, readable or not.
-        check_store: raises if the store is not this host's mesh (`Follower.check_store`).
-        on_change: called when `host_addresses` changed, or the endpoints that they are for.
 
     Attributes:
         host_addresses: what this host holds for itself, by network.
@@ -89,26 +85,20 @@ class PoolAddresses:
         store: Store,
         host: HostId,
         prober: AddressProber,
-        *,
-        snapshot: Callable[[], MeshSnapshot],
-        link_addresses: Callable[[str], Collection[IpAddress] | None],
-        endpoints: Callable[[], Iterable[Endpoint]],
-        recorded: Callable[[], Collection[str]],
-        check_store: Callable[[], Awaitable[None]],
-        on_change: Callable[[], None],
+        mesh: Mesh,
+        data_plane: DataPlane,
+        endpoints: OwnEndpoints,
     ) -> None:
         self.host_addresses: dict[NetworkName, tuple[IpAddress, ...]] = {}
         self._store = store
         self._host = host
         self._prober = prober
-        self._snapshot = snapshot
-        self._link_addresses = link_addresses
+        self._mesh = mesh
+        self._data_plane = data_plane
         self._endpoints = endpoints
-        self._recorded = recorded
-        self._check_store = check_store
-        self._on_change = on_change
         self._pools: dict[NetworkName, PoolView] = {}
-        self._taking: set[EndpointId] = set()
+        self._listing: dict[NetworkName, trio.Lock] = {}
+        self._allocating: set[EndpointId] = set()
         self._look = Flag()
 
     # --- for status ---------------------------------------------------------------------------
@@ -135,7 +125,7 @@ class PoolAddresses:
     # --- for attach and detach ----------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def take(
+    async def allocate(
         self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
     ) -> AsyncIterator[tuple[IpInterface, ...]]:
         """See `meshnet_agent.endpoints.addresses.subnet.Addresses`.
@@ -144,7 +134,7 @@ class PoolAddresses:
             StoreUnavailableError: the store does not answer.
         """
         network = ready.network
-        self._taking.add(identity)
+        self._allocating.add(identity)
         try:
             found = await self._find(
                 self._pool(network),
@@ -156,10 +146,10 @@ class PoolAddresses:
             lengths = {s.version: s.prefixlen for s in network.subnets}
             yield tuple(ip_interface((a, lengths[a.version])) for a in found)
         finally:
-            self._taking.discard(identity)
+            self._allocating.discard(identity)
             self._note_endpoints()
 
-    def free(self, addresses: Iterable[IpInterface]) -> None:
+    def free(self, addresses: Collection[IpInterface]) -> None:
         """See `endpoints.addresses.subnet.Addresses`: their endpoint is off the disk."""
         self._note_endpoints()
 
@@ -167,7 +157,13 @@ class PoolAddresses:
         """This host has one more or less."""
         self._look.set()
         if self.host_addresses:
-            self._on_change()  # it reaches each of them by a route
+            self._data_plane.mark_dirty()  # it reaches each of them by a route
+
+    def _link_addresses(self, link: str) -> Collection[IpAddress] | None:
+        """This host's own addresses on a link; None: there is no such link."""
+        underlay = self._data_plane.result.underlay
+        found = underlay.links.get(link) if underlay is not None else None
+        return found.addresses if found is not None else None
 
     def _pool(self, network: Network) -> PoolView:
         known = self._pools.get(network.name)
@@ -208,7 +204,7 @@ class PoolAddresses:
                     await self._list(pool, pool.begun)
                     continue
             try:
-                answers = await self._ask(link, chosen)
+                answers = await ask_wire(self._prober, link, chosen)
             except MeshnetError:
                 await self._free(pool, dict.fromkeys(chosen, holder))
                 raise
@@ -230,7 +226,7 @@ class PoolAddresses:
 
     def _excluded(self, network: Network, link: str) -> set[IpAddress]:
         """Addresses of routers and hosts, which no endpoint gets."""
-        hosts = {host.underlay_ip for host in self._snapshot().hosts.values()}
+        hosts = {host.underlay_ip for host in self._mesh.snapshot.hosts.values()}
         return {*network.gateways, *hosts, *(self._link_addresses(link) or ())}
 
     async def _commit(
@@ -250,7 +246,7 @@ class PoolAddresses:
 
     async def _list(self, pool: PoolView, seen: int) -> None:
         """List a pool, unless a listing that began after number `seen` has ended."""
-        async with pool.lock:
+        async with self._listing.setdefault(pool.network.name, trio.Lock()):
             if pool.listed > seen:
                 return
             pool.begun += 1
@@ -260,27 +256,6 @@ class PoolAddresses:
             pool.revision = listing.network_revision
             pool.bad_values = dict(listing.bad_values)
             pool.replace(dict(listing.holders))
-
-    async def _ask(self, link: str, addresses: Collection[IpAddress]) -> dict[IpAddress, bytes]:
-        """Ask the wire for all of some addresses at once; who answered."""
-        answers: dict[IpAddress, bytes] = {}
-        failures: list[MeshnetError] = []
-
-        async def ask(address: IpAddress) -> None:
-            try:
-                mac = await self._prober.probe(link, address)
-            except MeshnetError as error:
-                failures.append(error)
-            else:
-                if mac is not None:
-                    answers[address] = mac
-
-        async with trio.open_nursery() as nursery:
-            for address in addresses:
-                nursery.start_soon(ask, address)
-        if failures:
-            raise failures[0]
-        return answers
 
     async def _set_aside(
         self,
@@ -345,24 +320,28 @@ class PoolAddresses:
 
     def _current(self) -> list[PoolView]:
         """The pools of all underlay networks; those of others are forgotten."""
-        networks = [n for n in self._snapshot().networks.values() if n.mode.is_underlay]
+        networks = [n for n in self._mesh.snapshot.networks.values() if n.mode.is_underlay]
         self._pools = {n.name: self._pool(n) for n in networks}
         return list(self._pools.values())
 
     async def _sync(self) -> None:
         pools = self._current()
         if not all(pool.listed for pool in pools):
-            await self._check_store()
+            await self._mesh.check_store()
         for pool in pools:
             if not pool.listed:
                 await self._list(pool, pool.begun)
             await self._give_back(pool)
-            pool.errors = [*await self._restore(pool), *await self._take_own(pool)]
+            pool.errors = [*await self._restore(pool), *await self._hold_own(pool)]
         self._publish()
 
     async def _give_back(self, pool: PoolView) -> None:
         """Free what no endpoint on disk and no attach under way has."""
-        needed = {*self._recorded(), *self._taking, *([""] if pool.network.host_access else [])}
+        needed = {
+            *self._endpoints.recorded_ids(),
+            *self._allocating,
+            *([""] if pool.network.host_access else []),
+        }
         unneeded = {
             address: holder
             for address, holder in pool.holders.items()
@@ -379,7 +358,7 @@ class PoolAddresses:
     async def _restore(self, pool: PoolView) -> list[str]:
         """Take again what endpoints have and the store lost; what others have by now."""
         errors = []
-        for endpoint in self._endpoints():
+        for endpoint in self._endpoints.all:
             holder = AddressHolder(self._host, endpoint.id)
             mine = [a for a in endpoint.addresses if a.network in pool.network.subnets]
             if endpoint.network != pool.network.name:
@@ -395,7 +374,7 @@ class PoolAddresses:
                     self._look.set()
         return errors
 
-    async def _take_own(self, pool: PoolView) -> list[str]:
+    async def _hold_own(self, pool: PoolView) -> list[str]:
         """Have an address of each IP version for the host itself, where the network wants that."""
         network = pool.network
         link = network.parent or ""
@@ -419,4 +398,4 @@ class PoolAddresses:
         own = {name: addresses for name, addresses in own.items() if addresses}
         if own != self.host_addresses:
             self.host_addresses = own
-            self._on_change()
+            self._data_plane.mark_dirty()

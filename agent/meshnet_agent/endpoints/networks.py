@@ -1,0 +1,111 @@
+"""Networks that are up on this host: what attaching needs of one, now or as soon as it is there."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.errors import ConflictError, NotFoundError, StoreUnavailableError
+from meshnet.model import NetworkName
+from meshnet_agent.endpoints.request import ReadyNetwork
+
+if TYPE_CHECKING:
+    from meshnet.kernel import Wiring
+    from meshnet_agent.endpoints.surroundings import DataPlane, Mesh, NetworkLookup, Subnets
+    from meshnet_agent.tasks.worker import Worker
+
+_DEADLINE_S = 10.0
+"""How long is waited for a network to come up on this host."""
+_LOOK_AGAIN_S = 0.1
+
+
+class ReadyNetworks:
+    """Looks up networks for endpoints.
+
+    Args:
+        registry: asked for networks that the mesh's snapshot does not show yet.
+        wiring: sees whether a network's uplink is there, whatever the last pass said.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        data_plane: DataPlane,
+        subnets: Subnets,
+        registry: NetworkLookup,
+        wiring: Worker[Wiring],
+    ) -> None:
+        self._mesh = mesh
+        self._data_plane = data_plane
+        self._subnets = subnets
+        self._registry = registry
+        self._wiring = wiring
+
+    async def ready(self, name: str) -> ReadyNetwork:
+        """A network that is up on this host now.
+
+        Raises:
+            NotFoundError: there is no such network.
+            ConflictError, PoolExhaustedError: it is not up; the message says why.
+        """
+        network = self._mesh.snapshot.networks.get(NetworkName(name))
+        outcome = self._data_plane.result.networks.get(NetworkName(name))
+        if network is None:
+            raise _missing(name)
+        if outcome is None or outcome.plan is None:
+            refused = self._subnets.errors.get(network.name)
+            if refused is not None:
+                raise refused
+            reason = "; ".join(outcome.errors) if outcome is not None else ""
+            raise ConflictError(
+                f"network {name} is not up on this host: {reason or 'no pass has run yet'}"
+            )
+        plan = outcome.plan
+        subnets = self._subnets.subnets.get(network.name, ())
+        if not subnets or not await self._wiring.run(lambda wiring: wiring.has_link(plan.uplink)):
+            raise ConflictError(f"network {name} is not up on this host: see meshnet status")
+        return ReadyNetwork(
+            network=network,
+            subnets=subnets,
+            uplink=plan.uplink,
+            mtu_bytes=plan.mtu_bytes,
+            endpoint_link=plan.endpoint_link,
+            gso_max_bytes=plan.gso_max_bytes,
+        )
+
+    async def wait_for(self, name: str) -> ReadyNetwork:
+        """A network, once it is up on this host.
+
+        Raises:
+            NotFoundError: there is no such network, not even in the store.
+            PoolExhaustedError: it has no subnet left for this host.
+            ConflictError: it did not come up in time; the message says why.
+        """
+        key = NetworkName(name)
+        if key not in self._mesh.snapshot.networks and not await self._just_created(key):
+            raise _missing(name)
+        with trio.move_on_after(_DEADLINE_S):
+            while not self._is_refused(key):
+                with contextlib.suppress(NotFoundError, ConflictError):
+                    return await self.ready(name)
+                # A pass over some hosts wakes nobody, so it is looked again all the same.
+                with trio.move_on_after(_LOOK_AGAIN_S):
+                    await self._data_plane.wait_for_pass()
+        return await self.ready(name)
+
+    def _is_refused(self, name: NetworkName) -> bool:
+        """Whether waiting for the network is in vain."""
+        outcome = self._data_plane.result.networks.get(name)
+        return name in self._subnets.errors or (outcome is not None and outcome.refused)
+
+    async def _just_created(self, name: NetworkName) -> bool:
+        try:
+            return await self._registry.network_exists(name)
+        except StoreUnavailableError:
+            return False
+
+
+def _missing(name: str) -> NotFoundError:
+    return NotFoundError(f"network {name} does not exist: meshnet network ls lists them")
