@@ -335,6 +335,44 @@ class PublishedPort(NamedTuple):
         return f"{at}{self.host_port}:{self.port}/{self.protocol}"
 
 
+class NetnsId(NamedTuple):
+    """A network namespace, told from all others alive: its file in nsfs (namespaces(7)).
+
+    Never a path through a pid, which may lead to another namespace tomorrow.
+
+    Attributes:
+        device: 0: not known, as in what versions before this field wrote.
+    """
+
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSandbox:
+    """A sandbox that lives as long as its namespace has a process.
+
+    Attributes:
+        pid_start_ticks: start time of `pid` (field 22 of /proc/PID/stat): pids are reused.
+    """
+
+    pid: int
+    pid_start_ticks: int
+    netns: NetnsId
+
+    @property
+    def label(self) -> str:
+        """What an endpoint is named by whose creator gives it no name."""
+        return f"pid{self.pid}"
+
+    def __str__(self) -> str:
+        return f"process {self.pid}"
+
+
+Sandbox = ProcessSandbox
+"""What an endpoint lives in: a network namespace, and the reason why that lives."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """One attachment of one network namespace to one network.
@@ -343,8 +381,6 @@ class Endpoint:
         addresses: its addresses with the prefix length of what is on-link, IPv4 first.
         gateways: at most one for each address, IPv4 first.
         default_route: whether the namespace's default route leads through it.
-        netns_inode: inode of the namespace in nsfs, to find its other processes by.
-        pid_start_ticks: start time of `pid` (field 22 of /proc/PID/stat): pids are reused.
         published: ports of its host that lead to it.
         parent: link of its host that its own is a macvlan of; None: its own is a veth's end.
     """
@@ -353,15 +389,13 @@ class Endpoint:
     network: NetworkName
     host: HostId
     name: str
-    pid: int
+    sandbox: Sandbox
     ifname: str
     addresses: tuple[IpInterface, ...]
     gateways: tuple[IpAddress, ...]
     mac: bytes
     mtu_bytes: int
     default_route: bool
-    netns_inode: int
-    pid_start_ticks: int
     published: tuple[PublishedPort, ...] = ()
     parent: str | None = None
 

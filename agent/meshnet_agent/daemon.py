@@ -48,10 +48,15 @@ from meshnet_agent.dataplane.takeovers import Takeovers
 from meshnet_agent.dataplane.underlay_address import UnderlayAddress
 from meshnet_agent.edges import open_edges
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
-from meshnet_agent.endpoints.attach import Endpoints
+from meshnet_agent.endpoints.addresses.subnet import HostAddresses, SubnetAddresses
+from meshnet_agent.endpoints.attach import Attacher
+from meshnet_agent.endpoints.directory import EndpointDirectory
 from meshnet_agent.endpoints.keeper import Keeper
+from meshnet_agent.endpoints.links import EndpointLinks
 from meshnet_agent.endpoints.networks import ReadyNetworks
 from meshnet_agent.endpoints.published_ports import PublishedPorts
+from meshnet_agent.endpoints.records import EndpointRecords
+from meshnet_agent.endpoints.sandbox import Sandboxes
 from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.mesh.liveness import Liveness
@@ -60,6 +65,7 @@ from meshnet_agent.mesh.operations import MeshOperations
 from meshnet_agent.mesh.presence import Presence
 from meshnet_agent.mesh.publisher import Publisher
 from meshnet_agent.notify import Notifier
+from meshnet_agent.state_dir import RuntimeDir, hold_namespace
 from meshnet_agent.tasks.readiness import Readiness
 from meshnet_agent.tasks.right_of_way import RightOfWay
 
@@ -91,7 +97,9 @@ class Parts:
     membership: Membership
     publisher: Publisher
     pool: PoolAddresses
-    endpoints: Endpoints
+    endpoints: EndpointDirectory
+    ports: PublishedPorts
+    attacher: Attacher
     networks: ReadyNetworks
     keeper: Keeper
     takeovers: Takeovers
@@ -107,28 +115,13 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     claim = Claim(instance=edges.state_dir.instance, underlay_ip=edges.underlay_ip)
     dirty, right_of_way = Dirty(), RightOfWay()
     registry = Registry(edges.store)
-    identity = MeshIdentity(edges.store, edges.state_dir.path / "mesh.json")
+    identity = MeshIdentity(edges.store, edges.state_dir.mesh)
     follower = Follower(edges.store, identity, right_of_way)
     liveness = Liveness(follower, config.grace_s)
-    pool = PoolAddresses(
-        edges.store,
-        host.id,
-        edges.prober,
-        snapshot=lambda: follower.snapshot,
-        endpoints=lambda: endpoints.all,
-        recorded=edges.state_dir.endpoint_ids,
-        check_store=follower.check_store,
-        on_change=dirty.mark_all,
-    )
-    endpoints = Endpoints(
-        edges.wiring,
-        edges.state_dir,
-        host.id,
-        pool,
-        PublishedPorts(edges.host_ports),
-        lambda: reconciler.settle(),  # noqa: PLW0108  (it is made below)
-    )
+    records = EndpointRecords(edges.state_dir.endpoints)
+    endpoints = EndpointDirectory(records, host.id)
     edges.event_filter.expects_endpoint = endpoints.expects_link
+    pool = PoolAddresses(edges.store, host.id, edges.prober, follower, endpoints, dirty)
     membership = Membership(
         registry,
         identity,
@@ -157,7 +150,11 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     publisher = Publisher(registry, follower, endpoints, host.id)
     presence = Presence(host.id, publisher, pool)
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
-    keeper = Keeper(endpoints, networks, follower)
+    links = EndpointLinks(edges.wiring, records)
+    ports = PublishedPorts(edges.host_ports, reconciler)
+    addresses = HostAddresses(SubnetAddresses(endpoints), pool)
+    keeper = Keeper(endpoints, Sandboxes(edges.wiring), links, ports, addresses, networks)
+    attacher = Attacher(endpoints, keeper, links, ports, addresses, networks, right_of_way)
     follower.tell(liveness, membership, keeper, presence, pool, inputs, probes)
     reconciler.tell(
         UnderlayAddress(edges.store, membership), monitor, pool, takeovers, keeper, probes
@@ -175,6 +172,8 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         publisher=publisher,
         pool=pool,
         endpoints=endpoints,
+        ports=ports,
+        attacher=attacher,
         networks=networks,
         keeper=keeper,
         takeovers=takeovers,
@@ -195,7 +194,7 @@ async def run_parts(
         StoreUnavailableError: the store did not answer at start.
         PolicyRefusedError: the store is not this host's mesh.
     """
-    await parts.endpoints.load()
+    await parts.keeper.load()
     await parts.membership.join()
     await parts.follower.list_all()
     try:
@@ -205,10 +204,12 @@ async def run_parts(
             store.start_soon(parts.follower.watch)
             store.start_soon(parts.publisher.run)
             async with trio.open_nursery() as data_plane:
-                await data_plane.start(parts.endpoints.run)
+                await data_plane.start(parts.keeper.run)
+                data_plane.start_soon(parts.ports.run)
                 await parts.pool.load()
                 store.start_soon(parts.pool.run)
-                data_plane.start_soon(parts.keeper.run)
+                # Networks may have been removed while this agent was down.
+                parts.keeper.mesh_changed(parts.follower.snapshot, None)
                 await _start_data_plane(parts, data_plane)
                 parts.readiness.ready = True
                 task_status.started()
@@ -247,11 +248,16 @@ async def serve(config: AgentConfig) -> None:
     which are not there any more otherwise.  The API is the last.
     """
     notifier = Notifier()
+    with hold_namespace(), contextlib.closing(RuntimeDir(Path(config.run_dir))) as run_dir:
+        await _serve(config, run_dir, notifier)
+
+
+async def _serve(config: AgentConfig, run_dir: RuntimeDir, notifier: Notifier) -> None:
     id_pool = parse_range(config.userns_range, "userns-range")
-    async with open_edges(config) as edges:
+    async with open_edges(config, run_dir) as edges:
         parts = make_parts(config, edges)
         images = Images(
-            edges.state_dir.path / "images",
+            edges.state_dir.images,
             max_bytes=config.image_max_bytes,
             max_entries=config.image_max_entries,
         )
@@ -260,8 +266,8 @@ async def serve(config: AgentConfig) -> None:
         passed_over: dict[str, str] = {}
         containers = Containers(
             edges.state_dir.path,
-            Path(config.run_dir),
-            lambda request: _attach(mesh, request),
+            run_dir.path,
+            lambda pid, request: _attach(mesh, pid, request),
             lambda pid, network: _detach(mesh, pid, network),
             lambda pid: [_to_record(e) for e in mesh.endpoints_of(pid)],
             passed_over,
@@ -270,7 +276,7 @@ async def serve(config: AgentConfig) -> None:
         )
         reports = Reports(report_sources(parts, passed_over))
         served = Served(mesh=mesh, reports=reports, images=images, containers=containers)
-        with open_socket(Path(config.run_dir)) as listener:
+        with open_socket(run_dir.socket) as listener:
             async with trio.open_nursery() as root:
                 app = make_app(operations_of(served, parts.readiness), parts.readiness)
                 stop_api = await root.start(serve_api, listener, app)
@@ -292,10 +298,9 @@ def make_operations(parts: Parts) -> MeshOperations:
     return MeshOperations(
         parts.follower,
         parts.registry,
-        parts.membership.host.id,
         parts.networks,
         parts.endpoints,
-        parts.right_of_way,
+        parts.attacher,
     )
 
 
@@ -308,6 +313,7 @@ def report_sources(parts: Parts, passed_over: Mapping[str, str]) -> ReportedPart
         reconciler=parts.reconciler,
         fallback=parts.fallback,
         endpoints=parts.endpoints,
+        ports=parts.ports,
         pool=parts.pool,
         wiring=parts.edges.wiring,
         vteps=parts.edges.vteps,
@@ -315,8 +321,8 @@ def report_sources(parts: Parts, passed_over: Mapping[str, str]) -> ReportedPart
     )
 
 
-async def _attach(mesh: MeshOperations, request: AttachRequest) -> dict[str, Any]:
-    return _to_record(await mesh.attach(request))
+async def _attach(mesh: MeshOperations, pid: int, request: AttachRequest) -> dict[str, Any]:
+    return _to_record(await mesh.attach(pid, request))
 
 
 async def _detach(mesh: MeshOperations, pid: int, network: str) -> dict[str, Any]:

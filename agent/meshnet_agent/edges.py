@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import secrets
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from meshnet.model import Datapath
 from meshnet.vtep.native import library
 from meshnet_agent.dataplane.monitor import NetlinkEvents
 from meshnet_agent.endpoints.published_ports import KernelPorts
-from meshnet_agent.state_dir import StateDir, hold_namespace, hold_run_dir
+from meshnet_agent.state_dir import StateDir
 from meshnet_agent.tasks.worker import open_worker
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from meshnet_agent.dataplane.monitor import KernelEvents
     from meshnet_agent.dataplane.takeovers import TakeoverRunner
     from meshnet_agent.endpoints.published_ports import HostPorts
+    from meshnet_agent.state_dir import RuntimeDir
     from meshnet_agent.tasks.worker import Worker
 
 _USES_VXLAN = {"auto": None, "kernel": True, "userspace": False}
@@ -70,11 +70,11 @@ class Edges:
 
 
 @contextlib.asynccontextmanager
-async def open_edges(config: AgentConfig) -> AsyncIterator[Edges]:
-    """Hold what only one agent may have, and open everything, until the block ends.
+async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[Edges]:
+    """Hold the state directory and open everything, until the block ends.
 
     Raises:
-        ConflictError: another agent is there.
+        ConflictError: another agent holds the state directory.
         MeshnetError: a setting is not usable on this host, or the kernel refused.
     """
     # Imported here: pyroute2 takes 0.2 s, and --help needs none of it.
@@ -83,21 +83,17 @@ async def open_edges(config: AgentConfig) -> AsyncIterator[Edges]:
     from meshnet.store.etcd import target
 
     def make_kernel() -> NetlinkKernel:
-        return NetlinkKernel(
-            disk.path / "firewall.json", wired, vteps=vteps, vxlan=_USES_VXLAN[config.vxlan]
-        )
+        return NetlinkKernel(disk.firewall, wired, vteps=vteps, vxlan=_USES_VXLAN[config.vxlan])
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(hold_namespace())
-        stack.callback(os.close, hold_run_dir(Path(config.run_dir)))
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
         if config.vtep_engine == "native":
             library.load()  # to say now, and not of each network, that it is not built
-        vteps = VtepProcesses(Path(config.run_dir, "vtep"), config.vtep_engine)
+        vteps = VtepProcesses(run_dir.vtep, config.vtep_engine)
         wired = WiredElements()
         etcd = [target(url) for url in config.etcd]
-        takeovers = TakeoverProcesses(disk.path.absolute(), etcd, config.takeover_confirm_s)
+        takeovers = TakeoverProcesses(disk.path, etcd, config.takeover_confirm_s)
         # Before anybody is asked for anything: what was cut short may be in the way.
         await takeovers.settle()
         async with (

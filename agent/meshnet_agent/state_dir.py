@@ -1,4 +1,6 @@
-"""What the agent keeps on disk: its instance name and its endpoints.
+"""The agent's two directories: every path in them, who holds them, and the instance's name.
+
+The state directory outlives the host's reboots, the run directory does not.
 
 Files are replaced whole (`meshnet.files`), and a record ends with a checksum, so that no damage is
 believed.  A file that cannot be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if that is
@@ -8,7 +10,6 @@ is one the agent does not start, and touches nothing.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import itertools
 import json
@@ -18,32 +19,35 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from meshnet.codec.checksum import checked, with_checksum
+from meshnet.codec.checksum import checked
 from meshnet.codec.document import BadValueError
-from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
 from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
-from meshnet.files import UNFINISHED, write_whole
+from meshnet.files import write_whole
 from meshnet.text import NAME_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from meshnet.model import Endpoint, EndpointId
-
 _log = structlog.get_logger()
 _VERSION = 1
-_VERSIONED = (
-    "mesh.json",
-    "endpoints/*.json",
-    "endpoints/*.draft",
-    "containers/*/container.json",
-    "takeover/*.json",
-)
+RECORD, DRAFT = ".json", ".draft"
+"""Suffixes of an endpoint's files: what there is, and what is about to be made."""
 
 
 class StateDir:
     """The agent's state directory, held by one agent at a time.
+
+    Attributes:
+        path: the directory itself, absolute.
+        instance: random name of the directory; a restarted agent keeps it.
+        endpoints: records of this host's endpoints (`meshnet_agent.endpoints.records`).
+        containers: a directory for each container, with its record, root file system and log.
+        images: layers and names of images.
+        volumes: named volumes.
+        mesh: which mesh this host is a member of (`meshnet_agent.mesh.identity`).
+        firewall: what was loaded into nftables last (`meshnet.kernel.nft`).
+        takeover: journals of takeovers (`meshnet.kernel.takeover.journal`).
 
     Args:
         random_name: makes the instance name of a new directory.
@@ -55,18 +59,23 @@ class StateDir:
     """
 
     def __init__(self, path: Path, random_name: Callable[[], str]) -> None:
-        self.path = path
-        self._endpoints = path / "endpoints"
+        self.path = path = path.absolute()
+        self.endpoints = path / "endpoints"
+        self.containers = path / "containers"
+        self.images = path / "images"
+        self.volumes = path / "volumes"
+        self.mesh = path / "mesh.json"
+        self.firewall = path / "firewall.json"
+        self.takeover = path / "takeover"
+        self._instance = path / "instance"
         try:
-            self._endpoints.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             self._lock = _hold(path / "lock", f"state directory {path}")
             try:
-                _refuse_newer(path)
+                self._refuse_newer()
             except PolicyRefusedError:
                 os.close(self._lock)
                 raise
-            for file in self._endpoints.glob(f"*{UNFINISHED}"):
-                file.unlink()  # a write that was cut short
             self.instance = self._load_instance(random_name)
         except OSError as error:
             raise KernelRefusedError(
@@ -79,120 +88,32 @@ class StateDir:
         os.close(self._lock)
 
     def _load_instance(self, random_name: Callable[[], str]) -> str:
-        file = self.path / "instance"
+        file = self._instance
         if file.exists():
             name = file.read_bytes().strip().decode("ascii", "replace")
             if NAME_PATTERN.fullmatch(name):
                 return name
-            set_aside(file, f"{name[:80]!r} is no name")
+            set_aside(file, f"{name[:80]!r} is not a name")
         name = random_name()
         write_whole(file, name.encode())
         return name
 
-    def load_endpoints(self) -> tuple[list[Endpoint], set[str]]:
-        """All endpoints that were saved and not removed, and the ids of those unreadable.
-
-        Raises:
-            KernelRefusedError: the disk refused to be read.
-        """
-        found = [endpoint for _, endpoint in self._load("*.json")]
-        return found, {file.name.partition(".")[0] for file in self._endpoints.glob("*.bad*")}
-
-    def load_drafts(self) -> list[Endpoint]:
-        """Endpoints that were about to be connected when the agent was killed.
-
-        Raises:
-            KernelRefusedError: the disk refused to be read.
-        """
-        drafts = self._load("*.draft")
-        return [endpoint for file, endpoint in drafts if not file.with_suffix(".json").exists()]
-
-    def _load(self, pattern: str) -> list[tuple[Path, Endpoint]]:
-        found = []
-        try:
-            for file in sorted(self._endpoints.glob(pattern)):
-                try:
-                    endpoint = decode_endpoint(checked(file.read_bytes()))
-                    if endpoint.id != file.stem:
-                        raise BadValueError(f"it is of endpoint {endpoint.id}")
-                    found.append((file, endpoint))
-                except (BadValueError, IsADirectoryError) as error:
-                    set_aside(file, str(error))
-        except OSError as error:
-            raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
-        return found
-
-    def endpoint_ids(self) -> set[str]:
-        """Ids of all that is recorded: endpoints, drafts and files that cannot be read.
-
-        Raises:
-            KernelRefusedError: the disk refused to be read.
-        """
-        try:
-            files = [file for file in self._endpoints.iterdir() if file.suffix != UNFINISHED]
-        except OSError as error:
-            raise KernelRefusedError(f"{self._endpoints} cannot be read: {error}") from error
-        return {file.name.partition(".")[0] for file in files}
-
-    def save_draft(self, endpoint: Endpoint) -> None:
-        """Record what is about to be made where the host cannot find it again.
-
-        Raises:
-            KernelRefusedError: the disk refused.
-        """
-        self._write(self._file(endpoint.id).with_suffix(".draft"), endpoint)
-
-    def save_endpoint(self, endpoint: Endpoint) -> None:
-        """Record an endpoint; on return it survives a power cut, and its draft is gone.
-
-        Raises:
-            KernelRefusedError: the disk refused.
-        """
-        file = self._file(endpoint.id)
-        self._write(file, endpoint)
-        with contextlib.suppress(OSError):  # it counts for nothing beside the record
-            file.with_suffix(".draft").unlink(missing_ok=True)
-
-    def _write(self, file: Path, endpoint: Endpoint) -> None:
-        try:
-            write_whole(file, with_checksum(encode_endpoint(endpoint)))
-        except OSError as error:
-            raise KernelRefusedError(
-                f"endpoint {endpoint.name} cannot be recorded in {self._endpoints}: "
-                f"{error.strerror}"
-            ) from error
-
-    def remove_endpoint(self, endpoint_id: EndpointId) -> None:
-        """Forget an endpoint.  Idempotent.
-
-        Raises:
-            KernelRefusedError: the disk refused.
-        """
-        try:
-            for suffix in (".draft", ".json"):
-                file = self._file(endpoint_id).with_suffix(suffix)
-                # Looked for first: a read-only file system refuses to remove what is not there.
-                if file.exists():
-                    file.unlink(missing_ok=True)
-        except OSError as error:
-            raise KernelRefusedError(
-                f"{self._file(endpoint_id)} stays: {error.strerror}"
-            ) from error
-
-    def _file(self, endpoint_id: EndpointId) -> Path:
-        return self._endpoints / f"{endpoint_id}.json"
-
-
-def _refuse_newer(path: Path) -> None:
-    """Look at the version of every file, before any of them is used."""
-    for pattern in _VERSIONED:
-        for file in sorted(path.glob(pattern)):
-            version = _version_of(file)
-            if version > _VERSION:
-                raise PolicyRefusedError(
-                    f"{file} was written by a newer meshnet-agent (version {version}, this one "
-                    f"knows {_VERSION}): start the newer one again; nothing was changed"
-                )
+    def _refuse_newer(self) -> None:
+        """Look at the version of every file that has one, before any of them is used."""
+        for directory, pattern in (
+            (self.path, self.mesh.name),
+            (self.endpoints, f"*{RECORD}"),
+            (self.endpoints, f"*{DRAFT}"),
+            (self.containers, "*/container.json"),
+            (self.takeover, "*.json"),
+        ):
+            for file in sorted(directory.glob(pattern)):
+                version = _version_of(file)
+                if version > _VERSION:
+                    raise PolicyRefusedError(
+                        f"{file} was written by a newer meshnet-agent (version {version}, this one "
+                        f"knows {_VERSION}): start the newer one again; nothing was changed"
+                    )
 
 
 def _version_of(file: Path) -> int:
@@ -205,21 +126,39 @@ def _version_of(file: Path) -> int:
     return found if isinstance(found, int) else _VERSION
 
 
-def hold_run_dir(path: Path) -> int:
-    """Make the run directory and take its lock; returns the lock's descriptor.
+class RuntimeDir:
+    """The agent's run directory, held by one agent at a time and empty after a reboot.
+
+    Attributes:
+        path: the directory itself, absolute.
+        socket: the API's.
+        vtep: a directory for each userspace VTEP (`meshnet.vtep.rundir`).
+        containers: bundles of containers, and of programs in them.
+        oci: the OCI runtime's own state.
 
     Raises:
         ConflictError: another agent holds it.
         KernelRefusedError: it cannot be made.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return _hold(path / "lock", f"run directory {path}")
-    except OSError as error:
-        raise KernelRefusedError(
-            f"run directory {path}: {error.strerror}: give --run-dir a directory that can be "
-            "written"
-        ) from error
+
+    def __init__(self, path: Path) -> None:
+        self.path = path = path.absolute()
+        self.socket = path / "agent.sock"
+        self.vtep = path / "vtep"
+        self.containers = path / "containers"
+        self.oci = path / "oci"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _hold(path / "lock", f"run directory {path}")
+        except OSError as error:
+            raise KernelRefusedError(
+                f"run directory {path}: {error.strerror}: give --run-dir a directory that can be "
+                "written"
+            ) from error
+
+    def close(self) -> None:
+        """Let another agent have the directory."""
+        os.close(self._lock)
 
 
 def hold_namespace() -> socket.socket:

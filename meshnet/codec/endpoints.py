@@ -25,7 +25,9 @@ from meshnet.model import (
     Endpoint,
     EndpointId,
     HostId,
+    NetnsId,
     NetworkName,
+    ProcessSandbox,
     Protocol,
     PublishedPort,
 )
@@ -55,6 +57,7 @@ class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=
     mtu: MtuField
     default_route: bool
     netns_inode: NumberField
+    netns_device: NumberField = 0
     pid_start_ticks: NumberField
     published: list[_PublishedV1] = []
     parent: IfnameField | None = None
@@ -79,15 +82,16 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
             network=endpoint.network,
             host=endpoint.host,
             name=endpoint.name,
-            pid=endpoint.pid,
+            pid=endpoint.sandbox.pid,
             ifname=endpoint.ifname,
             addresses=[str(a) for a in endpoint.addresses],
             gateways=[str(g) for g in endpoint.gateways],
             mac=endpoint.mac.hex(":"),
             mtu=endpoint.mtu_bytes,
             default_route=endpoint.default_route,
-            netns_inode=endpoint.netns_inode,
-            pid_start_ticks=endpoint.pid_start_ticks,
+            netns_inode=endpoint.sandbox.netns.inode,
+            netns_device=endpoint.sandbox.netns.device,
+            pid_start_ticks=endpoint.sandbox.pid_start_ticks,
             published=[
                 _PublishedV1(
                     p.protocol,
@@ -127,15 +131,17 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         network=NetworkName(value.network),
         host=HostId(value.host),
         name=value.name,
-        pid=value.pid,
+        sandbox=ProcessSandbox(
+            pid=value.pid,
+            pid_start_ticks=value.pid_start_ticks,
+            netns=NetnsId(value.netns_device, value.netns_inode),
+        ),
         ifname=value.ifname,
         addresses=addresses,
         gateways=gateways,
         mac=bytes.fromhex(value.mac.replace(":", "")),
         mtu_bytes=value.mtu,
         default_route=value.default_route,
-        netns_inode=value.netns_inode,
-        pid_start_ticks=value.pid_start_ticks,
         published=tuple(
             PublishedPort(
                 p.protocol,

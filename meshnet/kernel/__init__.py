@@ -125,6 +125,10 @@ class Wiring(Protocol):
         """
         ...
 
+    def has_link(self, name: str) -> bool:
+        """Whether the host has a link of that name, whoever made it."""
+        ...
+
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         """Whether a namespace has the macvlan of an endpoint: one with its MAC, by any name.
 
@@ -139,10 +143,6 @@ class Wiring(Protocol):
 
     def remove_link(self, name: str) -> None:
         """Remove an endpoint link by name.  Idempotent."""
-        ...
-
-    def has_link(self, name: str) -> bool:
-        """Whether the host has a link of that name now, whoever made it."""
         ...
 
     def list_endpoint_links(self) -> list[str]:

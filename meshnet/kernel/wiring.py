@@ -23,7 +23,7 @@ from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
 from meshnet.firewall.elements import source_elements
 from meshnet.kernel.address_probe import announce
-from meshnet.kernel.netns import inside, open_by_inode
+from meshnet.kernel.netns import inside, open_by_id
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.kernel.wire.nftnl import NftSocket
 from meshnet.state import ENDPOINT_LINK, LinkKind, endpoint_link_name
@@ -98,7 +98,7 @@ class NetlinkWiring:
                 self._forbid(endpoint)
             if isinstance(error, OSError):
                 raise KernelRefusedError(
-                    f"endpoint {endpoint.name} in process {endpoint.pid}: {error}"
+                    f"endpoint {endpoint.name} in {endpoint.sandbox}: {error}"
                 ) from error
             raise
 
@@ -108,7 +108,7 @@ class NetlinkWiring:
             self.remove_link(endpoint_link_name(endpoint.id))
             self._forbid(endpoint)
             return
-        netns_fd = open_by_inode(endpoint.netns_inode)
+        netns_fd = open_by_id(endpoint.sandbox.netns)
         if netns_fd is None:
             return
         try:
@@ -118,6 +118,14 @@ class NetlinkWiring:
             raise KernelRefusedError(f"link of endpoint {endpoint.name}: {error}") from error
         finally:
             os.close(netns_fd)
+
+    def has_link(self, name: str) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        try:
+            socket.if_nametoindex(name)
+        except OSError:
+            return False
+        return True
 
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         """See `meshnet.kernel.Wiring`."""
@@ -138,14 +146,6 @@ class NetlinkWiring:
         errors = self._rtnl.send_batch([links.encode_link_delete(name)])
         if errors and errors[0].errno != errno.ENODEV:
             raise KernelRefusedError(f"endpoint link {name}: {errors[0]}")
-
-    def has_link(self, name: str) -> bool:
-        """See `meshnet.kernel.Wiring`."""
-        try:
-            socket.if_nametoindex(name)
-        except OSError:
-            return False
-        return True
 
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
@@ -291,16 +291,16 @@ def _translate(request: rtnl.Request, error: rtnl.KernelError, endpoint: Endpoin
     exists = error.errno == errno.EEXIST
     if exists and request.kind in (rtnl.RTM_NEWLINK, rtnl.RTM_SETLINK):
         return ConflictError(
-            f"process {endpoint.pid} has a link {endpoint.ifname} already: "
+            f"{endpoint.sandbox} has a link {endpoint.ifname} already: "
             "choose another name with --ifname"
         )
     if exists:
         return ConflictError(
-            f"process {endpoint.pid} has a route that endpoint {endpoint.name} needs for network "
+            f"{endpoint.sandbox} has a route that endpoint {endpoint.name} needs for network "
             f"{endpoint.network} already: remove it"
         )
     return KernelRefusedError(
-        f"endpoint {endpoint.name} of network {endpoint.network} in process {endpoint.pid}: {error}"
+        f"endpoint {endpoint.name} of network {endpoint.network} in {endpoint.sandbox}: {error}"
     )
 
 
@@ -325,7 +325,7 @@ def _check_addresses(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> None:
     for address in endpoint.addresses:
         if address.ip.packed in held:
             raise ConflictError(
-                f"process {endpoint.pid} holds the address {address.ip} already: "
+                f"{endpoint.sandbox} holds the address {address.ip} already: "
                 "choose another with --ip"
             )
 

@@ -17,7 +17,7 @@ import pytest
 
 from meshnet.config import load_config
 from meshnet.errors import UsageError
-from meshnet_agent.api.server import SOCKET_NAME, listen
+from meshnet_agent.api.server import listen
 from meshnet_agent.edges import _read_password
 from meshnet_agent.main import _read_config, main
 from tests.contract.hosts import UNDERLAY_DEV, host_namespace
@@ -46,7 +46,7 @@ def path(root: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(grp, "getgrnam", lambda name: {"meshnet": group}[name])
     with tempfile.TemporaryDirectory(prefix="meshnet-socket-") as directory:
         Path(directory).chmod(0o755)
-        path = Path(directory, SOCKET_NAME)
+        path = Path(directory, "agent.sock")
         listener = listen(path)
         listener.settimeout(10)
 

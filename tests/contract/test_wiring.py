@@ -21,8 +21,9 @@ from meshnet.firewall.elements import source_elements
 from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel import EndpointWiring
 from meshnet.kernel.fakes.wiring import MemoryWiring, NamespaceLink
-from meshnet.kernel.netns import netns_inode
+from meshnet.kernel.netns import netns_id
 from meshnet.kernel.wiring import NetlinkWiring
+from meshnet.model import NetnsId
 from meshnet.state import Ruleset
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 from tests.contract.hosts import (
@@ -110,11 +111,11 @@ class RealWired:
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         return self._thread.call(lambda w: w.holds(netns_fd, endpoint))
 
-    def remove_link(self, name: str) -> None:
-        self._thread.call(lambda w: w.remove_link(name))
-
     def has_link(self, name: str) -> bool:
         return self._thread.call(lambda w: w.has_link(name))
+
+    def remove_link(self, name: str) -> None:
+        self._thread.call(lambda w: w.remove_link(name))
 
     def list_endpoint_links(self) -> list[str]:
         return self._thread.call(lambda w: w.list_endpoint_links())
@@ -420,14 +421,25 @@ def test_a_namespace_that_is_not_one(linux: RealWired, tmp_path: Path) -> None:
     assert linux.wiring.list_endpoint_links() == []
 
 
+def test_any_link_of_the_host_is_seen(wired: Wired) -> None:
+    endpoint = make_endpoint(DUAL)
+    wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
+    for name in (BRIDGE, UNDERLAY_DEV, "mne0123456789ab"):
+        assert wired.wiring.has_link(name)
+    for name in ("eth7", "mne000000000000", ""):
+        assert not wired.wiring.has_link(name)
+    wired.wiring.disconnect(endpoint)
+    assert not wired.wiring.has_link("mne0123456789ab")
+
+
 # --- macvlans ------------------------------------------------------------------------------------
 
 
 def on_wire(wired: Wired, addresses: tuple[str, ...] = DUAL, **changes: Any) -> Endpoint:  # noqa: ANN401
     """An endpoint that is a macvlan on the host's own link."""
     endpoint = make_endpoint(addresses, mtu_bytes=1400)
-    inode = netns_inode(wired.netns_fd)
-    return replace(endpoint, parent=UNDERLAY_DEV, netns_inode=inode, **changes)
+    sandbox = replace(endpoint.sandbox, netns=netns_id(wired.netns_fd))
+    return replace(endpoint, parent=UNDERLAY_DEV, sandbox=sandbox, **changes)
 
 
 def wire_of(endpoint: Endpoint, parent: str = UNDERLAY_DEV) -> EndpointWiring:
@@ -451,7 +463,8 @@ def test_a_macvlan_is_in_the_namespace_alone(wired: Wired) -> None:
         wired.wiring.disconnect(endpoint)
         assert_nothing_left(wired, before)
         assert not wired.wiring.holds(wired.netns_fd, endpoint)
-    wired.wiring.disconnect(replace(endpoint, netns_inode=1))  # its namespace is gone
+    gone = replace(endpoint.sandbox, netns=NetnsId(1, 1))
+    wired.wiring.disconnect(replace(endpoint, sandbox=gone))
 
 
 def test_a_macvlan_without_a_gateway(wired: Wired) -> None:

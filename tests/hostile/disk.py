@@ -15,6 +15,7 @@ from meshnet.errors import MeshnetError, PolicyRefusedError
 from meshnet.kernel.nft import NftTables
 from meshnet.store.memory import MemoryStore
 from meshnet.vtep.rundir import RunDir
+from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.state_dir import StateDir
 from tests.hostile.campaign import (
@@ -81,7 +82,7 @@ def check(data: bytes, directory: Path) -> str:
         assert (directory / name.decode()).read_bytes() == content
         return "refused"
     try:
-        endpoints, unreadable = state.load_endpoints()
+        endpoints, unreadable = EndpointRecords(state.endpoints).load()
         MeshIdentity(MemoryStore(clock=lambda: 0.0), directory / "mesh.json").save()
         NftTables(directory / "firewall.json")
         vtep = RunDir(str(directory / "vtep"))

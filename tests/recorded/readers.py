@@ -21,6 +21,7 @@ from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import MESH, load
 from meshnet.store.registry import Registry
 from meshnet_agent.containers import record as container_record
+from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.state_dir import StateDir
 
@@ -100,8 +101,9 @@ def read_disk(state_dir: Path) -> Disk:
     """Open a state directory as an agent does when it starts."""
     disk = StateDir(state_dir, _no_name)
     try:
-        endpoints, unreadable = disk.load_endpoints()
-        return Disk(disk.instance, endpoints, unreadable, disk.load_drafts())
+        records = EndpointRecords(disk.endpoints)
+        endpoints, unreadable = records.load()
+        return Disk(disk.instance, endpoints, unreadable, records.load_drafts())
     finally:
         disk.close()
 

@@ -21,8 +21,10 @@ from meshnet.model import (
     HostId,
     MeshSnapshot,
     Mode,
+    NetnsId,
     Network,
     NetworkName,
+    ProcessSandbox,
     Protocol,
     PublishedPort,
     Reservations,
@@ -106,6 +108,9 @@ def published_ports(draw: st.DrawFn) -> PublishedPort:
     return PublishedPort(draw(st.sampled_from(Protocol)), draw(numbers), draw(numbers), address)
 
 
+_numbers = st.integers(0, (1 << 63) - 1)
+
+
 @st.composite
 def endpoints(draw: st.DrawFn) -> Endpoint:
     versions = draw(st.sampled_from([(4,), (6,), (4, 6)]))
@@ -116,15 +121,17 @@ def endpoints(draw: st.DrawFn) -> Endpoint:
         network=NetworkName(draw(names)),
         host=HostId(draw(names)),
         name=draw(names),
-        pid=draw(st.integers(1, MAX_PID)),
+        sandbox=ProcessSandbox(
+            pid=draw(st.integers(1, MAX_PID)),
+            pid_start_ticks=draw(_numbers),
+            netns=NetnsId(draw(_numbers), draw(_numbers)),
+        ),
         ifname=draw(st.from_regex(r"[A-Za-z0-9_.-]{1,15}", fullmatch=True)),
         addresses=addresses,
         gateways=tuple(a.network.network_address + 1 for a in addresses),
         mac=draw(macs),
         mtu_bytes=draw(st.integers(576, MAX_MTU_BYTES)),
         default_route=draw(st.booleans()),
-        netns_inode=draw(st.integers(0, (1 << 63) - 1)),
-        pid_start_ticks=draw(st.integers(0, (1 << 63) - 1)),
         parent=draw(st.none() | st.just("eth0")),
         published=tuple(draw(st.lists(published_ports(), max_size=3))),
     )

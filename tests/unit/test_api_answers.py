@@ -43,6 +43,12 @@ def check_answer(document: object, kind: Any) -> None:  # noqa: ANN401
     assert json.loads(msgspec.json.encode(read)) == document
 
 
+def _of_process(pid: int, network: str) -> Endpoint:
+    made = make_endpoint()
+    sandbox = replace(made.sandbox, pid=pid)
+    return replace(made, network=NetworkName(network), sandbox=sandbox)
+
+
 class _Attached(MeshOperations):
     """Attaching as it goes well: the fakes have no processes."""
 
@@ -50,19 +56,18 @@ class _Attached(MeshOperations):
         super().__init__(
             parts.follower,
             parts.registry,
-            parts.membership.host.id,
             parts.networks,
             parts.endpoints,
-            parts.right_of_way,
+            parts.attacher,
         )
 
-    async def attach(self, request: AttachRequest) -> Endpoint:
+    async def attach(self, pid: int, request: AttachRequest) -> Endpoint:
         await trio.lowlevel.checkpoint()
-        return replace(make_endpoint(), network=NetworkName(request.network), pid=request.pid)
+        return _of_process(pid, request.network)
 
     async def detach(self, pid: int, network: str) -> Endpoint:
         await trio.lowlevel.checkpoint()
-        return replace(make_endpoint(), network=NetworkName(network), pid=pid)
+        return _of_process(pid, network)
 
     async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Endpoint:
         await trio.lowlevel.checkpoint()

@@ -72,7 +72,7 @@ class Host:
         monkeypatch.setattr(module, "find_runtime", find_runtime)
         monkeypatch.setattr(module, "check_may_run", lambda: None)
 
-    async def _attach(self, _request: object) -> dict[str, Any]:
+    async def _attach(self, _pid: int, _request: object) -> dict[str, Any]:
         raise AssertionError("nothing is attached here")
 
     def _endpoints_of(self, pid: int) -> list[dict[str, Any]]:

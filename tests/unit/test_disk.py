@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,13 @@ import structlog
 from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
 from meshnet.errors import PolicyRefusedError
 from meshnet.files import write_whole
-from meshnet.model import EndpointId
+from meshnet.model import EndpointId, NetnsId
 from meshnet.runtime.spec.options import ContainerOptions
 from meshnet.store import Change, Delete, Put, WatchBatch
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import MESH, MESH_ID, NETWORKS, Mirror
 from meshnet_agent.containers import record as container_record
+from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.state_dir import StateDir
 from tests.values import make_endpoint
@@ -31,6 +33,11 @@ GOOD = make_endpoint()
 
 
 @pytest.fixture
+def records(state: StateDir) -> EndpointRecords:
+    return EndpointRecords(state.endpoints)
+
+
+@pytest.fixture
 def state(tmp_path: Path) -> Iterator[StateDir]:
     with structlog.testing.capture_logs():
         opened = StateDir(tmp_path, lambda: "i1")
@@ -38,27 +45,31 @@ def state(tmp_path: Path) -> Iterator[StateDir]:
         opened.close()
 
 
-def test_an_endpoint_cut_at_any_byte_is_set_aside(state: StateDir) -> None:
-    state.save_endpoint(GOOD)
+def test_an_endpoint_cut_at_any_byte_is_set_aside(
+    state: StateDir, records: EndpointRecords
+) -> None:
+    records.save(GOOD)
     other = replace(GOOD, id=EndpointId("aaaaaaaaaaaa"))
-    file = state.path / "endpoints" / f"{other.id}.json"
+    file = state.endpoints / f"{other.id}.json"
     whole = encode_endpoint(other)
     for size in range(len(whole)):
         file.write_bytes(whole[:size])
-        assert state.load_endpoints() == ([GOOD], {other.id})
+        assert records.load() == ([GOOD], {other.id})
         (bad,) = file.parent.glob("*.bad")
         assert bad.read_bytes() == whole[:size]
         bad.unlink()
 
 
-def test_an_endpoint_with_any_bit_changed_is_not_believed(state: StateDir) -> None:
+def test_an_endpoint_with_any_bit_changed_is_not_believed(
+    state: StateDir, records: EndpointRecords
+) -> None:
     """The agent would program the kernel with another's address."""
-    state.save_endpoint(GOOD)
-    (file,) = (state.path / "endpoints").iterdir()
+    records.save(GOOD)
+    (file,) = state.endpoints.iterdir()
     whole = file.read_bytes()
     for at in range(len(whole)):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
-        endpoints, _ = state.load_endpoints()
+        endpoints, _ = records.load()
         assert endpoints in ([], [GOOD])
         for bad in file.parent.glob("*.bad"):
             bad.unlink()
@@ -72,39 +83,55 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_record_of_a_version_without_checksums_is_taken(state: StateDir) -> None:
-    file = state.path / "endpoints" / f"{GOOD.id}.json"
+def test_a_record_of_a_version_without_checksums_is_taken(
+    state: StateDir, records: EndpointRecords
+) -> None:
+    file = state.endpoints / f"{GOOD.id}.json"
     file.write_bytes(encode_endpoint(GOOD))
-    assert state.load_endpoints() == ([GOOD], set())
+    assert records.load() == ([GOOD], set())
 
 
-def test_a_record_of_this_version_can_be_read_by_one_without_checksums(state: StateDir) -> None:
-    state.save_endpoint(GOOD)
-    (file,) = (state.path / "endpoints").iterdir()
+def test_a_record_of_a_version_without_devices_is_of_this_machines_nsfs(
+    state: StateDir, records: EndpointRecords
+) -> None:
+    document = json.loads(encode_endpoint(GOOD))
+    del document["netns_device"]
+    (state.endpoints / f"{GOOD.id}.json").write_text(json.dumps(document))
+    netns = NetnsId(os.stat("/proc/self/ns/net").st_dev, GOOD.sandbox.netns.inode)
+    assert records.load() == ([replace(GOOD, sandbox=replace(GOOD.sandbox, netns=netns))], set())
+
+
+def test_a_record_of_this_version_can_be_read_by_one_without_checksums(
+    state: StateDir, records: EndpointRecords
+) -> None:
+    records.save(GOOD)
+    (file,) = state.endpoints.iterdir()
     assert decode_endpoint(file.read_bytes()) == GOOD
 
 
-def test_a_record_under_another_endpoints_name_is_not_taken(state: StateDir) -> None:
+def test_a_record_under_another_endpoints_name_is_not_taken(
+    state: StateDir, records: EndpointRecords
+) -> None:
     """Its own link would be taken for one that nobody recorded, and be removed."""
-    file = state.path / "endpoints" / "aaaaaaaaaaaa.json"
+    file = state.endpoints / "aaaaaaaaaaaa.json"
     file.write_bytes(encode_endpoint(GOOD))
-    assert state.load_endpoints() == ([], {"aaaaaaaaaaaa"})
+    assert records.load() == ([], {"aaaaaaaaaaaa"})
 
 
-def test_what_was_set_aside_stays(state: StateDir) -> None:
-    file = state.path / "endpoints" / f"{GOOD.id}.json"
+def test_what_was_set_aside_stays(state: StateDir, records: EndpointRecords) -> None:
+    file = state.endpoints / f"{GOOD.id}.json"
     for content in (b"1", b"2", b"3"):
         file.write_bytes(content)
-        assert state.load_endpoints() == ([], {GOOD.id})
+        assert records.load() == ([], {GOOD.id})
     kept = {found.name: found.read_bytes() for found in file.parent.iterdir()}
     stem = GOOD.id
     assert kept == {f"{stem}.bad": b"1", f"{stem}.bad.1": b"2", f"{stem}.bad.2": b"3"}
 
 
-def test_a_directory_in_the_place_of_a_record(state: StateDir) -> None:
-    state.save_endpoint(GOOD)
-    (state.path / "endpoints" / "aaaaaaaaaaaa.json").mkdir()
-    assert state.load_endpoints() == ([GOOD], {"aaaaaaaaaaaa"})
+def test_a_directory_in_the_place_of_a_record(state: StateDir, records: EndpointRecords) -> None:
+    records.save(GOOD)
+    (state.endpoints / "aaaaaaaaaaaa.json").mkdir()
+    assert records.load() == ([GOOD], {"aaaaaaaaaaaa"})
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"", b"a b", b"x" * 100, b"\0"])
@@ -168,13 +195,13 @@ def test_a_file_of_a_newer_agent_is_refused_and_everything_left_as_it_is(
 ) -> None:
     """Set aside, it would be lost to the newer agent when that is started again."""
     state = StateDir(tmp_path, lambda: "i1")
-    state.save_endpoint(GOOD)
+    EndpointRecords(state.endpoints).save(GOOD)
     state.close()
     file = state.path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"v": 2, "anything": "else"}))
-    (state.path / "endpoints" / "bbbbbbbbbbbb.json").write_bytes(b"damaged")
-    (state.path / "endpoints" / "cccccccccccc.json.new").write_bytes(b"unfinished")
+    (state.endpoints / "bbbbbbbbbbbb.json").write_bytes(b"damaged")
+    (state.endpoints / "cccccccccccc.json.new").write_bytes(b"unfinished")
     before = contents(state.path)
     with pytest.raises(PolicyRefusedError, match=rf"{name} was .* newer .*version 2.*knows 1"):
         StateDir(state.path, lambda: "i2")
@@ -194,24 +221,26 @@ def test_what_has_no_version_is_no_newer_one(tmp_path: Path, content: bytes) -> 
     StateDir(tmp_path, lambda: "i1").close()
 
 
-async def test_every_file_that_the_agent_writes_has_a_version(state: StateDir) -> None:
-    state.save_endpoint(GOOD)
-    state.save_draft(GOOD)
-    await MeshIdentity(MemoryStore(), state.path / "mesh.json").check()
+async def test_every_file_that_the_agent_writes_has_a_version(
+    state: StateDir, records: EndpointRecords
+) -> None:
+    records.save(GOOD)
+    records.save_draft(GOOD)
+    await MeshIdentity(MemoryStore(), state.mesh).check()
     record = container_record.Record(
         id="c1", name="web", options=ContainerOptions(), created_s=0, args=("x",), lowerdirs=()
     )
-    directory = state.path / "containers" / "c1"
+    directory = state.containers / "c1"
     directory.mkdir(parents=True)
     container_record.save(directory, record)
     for name in VERSIONED[:4]:
         assert json.loads((state.path / name).read_bytes())["v"] == 1
-    assert list(container_record.load_all(state.path / "containers")) == [record]
+    assert list(container_record.load_all(state.containers)) == [record]
     # Agents before this one wrote none.
     document = msgspec.json.decode(msgspec.json.encode(record))
     del document["v"]
     (directory / "container.json").write_bytes(msgspec.json.encode(document))
-    assert list(container_record.load_all(state.path / "containers")) == [record]
+    assert list(container_record.load_all(state.containers)) == [record]
 
 
 async def _written(network: bytes, *after: Put | Delete) -> MemoryStore:

@@ -1,44 +1,58 @@
-"""Publication of ports: disk, kernel and the host's ports go together, or nothing has happened."""
+"""Endpoints: disk, kernel, addresses and the host's ports go together, or nothing has happened."""
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
+from meshnet.backends.overlay import bridge_name
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
+    MeshnetError,
     NotFoundError,
     PolicyRefusedError,
     UsageError,
 )
 from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.kernel.fakes.wiring import MemoryWiring
-from meshnet.model import AddressRange, Mode
+from meshnet.model import AddressRange, EndpointId, MeshSnapshot, Mode, NetworkName
 from meshnet.ports import parse_all_published
 from meshnet.state import Link, LinkKind
-from meshnet_agent.endpoints.addresses.subnet import SubnetAddresses
-from meshnet_agent.endpoints.attach import Endpoints
+from meshnet_agent.dataplane.passes import PassResult
+from meshnet_agent.endpoints.addresses.subnet import HostAddresses, SubnetAddresses
+from meshnet_agent.endpoints.attach import Attacher
+from meshnet_agent.endpoints.directory import EndpointDirectory
+from meshnet_agent.endpoints.keeper import Keeper
+from meshnet_agent.endpoints.links import EndpointLinks
+from meshnet_agent.endpoints.networks import ReadyNetworks
 from meshnet_agent.endpoints.published_ports import PublishedPorts
-from meshnet_agent.endpoints.request import AttachRequest, ReadyNetwork
+from meshnet_agent.endpoints.records import EndpointRecords
+from meshnet_agent.endpoints.request import AttachRequest
+from meshnet_agent.endpoints.sandbox import Sandboxes, open_sandbox
 from meshnet_agent.state_dir import StateDir
+from meshnet_agent.tasks.right_of_way import RightOfWay
+from tests.unit.data_plane import FakeDataPlane
 from tests.unit.host_ports import FakePorts
 from tests.unit.mesh import InlineWorker
-from tests.values import ME, make_network, underlay_ip
+from tests.values import ME, make_network, make_snapshot, make_underlay, plan_for, underlay_ip
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
-    from meshnet.model import Endpoint, PublishedPort
+    from meshnet.model import Endpoint, IpNetwork, Network, PublishedPort
 
 LOCAL = make_network("local", ["172.30.0.0/24", "fd00:30::/64"], mode=Mode.BRIDGE)
-READY = ReadyNetwork(network=LOCAL, subnets=LOCAL.subnets, uplink="mnb1", mtu_bytes=1500)
+BRIDGE = bridge_name(LOCAL)
 REFUSED = KernelRefusedError("no pass can run on this host")
 
 
@@ -46,60 +60,126 @@ def ports(*texts: str) -> tuple[PublishedPort, ...]:
     return parse_all_published(texts)
 
 
-class _Host:
-    """What outlives an agent; `rules` is what the last pass made of the endpoints."""
+@dataclass
+class _Agent:
+    """The parts of an agent that have to do with endpoints."""
+
+    directory: EndpointDirectory
+    addresses: HostAddresses
+    networks: ReadyNetworks
+    keeper: Keeper
+    attacher: Attacher
+
+    @property
+    def all(self) -> list[Endpoint]:
+        return self.directory.all
+
+    async def attach(self, pid: int, *texts: str) -> Endpoint:
+        request = AttachRequest(network="local", name="web", publish=ports(*texts))
+        with open_sandbox(pid) as sandbox:
+            return await self.attacher.attach(sandbox, request)
+
+    async def detach(self, pid: int) -> None:
+        found = self.directory.find_of_process(pid, "local")
+        await self.attacher.detach(found.sandbox.netns, "local")
+
+    async def holds_addresses_of(self, endpoint: Endpoint) -> bool:
+        """Whether nobody else can have what an endpoint has."""
+        ready = await self.networks.ready("local")
+        for address in endpoint.addresses:
+            try:
+                async with self.addresses.allocate(ready, EndpointId("0" * 12), address.ip) as got:
+                    self.addresses.free(got)
+                return False
+            except ConflictError:
+                pass
+        return True
+
+
+class _Host(FakeDataPlane):
+    """What outlives an agent; `rules` is what the last pass made of the endpoints.
+
+    It is the mesh and this host's part in it, too.
+
+    Attributes:
+        busy: passes do not end as long as this is not set.
+    """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self.directory = directory
         self.kernel = MemoryKernel(underlay_ip(1))
-        self.kernel.add_endpoint_link("mnb1", Link(LinkKind.BRIDGE, 1500, bytes(6)))
+        self.kernel.add_endpoint_link(BRIDGE, Link(LinkKind.BRIDGE, 1500, bytes(6)))
+        self.wiring = MemoryWiring(self.kernel)
         self.sockets = FakePorts()
         self.rules: dict[str, tuple[PublishedPort, ...]] = {}
         self.failure: KernelRefusedError | None = None
+        self.busy = trio.Event()
+        self.busy.set()
+        self.snapshot = MeshSnapshot()
+        self.subnets: dict[NetworkName, tuple[IpNetwork, ...]] = {}
+        self.errors: dict[NetworkName, MeshnetError] = {}
+        self.running: EndpointDirectory | None = None
+        self.see(LOCAL)
+
+    def see(self, network: Network) -> None:
+        """The mesh has this network alone, and a pass has brought it up."""
+        self.snapshot = make_snapshot([network], 1)
+        self.subnets = {network.name: network.subnets}
+        planned = plan_for(make_snapshot([LOCAL], 1), make_underlay())
+        self.result = PassResult(networks=planned.networks)
+
+    connected = True
+
+    async def check_store(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def network_exists(self, name: NetworkName) -> bool:
+        await trio.lowlevel.checkpoint()
+        return name in self.snapshot.networks
+
+    async def settle(self) -> None:
+        await trio.lowlevel.checkpoint()
+        await self.busy.wait()
+        if self.failure is not None:
+            raise self.failure
+        assert self.running is not None
+        self.rules = {e.name: e.published for e in self.running.all if e.published}
 
     @asynccontextmanager
-    async def agent(self) -> AsyncIterator[Endpoints]:
+    async def agent(self) -> AsyncIterator[_Agent]:
         """The endpoints of an agent, which ends without a word."""
         disk = StateDir(self.directory, lambda: "i1")
         self.sockets.held.clear()
-
-        async def settle() -> None:
-            await trio.lowlevel.checkpoint()
-            if self.failure is not None:
-                raise self.failure
-            self.rules = {e.name: e.published for e in endpoints.all if e.published}
-
-        endpoints = Endpoints(
-            InlineWorker(MemoryWiring(self.kernel)),
-            disk,
-            ME,
-            SubnetAddresses(list),
-            PublishedPorts(self.sockets),
-            settle,
-        )
+        worker = InlineWorker(self.wiring)
+        records = EndpointRecords(disk.endpoints)
+        links = EndpointLinks(worker, records)
+        directory = self.running = EndpointDirectory(records, ME)
+        published = PublishedPorts(self.sockets, self)
+        networks = ReadyNetworks(self, self, self, self, worker)
+        addresses = HostAddresses(SubnetAddresses(directory), SubnetAddresses(directory))
+        keeper = Keeper(directory, Sandboxes(worker), links, published, addresses, networks)
+        attacher = Attacher(directory, keeper, links, published, addresses, networks, RightOfWay())
         try:
             async with trio.open_nursery() as nursery:
-                await endpoints.load()
-                await nursery.start(endpoints.run)
-                await settle()
-                yield endpoints
+                await keeper.load()
+                await nursery.start(keeper.run)
+                await self.settle()
+                yield _Agent(directory, addresses, networks, keeper, attacher)
                 nursery.cancel_scope.cancel()
         finally:
             disk.close()
 
     def recorded(self) -> dict[str, tuple[PublishedPort, ...]]:
         """What the next agent would find."""
-        disk = StateDir(self.directory, lambda: "i1")
-        try:
-            return {e.name: e.published for e in disk.load_endpoints()[0]}
-        finally:
-            disk.close()
+        endpoints, _ = EndpointRecords(self.directory / "endpoints").load()
+        return {e.name: e.published for e in endpoints}
 
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Host:
     # The processes are in this machine's own namespace, which is as good as any for a fake.
-    monkeypatch.setattr("meshnet_agent.endpoints.attach.host_netns_inodes", set)
+    monkeypatch.setattr("meshnet_agent.endpoints.sandbox.host_netns", set)
     return _Host(tmp_path)
 
 
@@ -115,32 +195,24 @@ def pid(process: subprocess.Popen[bytes]) -> int:
     return process.pid
 
 
-def request(pid: int, *texts: str) -> AttachRequest:
-    return AttachRequest(pid=pid, network="local", name="web", publish=ports(*texts))
-
-
-async def attach(endpoints: Endpoints, pid: int, *texts: str) -> Endpoint:
-    return await endpoints.attach(request(pid, *texts), READY)
-
-
 async def test_published_hot_and_taken_away(host: _Host, pid: int) -> None:
-    async with host.agent() as endpoints:
-        endpoint = await attach(endpoints, pid, "8080:80")
+    async with host.agent() as agent:
+        endpoint = await agent.attach(pid, "8080:80")
         assert host.rules == {"web": ports("8080:80")}
         wanted = ports("8080:80", "53:53/udp", "9000-9001:90-91")
-        after = await endpoints.publish("web", wanted[1:], LOCAL)
+        after = await agent.attacher.publish("web", wanted[1:])
         assert after.published == wanted
         assert host.rules == {"web": wanted}
         assert len(host.sockets.held) == 2 * len(wanted)  # IPv4 and IPv6
-        gone = await endpoints.unpublish(endpoint.id, ["8080", "9000:90", "9001/tcp"])
+        gone = await agent.attacher.unpublish(endpoint.id, ["8080", "9000:90", "9001/tcp"])
         assert gone.published == ports("53:53/udp")
         assert host.rules == {"web": gone.published}
         with pytest.raises(NotFoundError, match="no published port 53: it has 53:53/udp"):
-            await endpoints.unpublish("web", ["53/udp", "53"])
+            await agent.attacher.unpublish("web", ["53/udp", "53"])
         with pytest.raises(NotFoundError, match="nobody does not exist on this host"):
-            await endpoints.publish("nobody", ports("1:1"), LOCAL)
-        assert endpoints.all == [gone]
-        await endpoints.detach(pid, "local")
+            await agent.attacher.publish("nobody", ports("1:1"))
+        assert agent.all == [gone]
+        await agent.detach(pid)
         assert (host.rules, host.sockets.held) == ({}, set())
     assert host.recorded() == {}
 
@@ -150,51 +222,51 @@ async def test_udp_flows_follow_every_change(host: _Host, pid: int) -> None:
         found, host.sockets.redirected = host.sockets.redirected, []
         return {binding.port for binding in found}
 
-    async with host.agent() as endpoints:
-        await attach(endpoints, pid, "53:53", "54:53/udp")
+    async with host.agent() as agent:
+        await agent.attach(pid, "53:53", "54:53/udp")
         assert redirected() == {54}
-        await endpoints.publish("web", ports("55-56:55-56/udp"), LOCAL)
+        await agent.attacher.publish("web", ports("55-56:55-56/udp"))
         assert redirected() == {55, 56}
-        await endpoints.unpublish("web", ["55/udp", "53"])
+        await agent.attacher.unpublish("web", ["55/udp", "53"])
         assert redirected() == {55}
-        await endpoints.detach(pid, "local")
+        await agent.detach(pid)
         assert redirected() == {54, 56}
 
 
 async def test_after_a_crash_all_is_as_recorded(host: _Host, pid: int) -> None:
-    async with host.agent() as endpoints:
-        await attach(endpoints, pid, "8080:80", "80")
-        before = endpoints.all
+    async with host.agent() as agent:
+        await agent.attach(pid, "8080:80", "80")
+        before = agent.all
     assert host.recorded() == host.rules
     host.rules.clear()
-    async with host.agent() as endpoints:
-        assert endpoints.all == before
+    async with host.agent() as agent:
+        assert agent.all == before
         assert host.rules == {"web": before[0].published}
         assert len(host.sockets.held) == 4
         with pytest.raises(ConflictError, match="is published for endpoint web"):
-            await endpoints.publish("web", ports("8080:81"), LOCAL)
+            await agent.attacher.publish("web", ports("8080:81"))
 
 
 async def test_what_no_pass_can_bring_to_the_kernel_is_undone(host: _Host, pid: int) -> None:
-    async with host.agent() as endpoints:
+    async with host.agent() as agent:
         host.failure = REFUSED
         with pytest.raises(KernelRefusedError):
-            await attach(endpoints, pid, "8080:80")
-        assert (endpoints.all, host.sockets.held) == ([], set())
-        assert list(host.kernel.dump().links) == ["mnb1"]
+            await agent.attach(pid, "8080:80")
+        assert (agent.all, host.sockets.held) == ([], set())
+        assert list(host.kernel.dump().links) == [BRIDGE]
         host.failure = None
-        endpoint = await attach(endpoints, pid, "8080:80")
+        endpoint = await agent.attach(pid, "8080:80")
         held = set(host.sockets.held)
         host.failure = REFUSED
         with pytest.raises(KernelRefusedError):
-            await endpoints.publish("web", ports("9000:90"), LOCAL)
+            await agent.attacher.publish("web", ports("9000:90"))
         with pytest.raises(KernelRefusedError):
-            await endpoints.unpublish("web", ["8080"])
-        assert endpoints.all == [endpoint]
+            await agent.attacher.unpublish("web", ["8080"])
+        assert agent.all == [endpoint]
         assert host.sockets.held == held
         # A process can be taken off all the same.
-        await endpoints.detach(pid, "local")
-        assert (endpoints.all, host.sockets.held) == ([], set())
+        await agent.detach(pid)
+        assert (agent.all, host.sockets.held) == ([], set())
 
 
 async def test_a_refused_port_leaves_nothing(host: _Host, pid: int) -> None:
@@ -203,28 +275,194 @@ async def test_a_refused_port_leaves_nothing(host: _Host, pid: int) -> None:
         LOCAL, mode=Mode.MACVLAN, parent="eth0",
         ranges=(AddressRange(LOCAL.subnets[0][8], LOCAL.subnets[0][9]),),
     )  # fmt: skip
-    async with host.agent() as endpoints:
+    async with host.agent() as agent:
         for network, kind in ((internal, PolicyRefusedError), (physical, UsageError)):
+            host.see(network)
             with pytest.raises(kind, match="publish"):
-                await endpoints.attach(request(pid, "8080:80"), replace(READY, network=network))
-        first = await attach(endpoints, pid)
+                await agent.attach(pid, "8080:80")
+        host.see(LOCAL)
+        first = await agent.attach(pid)
         for network, kind in ((internal, PolicyRefusedError), (physical, UsageError)):
+            host.see(network)
             with pytest.raises(kind, match="publish"):
-                await endpoints.publish("web", ports("8080:80"), network)
-        assert (host.sockets.held, endpoints.all) == (set(), [first])
-        await endpoints.detach(pid, "local")
-        second = await attach(endpoints, pid, "8080:80")
+                await agent.attacher.publish("web", ports("8080:80"))
+        host.see(LOCAL)
+        assert (host.sockets.held, agent.all) == (set(), [first])
+        await agent.detach(pid)
+        second = await agent.attach(pid, "8080:80")
         assert second.addresses[0].ip == first.addresses[0].ip + 1  # of what failed nothing rests
 
 
 async def test_the_port_leads_nowhere_once_the_process_has_ended(
     host: _Host, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with host.agent() as endpoints:
-        await attach(endpoints, process.pid, "8080:80")
-        await endpoints.changed.wait()
+    async with host.agent() as agent:
+        await agent.attach(process.pid, "8080:80")
+        await agent.directory.changed.wait()
         monkeypatch.setattr("meshnet_agent.endpoints.sandbox.find_process", lambda _: None)
         process.kill()
         with trio.fail_after(5):
-            await endpoints.changed.wait()
-        assert (endpoints.all, host.rules, host.sockets.held) == ([], {}, set())
+            await agent.directory.changed.wait()
+        assert (agent.all, host.rules, host.sockets.held) == ([], {}, set())
+
+
+# --- all or nothing ------------------------------------------------------------------------------
+
+
+async def test_an_agent_that_is_out_of_descriptors_leaves_nothing(
+    host: _Host, pid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with host.agent() as agent:
+        with monkeypatch.context() as patch:
+            patch.setattr("meshnet_agent.endpoints.sandbox.os.dup", _no_descriptor)
+            with pytest.raises(OSError, match="Too many open files"):
+                await agent.attach(pid, "8080:80")
+        assert (agent.all, host.sockets.held, host.recorded()) == ([], set(), {})
+        assert list(host.kernel.dump().links) == [BRIDGE]
+        endpoint = await agent.attach(pid, "8080:80")
+        assert await agent.holds_addresses_of(endpoint)
+
+
+def _no_descriptor(_fd: int) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize("failure", [None, REFUSED])
+async def test_an_attach_that_is_cancelled_is_made_whole_or_undone(
+    host: _Host, pid: int, failure: KernelRefusedError | None
+) -> None:
+    async with host.agent() as agent:
+        await _cancel_in_a_pass(host, lambda: agent.attach(pid, "8080:80"), failure)
+        if failure is None:
+            (endpoint,) = agent.all
+            assert await agent.holds_addresses_of(endpoint)
+            assert host.rules == host.recorded() == {"web": ports("8080:80")}
+            assert len(host.sockets.held) == 2
+        else:
+            assert (agent.all, host.sockets.held, host.recorded()) == ([], set(), {})
+            assert list(host.kernel.dump().links) == [BRIDGE]
+
+
+@pytest.mark.parametrize("failure", [None, REFUSED])
+async def test_a_publication_that_is_cancelled_is_made_whole_or_undone(
+    host: _Host, pid: int, failure: KernelRefusedError | None
+) -> None:
+    async with host.agent() as agent:
+        await agent.attach(pid, "8080:80")
+        before = ports("8080:80")
+        publish = lambda: agent.attacher.publish("web", ports("9000:90"))  # noqa: E731
+        await _cancel_in_a_pass(host, publish, failure)
+        after = before if failure is not None else (*before, *ports("9000:90"))
+        assert agent.all[0].published == after
+        assert host.recorded() == {"web": after}
+        assert len(host.sockets.held) == 2 * len(after)
+
+
+async def test_a_detach_that_is_cancelled_is_made_whole(host: _Host, pid: int) -> None:
+    async with host.agent() as agent:
+        endpoint = await agent.attach(pid, "8080:80")
+        await _cancel_in_a_pass(host, lambda: agent.detach(pid), None)
+        assert (agent.all, host.sockets.held, host.recorded()) == ([], set(), {})
+        assert host.rules == {}
+        assert not await agent.holds_addresses_of(endpoint)
+
+
+async def _cancel_in_a_pass(
+    host: _Host, call: Callable[[], Awaitable[object]], failure: KernelRefusedError | None
+) -> None:
+    """Cancel a call while the pass that it waits for runs, which ends later, or fails."""
+
+    async def run() -> None:
+        with scope:
+            try:
+                await call()
+            except KernelRefusedError as error:
+                assert error is failure  # noqa: PT017  (it may be cancelled instead)
+
+    host.busy = trio.Event()
+    scope = trio.CancelScope()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await trio.testing.wait_all_tasks_blocked()
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        host.failure = failure
+        host.busy.set()
+    host.failure = None
+
+
+async def test_what_cannot_be_undone_keeps_its_addresses(
+    host: _Host, pid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another endpoint with them would take this one's packets."""
+
+    def refuse(_endpoint: Endpoint) -> None:
+        raise KernelRefusedError("its link stays")
+
+    async with host.agent() as agent:
+        host.failure = REFUSED
+        with monkeypatch.context() as patch:
+            patch.setattr(host.wiring, "disconnect", refuse)
+            with pytest.raises(KernelRefusedError, match="no pass can run"):
+                await agent.attach(pid, "8080:80")
+        host.failure = None
+        (endpoint,) = agent.all
+        assert await agent.holds_addresses_of(endpoint)
+        assert host.recorded() == {"web": ports("8080:80")}
+        assert len(host.sockets.held) == 2
+        await agent.detach(pid)
+        assert (agent.all, host.sockets.held, host.recorded()) == ([], set(), {})
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+async def test_a_network_is_up_once_its_uplink_is_there(host: _Host, pid: int) -> None:
+    host.kernel.remove_endpoint_link(BRIDGE)
+    async with host.agent() as agent:
+        with pytest.raises(ConflictError, match="network local is not up on this host"):
+            await agent.networks.ready("local")
+        attached: list[Endpoint] = []
+
+        async def attach() -> None:
+            attached.append(await agent.attach(pid))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(attach)
+            await trio.testing.wait_all_tasks_blocked()
+            assert attached == []
+            host.kernel.add_endpoint_link(BRIDGE, Link(LinkKind.BRIDGE, 1500, bytes(6)))
+        assert agent.all == attached
+        with pytest.raises(NotFoundError, match="network nothere does not exist"):
+            await agent.networks.wait_for("nothere")
+
+
+async def test_a_network_that_is_gone_takes_its_endpoints_with_it(host: _Host, pid: int) -> None:
+    async with host.agent() as agent:
+        await agent.attach(pid, "8080:80")
+        await agent.directory.changed.wait()
+        agent.keeper.mesh_changed(MeshSnapshot(holes=frozenset({"a key"})), None)
+        agent.keeper.mesh_changed(MeshSnapshot(), None)
+        with trio.fail_after(5):
+            await agent.directory.changed.wait()
+        assert (agent.all, host.rules, host.sockets.held) == ([], {}, set())
+
+
+async def test_a_link_that_somebody_deleted_is_made_again(host: _Host, pid: int) -> None:
+    async with host.agent() as agent:
+        endpoint = await agent.attach(pid)
+        (name,) = host.wiring.list_endpoint_links()
+        host.wiring.remove_link(name)
+        agent.keeper.passed(PassResult(missing=frozenset({"mne000000000000"})))  # nobody's
+        await trio.testing.wait_all_tasks_blocked()
+        assert host.wiring.list_endpoint_links() == []
+        host.kernel.remove_endpoint_link(BRIDGE)
+        agent.keeper.passed(PassResult(missing=frozenset({name})))
+        await trio.testing.wait_all_tasks_blocked()
+        assert "is not up" in agent.directory.unhealed[endpoint.id]
+        host.kernel.add_endpoint_link(BRIDGE, Link(LinkKind.BRIDGE, 1500, bytes(6)))
+        agent.keeper.passed(PassResult(missing=frozenset({name})))
+        await trio.testing.wait_all_tasks_blocked()
+        assert agent.directory.unhealed == {}
+        assert host.wiring.list_endpoint_links() == [name]
+        assert agent.all == [endpoint]

@@ -179,7 +179,7 @@ async def test_nothing_is_written_to_another_store(
 
         def attach(number: int) -> str:
             endpoint = make_endpoint(identity=f"{number:012x}")
-            node.running.endpoints._endpoints[endpoint.id] = endpoint
+            node.running.endpoints.add(endpoint)
             node.running.endpoints.changed.set()
             return endpoint_key(endpoint)
 

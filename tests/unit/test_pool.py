@@ -40,7 +40,7 @@ from meshnet.store.registry import Registry
 from meshnet_agent.dataplane.passes import PassResult
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
 from meshnet_agent.endpoints.request import ReadyNetwork
-from tests.unit.mesh import MemoryProber, until
+from tests.unit.mesh import CountedDirty, MemoryProber, until
 from tests.values import make_endpoint, make_network, make_underlay, underlay_ip
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ V4, V6 = "10.9.0.0/16", "fd09::/64"
 OUTSIDER = bytes.fromhex("0a0000000001")
 LEAVING = bytes.fromhex("02650a090801")
 GATEWAY = ip_address("10.9.8.3")
+UNDERLAY = replace(
+    make_underlay(), links={"eth0": HostLink(1500, frozenset({ip_address("10.9.8.2")}))}
+)
 
 
 class CountingStore(MemoryStore):
@@ -67,14 +70,9 @@ class CountingStore(MemoryStore):
         return await super().commit(when, then)
 
 
-UNDERLAY = replace(
-    make_underlay(), links={"eth0": HostLink(1500, frozenset({ip_address("10.9.8.2")}))}
-)
-
-
 @dataclass
 class Member:
-    """A host's pool, and what it is told of its surroundings."""
+    """A host's pool and its surroundings: this is its mesh and its endpoints, too."""
 
     store: MemoryStore
     host: HostId
@@ -82,31 +80,34 @@ class Member:
     prober: MemoryProber = field(default_factory=MemoryProber)
     recorded: set[str] = field(default_factory=set)
     endpoints: list[Endpoint] = field(default_factory=list)
-    changes: int = 0
+    connected: bool = True
+    dirty: CountedDirty = field(default_factory=CountedDirty)
 
     def __post_init__(self) -> None:
         self.pool = self.start()
 
     def start(self) -> PoolAddresses:
         """As the agent does; what was known before is forgotten."""
-        self.pool = PoolAddresses(
-            self.store,
-            self.host,
-            self.prober,
-            snapshot=lambda: self.snapshot,
-            endpoints=lambda: self.endpoints,
-            recorded=lambda: self.recorded,
-            check_store=trio.lowlevel.checkpoint,
-            on_change=self.note,
-        )
+        self.pool = PoolAddresses(self.store, self.host, self.prober, self, self, self.dirty)
         self.passed()
         return self.pool
 
     def passed(self) -> None:
+        """A pass over this host's links has ended."""
         self.pool.passed(PassResult(underlay=UNDERLAY))
 
-    def note(self) -> None:
-        self.changes += 1
+    async def check_store(self) -> None:
+        """It is this host's mesh."""
+        await trio.lowlevel.checkpoint()
+
+    @property
+    def all(self) -> list[Endpoint]:
+        """This host's endpoints."""
+        return self.endpoints
+
+    def recorded_ids(self) -> set[str]:
+        """What is on this host's disk."""
+        return set(self.recorded)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -124,7 +125,7 @@ class Member:
             network=network, subnets=network.subnets, uplink="eth0", mtu_bytes=1500
         )
         ip = ip_address(wanted) if wanted is not None else None
-        async with self.pool.take(ready, identity, ip) as addresses:
+        async with self.pool.allocate(ready, identity, ip) as addresses:
             self.recorded.add(identity)
         return [str(a) for a in addresses]
 
@@ -355,7 +356,7 @@ async def test_an_attach_that_fails_later_gives_its_address_back(
     ready = ReadyNetwork(network=network, subnets=network.subnets, uplink="eth0", mtu_bytes=1500)
     async with one.running():
         with pytest.raises(MeshnetError, match="the kernel would not"):
-            async with one.pool.take(ready, EndpointId("0" * 12), None):
+            async with one.pool.allocate(ready, EndpointId("0" * 12), None):
                 raise KernelRefusedError("the kernel would not")
         await wire.until_held(0)
 
@@ -441,7 +442,7 @@ async def test_an_address_for_the_host_itself(autojump_clock: MockClock, wire: W
         await until(lambda: bool(one.pool.host_addresses), "the host has addresses")
     assert [str(a) for a in one.pool.host_addresses[network.name]] == ["10.9.8.1", "fd09::1"]
     assert set((await wire.holders()).values()) == {AddressHolder(one.host)}
-    assert one.changes == 1
+    assert one.dirty.count == 1
     # After a restart they are the same, before anything is planned.
     one.start()
     await one.pool.load()

@@ -9,6 +9,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,12 +24,16 @@ from meshnet.ports import (
     select_published,
 )
 from meshnet_agent.endpoints.published_ports import KernelPorts, PublishedPorts
+from tests.unit.data_plane import FakeDataPlane
 from tests.unit.host_ports import FakePorts
+from tests.unit.mesh import until
 from tests.unit.strategies import published_ports
 from tests.values import make_endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from trio.testing import MockClock
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
 WEB = make_endpoint(["10.42.0.2/24", "fd00:42::2/64"])
@@ -176,55 +181,55 @@ def host() -> FakePorts:
 
 
 async def test_taken_held_and_freed(host: FakePorts) -> None:
-    ports = PublishedPorts(host)
+    ports = PublishedPorts(host, FakeDataPlane())
     wanted = parse_all_published(["8080:80", "8080:80/udp"])
-    assert await ports.take(WEB, wanted) == wanted
+    assert await ports.acquire(WEB, wanted) == wanted
     assert len(host.held) == 4
     with pytest.raises(ConflictError) as caught:
-        await ports.take(OTHER, parse_all_published(["9090:90", "127.0.0.1:8080:80"]))
+        await ports.acquire(OTHER, parse_all_published(["9090:90", "127.0.0.1:8080:80"]))
     assert str(caught.value) == (
         "port 8080/tcp is published for endpoint e-0123 of network prod already: choose another, "
         "or take it away (meshnet endpoint unpublish e-0123 8080/tcp)"
     )
     assert len(host.held) == 4  # all or none
-    ports.free(WEB, wanted[:1])
-    assert await ports.take(OTHER, parse_all_published(["8080:80"]))
-    ports.free(WEB, wanted)
-    ports.free(OTHER, parse_all_published(["8080:80"]))
+    ports.release(WEB, wanted[:1])
+    assert await ports.acquire(OTHER, parse_all_published(["8080:80"]))
+    ports.release(WEB, wanted)
+    ports.release(OTHER, parse_all_published(["8080:80"]))
     assert not host.held
 
 
 async def test_one_address_does_not_take_the_others(host: FakePorts) -> None:
     host.addresses = {ip_address("10.9.0.1"), ip_address("10.9.0.2")}
-    ports = PublishedPorts(host)
-    await ports.take(WEB, parse_all_published(["10.9.0.1:80:80"]))
-    await ports.take(OTHER, parse_all_published(["10.9.0.2:80:80"]))
+    ports = PublishedPorts(host, FakeDataPlane())
+    await ports.acquire(WEB, parse_all_published(["10.9.0.1:80:80"]))
+    await ports.acquire(OTHER, parse_all_published(["10.9.0.2:80:80"]))
     with pytest.raises(ConflictError, match=r"port 80/tcp at 10\.9\.0\.\d is published for"):
-        await ports.take(OTHER, parse_all_published(["80:80"]))
+        await ports.acquire(OTHER, parse_all_published(["80:80"]))
     with pytest.raises(NotFoundError, match=r"address 10\.9\.0\.3 is on no link"):
-        await ports.take(OTHER, parse_all_published(["10.9.0.3:81:80"]))
+        await ports.acquire(OTHER, parse_all_published(["10.9.0.3:81:80"]))
     assert len(host.held) == 2
 
 
 async def test_a_process_of_the_host_has_it(host: FakePorts) -> None:
     nginx = Binding(TCP, ip_address("::"), 80)
     host.others[nginx] = "process nginx (pid 12)"
-    ports = PublishedPorts(host)
-    assert await ports.take(OTHER, parse_all_published(["80:80"]))  # IPv4 alone
-    ports.free(OTHER, parse_all_published(["80:80"]))
+    ports = PublishedPorts(host, FakeDataPlane())
+    assert await ports.acquire(OTHER, parse_all_published(["80:80"]))  # IPv4 alone
+    ports.release(OTHER, parse_all_published(["80:80"]))
     with pytest.raises(ConflictError, match=r"is taken by process nginx \(pid 12\): choose"):
-        await ports.take(WEB, parse_all_published(["80:80"]))
+        await ports.acquire(WEB, parse_all_published(["80:80"]))
     assert not host.held
 
 
 async def test_a_port_that_is_free_is_chosen(host: FakePorts) -> None:
     # Free in IPv4, but not in IPv6: another is tried.
     host.others[Binding(TCP, ip_address("::"), 40000)] = "process nginx (pid 12)"
-    ports = PublishedPorts(host)
+    ports = PublishedPorts(host, FakeDataPlane())
     with pytest.raises(ConflictError):
-        await ports.take(WEB, parse_all_published(["40000:80"]))
+        await ports.acquire(WEB, parse_all_published(["40000:80"]))
     host.others[Binding(TCP, ip_address("0.0.0.0"), 40000)] = "process nginx (pid 12)"
-    first, second = await ports.take(WEB, parse_all_published(["80-81"]))
+    first, second = await ports.acquire(WEB, parse_all_published(["80-81"]))
     assert {first.host_port, second.host_port} == {40001, 40002}
     assert (first.port, second.port) == (80, 81)
 
@@ -232,23 +237,31 @@ async def test_a_port_that_is_free_is_chosen(host: FakePorts) -> None:
 async def test_no_more_than_an_endpoint_may_have(host: FakePorts) -> None:
     full = replace(WEB, published=parse_all_published(["1-256:1-256"]))
     with pytest.raises(UsageError, match="256 at most"):
-        await PublishedPorts(host).take(full, parse_all_published(["300:80"]))
+        await PublishedPorts(host, FakeDataPlane()).acquire(full, parse_all_published(["300:80"]))
 
 
-async def test_taken_again_at_restart(host: FakePorts) -> None:
+async def test_held_again_after_a_restart(host: FakePorts, autojump_clock: MockClock) -> None:
     host.others[Binding(TCP, ip_address("0.0.0.0"), 80)] = "process nginx (pid 12)"
-    ports = PublishedPorts(host)
-    await ports.take_again(replace(WEB, published=parse_all_published(["80-81:80-81"])))
+    ports = PublishedPorts(host, FakeDataPlane())
+    await ports.take_over(replace(WEB, published=parse_all_published(["80-81:80-81"])))
     assert len(host.held) == 3
     assert ports.notes() == [
         "port 80/tcp is published for endpoint e-0123 of network prod, whose packets it gets, and "
         "was taken by process nginx (pid 12) while no agent ran: stop that, or unpublish the port"
     ]
     with pytest.raises(ConflictError, match="is published for endpoint e-0123"):
-        await ports.take(OTHER, parse_all_published(["80:80"]))
-    host.others.clear()
-    assert ports.notes() == []
-    assert len(host.held) == 4
+        await ports.acquire(OTHER, parse_all_published(["80:80"]))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ports.run)
+        await trio.sleep(60)
+        assert len(ports.notes()) == 1
+        host.others.clear()
+        # To look at the status changes nothing: it may be asked for by anybody, at any time.
+        assert len(ports.notes()) == 1
+        assert len(host.held) == 3
+        await until(lambda: ports.notes() == [], "the port is held")
+        assert len(host.held) == 4
+        nursery.cancel_scope.cancel()
 
 
 # --- the kernel's --------------------------------------------------------------------------------

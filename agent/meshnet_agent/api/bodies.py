@@ -195,7 +195,6 @@ def attach_request(body: AttachBody) -> AttachRequest:
         UsageError: an address or a port is not usable.
     """
     return AttachRequest(
-        pid=body.pid,
         network=body.network,
         ifname=body.ifname,
         ip=_address(body.ip) if body.ip is not None else None,

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from meshnet_agent.dataplane.fallback import Fall, Fallback, Pair, Statistics
     from meshnet_agent.dataplane.reconciler import Reconciler
     from meshnet_agent.endpoints.addresses.pool import PoolAddresses
-    from meshnet_agent.endpoints.attach import Endpoints
+    from meshnet_agent.endpoints.directory import EndpointDirectory
+    from meshnet_agent.endpoints.published_ports import PublishedPorts
     from meshnet_agent.mesh.follower import Follower
     from meshnet_agent.mesh.liveness import Liveness
     from meshnet_agent.mesh.membership import Membership
@@ -208,7 +209,8 @@ class ReportedParts:
     membership: Membership
     reconciler: Reconciler
     fallback: Fallback
-    endpoints: Endpoints
+    endpoints: EndpointDirectory
+    ports: PublishedPorts
     pool: PoolAddresses
     wiring: Worker[Wiring]
     vteps: VtepProcesses | None
@@ -225,6 +227,7 @@ class Reports:
         self._reconciler = parts.reconciler
         self._fallback = parts.fallback
         self._endpoints = parts.endpoints
+        self._ports = parts.ports
         self._pool = parts.pool
         self._wiring = parts.wiring
         self._vteps = parts.vteps
@@ -304,7 +307,7 @@ class Reports:
                 all=self._endpoints.all,
                 unhealed=self._endpoints.unhealed,
                 unreadable=self._endpoints.unreadable,
-                port_notes=self._endpoints.ports.notes(),
+                port_notes=self._ports.notes(),
             ),
             pool=PoolReport(
                 errors={name: self._pool.errors(name) for name in snapshot.networks},

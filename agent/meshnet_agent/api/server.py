@@ -23,20 +23,18 @@ if TYPE_CHECKING:
     from hypercorn.typing import ASGIFramework
     from starlette.applications import Starlette
 
-SOCKET_NAME = "agent.sock"
 _GROUP = "meshnet"
 _BACKLOG = 4096
 """Clients that may wait to be served; where more come at once, Linux refuses them (``EAGAIN``)."""
 
 
 @contextlib.contextmanager
-def open_socket(run_dir: Path) -> Iterator[socket.socket]:
+def open_socket(path: Path) -> Iterator[socket.socket]:
     """Listen at the API's socket until the block ends: mode 0660, group meshnet if there is one.
 
     Raises:
         UsageError: its path is too long.
     """
-    path = run_dir / SOCKET_NAME
     with listen(path) as listener:
         try:
             yield listener

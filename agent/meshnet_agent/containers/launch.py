@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from meshnet_agent.api.documents import Document
     from meshnet_agent.containers.directory import Container, Registry
 
-    Attach = Callable[[AttachRequest], Awaitable[Document]]
+    Attach = Callable[[int, AttachRequest], Awaitable[Document]]
 
 
 async def launch(
@@ -76,14 +76,13 @@ async def _attach_networks(container: Container, pid: int, attach: Attach) -> No
     for number, network in enumerate(_own_networks(record.options)):
         name = record.name if number == 0 else f"{record.name}.{network}"[:63]
         request = AttachRequest(
-            pid=pid,
             network=network,
             ifname=f"eth{number}",
             name=name,
             default_route=number == 0,
             publish=parse_all_published(record.options.publish) if number == 0 else (),
         )
-        endpoint = await attach(request)
+        endpoint = await attach(pid, request)
         container.note(endpoints=(*container.record.endpoints, endpoint))
 
 

@@ -86,7 +86,7 @@ class Containers:
         self,
         state_dir: Path,
         run_dir: Path,
-        attach: Callable[[AttachRequest], Awaitable[Document]],
+        attach: Callable[[int, AttachRequest], Awaitable[Document]],
         detach: Callable[[int, str], Awaitable[Document]],
         endpoints_of: Callable[[int], list[Document]],
         passed_over: dict[str, str],

@@ -5,19 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from functools import cache
-from pathlib import Path
 
 import trio
 
 from meshnet.errors import NotFoundError
-from meshnet.kernel.netns import start_ticks
+from meshnet.kernel.processes import boot_id, start_ticks
 from meshnet_agent.containers.record import ProcessId
-
-
-@cache
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def identify(pid: int) -> ProcessId:
@@ -26,7 +19,7 @@ def identify(pid: int) -> ProcessId:
     Raises:
         NotFoundError: there is none.
     """
-    return ProcessId(pid, start_ticks(pid), _boot_id())
+    return ProcessId(pid, start_ticks(pid), boot_id())
 
 
 def is_alive(process: ProcessId) -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from meshnet_agent.dataplane.passes import PassResult
     from meshnet_agent.dataplane.takeovers import Takeovers
     from meshnet_agent.endpoints.addresses.pool import PoolAddresses
-    from meshnet_agent.endpoints.attach import Endpoints
+    from meshnet_agent.endpoints.surroundings import OwnEndpoints
     from meshnet_agent.mesh.follower import Follower
     from meshnet_agent.mesh.liveness import Liveness
     from meshnet_agent.mesh.membership import Membership
@@ -35,7 +35,7 @@ class LocalParts:
     """The parts that together know all of this host that a plan depends on."""
 
     membership: Membership
-    endpoints: Endpoints
+    endpoints: OwnEndpoints
     pool: PoolAddresses
     takeovers: Takeovers
     fallback: Fallback
@@ -45,7 +45,7 @@ class LocalParts:
         return LocalView(
             host=self.membership.host.id,
             subnets=dict(self.membership.subnets),
-            endpoints=self.endpoints.all,
+            endpoints=list(self.endpoints.all),
             addresses=dict(self.pool.host_addresses),
             takeovers=dict(self.takeovers.states),
             expired=expired,

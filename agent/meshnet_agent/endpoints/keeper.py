@@ -1,53 +1,288 @@
-"""Keeps endpoints as they should be while the mesh and the kernel change around them."""
+"""Keeps this host's endpoints: taken over at start, watched by pidfd, healed, freed.
+
+An endpoint lives as long as its sandbox.  When the process it was attached to ends, another process
+of the same namespace takes its place; when there is none, the endpoint goes and its addresses are
+free again.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import structlog
+import trio
+
+from meshnet.errors import ConflictError, MeshnetError
 from meshnet.state import endpoint_link_name
+from meshnet_agent.endpoints.sandbox import reopen
 from meshnet_agent.mesh.view import MeshListener
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from meshnet.model import MeshSnapshot
+    from collections.abc import Collection
+
+    from meshnet.model import Endpoint, EndpointId, MeshSnapshot, NetworkName
     from meshnet.store.mirror import Changes
     from meshnet_agent.dataplane.passes import PassResult
-    from meshnet_agent.endpoints.attach import Endpoints
+    from meshnet_agent.endpoints.addresses.subnet import Addresses
+    from meshnet_agent.endpoints.directory import EndpointDirectory
+    from meshnet_agent.endpoints.links import EndpointLinks
     from meshnet_agent.endpoints.networks import ReadyNetworks
-    from meshnet_agent.mesh.view import MeshView
+    from meshnet_agent.endpoints.published_ports import PublishedPorts
+    from meshnet_agent.endpoints.sandbox import OpenSandbox, SandboxEnd, Sandboxes
+
+_log = structlog.get_logger()
 
 
 class Keeper(MeshListener):
-    """Frees endpoints whose network is gone, and heals those whose link is."""
+    """Keeps endpoints until their sandbox ends.
 
-    def __init__(self, endpoints: Endpoints, networks: ReadyNetworks, mesh: MeshView) -> None:
-        self._endpoints = endpoints
+    Args:
+        sandboxes: where sandboxes are found again.
+        networks: what is needed of a network to connect an endpoint again.
+    """
+
+    def __init__(
+        self,
+        directory: EndpointDirectory,
+        sandboxes: Sandboxes,
+        links: EndpointLinks,
+        ports: PublishedPorts,
+        addresses: Addresses,
+        networks: ReadyNetworks,
+    ) -> None:
+        self._directory = directory
+        self._sandboxes = sandboxes
+        self._links = links
+        self._ports = ports
+        self._addresses = addresses
         self._networks = networks
-        self._mesh = mesh
-        self._missing: frozenset[str] = frozenset()
+        self._watchers: dict[EndpointId, trio.CancelScope] = {}
+        self._missing: set[str] = set()
         self._look = Flag()
-        self._look.set()  # networks may have been removed while this agent was down
+        self._nursery: trio.Nursery | None = None
 
-    def mesh_changed(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
-        """See `MeshListener`."""
-        if changes is None or changes.networks:
-            self._look.set()
+    async def load(self) -> None:
+        """Read what is on disk, and see that it is this host's: others look for it by its host id.
+
+        Raises:
+            ConflictError: an endpoint that is attached is another host id's.
+            KernelRefusedError: the disk refused to be read.
+        """
+        self._directory.load()
+        host = self._directory.host
+        others = [e for e in self._directory.inherited if e.host != host]
+        link_names = await self._links.list_all() if others else set()
+        for endpoint in others:
+            found = await self._sandboxes.find(endpoint, link_names)
+            if found is not None:
+                found.close()
+                raise ConflictError(
+                    f"endpoint {endpoint.name} is attached as one of host {endpoint.host}, and "
+                    f"this agent is {host}: start it with --host-id {endpoint.host}, or end "
+                    f"{endpoint.sandbox} and all others that are attached"
+                )
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take over what `load` has read, then keep endpoints for ever."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self._recover()
+            nursery.start_soon(self._heal_when_asked)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # --- what others notice ---------------------------------------------------------------------
 
     def passed(self, result: PassResult) -> None:
-        """See `PassListener`: nothing but a look tells of the end of a macvlan."""
-        known = {endpoint_link_name(e.id) for e in self._endpoints.all}
-        self._missing = result.missing & known
-        if self._missing or any(e.parent is not None for e in self._endpoints.all):
-            self._look.set()
+        """See `PassListener`: heal endpoints whose link it missed.
 
-    async def run(self) -> None:
-        """Free and heal for ever."""
+        Macvlans are looked for in any case: nothing tells the host's namespace of their end.
+        """
+        self._missing.update(n for n in result.missing if self._directory.expects_link(n))
+        self._look.set()
+
+    def mesh_changed(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
+        """See `MeshListener`: free what is left on networks that are gone from the store."""
+        if self._nursery is None or snapshot.holes:
+            return
+        for network in {e.network for e in self._directory.all} - snapshot.networks.keys():
+            self._nursery.start_soon(self._free_network, network)
+
+    async def _free_network(self, network: NetworkName) -> None:
+        async with self._directory.changing():
+            for endpoint in [e for e in self._directory.all if e.network == network]:
+                try:
+                    await self.free(endpoint)
+                except MeshnetError as error:  # tried again when the mesh changes
+                    _log.error("endpoint not freed", endpoint=endpoint.name, reason=str(error))
+                else:
+                    _log.warning("endpoint freed, its network was removed", endpoint=endpoint.name)
+
+    # --- healing --------------------------------------------------------------------------------
+
+    async def _heal_when_asked(self) -> None:
         while True:
             await self._look.wait()
-            snapshot = self._mesh.snapshot
-            if not snapshot.holes:
-                for network in {e.network for e in self._endpoints.all} - snapshot.networks.keys():
-                    await self._endpoints.remove_network(network)
-            missing, self._missing = self._missing, frozenset()
-            if missing or any(e.parent is not None for e in self._endpoints.all):
-                await self._endpoints.heal(missing, self._networks.ready)
+            names, self._missing = self._missing, set()
+            if names or any(e.parent is not None for e in self._directory.all):
+                await self._heal(names)
+
+    async def _heal(self, link_names: Collection[str]) -> None:
+        """Connect endpoints again whose link is gone: somebody deleted it, or its parent went."""
+        every = self._directory.all
+        bare = {e.id for e in every if e.parent is not None and not await self._has_macvlan(e)}
+        async with self._directory.changing():
+            gone = set(link_names) - await self._links.list_all()
+            for endpoint in self._directory.all:
+                # Looked at once more: it may have come or gone while the lock was waited for.
+                if endpoint_link_name(endpoint.id) in gone or (
+                    endpoint.id in bare and not await self._has_macvlan(endpoint)
+                ):
+                    await self._connect_again(endpoint)
+
+    async def _connect_again(self, endpoint: Endpoint) -> None:
+        try:
+            with reopen(endpoint.sandbox) as sandbox:
+                ready = await self._networks.ready(endpoint.network)
+                await self._links.connect(sandbox, endpoint, ready, is_new=False)
+        except (MeshnetError, OSError) as error:
+            reason = f"its link is gone and cannot be made: {error}"
+            if self._directory.unhealed.get(endpoint.id) != reason:
+                _log.error("endpoint not healed", endpoint=endpoint.name, reason=reason)
+            self._directory.unhealed[endpoint.id] = reason
+        else:
+            _log.warning("endpoint link was gone, made again", endpoint=endpoint.name)
+            self._directory.unhealed.pop(endpoint.id, None)
+
+    async def _has_macvlan(self, endpoint: Endpoint) -> bool:
+        """Whether an endpoint's macvlan is in its namespace; also if that cannot be looked at."""
+        try:
+            with reopen(endpoint.sandbox) as sandbox:
+                found = await self._links.holds(sandbox, endpoint)
+        except (MeshnetError, OSError):
+            return True  # its process is ending, and with it the endpoint
+        if found:
+            self._directory.unhealed.pop(endpoint.id, None)
+        return found
+
+    # --- the life of an endpoint ----------------------------------------------------------------
+
+    def watch(self, endpoint: Endpoint, end: SandboxEnd) -> None:
+        """Free the endpoint when its sandbox ends.
+
+        Args:
+            end: closed when it is not needed any more, also if this raises.
+        """
+        if self._nursery is None:
+            end.close()
+            raise RuntimeError("endpoints are watched only while run() runs")
+        scope = self._watchers[endpoint.id] = trio.CancelScope()
+        self._nursery.start_soon(self._wait_for_end, endpoint.id, end, scope)
+
+    async def _wait_for_end(
+        self, identity: EndpointId, end: SandboxEnd, scope: trio.CancelScope
+    ) -> None:
+        try:
+            with scope:
+                await end.wait()
+        finally:
+            end.close()
+        if not scope.cancelled_caught:
+            with self._directory.ending(identity):
+                await self._inherit_or_free(identity)
+
+    async def _inherit_or_free(self, identity: EndpointId) -> None:
+        """Another process of the namespace takes over from one that ended, or nobody does."""
+        async with self._directory.changing():
+            endpoint = self._directory.get(identity)
+            if endpoint is None:
+                return
+            try:
+                heir = await self._sandboxes.find_heir(endpoint)
+                if heir is None:
+                    _log.info("endpoint freed, its process ended", endpoint=endpoint.name)
+                    self._watchers.pop(identity, None)
+                    await self.free(endpoint)
+                else:
+                    self._keep_in(heir, endpoint)
+            except (MeshnetError, OSError) as error:
+                # What is left of it is collected at the next start.
+                _log.error("endpoint not freed", endpoint=endpoint.name, reason=str(error))
+
+    def _keep_in(self, sandbox: OpenSandbox, endpoint: Endpoint) -> None:
+        """Keep an endpoint from now on for the process that was found; closes the sandbox."""
+        with sandbox:
+            endpoint = replace(endpoint, sandbox=sandbox.value)
+            # Known before it is recorded: a disk that refuses must not cost a live endpoint its
+            # link, which would be taken for one that nobody has.
+            self._directory.add(endpoint)
+            self.watch(endpoint, sandbox.end())
+            self._directory.replace(endpoint)
+
+    async def free(self, endpoint: Endpoint) -> None:
+        """Remove an endpoint: link, record, ports, addresses.  The caller is `changing`.
+
+        Once the link and the record are gone all the rest goes, also if it is cancelled.
+
+        Raises:
+            KernelRefusedError: the link or the record stays, and with it the endpoint.
+        """
+        with self._directory.ending(endpoint.id):
+            await self._links.disconnect(endpoint)
+        self._directory.remove(endpoint.id)
+        watcher = self._watchers.pop(endpoint.id, None)
+        if watcher is not None:
+            watcher.cancel()
+        try:
+            if endpoint.published:
+                # They must lead nowhere before somebody else has its address.
+                await self._ports.bring_to_kernel(endpoint, endpoint.published)
+        except MeshnetError as error:
+            _log.error("ports stay published", endpoint=endpoint.name, reason=str(error))
+        finally:
+            self._ports.release(endpoint, endpoint.published)
+            self._addresses.free(endpoint.addresses)
+
+    # --- at start -------------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        """Keep what lives, free what does not, remove links nobody recorded."""
+        directory = self._directory
+        link_names = await self._links.list_all()
+        for endpoint in directory.inherited:
+            try:
+                await self._take_over_or_free(endpoint, link_names)
+            except MeshnetError as error:
+                _log.error("endpoint not taken over", endpoint=endpoint.name, reason=str(error))
+        for draft in self._links.load_drafts():
+            _log.warning("endpoint undone, its attach was cut short", endpoint=draft.name)
+            try:
+                await self._links.discard(draft)
+            except MeshnetError as error:
+                _log.error("endpoint not undone", endpoint=draft.name, reason=str(error))
+        directory.inherited = []
+        known = {e.id for e in directory.all}
+        recorded = {endpoint_link_name(i) for i in {*known, *directory.unreadable}}
+        directory.unreadable = {
+            i for i in directory.unreadable if endpoint_link_name(i) in link_names
+        }
+        for name in link_names - recorded:
+            _log.warning("unrecorded endpoint link removed", link=name)
+            await self._links.remove_unrecorded(name)
+        directory.changed.set()  # also with none: what was published of those before is removed
+
+    async def _take_over_or_free(self, endpoint: Endpoint, link_names: Collection[str]) -> None:
+        found = await self._sandboxes.find(endpoint, link_names)
+        if found is None:
+            _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
+            await self._links.discard(endpoint)
+            return
+        try:
+            await self._links.take_over(endpoint)
+        except BaseException:
+            found.close()
+            raise
+        self._keep_in(found, endpoint)
+        await self._ports.take_over(endpoint)

@@ -4,8 +4,8 @@ A packet for a published port is translated before it reaches any socket, so a p
 that listens there would silently hear nothing.  Therefore a port that a process has is refused,
 and while the agent runs it holds each published port by a bound socket that does not listen:
 whoever asks the kernel for it later is told that it is taken.  The sockets see no packet; a
-publication works without them, so it outlives the agent.  One that starts again and finds a
-process in between says so in ``status``.
+publication works without them, so it outlives the agent.  One that starts again and finds that a
+process came in between says so in ``status``, and tries again until the port is free.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
 from meshnet.kernel.conntrack import forget_udp_flows
 from meshnet.model import Protocol as Transport
 from meshnet.ports import ANY_PORT, Binding, bindings_of, check_count
+from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from meshnet.model import Endpoint, IpAddress, PublishedPort
+    from meshnet_agent.dataplane.view import DataplaneView
 
 _log = structlog.get_logger()
+_SETTLE_S = 30.0
+"""Many times what a pass over everything takes; then it is given up."""
+_HOLD_AGAIN_S = 2.0
+"""Time between two tries to hold what a process has: it may have let it go."""
 _TRIES = 16
 """Ports that are tried where any will do: one may be free in one IP version only."""
 _TCP_TIME_WAIT = 6
@@ -140,18 +146,35 @@ class PublishedPorts:
 
     Args:
         host: the ports of the host.
+        dataplane: brings to the kernel what endpoints publish.
     """
 
-    def __init__(self, host: HostPorts) -> None:
+    def __init__(self, host: HostPorts, dataplane: DataplaneView) -> None:
         self._host = host
+        self._dataplane = dataplane
         self._owners: dict[Binding, Endpoint] = {}
         self._held: dict[Binding, HeldPort] = {}
         self._users: dict[Binding, str] = {}
+        self._not_held = Flag()
 
-    async def take(
+    async def run(self) -> None:
+        """Try to hold again what a process took while no agent ran, for ever."""
+        while True:
+            await self._not_held.wait()
+            while self._users:
+                await trio.sleep(_HOLD_AGAIN_S)
+                self._hold_again()
+
+    def _hold_again(self) -> None:
+        for binding in list(self._users):
+            with contextlib.suppress(OSError):
+                self._held[binding] = self._host.hold(binding)
+                del self._users[binding]
+
+    async def acquire(
         self, endpoint: Endpoint, wanted: Sequence[PublishedPort]
     ) -> tuple[PublishedPort, ...]:
-        """Take ports for an endpoint, all of them or none; returns them with chosen numbers.
+        """Get ports for an endpoint, all of them or none; returns them with chosen numbers.
 
         Raises:
             ConflictError: another endpoint or a process of the host has one.
@@ -159,17 +182,17 @@ class PublishedPorts:
             UsageError: they are too many, or of an IP version that the endpoint has not.
         """
         check_count([*endpoint.published, *wanted])
-        taken: list[PublishedPort] = []
+        acquired: list[PublishedPort] = []
         try:
             for port in wanted:
-                taken.append(await self._take_one(endpoint, port))
+                acquired.append(await self._acquire_one(endpoint, port))
         except BaseException:
-            self.free(endpoint, taken)
+            self.release(endpoint, acquired)
             raise
-        return tuple(taken)
+        return tuple(acquired)
 
-    async def take_again(self, endpoint: Endpoint) -> None:
-        """Take what an endpoint has from before the agent started, as far as nobody took it."""
+    async def take_over(self, endpoint: Endpoint) -> None:
+        """Hold what an endpoint has from before the agent started, as far as nobody took it."""
         for port in endpoint.published:
             for binding in bindings_of(endpoint, port):
                 self._owners[binding] = endpoint
@@ -178,9 +201,10 @@ class PublishedPorts:
                 except OSError as error:
                     user = await self._describe_user(binding, error)
                     self._users[binding] = user
+                    self._not_held.set()
                     _log.warning("published port not held", port=str(port), by=user)
 
-    def free(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
+    def release(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
         """Give ports of an endpoint back; one that it does not have is ignored."""
         for port in ports:
             for binding in bindings_of(endpoint, port):
@@ -190,8 +214,26 @@ class PublishedPorts:
                     if held is not None:
                         held.close()
 
-    async def redirect(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
-        """Have UDP flows follow rules that have just changed; those of TCP go on as they are."""
+    async def bring_to_kernel(self, endpoint: Endpoint, changed: Iterable[PublishedPort]) -> None:
+        """On return packets to ports that came or went go where they should now.
+
+        Flows of TCP that are open go on as they are.  Who cancels waits: what is recorded, a pass
+        may bring to the kernel at any time, so that nothing but its end says what the kernel has.
+
+        Raises:
+            KernelRefusedError: the kernel may or may not have it; passes go on trying.
+        """
+        with trio.move_on_after(_SETTLE_S, shield=True) as waiting:
+            await self._dataplane.settle()
+            await self._redirect(endpoint, changed)
+        if waiting.cancelled_caught:
+            raise KernelRefusedError(
+                f"no pass has brought the ports of {_name(endpoint)} to the kernel within "
+                f"{_SETTLE_S:.0f} s: see meshnet status"
+            )
+
+    async def _redirect(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
+        """Have UDP flows follow rules that have just changed."""
         bindings = [
             b for p in ports if p.protocol is Transport.UDP for b in bindings_of(endpoint, p)
         ]
@@ -203,14 +245,7 @@ class PublishedPorts:
             _log.warning("old UDP flows go on", endpoint=endpoint.name, reason=str(error))
 
     def notes(self) -> list[str]:
-        """What an operator should know: ports that a process took while the agent was away.
-
-        Each is tried again first: it may have been let go.
-        """
-        for binding in list(self._users):
-            with contextlib.suppress(OSError):
-                self._held[binding] = self._host.hold(binding)
-                del self._users[binding]
+        """What an operator should know: ports that a process took while the agent was away."""
         return [
             f"port {_describe(binding)} is published for {_name(self._owners[binding])}, whose "
             f"packets it gets, and was taken by {user} while no agent ran: stop that, or unpublish "
@@ -218,7 +253,7 @@ class PublishedPorts:
             for binding, user in self._users.items()
         ]
 
-    async def _take_one(self, endpoint: Endpoint, port: PublishedPort) -> PublishedPort:
+    async def _acquire_one(self, endpoint: Endpoint, port: PublishedPort) -> PublishedPort:
         for _ in range(_TRIES if port.host_port == ANY_PORT else 0):
             with contextlib.suppress(ConflictError):
                 return await self._try(endpoint, port)

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachRequest:
-    """What `meshnet attach` asks for."""
+    """What a sandbox is to be attached to, and as what."""
 
-    pid: int
     network: str
     ifname: str = "eth0"
     ip: IpAddress | None = None

@@ -1,74 +1,194 @@
-"""Which process an endpoint belongs to: the one it was attached to, or an heir of its namespace."""
+"""Sandboxes of processes: opened by pid or found again, and watched for their end.
+
+The one place of the agent that knows that a pid leads to a namespace.  A process is known by its
+pid and start time, its namespace by device and inode; an open sandbox holds both by descriptors, so
+that neither can be another meanwhile.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self, final
 
 import trio
 
-from meshnet.errors import MeshnetError, NotFoundError
-from meshnet.kernel.netns import find_process, netns_inode, open_process, start_ticks
+from meshnet.errors import MeshnetError, NotFoundError, PolicyRefusedError
+from meshnet.kernel.netns import find_process, host_netns, netns_id, netns_of, open_netns
+from meshnet.kernel.processes import start_ticks
+from meshnet.model import ProcessSandbox
 from meshnet.state import endpoint_link_name
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
     from meshnet.kernel import Wiring
-    from meshnet.model import Endpoint
+    from meshnet.model import Endpoint, NetnsId, Sandbox
     from meshnet_agent.tasks.worker import Worker
 
+_NOT_ENOUGH = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Says nothing of the process: its endpoints must not be freed for it."""
 
-class Owners:
-    """Looks for the owners of this host's endpoints.
 
-    What is found is the endpoint as it is with that owner, and the owner's pidfd, which is the
-    caller's to close.
+@final
+class SandboxEnd:
+    """Tells of the end of a sandbox's process; owns a pidfd."""
+
+    def __init__(self, pid_fd: int) -> None:
+        self._pid_fd = pid_fd
+
+    async def wait(self) -> None:
+        """Wait until the process has ended.  Others of its namespace may be left."""
+        await trio.lowlevel.wait_readable(self._pid_fd)
+
+    def close(self) -> None:
+        """Stop watching."""
+        os.close(self._pid_fd)
+
+
+@final
+class OpenSandbox:
+    """A sandbox whose namespace stays while this is open, a context manager.
+
+    Attributes:
+        value: which one it is.
+        netns_fd: its namespace; closed with the sandbox.
     """
 
-    def __init__(self, worker: Worker[Wiring]) -> None:
-        self._worker = worker
+    def __init__(self, value: Sandbox, netns_fd: int, pid_fd: int) -> None:
+        self.value = value
+        self.netns_fd = netns_fd
+        self._pid_fd = pid_fd
 
-    async def find(self, endpoint: Endpoint, link_names: set[str]) -> tuple[Endpoint, int] | None:
-        """The process that an endpoint on disk is of, or its heir, as in `find_heir`.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its descriptors; ends that were asked for stay."""
+        os.close(self._pid_fd)
+        os.close(self.netns_fd)
+
+    def end(self) -> SandboxEnd:
+        """What tells of its process's end, with a descriptor of its own; the caller closes it.
+
+        Raises:
+            OSError: no descriptor is left.
+        """
+        return SandboxEnd(os.dup(self._pid_fd))
+
+
+def open_sandbox(pid: int) -> OpenSandbox:
+    """Open the sandbox of a process that an endpoint is wanted in.
+
+    Raises:
+        NotFoundError: there is no such process, or it has ended (a zombie has no namespace).
+        PolicyRefusedError: it is in the host's own namespace, or may not be looked at.
+        OSError: no descriptor is left.
+    """
+    opened = _open(pid)
+    try:
+        if opened.value.netns in host_netns():
+            raise PolicyRefusedError(
+                f"process {pid} is in this host's own network namespace: start it in one of its "
+                "own, for example with `unshare --net`"
+            )
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def reopen(sandbox: Sandbox) -> OpenSandbox:
+    """Open a sandbox that was open before.
+
+    Raises:
+        NotFoundError: its process has ended, or has left for another namespace.
+        PolicyRefusedError: it may not be looked at.
+    """
+    opened = _open(sandbox.pid)
+    if opened.value != sandbox:
+        opened.close()
+        raise NotFoundError(f"process {sandbox.pid} is not the one that was attached: that ended")
+    return opened
+
+
+def select_of_process(endpoints: Iterable[Endpoint], pid: int) -> list[Endpoint]:
+    """Endpoints in a process's network namespace; of one that has ended, those it was given."""
+    netns = netns_of(pid)
+    return [
+        e
+        for e in endpoints
+        if (e.sandbox.pid == pid if netns is None else e.sandbox.netns == netns)
+    ]
+
+
+def _open(pid: int) -> OpenSandbox:
+    with contextlib.ExitStack() as undo:
+        try:
+            pid_fd = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno in _NOT_ENOUGH:
+                raise
+            raise NotFoundError(
+                f"process {pid} does not exist: give the pid of a running process"
+            ) from error
+        undo.callback(os.close, pid_fd)
+        netns_fd = open_netns(pid)
+        undo.callback(os.close, netns_fd)
+        value = ProcessSandbox(pid=pid, pid_start_ticks=start_ticks(pid), netns=netns_id(netns_fd))
+        undo.pop_all()
+    return OpenSandbox(value, netns_fd, pid_fd)
+
+
+class Sandboxes:
+    """Looks for the sandboxes of endpoints that an earlier agent attached, or whose process ended.
+
+    What is found is the caller's to close.
+    """
+
+    def __init__(self, wiring: Worker[Wiring]) -> None:
+        self._wiring = wiring
+
+    async def find(self, endpoint: Endpoint, link_names: Collection[str]) -> OpenSandbox | None:
+        """The sandbox of an endpoint on disk: its very process, or an heir as in `find_heir`.
 
         Args:
             link_names: host-side links that there are.
         """
-        found = _same_process(endpoint)
-        if found is None and (
-            endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names
-        ):
+        with contextlib.suppress(MeshnetError):
+            return reopen(endpoint.sandbox)
+        if endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names:
             # The link is there, so the namespace is, and its inode still means that one.
-            found = await self.find_heir(endpoint)
-        return found
+            return await self.find_heir(endpoint)
+        return None
 
-    async def find_heir(self, endpoint: Endpoint) -> tuple[Endpoint, int] | None:
-        """Another process of the namespace, as a changed endpoint and its pidfd."""
+    async def find_heir(self, endpoint: Endpoint) -> OpenSandbox | None:
+        """The sandbox by another process of its namespace."""
+        heir = await self._open_any(endpoint.sandbox.netns)
+        if heir is None or endpoint.parent is None:
+            return heir
+        try:
+            holds = await self._wiring.run(lambda wiring: wiring.holds(heir.netns_fd, endpoint))
+        except BaseException:
+            heir.close()
+            raise
+        if not holds:  # another namespace, which got the inode of one that is gone
+            heir.close()
+            return None
+        return heir
+
+    async def _open_any(self, netns: NetnsId) -> OpenSandbox | None:
         while True:
-            pid = await trio.to_thread.run_sync(find_process, endpoint.netns_inode)
+            pid = await trio.to_thread.run_sync(find_process, netns)
             if pid is None:
                 return None
             # One that ends before it is opened may have left children.
-            with contextlib.suppress(NotFoundError), open_process(pid) as (pid_fd, netns_fd):
-                if netns_inode(netns_fd) == endpoint.netns_inode:
-                    if endpoint.parent is not None and not await self._worker.run(
-                        lambda wiring, fd=netns_fd: wiring.holds(fd, endpoint)  # type: ignore[misc]
-                    ):
-                        return None  # another namespace, which got the inode of one that is gone
-                    heir = replace(endpoint, pid=pid, pid_start_ticks=start_ticks(pid))
-                    return heir, os.dup(pid_fd)
-
-
-def _same_process(endpoint: Endpoint) -> tuple[Endpoint, int] | None:
-    """The endpoint with a pidfd, if the very process it was attached to still runs."""
-    try:
-        with open_process(endpoint.pid) as (pid_fd, netns_fd):
-            if (
-                start_ticks(endpoint.pid) == endpoint.pid_start_ticks
-                and netns_inode(netns_fd) == endpoint.netns_inode
-            ):
-                return endpoint, os.dup(pid_fd)
-    except MeshnetError:
-        pass
-    return None
+            with contextlib.suppress(NotFoundError):
+                found = _open(pid)
+                if found.value.netns == netns:
+                    return found
+                found.close()

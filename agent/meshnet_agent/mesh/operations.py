@@ -6,27 +6,23 @@ For the API, for containers, and for whoever else asks; nothing here knows of HT
 from __future__ import annotations
 
 import contextlib
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import structlog
-
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
 from meshnet.model import HostId, Network, NetworkName
+from meshnet_agent.endpoints.sandbox import open_sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from meshnet.model import Endpoint, PublishedPort, Vni
     from meshnet.store.registry import Registry
-    from meshnet_agent.endpoints.attach import Endpoints
+    from meshnet_agent.endpoints.attach import Attacher
+    from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.networks import ReadyNetworks
     from meshnet_agent.endpoints.request import AttachRequest
     from meshnet_agent.mesh.view import MeshView
-    from meshnet_agent.tasks.right_of_way import RightOfWay
-
-_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +58,15 @@ class MeshOperations:
         self,
         mesh: MeshView,
         registry: Registry,
-        host: HostId,
         networks: ReadyNetworks,
-        endpoints: Endpoints,
-        right_of_way: RightOfWay,
+        endpoints: EndpointDirectory,
+        attacher: Attacher,
     ) -> None:
         self._mesh = mesh
         self._registry = registry
-        self._host = host
         self._networks = networks
         self._endpoints = endpoints
-        self._right_of_way = right_of_way
+        self._attacher = attacher
 
     # --- networks and hosts -----------------------------------------------------------------------
 
@@ -122,34 +116,25 @@ class MeshOperations:
 
     # --- endpoints --------------------------------------------------------------------------------
 
-    async def attach(self, request: AttachRequest) -> Endpoint:
-        """Attach a process, once its network is up here (`Endpoints.attach`)."""
-        started = time.perf_counter()
-        ready = await self._networks.wait_for(request.network)
-        with self._right_of_way.taken():
-            endpoint = await self._endpoints.attach(request, ready)
-        _log.info(
-            "attached",
-            endpoint=endpoint.name,
-            network=endpoint.network,
-            address=str(endpoint.addresses[0]),
-            ms=round((time.perf_counter() - started) * 1000, 2),
-        )
-        return endpoint
+    async def attach(self, pid: int, request: AttachRequest) -> Endpoint:
+        """Attach a process, once its network is up here (`Attacher.attach`)."""
+        with open_sandbox(pid) as sandbox:
+            return await self._attacher.attach(sandbox, request)
 
     async def detach(self, pid: int, network: str) -> Endpoint:
-        """Detach a process; returns the endpoint that was (`Endpoints.detach`)."""
-        return await self._endpoints.detach(pid, network)
+        """Detach a process; returns the endpoint that was (`Attacher.detach`)."""
+        found = self._endpoints.find_of_process(pid, network)
+        return await self._attacher.detach(found.sandbox.netns, network)
 
     async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Endpoint:
-        """Publish ports of a live endpoint (`Endpoints.publish`)."""
-        ready = await self._networks.wait_for((await self._find(name)).network)
-        return await self._endpoints.publish(name, ports, ready.network)
+        """Publish ports of a live endpoint (`Attacher.publish`)."""
+        await self._find(name)
+        return await self._attacher.publish(name, ports)
 
     async def unpublish(self, name: str, ports: Sequence[str]) -> Endpoint:
-        """Take published ports of a live endpoint away (`Endpoints.unpublish`)."""
+        """Take published ports of a live endpoint away (`Attacher.unpublish`)."""
         await self._find(name)
-        return await self._endpoints.unpublish(name, ports)
+        return await self._attacher.unpublish(name, ports)
 
     async def _find(self, name: str) -> Endpoint:
         """An endpoint of this host; the error names the host that has it."""
@@ -171,7 +156,7 @@ class MeshOperations:
     async def list_endpoints(self) -> MeshEndpoints:
         """Endpoints of all hosts; of this host alone while the store does not answer."""
         local = self._endpoints.all
-        here = self._host
+        here = self._endpoints.host
         warning = None
         others: list[Endpoint] = []
         try:

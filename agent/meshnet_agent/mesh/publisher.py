@@ -20,7 +20,7 @@ from meshnet_agent.tasks.backoff import Backoff
 if TYPE_CHECKING:
     from meshnet.model import HostId
     from meshnet.store.registry import Registry
-    from meshnet_agent.endpoints.attach import Endpoints
+    from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.mesh.view import MeshView
 
 _log = structlog.get_logger()
@@ -33,7 +33,7 @@ class Publisher:
     """Keeps the keys of this host's endpoints current."""
 
     def __init__(
-        self, registry: Registry, mesh: MeshView, endpoints: Endpoints, host: HostId
+        self, registry: Registry, mesh: MeshView, endpoints: EndpointDirectory, host: HostId
     ) -> None:
         self._registry = registry
         self._mesh = mesh

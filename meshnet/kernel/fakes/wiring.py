@@ -16,14 +16,14 @@ from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.firewall.elements import source_elements
 from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel.elements import WiredElements
-from meshnet.kernel.netns import netns_inode
+from meshnet.kernel.netns import netns_id
 from meshnet.state import ENDPOINT_LINK, Link, LinkKind, endpoint_link_name
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 
 if TYPE_CHECKING:
     from meshnet.kernel import EndpointWiring
     from meshnet.kernel.fakes.kernel import MemoryKernel
-    from meshnet.model import Endpoint, IpAddress, IpInterface, IpNetwork
+    from meshnet.model import Endpoint, IpAddress, IpInterface, IpNetwork, NetnsId
 
 _DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
@@ -54,7 +54,7 @@ class MemoryWiring:
         self.writes = 0
         self._kernel = kernel
         kernel.wired = WiredElements()  # a new process knows of none
-        self._namespaces: dict[int, dict[str, NamespaceLink]] = {}
+        self._namespaces: dict[NetnsId, dict[str, NamespaceLink]] = {}
         self._failure: MeshnetError | None = None
 
     def close(self) -> None:
@@ -69,10 +69,10 @@ class MemoryWiring:
 
         An endpoint's link is there as long as what it hangs on is.
         """
-        return self._links(netns_inode(netns_fd))
+        return self._links(netns_id(netns_fd))
 
-    def _links(self, inode: int) -> dict[str, NamespaceLink]:
-        links = self._namespaces.setdefault(inode, {})
+    def _links(self, netns: NetnsId) -> dict[str, NamespaceLink]:
+        links = self._namespaces.setdefault(netns, {})
         on_host = self._kernel.dump().links.keys() | self._kernel.host_links
         for name in [n for n, link in links.items() if link.peer and link.peer not in on_host]:
             del links[name]
@@ -90,11 +90,11 @@ class MemoryWiring:
             raise NotFoundError(f"link {wiring.uplink} is not up on this host")
         links = self.namespace(netns_fd)
         if endpoint.ifname in links:
-            raise ConflictError(f"process {endpoint.pid} has a link {endpoint.ifname} already")
+            raise ConflictError(f"{endpoint.sandbox} has a link {endpoint.ifname} already")
         held = {a.ip for link in links.values() for a in link.addresses}
         for address in endpoint.addresses:
             if address.ip in held:
-                raise ConflictError(f"process {endpoint.pid} holds the address {address.ip}")
+                raise ConflictError(f"{endpoint.sandbox} holds the address {address.ip}")
         present = {target for link in links.values() for target in link.routes}
         default = endpoint.default_route and bool(endpoint.gateways)
         default = default and not present & set(_DEFAULT.values())
@@ -103,7 +103,7 @@ class MemoryWiring:
             targets = [t for t in wiring.routes if t.version == gateway.version]
             routes |= dict.fromkeys([_DEFAULT[gateway.version]] if default else targets, gateway)
         if present & routes.keys():
-            raise ConflictError(f"process {endpoint.pid} has a route that {endpoint.name} needs")
+            raise ConflictError(f"{endpoint.sandbox} has a route that {endpoint.name} needs")
         name = wiring.uplink
         if endpoint.parent is None:
             name = endpoint_link_name(endpoint.id)
@@ -139,9 +139,13 @@ class MemoryWiring:
             self._kernel.write_elements([Op(Table.ELEMENT, key, None, True) for key in elements])
             return
         self.writes += 1
-        links = self._links(endpoint.netns_inode)
+        links = self._links(endpoint.sandbox.netns)
         for name in [n for n, link in links.items() if _is_of(link, endpoint)]:
             del links[name]
+
+    def has_link(self, name: str) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        return name in self._kernel.dump().links or name in self._kernel.host_links
 
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         """See `meshnet.kernel.Wiring`."""
@@ -159,10 +163,6 @@ class MemoryWiring:
         """See `meshnet.kernel.Wiring`."""
         self.writes += 1
         self._kernel.remove_endpoint_link(name)
-
-    def has_link(self, name: str) -> bool:
-        """See `meshnet.kernel.Wiring`."""
-        return name in self._kernel.link_indices()
 
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""

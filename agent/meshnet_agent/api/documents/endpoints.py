@@ -56,7 +56,7 @@ def endpoint_document(endpoint: Endpoint) -> EndpointDocument:
         network=endpoint.network,
         host=endpoint.host,
         name=endpoint.name,
-        pid=endpoint.pid,
+        pid=endpoint.sandbox.pid,
         ifname=endpoint.ifname,
         address=str(first),
         gateway=gateways.get(first.version),

@@ -26,9 +26,9 @@ def endpoint_operations(mesh: MeshOperations) -> list[Operation]:
     """The operations on endpoints."""
 
     async def attach(_request: Request, body: AttachBody) -> AttachedDocument:
-        wanted = attach_request(body)
+        request = attach_request(body)
         started = time.perf_counter()
-        endpoint = await mesh.attach(wanted)
+        endpoint = await mesh.attach(body.pid, request)
         return attached_document(endpoint, (time.perf_counter() - started) * 1000)
 
     async def detach(_request: Request, body: DetachBody) -> EndpointDocument:

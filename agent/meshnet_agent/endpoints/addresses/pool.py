@@ -37,16 +37,17 @@ from meshnet.store.addresses import (
 )
 from meshnet.wire.mac import is_endpoint_mac
 from meshnet_agent.endpoints.addresses.pool_view import PoolView, answered, name_of
+from meshnet_agent.endpoints.addresses.wire import ask_wire
 from meshnet_agent.mesh.view import MeshListener
+from meshnet_agent.tasks.backoff import Backoff
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
+    from collections.abc import AsyncIterator, Collection, Mapping
 
     from meshnet.backends import HostLink
     from meshnet.kernel.address_probe import AddressProber
     from meshnet.model import (
-        Endpoint,
         EndpointId,
         HostId,
         IpAddress,
@@ -57,8 +58,11 @@ if TYPE_CHECKING:
     )
     from meshnet.store import Store
     from meshnet.store.mirror import Changes
+    from meshnet_agent.dataplane.dirty import Dirty
     from meshnet_agent.dataplane.passes import PassResult
     from meshnet_agent.endpoints.request import ReadyNetwork
+    from meshnet_agent.endpoints.surroundings import OwnEndpoints
+    from meshnet_agent.mesh.view import MeshView
 
 _log = structlog.get_logger()
 _TRIES = 64
@@ -74,14 +78,12 @@ does not name it for long after."""
 
 
 class PoolAddresses(MeshListener):
-    """Takes addresses of pools for this host, and gives back what it does not need.
+    """Allocates addresses of pools for this host, and gives back what it does not need.
 
     Args:
-        snapshot: what the store says of the mesh.
+        prober: asks the wire whether an address is free.
         endpoints: this host's.
-        recorded: ids of all that are on disk, readable or not.
-        check_store: raises if the store is not this host's mesh (`Follower.check_store`).
-        on_change: called when `host_addresses` changed, or the endpoints that they are for.
+        dirty: marked when `host_addresses` changed, or the endpoints that they are for.
 
     Attributes:
         host_addresses: what this host holds for itself, by network.
@@ -92,25 +94,21 @@ class PoolAddresses(MeshListener):
         store: Store,
         host: HostId,
         prober: AddressProber,
-        *,
-        snapshot: Callable[[], MeshSnapshot],
-        endpoints: Callable[[], Iterable[Endpoint]],
-        recorded: Callable[[], Collection[str]],
-        check_store: Callable[[], Awaitable[None]],
-        on_change: Callable[[], None],
+        mesh: MeshView,
+        endpoints: OwnEndpoints,
+        dirty: Dirty,
     ) -> None:
         self.host_addresses: dict[NetworkName, tuple[IpAddress, ...]] = {}
         self._store = store
         self._host = host
         self._prober = prober
-        self._snapshot = snapshot
+        self._mesh = mesh
+        self._dirty = dirty
         self._links: Mapping[str, HostLink] = {}
         self._endpoints = endpoints
-        self._recorded = recorded
-        self._check_store = check_store
-        self._on_change = on_change
         self._pools: dict[NetworkName, PoolView] = {}
-        self._taking: set[EndpointId] = set()
+        self._listing: dict[NetworkName, trio.Lock] = {}
+        self._allocating: set[EndpointId] = set()
         self._look = Flag()
 
     # --- for status ---------------------------------------------------------------------------
@@ -137,7 +135,7 @@ class PoolAddresses(MeshListener):
     # --- for attach and detach ----------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def take(
+    async def allocate(
         self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
     ) -> AsyncIterator[tuple[IpInterface, ...]]:
         """See `meshnet_agent.endpoints.addresses.subnet.Addresses`.
@@ -146,7 +144,7 @@ class PoolAddresses(MeshListener):
             StoreUnavailableError: the store does not answer.
         """
         network = ready.network
-        self._taking.add(identity)
+        self._allocating.add(identity)
         try:
             found = await self._find(
                 self._pool(network),
@@ -158,10 +156,10 @@ class PoolAddresses(MeshListener):
             lengths = {s.version: s.prefixlen for s in network.subnets}
             yield tuple(ip_interface((a, lengths[a.version])) for a in found)
         finally:
-            self._taking.discard(identity)
+            self._allocating.discard(identity)
             self._note_endpoints()
 
-    def free(self, addresses: Iterable[IpInterface]) -> None:
+    def free(self, addresses: Collection[IpInterface]) -> None:
         """See `endpoints.addresses.subnet.Addresses`: their endpoint is off the disk."""
         self._note_endpoints()
 
@@ -169,7 +167,12 @@ class PoolAddresses(MeshListener):
         """This host has one more or less."""
         self._look.set()
         if self.host_addresses:
-            self._on_change()  # it reaches each of them by a route
+            self._dirty.mark_all()  # it reaches each of them by a route
+
+    def _link_addresses(self, link: str) -> Collection[IpAddress] | None:
+        """This host's own addresses on a link; None: there is no such link."""
+        found = self._links.get(link)
+        return found.addresses if found is not None else None
 
     def _pool(self, network: Network) -> PoolView:
         known = self._pools.get(network.name)
@@ -210,7 +213,7 @@ class PoolAddresses(MeshListener):
                     await self._list(pool, pool.begun)
                     continue
             try:
-                answers = await self._ask(link, chosen)
+                answers = await ask_wire(self._prober, link, chosen)
             except MeshnetError:
                 await self._free(pool, dict.fromkeys(chosen, holder))
                 raise
@@ -232,12 +235,8 @@ class PoolAddresses(MeshListener):
 
     def _excluded(self, network: Network, link: str) -> set[IpAddress]:
         """Addresses of routers and hosts, which no endpoint gets."""
-        hosts = {host.underlay_ip for host in self._snapshot().hosts.values()}
-        return {*network.gateways, *hosts, *self._own_addresses(link)}
-
-    def _own_addresses(self, link: str) -> Collection[IpAddress]:
-        found = self._links.get(link)
-        return found.addresses if found is not None else ()
+        hosts = {host.underlay_ip for host in self._mesh.snapshot.hosts.values()}
+        return {*network.gateways, *hosts, *(self._link_addresses(link) or ())}
 
     async def _commit(
         self, pool: PoolView, addresses: Collection[IpAddress], holder: AddressHolder
@@ -256,7 +255,7 @@ class PoolAddresses(MeshListener):
 
     async def _list(self, pool: PoolView, seen: int) -> None:
         """List a pool, unless a listing that began after number `seen` has ended."""
-        async with pool.lock:
+        async with self._listing.setdefault(pool.network.name, trio.Lock()):
             if pool.listed > seen:
                 return
             pool.begun += 1
@@ -266,27 +265,6 @@ class PoolAddresses(MeshListener):
             pool.revision = listing.network_revision
             pool.bad_values = dict(listing.bad_values)
             pool.replace(dict(listing.holders))
-
-    async def _ask(self, link: str, addresses: Collection[IpAddress]) -> dict[IpAddress, bytes]:
-        """Ask the wire for all of some addresses at once; who answered."""
-        answers: dict[IpAddress, bytes] = {}
-        failures: list[MeshnetError] = []
-
-        async def ask(address: IpAddress) -> None:
-            try:
-                mac = await self._prober.probe(link, address)
-            except MeshnetError as error:
-                failures.append(error)
-            else:
-                if mac is not None:
-                    answers[address] = mac
-
-        async with trio.open_nursery() as nursery:
-            for address in addresses:
-                nursery.start_soon(ask, address)
-        if failures:
-            raise failures[0]
-        return answers
 
     async def _set_aside(
         self,
@@ -340,7 +318,7 @@ class PoolAddresses(MeshListener):
 
     async def run(self) -> None:
         """Give back what is not needed, after every change and at times, for ever."""
-        delay_s = _DELAYS_S[0]
+        backoff = Backoff(*_DELAYS_S)
         while True:
             wait_s = _REFRESH_ASIDE_S if self.set_aside else _REFRESH_S
             with trio.move_on_after(wait_s * random.uniform(0.9, 1.1)) as waiting:
@@ -349,33 +327,36 @@ class PoolAddresses(MeshListener):
                 self.refresh()
             try:
                 await self._sync()
-                delay_s = _DELAYS_S[0]
+                backoff.reset()
             except MeshnetError as error:
                 _log.warning("addresses not compared with the store", reason=str(error))
                 self.refresh()
-                await trio.sleep(delay_s * random.uniform(0.5, 1.0))
-                delay_s = min(_DELAYS_S[1], delay_s * 2)
+                await trio.sleep(backoff.failed())
 
     def _current(self) -> list[PoolView]:
         """The pools of all underlay networks; those of others are forgotten."""
-        networks = [n for n in self._snapshot().networks.values() if n.mode.is_underlay]
+        networks = [n for n in self._mesh.snapshot.networks.values() if n.mode.is_underlay]
         self._pools = {n.name: self._pool(n) for n in networks}
         return list(self._pools.values())
 
     async def _sync(self) -> None:
         pools = self._current()
         if not all(pool.listed for pool in pools):
-            await self._check_store()
+            await self._mesh.check_store()
         for pool in pools:
             if not pool.listed:
                 await self._list(pool, pool.begun)
             await self._give_back(pool)
-            pool.errors = [*await self._restore(pool), *await self._take_own(pool)]
+            pool.errors = [*await self._restore(pool), *await self._hold_own(pool)]
         self._publish()
 
     async def _give_back(self, pool: PoolView) -> None:
         """Free what no endpoint on disk and no attach under way has."""
-        needed = {*self._recorded(), *self._taking, *([""] if pool.network.host_access else [])}
+        needed = {
+            *self._endpoints.recorded_ids(),
+            *self._allocating,
+            *([""] if pool.network.host_access else []),
+        }
         unneeded = {
             address: holder
             for address, holder in pool.holders.items()
@@ -392,7 +373,7 @@ class PoolAddresses(MeshListener):
     async def _restore(self, pool: PoolView) -> list[str]:
         """Take again what endpoints have and the store lost; what others have by now."""
         errors = []
-        for endpoint in self._endpoints():
+        for endpoint in self._endpoints.all:
             holder = AddressHolder(self._host, endpoint.id)
             mine = [a for a in endpoint.addresses if a.network in pool.network.subnets]
             if endpoint.network != pool.network.name:
@@ -408,11 +389,11 @@ class PoolAddresses(MeshListener):
                     self._look.set()
         return errors
 
-    async def _take_own(self, pool: PoolView) -> list[str]:
+    async def _hold_own(self, pool: PoolView) -> list[str]:
         """Have an address of each IP version for the host itself, where the network wants that."""
         network = pool.network
         link = network.parent or ""
-        if not network.host_access or link not in self._links:
+        if not network.host_access or self._link_addresses(link) is None:
             return []
         have = {a.version for a in self._own(pool)}
         try:
@@ -432,4 +413,4 @@ class PoolAddresses(MeshListener):
         own = {name: addresses for name, addresses in own.items() if addresses}
         if own != self.host_addresses:
             self.host_addresses = own
-            self._on_change()
+            self._dirty.mark_all()

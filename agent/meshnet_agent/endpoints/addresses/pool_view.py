@@ -9,8 +9,6 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import trio
-
 from meshnet.errors import ConflictError
 from meshnet.ipam import choose_address
 
@@ -25,8 +23,8 @@ class PoolView:
     """Who has which address of one network's pool.
 
     Attributes:
-        revision: of the network's key; a take depends on it.
-        choosing: addresses of takes under way: a host does not race itself.
+        revision: of the network's key; what is written depends on it.
+        choosing: addresses that attaches under way have chosen: a host does not race itself.
         written: what this host wrote since the last listing began; None: freed.
         begun: how many listings began.
         listed: the number of the last one that ended well; 0: what is known may be wrong.
@@ -41,7 +39,6 @@ class PoolView:
     written: dict[IpAddress, AddressHolder | None] = field(default_factory=dict)
     begun: int = 0
     listed: int = 0
-    lock: trio.Lock = field(default_factory=trio.Lock)
 
     def note(self, address: IpAddress, holder: AddressHolder | None) -> None:
         """This host wrote a key; None: it freed it."""

@@ -10,7 +10,7 @@ from meshnet.errors import MeshnetError, UsageError
 from meshnet.ipam import AddressPool
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Collection, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from meshnet.model import (
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
         NetworkName,
     )
     from meshnet_agent.endpoints.request import ReadyNetwork
+    from meshnet_agent.endpoints.surroundings import OwnEndpoints
 
 
 class Addresses(Protocol):
     """Where endpoints' addresses come from."""
 
-    def take(
+    def allocate(
         self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
     ) -> AbstractAsyncContextManager[tuple[IpInterface, ...]]:
         """One address of each of the network's IP versions; `wanted` is the one of its own.
@@ -41,35 +42,55 @@ class Addresses(Protocol):
         """
         ...
 
-    def free(self, addresses: Iterable[IpInterface]) -> None:
-        """Give addresses back whose endpoint is gone; others' are ignored."""
+    def free(self, addresses: Collection[IpInterface]) -> None:
+        """Give addresses back, unless an endpoint of this host still has them."""
         ...
+
+
+class HostAddresses:
+    """The addresses of all networks: from this host's subnets, or from a pool of all hosts."""
+
+    def __init__(self, subnets: Addresses, pool: Addresses) -> None:
+        self._subnets = subnets
+        self._pool = pool
+
+    def allocate(
+        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+    ) -> AbstractAsyncContextManager[tuple[IpInterface, ...]]:
+        """See `Addresses`."""
+        source = self._pool if ready.network.mode.is_underlay else self._subnets
+        return source.allocate(ready, identity, wanted)
+
+    def free(self, addresses: Collection[IpInterface]) -> None:
+        """See `Addresses`."""
+        for source in (self._subnets, self._pool):
+            source.free(addresses)
 
 
 class SubnetAddresses:
     """Addresses of subnets that this host has for itself: nobody else need be asked.
 
     Args:
-        in_use: the addresses of this host's endpoints; asked once for each subnet.
+        endpoints: this host's: what they have is not given to others.
     """
 
-    def __init__(self, in_use: Callable[[], Iterable[IpInterface]]) -> None:
-        self._in_use = in_use
+    def __init__(self, endpoints: OwnEndpoints) -> None:
+        self._endpoints = endpoints
         self._pools: dict[IpNetwork, AddressPool] = {}
 
     @asynccontextmanager
-    async def take(
+    async def allocate(
         self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
     ) -> AsyncIterator[tuple[IpInterface, ...]]:
         """See `Addresses`."""
-        addresses = self._take(ready.network, ready.subnets, wanted)
+        addresses = self._choose(ready.network, ready.subnets, wanted)
         try:
             yield addresses
         except BaseException:
             self.free(addresses)
             raise
 
-    def _take(
+    def _choose(
         self, network: Network, subnets: Sequence[IpNetwork], wanted: IpAddress | None
     ) -> tuple[IpInterface, ...]:
         if wanted is not None and wanted.version not in {s.version for s in subnets}:
@@ -88,10 +109,12 @@ class SubnetAddresses:
             raise
         return tuple(taken)
 
-    def free(self, addresses: Iterable[IpInterface]) -> None:
+    def free(self, addresses: Collection[IpInterface]) -> None:
         """See `Addresses`."""
+        # An attach that failed and could not be undone has its endpoint, and keeps its addresses.
+        in_use = self._in_use()
         for address in addresses:
-            if address.network in self._pools:
+            if address.network in self._pools and address not in in_use:
                 self._pools[address.network].free(address.ip)
 
     def _pool(self, network: NetworkName, subnet: IpNetwork) -> AddressPool:
@@ -99,3 +122,6 @@ class SubnetAddresses:
             in_use = [a.ip for a in self._in_use() if a.network == subnet]
             self._pools[subnet] = AddressPool(network, subnet, in_use)
         return self._pools[subnet]
+
+    def _in_use(self) -> set[IpInterface]:
+        return {a for e in self._endpoints.all for a in e.addresses}

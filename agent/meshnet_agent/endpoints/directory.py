@@ -1,0 +1,174 @@
+"""This host's endpoints: who there is, as everybody sees it.
+
+Those who attach and keep endpoints write here, one at a time (`EndpointDirectory.changing`); all
+others read.  What an endpoint is stands on disk before it stands here: after a crash the next agent
+makes of the kernel what is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.errors import NotFoundError
+from meshnet.model import EndpointId
+from meshnet.state import endpoint_link_name
+from meshnet_agent.endpoints.sandbox import select_of_process
+from meshnet_agent.tasks.flag import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from meshnet.model import Endpoint, HostId, IpNetwork, NetnsId, NetworkName
+    from meshnet_agent.endpoints.records import EndpointRecords
+
+
+class EndpointDirectory:
+    """All endpoints of this host.
+
+    Attributes:
+        host: whose they are.
+        changed: raised when an endpoint came, went or changed, for whoever publishes them.
+        unhealed: endpoints whose link is gone for good, and why.
+        unreadable: ids of endpoints whose record could not be read at the start, links of which are
+            there.
+        inherited: what an earlier agent left on disk and nobody has taken over yet.
+    """
+
+    def __init__(self, records: EndpointRecords, host: HostId) -> None:
+        self.host = host
+        self.changed = Flag()
+        self.unhealed: dict[EndpointId, str] = {}
+        self.unreadable: set[str] = set()
+        self.inherited: list[Endpoint] = []
+        self._lock = trio.Lock()
+        self._is_written = False
+        self._records = records
+        self._endpoints: dict[EndpointId, Endpoint] = {}
+        self._ending: set[EndpointId] = set()
+
+    # --- reading ------------------------------------------------------------------------------
+
+    @property
+    def all(self) -> list[Endpoint]:
+        """The endpoints, oldest first."""
+        return list(self._endpoints.values())
+
+    def get(self, identity: EndpointId) -> Endpoint | None:
+        """The endpoint of an id, as it is now."""
+        return self._endpoints.get(identity)
+
+    def find(self, name: str) -> Endpoint:
+        """The endpoint of a name or id.
+
+        Raises:
+            NotFoundError: this host has none.
+        """
+        for endpoint in self._endpoints.values():
+            if name in (endpoint.name, endpoint.id):
+                return endpoint
+        raise NotFoundError(
+            f"endpoint {name} does not exist on this host: meshnet endpoint ls lists them"
+        )
+
+    def in_netns(self, netns: NetnsId) -> list[Endpoint]:
+        """Those in a network namespace."""
+        return [e for e in self._endpoints.values() if e.sandbox.netns == netns]
+
+    def of_process(self, pid: int) -> list[Endpoint]:
+        """Those in a process's network namespace; of one that has ended, those it was given."""
+        return select_of_process(self._endpoints.values(), pid)
+
+    def find_of_process(self, pid: int, network: str) -> Endpoint:
+        """The one of `of_process` that is on a network.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        for endpoint in self.of_process(pid):
+            if endpoint.network == network:
+                return endpoint
+        raise NotFoundError(
+            f"process {pid} has no endpoint on network {network}: meshnet endpoint ls lists them"
+        )
+
+    def subnet_of(self, network: NetworkName, version: int) -> IpNetwork | None:
+        """The subnet of an IP version that endpoints of a network are in, also while starting."""
+        known = (*self._endpoints.values(), *self.inherited)
+        of_network = (a for e in known if e.network == network for a in e.addresses)
+        return next((a.network for a in of_network if a.version == version), None)
+
+    def expects_link(self, name: str) -> bool:
+        """Whether the host-side link of that name belongs to an endpoint that is not ending."""
+        identity = EndpointId(name.removeprefix(endpoint_link_name("")))
+        return identity in self._endpoints and identity not in self._ending
+
+    def recorded_ids(self) -> set[str]:
+        """Ids of all that is on disk, readable or not.
+
+        Raises:
+            KernelRefusedError: the disk refused to be read.
+        """
+        return self._records.ids()
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read what is on disk: it is `inherited` until somebody takes it over.
+
+        Raises:
+            KernelRefusedError: the disk refused to be read.
+        """
+        self.inherited, self.unreadable = self._records.load()
+
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """While the block runs nobody else writes; then `changed` is raised, if the block wrote.
+
+        Not sooner: what is undone at once need not be published.
+        """
+        async with self._lock:
+            self._is_written = False
+            try:
+                yield
+            finally:
+                if self._is_written:
+                    self.changed.set()
+
+    def add(self, endpoint: Endpoint) -> None:
+        """An endpoint came that is on disk: what made its link recorded it (`EndpointLinks`)."""
+        self._endpoints[endpoint.id] = endpoint
+        self._is_written = True
+
+    def replace(self, endpoint: Endpoint) -> None:
+        """Record an endpoint that is known as it is now.
+
+        Raises:
+            KernelRefusedError: the disk refused; it is as before.
+        """
+        self._records.save(endpoint)
+        self.add(endpoint)
+
+    def remove(self, identity: EndpointId) -> None:
+        """Forget an endpoint whose link is gone.
+
+        Raises:
+            KernelRefusedError: the disk refused; it is as before.
+        """
+        self._records.remove(identity)
+        del self._endpoints[identity]
+        self.unhealed.pop(identity, None)
+        self._is_written = True
+
+    @contextlib.contextmanager
+    def ending(self, identity: EndpointId) -> Iterator[None]:
+        """While the block runs the end of the endpoint's link is no surprise."""
+        is_first = identity not in self._ending
+        self._ending.add(identity)
+        try:
+            yield
+        finally:
+            if is_first:
+                self._ending.discard(identity)
