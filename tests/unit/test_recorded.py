@@ -34,7 +34,6 @@ from tests.recorded.readers import HeldEndpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 VERSION = "0.1"
 BOOT = "01234567-89ab-4cde-8f01-23456789abcd"
