@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -14,6 +14,8 @@ from starlette.requests import Request
 from meshnet.errors import UsageError
 from meshnet.model import EndpointId, HostId, NetworkName
 from meshnet_agent.api.app import Served, make_app, operations_of
+from meshnet_agent.api.bodies import convert
+from meshnet_agent.api.documents.errors import HealthDocument, ReadyDocument
 from meshnet_agent.api.documents.networks import VtepDocument, created_document, inspected_document
 from meshnet_agent.api.openapi import describe
 from meshnet_agent.api.operation import operation
@@ -232,6 +234,37 @@ async def test_parameters_of_a_query(query: bytes, expected: _Query | str) -> No
     else:
         with pytest.raises(UsageError, match=expected):
             await _LOGS.handle(request)
+
+
+def test_answers_of_several_kinds_and_answers_that_are_not_json() -> None:
+    async def handler(_request: Request) -> None:
+        await trio.lowlevel.checkpoint()
+
+    operations = [
+        operation("GET", "/a", handler, answer=(HealthDocument, ReadyDocument)),
+        operation("GET", "/b", handler, answer=None, media="application/x-tar"),
+    ]
+    document = describe(operations)
+    answers = {
+        path: found["get"]["responses"]["200"]["content"]
+        for path, found in document["paths"].items()
+    }
+    schema = answers["/a"]["application/json"]["schema"]
+    names = [each["$ref"].rpartition("/")[2] for each in schema["anyOf"]]
+    assert names == ["HealthDocument", "ReadyDocument"]
+    assert set(names) < document["components"]["schemas"].keys()
+    assert answers["/b"] == {"application/x-tar": {}}
+
+
+@dataclass(frozen=True)
+class _Options:
+    name: str = ""
+
+
+def test_a_body_without_a_struct_has_no_unknown_fields_either() -> None:
+    assert convert({"name": "a"}, _Options, "/v1/x") == _Options("a")
+    with pytest.raises(UsageError, match="request body of /v1/x: unknown field 'nmae'"):
+        convert({"nmae": "a"}, _Options, "/v1/x")
 
 
 def test_parameters_are_described() -> None:

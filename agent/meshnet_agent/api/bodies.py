@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -142,6 +143,11 @@ def convert(document: Any, kind: type[_T], path: str) -> _T:  # noqa: ANN401
     Raises:
         UsageError: it is none; names the member and its value.
     """
+    if is_dataclass(kind) and isinstance(document, dict):  # a struct refuses them by itself
+        for unknown in sorted(document.keys() - {f.name for f in fields(kind)}):
+            raise UsageError(
+                printable(f"request body of {path}: unknown field {unknown!r}", _SHOWN)
+            )
     try:
         return msgspec.convert(document, kind)
     except (ValueError, RecursionError) as error:

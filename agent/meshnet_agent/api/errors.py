@@ -20,6 +20,7 @@ from meshnet.errors import (
 )
 from meshnet.text import printable
 from meshnet_agent.api.documents.errors import ErrorDetails, ErrorDocument
+from meshnet_agent.api.operation import JSON
 
 _STATUS_CODES: dict[type[MeshnetError], int] = {
     UsageError: 400,
@@ -45,7 +46,7 @@ _LONGEST_MESSAGE = 1000
 
 def json_response(document: object, status: int = 200) -> Response:
     """A document as a response."""
-    return Response(msgspec.json.encode(document), status, media_type="application/json")
+    return Response(msgspec.json.encode(document), status, media_type=JSON)
 
 
 def error_response(error: MeshnetError) -> Response:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from meshnet_agent.api.documents.errors import ErrorDocument
+from meshnet_agent.api.operation import JSON
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,10 +35,10 @@ def takes(body: type[Any]) -> Callable[[_Handler], _Handler]:
 def describe(operations: Iterable[Operation]) -> dict[str, Any]:
     """The document of these operations."""
     operations = tuple(operations)
-    types = [ErrorDocument]
+    types: list[Any] = [ErrorDocument]
     for operation in operations:
-        answers = (operation.answer, *operation.otherwise.values())
-        types += [kind for kind in (operation.body, *answers) if kind is not None]
+        for kind in (operation.body, operation.answer, *operation.otherwise.values()):
+            types += _alternatives(kind)
     found, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     schemas = dict(zip(types, found, strict=True))
     paths: dict[str, dict[str, Any]] = {}
@@ -54,15 +55,14 @@ def describe(operations: Iterable[Operation]) -> dict[str, Any]:
 
 def _describe_one(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     def content(kind: Any) -> dict[str, Any]:  # noqa: ANN401
-        return {"application/json": {"schema": schemas[kind]}}
+        found = [schemas[each] for each in _alternatives(kind)]
+        return {JSON: {"schema": found[0] if len(found) == 1 else {"anyOf": found}}}
 
-    done: dict[str, Any] = {"description": "done"}
-    if operation.answer is not None:
-        done["content"] = content(operation.answer)
+    answer = content(operation.answer) if operation.answer is not None else {operation.media: {}}
     described: dict[str, Any] = {
         "operationId": f"{operation.method.lower()}{re.sub('[^A-Za-z]+', '_', operation.path)}",
         "responses": {
-            "200": done,
+            "200": {"description": "done", "content": answer},
             **{
                 str(status): {"description": "not so", "content": content(kind)}
                 for status, kind in operation.otherwise.items()
@@ -81,6 +81,13 @@ def _describe_one(operation: Operation, schemas: dict[Any, Any]) -> dict[str, An
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": content(operation.body)}
     return described
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """The types of which a document is one: msgspec has no unions of structs without a tag."""
+    if kind is None:
+        return ()
+    return kind if isinstance(kind, tuple) else (kind,)
 
 
 def _query_parameters(query: type[msgspec.Struct]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import msgspec
     from starlette.requests import Request
 
+JSON = "application/json"
 _T = TypeVar("_T")
 _Q = TypeVar("_Q", bound="msgspec.Struct")
 
@@ -29,8 +30,9 @@ class Operation:
     Attributes:
         path: as Starlette takes it: ``{name}``, and ``{name:path}`` for a name with slashes.
         handle: answers a request with a document, or with a response that it made itself.
-        answer: the type of the document (anything that msgspec takes for one); None: the answer is
-            not JSON.
+        answer: the type of the document (anything that msgspec takes for one), or a tuple of types
+            of which it is one; None: the answer is not JSON.
+        media: the answer's media type.
         body: the type of the request's body; None: it has none, or it is not JSON.
         query: a struct of the parameters after the ``?``, or None.
         otherwise: types of the documents of statuses other than 200, but for errors.
@@ -41,6 +43,7 @@ class Operation:
     path: str
     handle: Callable[[Request], Awaitable[object]]
     answer: Any
+    media: str = JSON
     body: type[Any] | None = None
     query: type[msgspec.Struct] | None = None
     otherwise: Mapping[int, Any] = field(default_factory=dict)
@@ -54,7 +57,12 @@ class Operation:
 
 @overload
 def operation(
-    method: str, path: str, handler: Callable[[Request], Awaitable[object]], *, answer: object
+    method: str,
+    path: str,
+    handler: Callable[[Request], Awaitable[object]],
+    *,
+    answer: object,
+    media: str = JSON,
 ) -> Operation: ...
 
 
@@ -76,6 +84,7 @@ def operation(
     handler: Callable[[Request, _Q], Awaitable[object]],
     *,
     answer: object,
+    media: str = JSON,
     query: type[_Q],
 ) -> Operation: ...
 
@@ -86,6 +95,7 @@ def operation(
     handler: Callable[..., Awaitable[object]],
     *,
     answer: object,
+    media: str = JSON,
     body: type[Any] | None = None,
     query: type[Any] | None = None,
 ) -> Operation:
@@ -102,4 +112,12 @@ def operation(
             return await handler(request, read_query(request, query))
         return await cast("Callable[[Request], Awaitable[object]]", handler)(request)
 
-    return Operation(method=method, path=path, handle=handle, answer=answer, body=body, query=query)
+    return Operation(
+        method=method,
+        path=path,
+        handle=handle,
+        answer=answer,
+        media=media,
+        body=body,
+        query=query,
+    )
