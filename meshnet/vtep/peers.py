@@ -43,7 +43,7 @@ class Own:
         self.vni, self.mac, self.port, self.version = vni, mac, port, version
 
 
-class Peer:
+class TunnelPeer:
     """A member, and what was counted of it.
 
     Attributes:
@@ -117,7 +117,7 @@ class Peer:
         """Count packets that were dropped."""
         self.drops[reason] = self.drops.get(reason, 0) + count
 
-    def keep_counting(self, before: Peer) -> None:
+    def keep_counting(self, before: TunnelPeer) -> None:
         """Go on with the counters of what this replaces."""
         self.rx_packets, self.rx_bytes = before.rx_packets, before.rx_bytes
         self.tx_packets, self.tx_bytes = before.tx_packets, before.tx_bytes
@@ -142,11 +142,11 @@ class PeerTable:
 
     def __init__(self, own: Own) -> None:
         self.own = own
-        self.by_underlay: dict[str, Peer] = {}
+        self.by_underlay: dict[str, TunnelPeer] = {}
         # By IP version: masks, longest first, each with its networks.
-        self._routes: dict[int, list[tuple[int, dict[int, Peer]]]] = {4: [], 6: []}
+        self._routes: dict[int, list[tuple[int, dict[int, TunnelPeer]]]] = {4: [], 6: []}
 
-    def find(self, version: int, address: int) -> Peer | None:
+    def find(self, version: int, address: int) -> TunnelPeer | None:
         """The member that owns an address."""
         for mask, networks in self._routes[version]:
             peer = networks.get(address & mask)
@@ -161,13 +161,13 @@ class PeerTable:
             UsageError: a document is malformed.
             ConflictError: two members have one underlay address or subnet.
         """
-        peers: dict[str, Peer] = {}
+        peers: dict[str, TunnelPeer] = {}
         for document in documents:
             peer = self._parse(document)
             if peer.underlay_ip in peers:
                 raise ConflictError(f"peer {peer.underlay_ip} is given twice")
             peers[peer.underlay_ip] = peer
-        self._take(peers)
+        self._install(peers)
 
     def update(self, documents: Iterable[dict[str, Any]], removed: Iterable[str]) -> None:
         """Add or replace some members, and remove others, which need not be members.
@@ -180,15 +180,15 @@ class PeerTable:
         gone = {parse_ip(text)[2] for text in removed}
         peers = {ip: peer for ip, peer in self.by_underlay.items() if ip not in gone}
         peers.update((peer.underlay_ip, peer) for peer in changed)
-        self._take(peers)
+        self._install(peers)
 
-    def _parse(self, document: object) -> Peer:
+    def _parse(self, document: object) -> TunnelPeer:
         if not isinstance(document, dict):
             raise UsageError(f"peer {document!r:.80} is not an object")
-        return Peer(document, self.own)
+        return TunnelPeer(document, self.own)
 
-    def _take(self, peers: dict[str, Peer]) -> None:
-        tables: dict[int, dict[int, dict[int, Peer]]] = {4: {}, 6: {}}
+    def _install(self, peers: dict[str, TunnelPeer]) -> None:
+        tables: dict[int, dict[int, dict[int, TunnelPeer]]] = {4: {}, 6: {}}
         for peer in peers.values():
             for version, network, length in peer.subnets:
                 other = tables[version].setdefault(length, {}).setdefault(network, peer)
