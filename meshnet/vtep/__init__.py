@@ -4,6 +4,6 @@
 started, `meshnet.vtep.control` for how it is told of peers, `meshnet.vtep.sender` and
 `meshnet.vtep.receiver` for what it does with a packet, and docs/design/userspace-vtep.md for why.
 
-It outlives the agent.  May import only the standard library, `meshnet.errors` and `meshnet.wire`;
-none of trio, pyroute2, msgspec: it starts within milliseconds and is small.
+It outlives the agent.  May import only the standard library, `meshnet.errors`, `meshnet.proc` and
+`meshnet.wire`; none of trio, pyroute2, msgspec: it starts within milliseconds and is small.
 """
