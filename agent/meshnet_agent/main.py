@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import grp
 import os
 import random
 import resource
@@ -25,9 +24,10 @@ import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio import serve
 
-from meshnet.cli.parser import Parser
+from meshnet.arguments import Parser
 from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
+from meshnet.group import open_to_group
 from meshnet.kernel.address_probe import WireProber
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.events import EventFilter
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 SOCKET_NAME = "agent.sock"
-_GROUP = "meshnet"
 _USES_VXLAN = {"auto": None, "kernel": True, "userspace": False}
 _SWITCH_S = 0.0001
 """How long a thread may keep the interpreter while another wants it."""
@@ -342,8 +341,7 @@ def _listen(path: Path) -> socket.socket:
         ) from error
     finally:
         os.umask(before)
-    with contextlib.suppress(KeyError, PermissionError):
-        os.chown(path, -1, grp.getgrnam(_GROUP).gr_gid)
+    open_to_group(path, 0o660)
     listener.setblocking(False)
     listener.listen(_BACKLOG)
     return listener
