@@ -108,6 +108,7 @@ class PoolAddresses:
         self._check_store = check_store
         self._on_change = on_change
         self._pools: dict[NetworkName, PoolView] = {}
+        self._listing: dict[NetworkName, trio.Lock] = {}
         self._taking: set[EndpointId] = set()
         self._look = Flag()
 
@@ -250,7 +251,7 @@ class PoolAddresses:
 
     async def _list(self, pool: PoolView, seen: int) -> None:
         """List a pool, unless a listing that began after number `seen` has ended."""
-        async with pool.lock:
+        async with self._listing.setdefault(pool.network.name, trio.Lock()):
             if pool.listed > seen:
                 return
             pool.begun += 1

@@ -9,8 +9,6 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import trio
-
 from meshnet.errors import ConflictError
 from meshnet.ipam import choose_address
 
@@ -41,7 +39,6 @@ class PoolView:
     written: dict[IpAddress, AddressHolder | None] = field(default_factory=dict)
     begun: int = 0
     listed: int = 0
-    lock: trio.Lock = field(default_factory=trio.Lock)
 
     def note(self, address: IpAddress, holder: AddressHolder | None) -> None:
         """This host wrote a key; None: it freed it."""
