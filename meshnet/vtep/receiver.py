@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING
 
 from meshnet.wire import probe, virtio
 from meshnet.wire.checksum import partial
-from meshnet.wire.coalesce import Coalescer, TrainJoiner, extend
+from meshnet.wire.coalesce import Coalescer
 from meshnet.wire.inner import TCP, UDP, Inner, describe
+from meshnet.wire.train import TrainJoiner, extend
 from meshnet.wire.vxlan import (
     ENCAPSULATION_BYTES,
     ETHERTYPE_IPV4,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.vtep.underlay_socket import SOL_UDP, UDP_SEGMENT, connect_underlay
 from meshnet.wire import icmp, virtio
-from meshnet.wire.segment import MAX_SEGMENTS, MAX_SEND_BYTES, Cutter, complete
+from meshnet.wire.segment import MAX_PACKET_BYTES, MAX_SEGMENTS, MAX_SEND_BYTES, Cutter, complete
 from meshnet.wire.vxlan import ENCAPSULATION_BYTES
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from meshnet.wire import Buffer
 
 _SLOTS = 64
-_PACKET_BYTES = 65_535
 _FRONT = ENCAPSULATION_BYTES - virtio.HEADER_BYTES
 _VIRTIO = virtio.unpack_from
 _V4_DESTINATION = struct.Struct(">16xI")
@@ -67,9 +66,9 @@ class Sender:
         self._most_read = virtio.HEADER_BYTES + mtu_bytes
         step = (mtu_bytes + ENCAPSULATION_BYTES + 63) & ~63
         self._step = step
-        self._data = bytearray(_SLOTS * step + ENCAPSULATION_BYTES + _PACKET_BYTES)
+        self._data = bytearray(_SLOTS * step + ENCAPSULATION_BYTES + MAX_PACKET_BYTES)
         self._view = view = memoryview(self._data)
-        most = virtio.HEADER_BYTES + _PACKET_BYTES
+        most = virtio.HEADER_BYTES + MAX_PACKET_BYTES
         self._slots = [[view[i * step + _FRONT : i * step + _FRONT + most]] for i in range(_SLOTS)]
         self._cutters: dict[int, Cutter] = {}
         self._controls: dict[int, list[tuple[int, int, bytes]]] = {}
