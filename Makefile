@@ -43,7 +43,7 @@ fuzz: $(VENV)/.fuzz  ## campaigns of hostile input, MINUTES for most of them and
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.hostile.openapi --minutes $(MINUTES)
 
 hardening: $(SETUP)  ## the agent confined as by its unit, and with each capability taken away
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.unit.exercise
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tests.netns.systemd_unit.exercise
 
 SEQUENCES := 200
 faults: $(SETUP)  ## random sequences of ten faults, SEQUENCES of them; a table

@@ -1,10 +1,12 @@
-"""Files that survive a power cut: replaced whole, by a rename."""
+"""Files that survive a power cut: replaced whole, by a rename, and written to the disk."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from typing import TYPE_CHECKING
+
+from meshnet import libc
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,5 +49,18 @@ def sync(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_filesystem(directory: Path) -> None:
+    """Make all that was written to a file system survive a power cut: fsync(2) of everything.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        libc.syncfs(fd)
     finally:
         os.close(fd)

@@ -24,7 +24,7 @@ class BadAnswerError(OSError):
     """What came back is no HTTP, or ended early."""
 
 
-class Connection:
+class HttpConnection:
     """A connection for one request.  Close it, or use it as a context manager.
 
     Args:
@@ -44,7 +44,7 @@ class Connection:
             self._socket.close()
             raise
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> HttpConnection:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from meshnet.cli.parser import Parser
+from meshnet.arguments import Parser
 from meshnet.config import SETTINGS, AgentConfig, load_config
 from meshnet.errors import MeshnetError, UsageError
 from meshnet_agent.daemon import serve

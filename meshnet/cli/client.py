@@ -6,13 +6,14 @@ import json
 import sys
 from contextlib import contextmanager
 
+from meshnet.cli.output import QUIET_S
 from meshnet.errors import (
     AgentUnreachableError,
     MeshnetError,
     UsageError,
     error_classes,
 )
-from meshnet.unix_http import Connection
+from meshnet.unix_http import HttpConnection
 
 TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SOCKET = "/run/meshnet/agent.sock"
 _TIMEOUT_S = 60.0
-QUIET_S = 1.0
-"""What takes longer says so, on a terminal."""
 _UNQUOTED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~")
 """RFC 3986 §2.3."""
 
@@ -68,7 +67,7 @@ class Client:
     def ask(self, *parts: str) -> Question:
         """Ask for a resource that is there when something has happened; its result comes later."""
         with self._errors():
-            connection = Connection(self._path, None)
+            connection = HttpConnection(self._path, None)
             try:
                 connection.request("GET", _target(parts, {}))
             except BaseException:
@@ -118,8 +117,8 @@ class Client:
             return _document(connection.answer())
 
     @contextmanager
-    def _connected(self, timeout_s: float | None) -> Iterator[Connection]:
-        with self._errors(), Connection(self._path, timeout_s) as connection:
+    def _connected(self, timeout_s: float | None) -> Iterator[HttpConnection]:
+        with self._errors(), HttpConnection(self._path, timeout_s) as connection:
             yield connection
 
     @contextmanager
@@ -128,9 +127,11 @@ class Client:
         try:
             yield
         except PermissionError as error:
+            from meshnet.group import GROUP
+
             raise AgentUnreachableError(
                 f"socket {self._path} may not be opened by this user: use sudo, or join the group "
-                "meshnet"
+                f"{GROUP}"
             ) from error
         except (OSError, ValueError) as error:
             raise AgentUnreachableError(
@@ -142,7 +143,7 @@ class Client:
 class Question:
     """A question that the agent has, and will answer; see `Client.ask`."""
 
-    def __init__(self, client: Client, connection: Connection) -> None:
+    def __init__(self, client: Client, connection: HttpConnection) -> None:
         self._client = client
         self._connection = connection
 

@@ -7,8 +7,8 @@ import os
 import sys
 from importlib import import_module
 
+from meshnet.arguments import Parser
 from meshnet.cli.client import DEFAULT_SOCKET
-from meshnet.cli.parser import Parser
 from meshnet.errors import MeshnetError, UsageError
 
 TYPE_CHECKING = False  # see meshnet.unix_http

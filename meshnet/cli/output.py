@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
+QUIET_S = 1.0
+"""What takes longer says so, on a terminal."""
+
 
 def print_json(document: Any) -> None:  # noqa: ANN401
     """Print one document on standard output, and nothing else."""

@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from meshnet.cli.client import QUIET_S
+from meshnet.cli.output import QUIET_S
 
 TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:

@@ -52,13 +52,13 @@ class Attachment:
                 ready, _, _ = select.select(reads, [], [])
                 if wakeup in ready:
                     for number in os.read(wakeup, 64):
-                        self._take_signal(signal.Signals(number), forward)
+                        self._handle_signal(signal.Signals(number), forward)
                 if _STDIN in ready and not self._send_input():
                     reads.remove(_STDIN)
                 if self._socket.fileno() in ready and not self._print_output():
                     return
 
-    def _take_signal(self, number: signal.Signals, forward: Callable[[str], None]) -> None:
+    def _handle_signal(self, number: signal.Signals, forward: Callable[[str], None]) -> None:
         if number is signal.SIGWINCH:
             self._resize()
         elif number in _FORWARDED:

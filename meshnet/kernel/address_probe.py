@@ -31,6 +31,7 @@ from meshnet.kernel.wire.bpf import (
     attach_filter,
 )
 from meshnet.wire import arp, nd
+from meshnet.wire.icmp import ICMPV6
 
 if TYPE_CHECKING:
     from meshnet.kernel.wire.bpf import Step
@@ -87,7 +88,7 @@ def announce(link: str, address: IPv6Address, mac: bytes) -> None:
     """
     index = socket.if_nametoindex(link)
     # Not by a packet socket: the kernel takes 12 ms to close one.
-    with socket.socket(socket.AF_INET6, socket.SOCK_RAW, nd.ICMPV6) as sender:
+    with socket.socket(socket.AF_INET6, socket.SOCK_RAW, ICMPV6) as sender:
         sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, nd.HOP_LIMIT)
         sender.bind((str(address), 0))
         everybody = str(IPv6Address(nd.ALL_NODES))
@@ -159,7 +160,7 @@ def _arp_filter(address: IPv4Address) -> list[Step]:
 def _nd_filter(address: IPv6Address) -> list[Step]:
     """Solicitations and advertisements of the address."""
     packed = address.packed
-    wanted = [(LOAD_U8, nd.NEXT_HEADER_AT, nd.ICMPV6)]
+    wanted = [(LOAD_U8, nd.NEXT_HEADER_AT, ICMPV6)]
     wanted += [
         (LOAD_U32, nd.TARGET_AT + at, int.from_bytes(packed[at : at + 4], "big"))
         for at in range(0, 16, 4)

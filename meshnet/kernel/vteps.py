@@ -90,7 +90,9 @@ class VtepProcesses:
     def probe(
         self, tun: str, requests: Sequence[tuple[int, str, str, int]]
     ) -> list[tuple[int, str, float]]:
-        """Have probes sent, and fetch the answers since the last call (`meshnet.vtep.prober`).
+        """Have probes sent, and fetch the answers since the last call.
+
+        `meshnet.vtep.probe_exchange` is the other end.
 
         Returns:
             Nothing if the process does not answer.

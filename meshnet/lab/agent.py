@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from meshnet.unix_http import Connection
+from meshnet.unix_http import HttpConnection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ def spawn_agent(
 def is_ready(socket_path: Path) -> bool:
     """Whether an agent answers GET /readyz with 200."""
     try:
-        with Connection(str(socket_path), _HTTP_TIMEOUT_S) as connection:
+        with HttpConnection(str(socket_path), _HTTP_TIMEOUT_S) as connection:
             connection.request("GET", "/readyz")
             return connection.answer().status == 200
     except OSError:

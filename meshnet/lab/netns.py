@@ -2,18 +2,18 @@
 
 `nsenter` and not ``ip netns exec``: the latter mounts a new /sys over the old one, which costs
 time and hides the cgroup tree from what runs there.  May import only the standard library and
-`meshnet.errors`; ``meshnet lab exec`` imports it, so nothing slow.
+`meshnet.errors` and `meshnet.libc`; ``meshnet lab exec`` imports it, so nothing slow.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshnet import libc
 from meshnet.errors import KernelRefusedError, NotFoundError, PolicyRefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ _LAB_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 # its namespaces from those of lab "a-b".  15 characters: the host's switch port has its name.
 _HOST_NAME = re.compile(r"[a-z][a-z0-9]{0,14}")
 _RESERVED = frozenset({SWITCH, *ETCDS, BRIDGE, "lo", "all", "default"})
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
 _IP_TIMEOUT_S = 60.0
 
 
@@ -146,20 +145,18 @@ def set_netns(path: Path) -> None:
         PolicyRefusedError: the caller is not root.
         KernelRefusedError: the kernel refused otherwise.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as exc:
         raise NotFoundError(f"network namespace {path} does not exist") from exc
     try:
-        if libc.setns(descriptor, _CLONE_NEWNET) == 0:
-            return
-        number = ctypes.get_errno()
+        libc.setns(descriptor, libc.CLONE_NEWNET)
+    except PermissionError as exc:
+        raise PolicyRefusedError(f"entering network namespace {path} needs root: use sudo") from exc
+    except OSError as exc:
+        raise KernelRefusedError(f"cannot enter network namespace {path}: {exc.strerror}") from exc
     finally:
         os.close(descriptor)
-    if isinstance(OSError(number, ""), PermissionError):
-        raise PolicyRefusedError(f"entering network namespace {path} needs root: use sudo")
-    raise KernelRefusedError(f"cannot enter network namespace {path}: {os.strerror(number)}")
 
 
 def _run_ip(

@@ -5,7 +5,7 @@ proc(5)) it names one process for ever, also from another program and hours late
 through a pidfd that was opened *before* the start time was compared, so that none can reach a
 stranger.  Zombies count as gone: whoever started them reaps them.
 
-May import only the standard library and `meshnet.errors`.
+May import only the standard library, `meshnet.errors` and `meshnet.proc`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError
+from meshnet.proc import Stat, read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -47,16 +48,8 @@ class ProcessRef:
 
     def is_alive(self) -> bool:
         """Whether it still runs (a zombie does not)."""
-        stat = _read_stat(self.pid)
-        return stat is not None and stat.start_time == self.start_time
-
-
-@dataclass(frozen=True, slots=True)
-class _Stat:
-    """What we need of ``/proc/PID/stat``."""
-
-    parent_pid: int
-    start_time: int
+        stat = _read_living(self.pid)
+        return stat is not None and stat.start_ticks == self.start_time
 
 
 def identify(pid: int) -> ProcessRef:
@@ -66,10 +59,10 @@ def identify(pid: int) -> ProcessRef:
         ProcessLookupError: there is no such process.
     """
     # A child that has ended already is a zombie until we reap it, so its pid is still its own.
-    stat = _read_stat(pid, zombies=True)
+    stat = read_stat(pid)
     if stat is None:
         raise ProcessLookupError(f"process {pid} does not exist")
-    return ProcessRef(pid, stat.start_time)
+    return ProcessRef(pid, stat.start_ticks)
 
 
 def netns_id(path: Path) -> NetnsId | None:
@@ -125,9 +118,9 @@ def find_in_namespaces(namespaces: Collection[NetnsId]) -> set[ProcessRef]:
             continue
         # The start time first: if the pid passes to another process before the namespace is
         # read, the pair names a process that is gone, and no signal will reach the new one.
-        stat = _read_stat(pid)
+        stat = _read_living(pid)
         if stat is not None and process_netns_id(pid) in wanted:
-            found.add(ProcessRef(pid, stat.start_time))
+            found.add(ProcessRef(pid, stat.start_ticks))
     return found
 
 
@@ -137,12 +130,12 @@ def with_descendants(refs: Iterable[ProcessRef]) -> set[ProcessRef]:
     A container that a lab host's agent or shell started lives in a network namespace of its own;
     it is the lab's by its parents.
     """
-    stats = {pid: stat for pid in _pids() if (stat := _read_stat(pid)) is not None}
+    stats = {pid: stat for pid in _pids() if (stat := _read_living(pid)) is not None}
     children: dict[int, list[int]] = {}
     for pid, stat in stats.items():
         children.setdefault(stat.parent_pid, []).append(pid)
     pending = [
-        ref.pid for ref in refs if ref.pid in stats and stats[ref.pid].start_time == ref.start_time
+        ref.pid for ref in refs if ref.pid in stats and stats[ref.pid].start_ticks == ref.start_time
     ]
     family: set[int] = set()
     while pending:
@@ -150,7 +143,7 @@ def with_descendants(refs: Iterable[ProcessRef]) -> set[ProcessRef]:
         if pid not in family and pid != os.getpid():
             family.add(pid)
             pending.extend(children.get(pid, []))
-    return {ProcessRef(pid, stats[pid].start_time) for pid in family}
+    return {ProcessRef(pid, stats[pid].start_ticks) for pid in family}
 
 
 def end_processes(refs: Iterable[ProcessRef], *, deadline_s: float) -> None:
@@ -227,13 +220,6 @@ def _pids() -> Iterator[int]:
             yield int(name)
 
 
-def _read_stat(pid: int, *, zombies: bool = False) -> _Stat | None:
-    try:
-        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # Field 2, the command's name, may hold blanks and parentheses: count from the last one.
-    fields = text.rpartition(")")[2].split()
-    if fields[0] in _DEAD_STATES and not zombies:
-        return None
-    return _Stat(parent_pid=int(fields[1]), start_time=int(fields[19]))
+def _read_living(pid: int) -> Stat | None:
+    stat = read_stat(pid)
+    return stat if stat is not None and stat.state not in _DEAD_STATES else None

@@ -3,21 +3,21 @@
 Trusts only what it can see: processes by ``lab.json`` (pid and start time), by the network
 namespace they live in, and by their parents; namespaces by their names; mounts by
 ``/proc/self/mountinfo``; control groups by the agents' records of their containers.  May import
-only the standard library, `meshnet.errors` and the lab's lower modules.
+only the standard library, `meshnet.errors`, `meshnet.libc`, `meshnet.proc` and the lab's lower
+modules.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshnet import libc
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
 from meshnet.lab.netns import ETCDS, delete_netns, list_netns, netns_name, netns_path
 from meshnet.lab.poll import wait_until
@@ -38,11 +38,11 @@ from meshnet.lab.state import (
     is_lab_dir,
     removal_order,
 )
+from meshnet.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-_MNT_DETACH = 2  # linux/fs.h
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_DEADLINE_S = 5.0
 _ROUNDS = 10
@@ -230,13 +230,14 @@ def _unmount_below(base_dir: Path) -> None:
     them; removing the directory through such a mount would remove the user's files.
     """
     root = f"{base_dir.resolve()}/"
-    libc = ctypes.CDLL(None, use_errno=True)
-    for mount_point in reversed(_mount_points()):
-        if not mount_point.startswith(root):
-            continue
-        if libc.umount2(os.fsencode(mount_point), _MNT_DETACH) != 0:
-            reason = os.strerror(ctypes.get_errno())
-            raise KernelRefusedError(f"{mount_point} cannot be unmounted: {reason}")
+    for mount in reversed(list(mounts())):
+        if mount.point.startswith(root):
+            try:
+                libc.umount(mount.point, libc.MNT_DETACH)
+            except OSError as exc:
+                raise KernelRefusedError(
+                    f"{mount.point} cannot be unmounted: {exc.strerror}"
+                ) from exc
 
 
 def _remove_cgroups(base_dir: Path) -> None:
@@ -263,13 +264,3 @@ def _is_removed(group: Path) -> bool:
             raise
         return False
     return True
-
-
-def _mount_points() -> list[str]:
-    text = Path("/proc/self/mountinfo").read_bytes()
-    # proc(5): field 5 is the mount point, with blanks and the like as \040.
-    fields = [line.split(b" ")[4] for line in text.splitlines()]
-    return [
-        os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
-        for field in fields
-    ]

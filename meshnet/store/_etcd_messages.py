@@ -1,7 +1,7 @@
 """etcd's v3 messages: encode requests, decode responses.
 
 Job: between the types of `meshnet.store` and the protobuf messages of the `etcd3` package.  Place:
-control plane; below `meshnet.store._etcd_rpc`, which sends them.  Does no I/O.  May import of
+control plane; below `meshnet.store._etcd_rpc`, which sends them: nothing here does.  May import of
 meshnet only `meshnet.store` and `meshnet.store._etcd_wire`.
 
 Of `etcd3` only the generated stubs are used.  Its client logs in with a blocking call in its

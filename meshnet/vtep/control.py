@@ -20,7 +20,7 @@ offload, `meshnet.wire.vxlan`): a peer that is this program does, and a kernel's
 was made with ``remcsumrx``; others do not.
 
 A probe is ``[id, underlay_ip, "udp" or "vxlan", bytes]`` and an answer ``[id, underlay_ip, ms]``
-(`meshnet.vtep.prober`).
+(`meshnet.vtep.probe_exchange`).
 
 An error is ``{"v": 1, "ok": false, "error": TEXT}``, and nothing was changed.  The connection stays
 open, except after a line that is too long.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import PeerTable
-    from meshnet.vtep.prober import Prober
+    from meshnet.vtep.probe_exchange import ProbeExchange
 
 VERSION = 1
 MAX_LINE_BYTES = 64 << 20
@@ -59,7 +59,7 @@ class Control:
         table: PeerTable,
         counters: Counters,
         status: dict[str, Any],
-        prober: Prober,
+        probes: ProbeExchange,
         collect: Callable[[], None],
         changed: Callable[[], None],
     ) -> None:
@@ -71,7 +71,7 @@ class Control:
             changed: called after the members changed.
         """
         self._table, self._counters, self._status = table, counters, status
-        self._prober, self._collect, self._changed = prober, collect, changed
+        self._probes, self._collect, self._changed = probes, collect, changed
         self.quitting = False
 
     def answer(self, line: bytes) -> bytes:
@@ -114,8 +114,8 @@ class Control:
         elif op == "counters":
             return self._count()
         elif op == "probe":
-            self._prober.send(_list(request, "send"))
-            return {"answers": self._prober.take_answers()}
+            self._probes.send(_list(request, "send"))
+            return {"answers": self._probes.drain_answers()}
         elif op == "status":
             return {**self._status, "peers": len(self._table.by_underlay)}
         elif op == "quit":

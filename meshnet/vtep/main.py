@@ -23,15 +23,18 @@ from typing import TYPE_CHECKING
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
-from meshnet.vtep.engine import ENGINES, Parts, make_engine
+from meshnet.vtep.engine import ENGINES, Parts
 from meshnet.vtep.peers import Own, PeerTable, parse_ip, parse_mac
-from meshnet.vtep.prober import Prober
+from meshnet.vtep.probe_exchange import ProbeExchange
 from meshnet.vtep.rundir import RunDir
 from meshnet.vtep.server import Server
-from meshnet.vtep.tun import bring_up, open_tun, open_underlay
+from meshnet.vtep.tun import bring_up, open_tun
+from meshnet.vtep.underlay_socket import open_underlay
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from meshnet.vtep.engine import Engine
 
 _SAVE_AFTER_S = 0.1
 
@@ -69,12 +72,12 @@ class _Process:
         underlay = open_underlay(local, options.port)
         counters = Counters()
         self._tun, self._underlay = tun, underlay
-        self._prober = Prober(underlay.socket, self._table, counters, options.vxlan_dev)
+        self._probes = ProbeExchange(underlay.socket, self._table, counters, options.vxlan_dev)
         self._poll = select.epoll()
         parts = Parts(
-            tun, underlay, self._table, counters, options.mtu, self._prober, self._poll.fileno()
+            tun, underlay, self._table, counters, options.mtu, self._probes, self._poll.fileno()
         )
-        self._engine = make_engine(options.engine, parts)
+        self._engine = _make_engine(options.engine, parts)
         status = {
             "pid": os.getpid(),
             "config": {
@@ -93,7 +96,7 @@ class _Process:
             },
         }
         self._control = Control(
-            self._table, counters, status, self._prober, self._engine.collect, self._changed
+            self._table, counters, status, self._probes, self._engine.collect, self._changed
         )
         self._save_at: float | None = None
         self._server = Server(self._rundir.control_path, self._poll, self._control.answer)
@@ -126,14 +129,14 @@ class _Process:
         self._server.close()
         self._engine.close()
         self._poll.close()
-        self._prober.close()
+        self._probes.close()
         self._underlay.socket.close()
         os.close(self._tun.fd)
         self._rundir.close()
 
     def _loop(self, wake: socket.socket) -> None:
         """Packets are the engine's; what else happens is dealt with in between."""
-        wake_fd, probes = wake.fileno(), self._prober.packet_socket
+        wake_fd, probes = wake.fileno(), self._probes.packet_socket
         probe_fd = wake_fd if probes is None else probes.fileno()
         for fd in {wake_fd, probe_fd}:
             self._poll.register(fd, select.EPOLLIN)
@@ -144,7 +147,7 @@ class _Process:
                 if fd == wake_fd:
                     return
                 if fd == probe_fd:
-                    self._prober.receive()
+                    self._probes.receive()
                     continue
                 self._server.handle(fd, events)
                 if self._control.quitting:
@@ -165,6 +168,24 @@ class _Process:
                 self._rundir.save(self._table)
             except OSError as error:
                 print(f"meshnet.vtep: members not written down: {error}", file=sys.stderr)
+
+
+def _make_engine(name: str, parts: Parts) -> Engine:
+    """The engine of that name, one of `ENGINES`.
+
+    Raises:
+        NotFoundError: the native one is not built.
+        KernelRefusedError: the kernel refused.
+    """
+    # Each is imported only where it is wanted: the one in Python needs neither ctypes nor hashlib,
+    # and the process is to start within milliseconds.
+    if name == "python":
+        from meshnet.vtep.python_engine import PythonEngine
+
+        return PythonEngine(parts)
+    from meshnet.vtep.native.engine import NativeEngine
+
+    return NativeEngine(parts)
 
 
 def _parser() -> argparse.ArgumentParser:

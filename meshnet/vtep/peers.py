@@ -3,13 +3,14 @@
 A lookup is one dict access for each prefix length that occurs, longest first; the hosts of a
 network all have one length a family, so it is one access with 10 peers and with 10,000.
 
-Pure: imports no I/O but address parsing.
+Pure: imports no I/O.  Addresses are parsed by `socket`: `ipaddress` takes longer to import than all
+else here.
 """
 
 from __future__ import annotations
 
 import re
-import socket
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import ConflictError, UsageError
@@ -17,6 +18,7 @@ from meshnet.wire import virtio, vxlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from socket import socket
 
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _LENGTH = re.compile(r"[0-9]{1,3}")
@@ -43,7 +45,7 @@ class Own:
         self.vni, self.mac, self.port, self.version = vni, mac, port, version
 
 
-class Peer:
+class TunnelPeer:
     """A member, and what was counted of it.
 
     Attributes:
@@ -107,7 +109,7 @@ class Peer:
             received[4, 17]: virtio.pack(virtio.NEEDS_CSUM, 0, 28, 0, 20, 6),
         }
         self.fronts = {front: (key[0], key[1] != 0) for key, front in received.items()}
-        self.tx_socket: socket.socket | None = None
+        self.tx_socket: socket | None = None
         self.tx_fd = -1
         self.rx_packets = self.rx_bytes = self.rx_calls = 0
         self.tx_packets = self.tx_bytes = self.tx_calls = 0
@@ -117,7 +119,7 @@ class Peer:
         """Count packets that were dropped."""
         self.drops[reason] = self.drops.get(reason, 0) + count
 
-    def keep_counting(self, before: Peer) -> None:
+    def keep_counting(self, before: TunnelPeer) -> None:
         """Go on with the counters of what this replaces."""
         self.rx_packets, self.rx_bytes = before.rx_packets, before.rx_bytes
         self.tx_packets, self.tx_bytes = before.tx_packets, before.tx_bytes
@@ -142,11 +144,11 @@ class PeerTable:
 
     def __init__(self, own: Own) -> None:
         self.own = own
-        self.by_underlay: dict[str, Peer] = {}
+        self.by_underlay: dict[str, TunnelPeer] = {}
         # By IP version: masks, longest first, each with its networks.
-        self._routes: dict[int, list[tuple[int, dict[int, Peer]]]] = {4: [], 6: []}
+        self._routes: dict[int, list[tuple[int, dict[int, TunnelPeer]]]] = {4: [], 6: []}
 
-    def find(self, version: int, address: int) -> Peer | None:
+    def find(self, version: int, address: int) -> TunnelPeer | None:
         """The member that owns an address."""
         for mask, networks in self._routes[version]:
             peer = networks.get(address & mask)
@@ -161,13 +163,13 @@ class PeerTable:
             UsageError: a document is malformed.
             ConflictError: two members have one underlay address or subnet.
         """
-        peers: dict[str, Peer] = {}
+        peers: dict[str, TunnelPeer] = {}
         for document in documents:
             peer = self._parse(document)
             if peer.underlay_ip in peers:
                 raise ConflictError(f"peer {peer.underlay_ip} is given twice")
             peers[peer.underlay_ip] = peer
-        self._take(peers)
+        self._install(peers)
 
     def update(self, documents: Iterable[dict[str, Any]], removed: Iterable[str]) -> None:
         """Add or replace some members, and remove others, which need not be members.
@@ -180,15 +182,15 @@ class PeerTable:
         gone = {parse_ip(text)[2] for text in removed}
         peers = {ip: peer for ip, peer in self.by_underlay.items() if ip not in gone}
         peers.update((peer.underlay_ip, peer) for peer in changed)
-        self._take(peers)
+        self._install(peers)
 
-    def _parse(self, document: object) -> Peer:
+    def _parse(self, document: object) -> TunnelPeer:
         if not isinstance(document, dict):
             raise UsageError(f"peer {document!r:.80} is not an object")
-        return Peer(document, self.own)
+        return TunnelPeer(document, self.own)
 
-    def _take(self, peers: dict[str, Peer]) -> None:
-        tables: dict[int, dict[int, dict[int, Peer]]] = {4: {}, 6: {}}
+    def _install(self, peers: dict[str, TunnelPeer]) -> None:
+        tables: dict[int, dict[int, dict[int, TunnelPeer]]] = {4: {}, 6: {}}
         for peer in peers.values():
             for version, network, length in peer.subnets:
                 other = tables[version].setdefault(length, {}).setdefault(network, peer)
@@ -227,14 +229,14 @@ def parse_ip(text: object) -> tuple[int, int, str]:
         UsageError: it is none.
     """
     if isinstance(text, str) and len(text) < 64:
-        family = socket.AF_INET6 if ":" in text else socket.AF_INET
+        family = AF_INET6 if ":" in text else AF_INET
         try:
-            packed = socket.inet_pton(family, text)
+            packed = inet_pton(family, text)
         except (OSError, ValueError, UnicodeError):
             pass
         else:
             version = 4 if len(packed) == 4 else 6
-            return version, int.from_bytes(packed, "big"), socket.inet_ntop(family, packed)
+            return version, int.from_bytes(packed, "big"), inet_ntop(family, packed)
     raise UsageError(f"{text!r:.80} is not an IP address")
 
 

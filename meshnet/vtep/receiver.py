@@ -7,7 +7,7 @@
                     not_member           bad_header, wrong_vni,           spoofed_source
                                          not_our_mac, malformed
 
-A frame of the probes' type is the prober's (`meshnet.vtep.prober`).
+A frame of the probes' type belongs to the exchange of probes (`meshnet.vtep.probe_exchange`).
 
 One ``recvmsg`` may hand over a *train* (``UDP_GRO``): datagrams of one size, side by side.  Most
 often it is one super-packet that the sender cut, and goes to the TUN as one write, its payload
@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING
 
 from meshnet.wire import probe, virtio
 from meshnet.wire.checksum import partial
-from meshnet.wire.coalesce import Coalescer, TrainJoiner, extend
+from meshnet.wire.coalesce import Coalescer
 from meshnet.wire.inner import TCP, UDP, Inner, describe
+from meshnet.wire.train import TrainJoiner, extend
 from meshnet.wire.vxlan import (
     ENCAPSULATION_BYTES,
     ETHERTYPE_IPV4,
@@ -39,9 +40,10 @@ from meshnet.wire.vxlan import (
 
 if TYPE_CHECKING:
     from meshnet.vtep.counters import Counters
-    from meshnet.vtep.peers import Peer, PeerTable
-    from meshnet.vtep.prober import Prober
-    from meshnet.vtep.tun import Tun, Underlay
+    from meshnet.vtep.peers import PeerTable, TunnelPeer
+    from meshnet.vtep.probe_exchange import ProbeExchange
+    from meshnet.vtep.tun import Tun
+    from meshnet.vtep.underlay_socket import UnderlaySocket
     from meshnet.wire import Buffer
 
 _BUFFER_BYTES = 65_536
@@ -75,20 +77,20 @@ class Receiver:
     def __init__(
         self,
         tun: Tun,
-        underlay: Underlay,
+        underlay: UnderlaySocket,
         table: PeerTable,
         counters: Counters,
         mtu_bytes: int,
-        prober: Prober,
+        probes: ProbeExchange,
     ) -> None:
-        self._prober = prober
+        self._probes = probes
         self._tun, self._socket, self._table, self._counters = tun, underlay.socket, table, counters
         self._mtu = mtu_bytes
         self._spare = [_Space(), _Space()]
         self._use(self._spare.pop())
         self._coalescer = Coalescer()
         # A super-packet whose payload is in a space of its own, and whose it is.
-        self._waiting: tuple[Peer, list[Buffer], _Space] | None = None
+        self._waiting: tuple[TunnelPeer, list[Buffer], _Space] | None = None
         self._holding = False
 
     def _use(self, space: _Space) -> None:
@@ -116,7 +118,7 @@ class Receiver:
         self._flush()  # a train that is no one packet is held in part
         return 1
 
-    def _quick(self, peer: Peer, at: int, length: int) -> bool:
+    def _quick(self, peer: TunnelPeer, at: int, length: int) -> bool:
         """Write an IPv4 packet without options that needs no checksum looked at.
 
         Returns:
@@ -165,7 +167,7 @@ class Receiver:
         self._flush()
         return count
 
-    def take(self, peer: Peer, datagram: bytes) -> None:
+    def carry_datagram(self, peer: TunnelPeer, datagram: bytes) -> None:
         """Carry a datagram that another received from a member."""
         self._data[: len(datagram)] = datagram
         self._datagram(peer, 0, len(datagram), hold=False)
@@ -199,7 +201,7 @@ class Receiver:
             self._flush()
         self._datagram(peer, 0, got, hold=hold)
 
-    def _train(self, peer: Peer, size: int, total: int, *, hold: bool) -> None:
+    def _train(self, peer: TunnelPeer, size: int, total: int, *, hold: bool) -> None:
         """Datagrams side by side."""
         front = peer.fronts.get(bytes(self._view[:ENCAPSULATION_BYTES]))
         joined = None
@@ -227,7 +229,7 @@ class Receiver:
             self._write(peer, joined)
 
     def _super_packet(
-        self, peer: Peer, front: tuple[int, bool] | None, size: int, total: int
+        self, peer: TunnelPeer, front: tuple[int, bool] | None, size: int, total: int
     ) -> bool:
         """Carry one frame: a UDP super-packet of a kernel peer over a veth.
 
@@ -264,7 +266,7 @@ class Receiver:
         self._write(peer, [self._view[_HEADER_START:total]])
         return True
 
-    def _source_is(self, peer: Peer, version: int, size: int) -> bool:
+    def _source_is(self, peer: TunnelPeer, version: int, size: int) -> bool:
         """Whether the first packet of a train has a source that is the member's."""
         start = ENCAPSULATION_BYTES + (12 if version == 4 else 8)
         end = start + (4 if version == 4 else 16)
@@ -273,7 +275,7 @@ class Receiver:
         address = int.from_bytes(self._data[start:end], "big")
         return self._table.find(version, address) is peer
 
-    def _datagram(self, peer: Peer, at: int, length: int, *, hold: bool) -> None:
+    def _datagram(self, peer: TunnelPeer, at: int, length: int, *, hold: bool) -> None:
         """One datagram at `at`."""
         if (
             hold
@@ -320,7 +322,7 @@ class Receiver:
         except OSError:
             peer.drop("tun_refused")
 
-    def _hold(self, peer: Peer, inner: Inner, start: int, *, unfinished: bool) -> bool:
+    def _hold(self, peer: TunnelPeer, inner: Inner, start: int, *, unfinished: bool) -> bool:
         """Give a segment to the coalescer; False: it is to go on as it is, now."""
         if inner.protocol != TCP or inner.length > self._mtu:
             return False
@@ -336,11 +338,11 @@ class Receiver:
             self._write(peer, buffers)
         return held
 
-    def _parse(self, peer: Peer, at: int, length: int) -> tuple[int, bool] | None:
+    def _parse(self, peer: TunnelPeer, at: int, length: int) -> tuple[int, bool] | None:
         """An encapsulation that is not as the member's usually is.
 
         Returns:
-            As `Peer.fronts`; None: dropped and counted, or a probe, and dealt with.
+            As `TunnelPeer.fronts`; None: dropped and counted, or a probe, and dealt with.
         """
         found = Encapsulation(self._data, at)
         own = self._table.own
@@ -355,12 +357,12 @@ class Receiver:
         elif found.ethertype == ETHERTYPE_IPV6:
             return 6, found.remote_start is not None
         elif found.ethertype == probe.ETHERTYPE:
-            self._prober.take(peer, self._view[at + ENCAPSULATION_BYTES : at + length])
+            self._probes.handle_udp(peer, self._view[at + ENCAPSULATION_BYTES : at + length])
         else:
             peer.drop("not_ip")
         return None
 
-    def _write(self, peer: Peer | None, buffers: list[Buffer]) -> bool:
+    def _write(self, peer: TunnelPeer | None, buffers: list[Buffer]) -> bool:
         try:
             os.writev(self._tun.fd, buffers)
         except OSError:

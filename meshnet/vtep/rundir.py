@@ -19,6 +19,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError
+from meshnet.proc import start_ticks
 
 if TYPE_CHECKING:
     from meshnet.vtep.peers import PeerTable
@@ -55,9 +56,7 @@ class RunDir:
             holder = os.read(self._lock, 200).decode(errors="replace")
             os.close(self._lock)
             raise ConflictError(f"run directory {path} is held by process {holder}") from error
-        with open("/proc/self/stat", "rb") as file:
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-        text = json.dumps({"pid": os.getpid(), "start_ticks": ticks})
+        text = json.dumps({"pid": os.getpid(), "start_ticks": start_ticks(os.getpid())})
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, text.encode(), 0)
 

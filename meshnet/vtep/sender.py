@@ -23,21 +23,21 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from meshnet.vtep.tun import SOL_UDP, UDP_SEGMENT, connect_underlay
+from meshnet.vtep.underlay_socket import SOL_UDP, UDP_SEGMENT, connect_underlay
 from meshnet.wire import icmp, virtio
-from meshnet.wire.segment import MAX_SEGMENTS, MAX_SEND_BYTES, Cutter, complete
+from meshnet.wire.segment import MAX_PACKET_BYTES, MAX_SEGMENTS, MAX_SEND_BYTES, Cutter, complete
 from meshnet.wire.vxlan import ENCAPSULATION_BYTES
 
 if TYPE_CHECKING:
     import socket
 
     from meshnet.vtep.counters import Counters
-    from meshnet.vtep.peers import Peer, PeerTable
-    from meshnet.vtep.tun import Tun, Underlay
+    from meshnet.vtep.peers import PeerTable, TunnelPeer
+    from meshnet.vtep.tun import Tun
+    from meshnet.vtep.underlay_socket import UnderlaySocket
     from meshnet.wire import Buffer
 
 _SLOTS = 64
-_PACKET_BYTES = 65_535
 _FRONT = ENCAPSULATION_BYTES - virtio.HEADER_BYTES
 _VIRTIO = virtio.unpack_from
 _V4_DESTINATION = struct.Struct(">16xI")
@@ -52,7 +52,12 @@ class Sender:
     """Carries packets from the TUN to peers."""
 
     def __init__(
-        self, tun: Tun, underlay: Underlay, table: PeerTable, counters: Counters, mtu_bytes: int
+        self,
+        tun: Tun,
+        underlay: UnderlaySocket,
+        table: PeerTable,
+        counters: Counters,
+        mtu_bytes: int,
     ) -> None:
         self._tun, self._socket, self._table, self._counters = tun, underlay.socket, table, counters
         self._segmenting, self._local = underlay.segmenting, underlay.local
@@ -61,15 +66,15 @@ class Sender:
         self._most_read = virtio.HEADER_BYTES + mtu_bytes
         step = (mtu_bytes + ENCAPSULATION_BYTES + 63) & ~63
         self._step = step
-        self._data = bytearray(_SLOTS * step + ENCAPSULATION_BYTES + _PACKET_BYTES)
+        self._data = bytearray(_SLOTS * step + ENCAPSULATION_BYTES + MAX_PACKET_BYTES)
         self._view = view = memoryview(self._data)
-        most = virtio.HEADER_BYTES + _PACKET_BYTES
+        most = virtio.HEADER_BYTES + MAX_PACKET_BYTES
         self._slots = [[view[i * step + _FRONT : i * step + _FRONT + most]] for i in range(_SLOTS)]
         self._cutters: dict[int, Cutter] = {}
         self._controls: dict[int, list[tuple[int, int, bytes]]] = {}
         # Datagrams of one size, but for the last, that wait to be sent to one peer.
         self._run: list[Buffer] = []
-        self._run_peer: Peer | None = None
+        self._run_peer: TunnelPeer | None = None
         self._run_size = self._run_most = 0
         self._answers, self._answers_since = 0, 0.0
 
@@ -100,7 +105,7 @@ class Sender:
             peer.tx_bytes += sent
         return 1
 
-    def _quick(self, slot: int, got: int) -> Peer | None:
+    def _quick(self, slot: int, got: int) -> TunnelPeer | None:
         """Make a datagram of an IPv4 packet without options that is no super-packet.
 
         Returns:
@@ -157,7 +162,7 @@ class Sender:
         self._flush()
         return budget
 
-    def take(self, read: bytes) -> None:
+    def carry_read(self, read: bytes) -> None:
         """Carry what another read from the TUN: a virtio header and a packet."""
         self._slots[0][0][: len(read)] = read
         self._carry(0, len(read))
@@ -188,7 +193,7 @@ class Sender:
             return slot
         return self._append(peer, slot, length + ENCAPSULATION_BYTES)
 
-    def _complete(self, peer: Peer, version: int, start: int, length: int) -> bool:
+    def _complete(self, peer: TunnelPeer, version: int, start: int, length: int) -> bool:
         """Make a datagram of a packet where it stands; False: it is too large."""
         data = self._data
         if length > self._mtu:
@@ -204,7 +209,7 @@ class Sender:
         data[start - ENCAPSULATION_BYTES : start] = peer.prefixes[version, protocol]
         return True
 
-    def _append(self, peer: Peer, slot: int, size: int) -> int:
+    def _append(self, peer: TunnelPeer, slot: int, size: int) -> int:
         """Add the datagram in a slot to the run; returns the next slot, maybe one too many."""
         run = self._run
         if run and (
@@ -228,7 +233,7 @@ class Sender:
             self._send(peer, run, self._run_size if len(run) > 1 else 0, len(run))
             run.clear()
 
-    def _super_packet(self, peer: Peer, version: int, slot: int, length: int) -> None:
+    def _super_packet(self, peer: TunnelPeer, version: int, slot: int, length: int) -> None:
         cutter = self._cutters.get(slot)
         if cutter is None:
             start = slot * self._step + ENCAPSULATION_BYTES
@@ -245,7 +250,7 @@ class Sender:
         for buffers, size in sends:
             self._send(peer, buffers, size, len(buffers) >> 1)
 
-    def _send(self, peer: Peer, buffers: list[Buffer], size: int, packets: int) -> None:
+    def _send(self, peer: TunnelPeer, buffers: list[Buffer], size: int, packets: int) -> None:
         """One send; where the kernel does not segment, one for each datagram."""
         if size == 0:
             controls = []
@@ -273,7 +278,7 @@ class Sender:
         peer.tx_packets += packets
         peer.tx_bytes += sent
 
-    def socket_of(self, peer: Peer, *, make: bool = False) -> int:
+    def socket_of(self, peer: TunnelPeer, *, make: bool = False) -> int:
         """The descriptor of the peer's own socket, for who sends by it himself; -1: it has none.
 
         Args:
@@ -282,7 +287,7 @@ class Sender:
         known = peer.tx_socket is not None or peer.address in self._connected
         return peer.tx_fd if (known or make) and self._connect(peer) else -1
 
-    def _connect(self, peer: Peer) -> bool:
+    def _connect(self, peer: TunnelPeer) -> bool:
         """Give a peer a socket of its own, as long as there are few."""
         made = self._connected.get(peer.address)
         if made is None:
@@ -298,7 +303,7 @@ class Sender:
 
     @staticmethod
     def _send_connected(
-        peer: Peer, buffers: list[Buffer], controls: list[tuple[int, int, bytes]]
+        peer: TunnelPeer, buffers: list[Buffer], controls: list[tuple[int, int, bytes]]
     ) -> int:
         made = peer.tx_socket
         assert made is not None
@@ -320,13 +325,13 @@ class Sender:
             made.close()
         self._connected.clear()
 
-    def _send_each(self, peer: Peer, buffers: list[Buffer], size: int) -> None:
+    def _send_each(self, peer: TunnelPeer, buffers: list[Buffer], size: int) -> None:
         whole = memoryview(b"".join(buffers))
         for at in range(0, len(whole), size):
             self._send(peer, [whole[at : at + size]], 0, 1)
 
     @staticmethod
-    def refused(peer: Peer, number: int, packets: int) -> None:
+    def refused(peer: TunnelPeer, number: int, packets: int) -> None:
         """Count packets that the underlay did not take, by errno."""
         if number == errno.EAGAIN:
             peer.drop("tx_congested", packets)

@@ -15,11 +15,11 @@ from meshnet.vtep.control import MAX_LINE_BYTES, VERSION
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MAX_CONNECTIONS = 16
+_MAX_CLIENTS = 16
 _CHUNK_BYTES = 1 << 20
 
 
-class _Connection:
+class _ControlClient:
     """A client: what it sent and did not end with a newline, what it has not yet read."""
 
     __slots__ = ("closing", "inbox", "outbox", "socket")
@@ -42,7 +42,7 @@ class Server:
             KernelRefusedError: it cannot be made.
         """
         self._poll, self._answer, self._path = poll, answer, path
-        self._connections: dict[int, _Connection] = {}
+        self._clients: dict[int, _ControlClient] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -52,7 +52,7 @@ class Server:
                 self._listener.bind(path)
             finally:
                 os.umask(before)
-            self._listener.listen(_MAX_CONNECTIONS)
+            self._listener.listen(_MAX_CLIENTS)
         except OSError as error:
             raise KernelRefusedError(f"control socket {path}: {error.strerror or error}") from error
         poll.register(self._listener.fileno(), select.EPOLLIN)
@@ -62,29 +62,29 @@ class Server:
         if fd == self._listener.fileno():
             self._accept()
             return
-        connection = self._connections.get(fd)
-        if connection is None:
+        client = self._clients.get(fd)
+        if client is None:
             return
         try:
             if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
-                self._read(connection)
-            if connection.outbox:
-                self._write(connection)
+                self._read(client)
+            if client.outbox:
+                self._write(client)
         except OSError:
-            connection.closing = True
-            connection.outbox.clear()
-        if connection.closing and not connection.outbox:
-            self._close(connection)
+            client.closing = True
+            client.outbox.clear()
+        if client.closing and not client.outbox:
+            self._close(client)
         else:
-            out = select.EPOLLOUT if connection.outbox else 0
-            self._poll.modify(fd, select.EPOLLIN * (not connection.closing) | out)
+            out = select.EPOLLOUT if client.outbox else 0
+            self._poll.modify(fd, select.EPOLLIN * (not client.closing) | out)
 
     def close(self) -> None:
         """Close all, and remove the socket's file."""
-        for connection in list(self._connections.values()):
+        for client in list(self._clients.values()):
             with contextlib.suppress(OSError):
-                self._write(connection)
-            self._close(connection)
+                self._write(client)
+            self._close(client)
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
@@ -92,40 +92,40 @@ class Server:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             accepted, _ = self._listener.accept()
-            if len(self._connections) >= _MAX_CONNECTIONS:
+            if len(self._clients) >= _MAX_CLIENTS:
                 accepted.close()
                 return
             accepted.setblocking(False)
-            self._connections[accepted.fileno()] = _Connection(accepted)
+            self._clients[accepted.fileno()] = _ControlClient(accepted)
             self._poll.register(accepted.fileno(), select.EPOLLIN)
 
-    def _read(self, connection: _Connection) -> None:
+    def _read(self, client: _ControlClient) -> None:
         try:
-            data = connection.socket.recv(_CHUNK_BYTES)
+            data = client.socket.recv(_CHUNK_BYTES)
         except BlockingIOError:
             return
         if not data:
-            connection.closing = True
+            client.closing = True
             return
-        inbox = connection.inbox
+        inbox = client.inbox
         inbox += data
-        while not connection.closing and (end := inbox.find(b"\n")) >= 0:
+        while not client.closing and (end := inbox.find(b"\n")) >= 0:
             line = bytes(inbox[:end])
             del inbox[: end + 1]
-            connection.outbox += self._answer(line)
+            client.outbox += self._answer(line)
         if len(inbox) > MAX_LINE_BYTES:
             error = {"v": VERSION, "ok": False, "error": f"line is longer than {MAX_LINE_BYTES}"}
-            connection.outbox += json.dumps(error).encode() + b"\n"
-            connection.closing = True
+            client.outbox += json.dumps(error).encode() + b"\n"
+            client.closing = True
 
-    def _write(self, connection: _Connection) -> None:
+    def _write(self, client: _ControlClient) -> None:
         with contextlib.suppress(BlockingIOError):
-            while connection.outbox:
-                sent = connection.socket.send(memoryview(connection.outbox)[:_CHUNK_BYTES])
-                del connection.outbox[:sent]
+            while client.outbox:
+                sent = client.socket.send(memoryview(client.outbox)[:_CHUNK_BYTES])
+                del client.outbox[:sent]
 
-    def _close(self, connection: _Connection) -> None:
-        self._connections.pop(connection.socket.fileno(), None)
+    def _close(self, client: _ControlClient) -> None:
+        self._clients.pop(client.socket.fileno(), None)
         with contextlib.suppress(OSError):
-            self._poll.unregister(connection.socket.fileno())
-        connection.socket.close()
+            self._poll.unregister(client.socket.fileno())
+        client.socket.close()

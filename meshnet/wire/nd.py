@@ -25,6 +25,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from meshnet.wire.checksum import finished, ones_sum, pseudo_sum
+from meshnet.wire.icmp import ICMPV6
 
 if TYPE_CHECKING:
     from ipaddress import IPv6Address
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 ETHERTYPE = 0x86DD
 NEXT_HEADER_AT, TARGET_AT = 20, 62
 """Where these are in a frame, for a socket's filter."""
-ICMPV6, SOLICITATION, ADVERTISEMENT = 58, 135, 136
+SOLICITATION, ADVERTISEMENT = 135, 136
 
 _ETHERNET = struct.Struct("!6s6sH")
 _IPV6 = struct.Struct("!IHBB16s16s")

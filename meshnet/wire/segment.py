@@ -33,8 +33,10 @@ MAX_SEGMENTS = 64
 MAX_SEND_BYTES = 65_507
 """The largest UDP payload over IPv4."""
 
-TCP, UDP = 6, 17
-FIN, PSH, CWR = 0x01, 0x08, 0x80
+FIN, PSH, ACK, ECE, CWR = 0x01, 0x08, 0x10, 0x40, 0x80
+JOINABLE = ACK | ECE
+"""Flags of a segment that another one may follow in a super-packet."""
+MAX_PACKET_BYTES = 65_535
 _IP = ENCAPSULATION_BYTES
 _CACHED_LAYOUTS = 32
 _HALF, _WORD = struct.Struct(">H"), struct.Struct(">I")

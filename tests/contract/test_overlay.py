@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.errors import KernelRefusedError, NotFoundError
-from meshnet.runtime.engine.overlay import mount_overlay, unmount
+from meshnet.runtime.engine.overlayfs import mount_overlay, unmount
 from meshnet.runtime.images.store import Image, ImageStore
 from meshnet.runtime.images.tarstream import Budget
 from tests.images import Member, docker_save, stream_of, symlink, tar

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, PeerTable
-from meshnet.vtep.prober import Prober
+from meshnet.vtep.probe_exchange import ProbeExchange
 from meshnet.vtep.receiver import Receiver
-from meshnet.vtep.tun import Tun, Underlay
+from meshnet.vtep.tun import Tun
+from meshnet.vtep.underlay_socket import UnderlaySocket
 from meshnet.wire import probe, virtio, vxlan
 from meshnet.wire.inner import UDP, Inner
 from meshnet.wire.probe import REQUEST, Probe
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from random import Random
 
-    from meshnet.vtep.peers import Peer
+    from meshnet.vtep.peers import TunnelPeer
     from tests.hostile.campaign import Check
 
 MTU = 1450
@@ -67,14 +68,14 @@ class _Socket:
         return len(data)
 
 
-class _CountingProber(Prober):
+class _CountingExchange(ProbeExchange):
     """Counts what it is handed."""
 
     taken = 0
 
-    def take(self, peer: Peer, payload: memoryview) -> None:
+    def handle_udp(self, peer: TunnelPeer, payload: memoryview) -> None:
         self.taken += 1
-        super().take(peer, payload)
+        super().handle_udp(peer, payload)
 
 
 def _datagram(random: Random) -> bytes:
@@ -147,10 +148,10 @@ def check_datagrams(data: bytes, tun: socket.socket, inner: socket.socket) -> st
     ]
     table, counters = make_table(), Counters()
     wire = cast("Any", _Socket(waiting))
-    underlay = Underlay(wire, "0.0.0.1", segmenting=True, trains=True)
-    prober = _CountingProber(wire, table, counters, None)
+    underlay = UnderlaySocket(wire, "0.0.0.1", segmenting=True, trains=True)
+    probes = _CountingExchange(wire, table, counters, None)
     receiver = Receiver(
-        Tun(inner.fileno(), "tu0", uso=True), underlay, table, counters, MTU, prober
+        Tun(inner.fileno(), "tu0", uso=True), underlay, table, counters, MTU, probes
     )
     strangers = members = 0
     whole = True
@@ -174,7 +175,7 @@ def check_datagrams(data: bytes, tun: socket.socket, inner: socket.socket) -> st
     late = sum(drops.pop(reason, 0) for reason in ("rx_too_big", "tun_refused"))
     drops.pop("bad_probe", 0)
     assert counters.drops.get("not_member", 0) == strangers
-    assert accepted + sum(drops.values()) + prober.taken == members
+    assert accepted + sum(drops.values()) + probes.taken == members
     if whole:
         assert written == accepted - late, (written, accepted, late)
     return "delivered" if accepted else "dropped"
@@ -223,12 +224,12 @@ def check_line(line: bytes) -> str:
     """One line of JSON; if it is an error, nothing was changed."""
     table, counters = make_table(), Counters()
     changes: list[None] = []
-    prober = Prober(cast("Any", _Socket([])), table, counters, None)
+    probes = ProbeExchange(cast("Any", _Socket([])), table, counters, None)
     control = Control(
         table,
         counters,
         {"pid": os.getpid()},
-        prober,
+        probes,
         lambda: None,
         lambda: changes.append(None),
     )

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.netns.mesh import create_network
-from tests.netns.unit.exercise import Exercise, confined
-from tests.netns.unit.settings import CONTAINERS, UNIT, read_settings
+from tests.netns.systemd_unit.exercise import Exercise, confined
+from tests.netns.systemd_unit.settings import CONTAINERS, UNIT, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.lab.poll import wait_until
-from meshnet.unix_http import Connection
+from meshnet.unix_http import HttpConnection
 from tests.netns.faults.agent_faults import take_memory
 from tests.netns.faults.invariants import wait_whole
 from tests.netns.faults.mesh import AGENT_ARGS, make_mesh
@@ -76,7 +76,7 @@ def test_an_agent_without_descriptors_or_memory(make_lab: MakeLab, lab_name: str
         used = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, hard))
         began_s, busy_before_s = time.monotonic(), busy_s(pid)
-        clients = [Connection(str(h1.socket_path), 20) for _ in range(20)]
+        clients = [HttpConnection(str(h1.socket_path), 20) for _ in range(20)]
         for connection in clients:
             connection.request("GET", "/healthz")
         h1.run(["ip", "link", "set", "mnb4097", "mtu", "1400"])  # work that it cannot do

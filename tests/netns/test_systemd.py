@@ -11,8 +11,8 @@ import pytest
 from meshnet.lab.poll import wait_until
 from tests.netns.containers import make_rootfs
 from tests.netns.mesh import address_of, attach, create_network, lossless, ping, wait_in_sync
-from tests.netns.unit.settings import CONTAINERS, UNIT, read_settings
-from tests.netns.unit.systemd import Systemd
+from tests.netns.systemd_unit.settings import CONTAINERS, UNIT, read_settings
+from tests.netns.systemd_unit.systemd import Systemd
 
 if TYPE_CHECKING:
     from collections.abc import Callable

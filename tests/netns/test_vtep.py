@@ -17,7 +17,7 @@ import pytest
 from meshnet.lab.poll import wait_until
 from meshnet.vtep.engine import ENGINES
 from meshnet.vtep.native import library
-from meshnet.vtep.tun import SOL_UDP, UDP_SEGMENT
+from meshnet.vtep.underlay_socket import SOL_UDP, UDP_SEGMENT
 from meshnet.wire import vxlan
 from tests.bench.common import scratch
 from tests.netns.mesh import PingStream, ping

@@ -17,17 +17,24 @@ from meshnet.vtep.engine import Parts
 from meshnet.vtep.native import library
 from meshnet.vtep.native.engine import NativeEngine
 from meshnet.vtep.peers import Own, PeerTable
-from meshnet.vtep.prober import Prober
+from meshnet.vtep.probe_exchange import ProbeExchange
 from meshnet.vtep.receiver import Receiver
 from meshnet.vtep.sender import Sender
-from meshnet.vtep.tun import SOL_UDP, UDP_GRO, UDP_SEGMENT, Tun, Underlay, open_underlay
+from meshnet.vtep.tun import Tun
+from meshnet.vtep.underlay_socket import (
+    SOL_UDP,
+    UDP_GRO,
+    UDP_SEGMENT,
+    UnderlaySocket,
+    open_underlay,
+)
 from meshnet.wire import virtio
 from tests.unit.packets import MACS, VNI, cut_by_kernel, virtio_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from meshnet.vtep.peers import Peer
+    from meshnet.vtep.peers import TunnelPeer
 
 MTU = 1450
 _OWN_IP, _PEER_IP = "127.0.0.1", "127.0.0.2"
@@ -134,12 +141,14 @@ class PythonEnds(_Ends):
         self.counters = Counters()
         table = PeerTable(Own(VNI, MACS[1], 4789, 4))
         table.replace([_describe_host(2, _FAR_IP, 4789, offload=offload)])
-        self.peer: Peer = table.by_underlay[_FAR_IP]
-        underlay = Underlay(cast("Any", self.wire), "0.0.0.1", segmenting=segmenting, trains=True)
+        self.peer: TunnelPeer = table.by_underlay[_FAR_IP]
+        underlay = UnderlaySocket(
+            cast("Any", self.wire), "0.0.0.1", segmenting=segmenting, trains=True
+        )
         tun = Tun(self._inner.fileno(), "tu0", uso=True)
         self.sender = Sender(tun, underlay, table, self.counters, MTU)
-        prober = Prober(cast("Any", self.wire), table, self.counters, None)
-        self.receiver = Receiver(tun, underlay, table, self.counters, MTU, prober)
+        probes = ProbeExchange(cast("Any", self.wire), table, self.counters, None)
+        self.receiver = Receiver(tun, underlay, table, self.counters, MTU, probes)
         # No way to anybody, so that it sends by the wire above.
         self.sender._connect = lambda peer: False  # type: ignore[method-assign]
 
@@ -199,11 +208,11 @@ class NativeEnds(_Ends):
         self._never, called = socket.socketpair()
         self._called = called
         self.counters = Counters()
-        prober = Prober(self._underlay.socket, self._table, self.counters, None)
+        probes = ProbeExchange(self._underlay.socket, self._table, self.counters, None)
         tun = Tun(self._inner.fileno(), "tu0", uso=True)
         self.set_offload(offload, known=False)
         parts = Parts(
-            tun, self._underlay, self._table, self.counters, mtu_bytes, prober, called.fileno()
+            tun, self._underlay, self._table, self.counters, mtu_bytes, probes, called.fileno()
         )
         self.engine = NativeEngine(parts)
 
@@ -225,7 +234,7 @@ class NativeEnds(_Ends):
         return self._table
 
     @property
-    def peer(self) -> Peer:
+    def peer(self) -> TunnelPeer:
         """The other host, as the engine's process knows it."""
         self.engine.collect()
         return self._table.by_underlay[_PEER_IP]

@@ -12,7 +12,7 @@ import pytest
 
 from meshnet.cli import client as module
 from meshnet.cli.main import GROUPS, groups_for, make_parser, run_command
-from meshnet.unix_http import Connection
+from meshnet.unix_http import HttpConnection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -196,12 +196,12 @@ def test_the_life_of_containers_takes_as_long_as_it_takes(
     """A stop that waits longer than the client did was an agent that does not answer."""
     timeouts = []
 
-    class Timed(Connection):
+    class Timed(HttpConnection):
         def __init__(self, path: str, timeout_s: float | None) -> None:
             timeouts.append(timeout_s)
             super().__init__(path, timeout_s)
 
-    monkeypatch.setattr(module, "Connection", Timed)
+    monkeypatch.setattr(module, "HttpConnection", Timed)
     assert run_command(["--socket", str(tmp_path / "none"), *command.split()]) == 3
     assert timeouts == [None]
     assert run_command(["--socket", str(tmp_path / "none"), "ps"]) == 3

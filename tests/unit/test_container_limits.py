@@ -13,9 +13,10 @@ from meshnet.cli.commands.container import parse_since
 from meshnet.errors import KernelRefusedError, NotFoundError, UsageError
 from meshnet.runtime.engine.conmon import Shim
 from meshnet.runtime.engine.oci_runtime import OciRuntime
+from meshnet.runtime.spec.checks import check_options
 from meshnet.runtime.spec.config import Surroundings, make_spec
 from meshnet.runtime.spec.devices import DeviceWish, parse_device
-from meshnet.runtime.spec.options import ContainerOptions, check_options
+from meshnet.runtime.spec.options import ContainerOptions
 from meshnet.runtime.spec.ulimits import UNLIMITED, Ulimit, parse_ulimit
 from meshnet.runtime.spec.users import User, add_groups
 from meshnet_agent.containers import host_support

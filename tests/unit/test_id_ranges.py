@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.errors import ConflictError, PoolExhaustedError, UsageError
+from meshnet.runtime.spec.checks import check_options
 from meshnet.runtime.spec.id_ranges import PER_CONTAINER, IdRange, allocate, check_free, parse_range
 from meshnet.runtime.spec.mount_points import MountPoint, mount_points
-from meshnet.runtime.spec.options import ContainerOptions, check_options
+from meshnet.runtime.spec.options import ContainerOptions
 from meshnet.runtime.spec.userns import Userns, parse_userns
 
 POOL = IdRange(1 << 20, 5 * PER_CONTAINER)

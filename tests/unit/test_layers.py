@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,20 +20,24 @@ if TYPE_CHECKING:
 
 MESHNET = Path(meshnet.__path__[0])
 AGENT = Path(meshnet_agent.__path__[0])
-EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep", "files", "unix_http")
+LOWEST = ("files", "group", "libc", "proc")
+"""Edges that all others may build on."""
+EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep", "arguments", "unix_http", *LOWEST)
+PURE_FOLDERS = ("runtime/spec/",)
 PURE_IN_EDGES = {
     "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
     "kernel/ordering.py",
-    "runtime/images/oci.py", "runtime/images/names.py", "runtime/spec/__init__.py",
-    "runtime/spec/options.py", "runtime/spec/seccomp.py", "runtime/spec/config.py",
-    "runtime/spec/users.py", "runtime/spec/userns.py", "runtime/spec/id_ranges.py",
-    "runtime/spec/mount_points.py",
+    "runtime/images/oci.py", "runtime/images/names.py",
 }  # fmt: skip
+CLAIM = re.compile(r"\b(Pure|[Nn]o I/O)\b(?! but)")
+"""What a module's docstring says that is held to it."""
 IMPURE = {
     "asyncio", "ctypes", "fcntl", "http", "io", "multiprocessing", "os", "pathlib", "pyroute2",
     "random", "secrets", "select", "shutil", "signal", "socket", "subprocess", "tempfile",
     "threading", "time", "trio", "urllib",
 }  # fmt: skip
+VALUES = {f"socket.{name}" for name in ("AF_INET", "AF_INET6", "inet_ntop", "inet_pton")}
+"""Numbers and parsers: no I/O, whatever they are found in."""
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -39,15 +46,23 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def is_pure(name: str) -> bool:
-    return name in PURE_IN_EDGES or name.removesuffix(".py").split("/")[0] not in EDGES
+    return (
+        name in PURE_IN_EDGES
+        or name.startswith(PURE_FOLDERS)
+        or name.removesuffix(".py").split("/")[0] not in EDGES
+    )
 
 
-def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
-    """Modules that a file imports when it runs; those for the type checker do not count."""
-    yield from _imports(ast.parse(path.read_text()), top_level_only)
+def imports(path: Path, *, top_level_only: bool = False, for_types: bool = False) -> Iterator[str]:
+    """Modules that a file imports when it runs, and those for the type checker if asked for."""
+    yield from _imports(ast.parse(path.read_text()), top_level_only, for_types)
 
 
-def _imports(node: ast.AST, top_level_only: bool) -> Iterator[str]:
+def impure_imports(path: Path) -> set[str]:
+    return {m for m in set(imports(path)) - VALUES if m.split(".")[0] in IMPURE}
+
+
+def _imports(node: ast.AST, top_level_only: bool, for_types: bool) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.Import(names=names):
@@ -55,12 +70,12 @@ def _imports(node: ast.AST, top_level_only: bool) -> Iterator[str]:
             case ast.ImportFrom(module=str(module), names=names, level=level):
                 assert level == 0, "imports are absolute"
                 yield from (f"{module}.{alias.name}" for alias in names)
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")) if not for_types:
                 continue
             case ast.FunctionDef() | ast.AsyncFunctionDef() if top_level_only:
                 continue
             case _:
-                yield from _imports(child, top_level_only)
+                yield from _imports(child, top_level_only, for_types)
 
 
 CORE = {name: path for name, path in modules(MESHNET).items() if is_pure(name)}
@@ -75,7 +90,7 @@ def test_the_core_is_what_it_should_be() -> None:
 @pytest.mark.parametrize("name", sorted(CORE))
 def test_the_core_does_no_io_and_knows_no_edge(name: str) -> None:
     found = set(imports(CORE[name]))
-    assert not {module for module in found if module.split(".")[0] in IMPURE}
+    assert not impure_imports(CORE[name])
     for module in found:
         assert not module.startswith("meshnet_agent")
         if module.startswith("meshnet."):
@@ -86,6 +101,29 @@ def test_the_core_does_no_io_and_knows_no_edge(name: str) -> None:
             assert allowed, f"{name} imports {module}"
 
 
+def _claimants() -> dict[str, Path]:
+    """Modules of the library and of the agent whose docstring says that they are pure."""
+    return {
+        f"{root.name}/{name}": path
+        for root in (MESHNET, AGENT)
+        for name, path in modules(root).items()
+        if CLAIM.search(ast.get_docstring(ast.parse(path.read_text())) or "")
+    }
+
+
+CLAIMANTS = _claimants()
+
+
+def test_claims_are_found() -> None:
+    assert {"meshnet/vtep/peers.py", "meshnet/kernel/takeover/plan.py",
+            "meshnet_agent/dataplane/fallback.py"} <= CLAIMANTS.keys()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CLAIMANTS))
+def test_who_claims_to_be_pure_is(name: str) -> None:
+    assert not impure_imports(CLAIMANTS[name])
+
+
 @pytest.mark.parametrize("name", sorted(modules(MESHNET)))
 def test_the_library_does_not_know_the_agent(name: str) -> None:
     assert not [m for m in imports(MESHNET / name) if m.startswith("meshnet_agent")]
@@ -93,10 +131,81 @@ def test_the_library_does_not_know_the_agent(name: str) -> None:
 
 @pytest.mark.parametrize("edge", ["store", "kernel", "runtime"])
 def test_edges_do_not_know_each_other(edge: str) -> None:
-    others = tuple(f"meshnet.{other}" for other in EDGES if other not in (edge, "files"))
+    others = tuple(f"meshnet.{other}" for other in EDGES if other not in (edge, *LOWEST))
     for name, path in modules(MESHNET / edge).items():
         found = [m for m in imports(path) if m.startswith(others)]
         assert not found, f"{edge}/{name} imports {found}"
+
+
+def _by_module() -> dict[str, Path]:
+    """All modules of the library and of the agent, by their dotted names."""
+    return {
+        f"{root.name}.{name.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__"): path
+        for root in (MESHNET, AGENT)
+        for name, path in modules(root).items()
+    }
+
+
+def _graph(known: dict[str, Path], *, for_types: bool) -> dict[str, set[str]]:
+    """Which modules each one imports, wherever in it."""
+    return {
+        name: {
+            found
+            for module in imports(path, for_types=for_types)
+            if (found := module if module in known else module.rpartition(".")[0]) in known
+            and found != name
+        }
+        for name, path in known.items()
+    }
+
+
+def test_no_circle_of_imports() -> None:
+    """An import within a function that hides a circle counts, too; so do types in the library."""
+    known = _by_module()
+    TopologicalSorter(_graph(known, for_types=False)).prepare()
+    library = {name: path for name, path in known.items() if not name.startswith(AGENT.name)}
+    TopologicalSorter(_graph(library, for_types=True)).prepare()
+
+
+def test_no_circle_of_calls_in_c() -> None:
+    """The native engine's files call each other one way."""
+    texts = {path.name: path.read_text() for path in (MESHNET / "vtep/native/src").glob("*.c")}
+    defined = re.compile(r"^(?!static)\w[\w ]*[ *](\w+)\([^;{]*\)\n\{", re.MULTILINE)
+    home = {name: file for file, text in texts.items() for name in defined.findall(text)}
+    assert {"note", "pump_in", "pump_out", "write_to_tun"} <= home.keys()
+    graph = {
+        file: {home[word] for word in re.findall(r"\w+", text) if home.get(word, file) != file}
+        for file, text in texts.items()
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def test_only_the_client_imports_the_client() -> None:
+    for name, path in _by_module().items():
+        if not name.startswith("meshnet.cli"):
+            assert not [m for m in imports(path, for_types=True) if m.startswith("meshnet.cli")]
+
+
+def test_nothing_imports_a_program() -> None:
+    """What a program and others need is not in its ``main``."""
+    known = _by_module()
+    mains = {name for name in known if name.endswith(".main")}
+    for name, found in _graph(known, for_types=True).items():
+        assert not {m for m in found & mains if name != m.replace(".main", ".__main__")}, name
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((MESHNET.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=]", text)[0] for text in project["dependencies"]}
+    packages = {"grpc": "grpcio"}
+    used = {
+        packages.get(first, first)
+        for path in _by_module().values()
+        for module in imports(path, for_types=True)
+        if (first := module.split(".")[0]) not in sys.stdlib_module_names
+        and first not in ("meshnet", "meshnet_agent")
+    }
+    assert used == declared
 
 
 def test_the_client_starts_fast() -> None:
@@ -105,7 +214,7 @@ def test_the_client_starts_fast() -> None:
         for module in imports(path, top_level_only=True):
             first = module.split(".")[0]
             allowed = first in sys.stdlib_module_names or module.startswith(
-                ("meshnet.errors", "meshnet.cli", "meshnet.unix_http")
+                ("meshnet.errors", "meshnet.cli", "meshnet.arguments", "meshnet.unix_http")
             )
             assert allowed, f"cli/{name} imports {module} at its top"
 
@@ -116,7 +225,7 @@ def test_the_userspace_vtep_is_small() -> None:
     for path in files:
         for module in imports(path):
             allowed = module.split(".")[0] in sys.stdlib_module_names or module.startswith(
-                ("meshnet.errors", "meshnet.wire", "meshnet.vtep", "meshnet.vtep.tun")
+                ("meshnet.errors", "meshnet.wire", "meshnet.vtep", "meshnet.proc")
             )
             assert allowed, f"{path.name} imports {module}"
 

@@ -18,7 +18,7 @@ from meshnet.errors import ConflictError, UsageError
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, PeerTable, parse_subnet
-from meshnet.vtep.prober import Prober
+from meshnet.vtep.probe_exchange import ProbeExchange
 from meshnet.wire import icmp, vxlan
 from meshnet.wire.checksum import finished, ones_sum
 from tests.unit.packets import ip_packet, tcp_packet, udp_packet
@@ -30,8 +30,8 @@ def table() -> PeerTable:
     return PeerTable(Own(42, MAC, 4789, 4))
 
 
-def silent(made: PeerTable) -> Prober:
-    return Prober(cast("Any", None), made, Counters(), None)
+def silent(made: PeerTable) -> ProbeExchange:
+    return ProbeExchange(cast("Any", None), made, Counters(), None)
 
 
 def make_control(made: PeerTable) -> Control:

@@ -100,7 +100,7 @@ def test_the_longest_prefix_wins(
 
 
 def test_a_probe_is_answered(ends: NativeEnds) -> None:
-    """Handed back, and answered by the process's prober."""
+    """Handed back, and answered by the process's exchange of probes."""
     front = vxlan.pack(VNI, MACS[0], MACS[1], probe.ETHERTYPE, None)
     ends.hand(front + probe.pack(Probe(REQUEST, 7, 1), 1000))
     ends.carry_in()

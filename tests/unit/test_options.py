@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from meshnet.errors import UsageError
 from meshnet.runtime.engine.oci_runtime import clean, exit_status_of
 from meshnet.runtime.spec import seccomp
+from meshnet.runtime.spec.checks import check_options
 from meshnet.runtime.spec.config import DEFAULT_CAPABILITIES
 from meshnet.runtime.spec.options import (
     ContainerOptions,
     Volume,
-    check_options,
     parse_restart,
     parse_size,
     parse_volume,

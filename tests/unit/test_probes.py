@@ -15,7 +15,7 @@ from meshnet.model import HostId, NetworkName
 from meshnet.plan import fallen_peers
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, PeerTable
-from meshnet.vtep.prober import Prober
+from meshnet.vtep.probe_exchange import ProbeExchange
 from meshnet.wire import probe
 from meshnet.wire.probe import ANSWER, REQUEST, Probe
 from meshnet.wire.vxlan import ENCAPSULATION_BYTES, Encapsulation
@@ -48,10 +48,10 @@ class End:
         document = {"underlay_ip": PEER_IP, "mac": PEER_MAC, "subnets": ["10.42.2.0/24"]}
         table.replace([document | {"port": 24097}])
         self.peer = table.by_underlay[PEER_IP]
-        self.prober = Prober(cast("Any", self.wire), table, self.counters, None)
+        self.probes = ProbeExchange(cast("Any", self.wire), table, self.counters, None)
 
-    def take(self, payload: bytes) -> None:
-        self.prober.take(self.peer, memoryview(payload))
+    def receive_by_udp(self, payload: bytes) -> None:
+        self.probes.handle_udp(self.peer, memoryview(payload))
 
 
 @given(
@@ -71,7 +71,7 @@ def test_a_probe_is_what_it_was(sent: Probe, size: int) -> None:
 
 def test_a_request_goes_to_the_members_port_and_to_nobody_else() -> None:
     end = End()
-    end.prober.send([[7, PEER_IP, "udp", 1450], [8, "192.0.2.9", "udp", 0]])
+    end.probes.send([[7, PEER_IP, "udp", 1450], [8, "192.0.2.9", "udp", 0]])
     ((data, address),) = end.wire.sent
     assert address == (PEER_IP, 24097)
     front = Encapsulation(data)
@@ -86,23 +86,23 @@ def test_a_request_goes_to_the_members_port_and_to_nobody_else() -> None:
 
 def test_a_request_is_answered_shortly_and_an_answer_is_kept() -> None:
     end = End()
-    end.take(probe.pack(Probe(REQUEST, 7, 99), 1450))
+    end.receive_by_udp(probe.pack(Probe(REQUEST, 7, 99), 1450))
     ((data, address),) = end.wire.sent
     assert address == (PEER_IP, 24097)
     assert probe.parse(data[ENCAPSULATION_BYTES:]) == Probe(ANSWER, 7, 99)
     assert len(data) == ENCAPSULATION_BYTES + probe.SHORTEST_BYTES
-    assert end.prober.take_answers() == []
-    end.take(probe.pack(Probe(ANSWER, 8, time.monotonic_ns() - 5_000_000)))
-    ((number, underlay_ip, ms),) = end.prober.take_answers()
+    assert end.probes.drain_answers() == []
+    end.receive_by_udp(probe.pack(Probe(ANSWER, 8, time.monotonic_ns() - 5_000_000)))
+    ((number, underlay_ip, ms),) = end.probes.drain_answers()
     assert (number, underlay_ip) == (8, PEER_IP)
     assert 5 <= ms < 1000
-    assert end.prober.take_answers() == []
+    assert end.probes.drain_answers() == []
 
 
 @given(st.binary(max_size=80))
 def test_anything_may_come(payload: bytes) -> None:
     end = End()
-    end.take(payload)
+    end.receive_by_udp(payload)
     answered = probe.parse(payload) is not None
     assert end.peer.drops == ({} if answered else {"bad_probe": 1})
 
@@ -116,7 +116,7 @@ def test_anything_may_come(payload: bytes) -> None:
 def test_requests_that_are_malformed(request_: object) -> None:
     end = End()
     with pytest.raises(UsageError, match="probe"):
-        end.prober.send([[7, PEER_IP, "udp", 0], request_])
+        end.probes.send([[7, PEER_IP, "udp", 0], request_])
     assert end.wire.sent == []
 
 

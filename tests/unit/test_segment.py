@@ -15,9 +15,10 @@ from scapy.layers.vxlan import VXLAN
 from meshnet.vtep.engine import ENGINES
 from meshnet.wire import virtio
 from meshnet.wire.checksum import finished, ones_sum
-from meshnet.wire.coalesce import Coalescer, TrainJoiner
+from meshnet.wire.coalesce import Coalescer
 from meshnet.wire.inner import Inner, describe
 from meshnet.wire.segment import Cutter, complete
+from meshnet.wire.train import TrainJoiner
 from meshnet.wire.vxlan import ENCAPSULATION_BYTES, Encapsulation
 from tests.unit import packets
 from tests.unit.ends import NativeEnds, datagrams_of

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.cli import client, progress
-from meshnet.unix_http import BadAnswerError, Connection
+from meshnet.unix_http import BadAnswerError, HttpConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 
 def ask(server: Server) -> tuple[int, bytes]:
-    with Connection(server.path, 10.0) as connection:
+    with HttpConnection(server.path, 10.0) as connection:
         connection.request("GET", "/v1/x")
         answer = connection.answer()
         return answer.status, answer.read()
@@ -117,14 +117,14 @@ def test_lines_across_chunks(serve: Serve) -> None:
         b"HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\n"
         b"4\r\none\n\r\n3\r\ntwo\r\n6\r\n\nthree\r\n0\r\n\r\n"
     )
-    with Connection(server.path, 10.0) as connection:
+    with HttpConnection(server.path, 10.0) as connection:
         connection.request("GET", "/v1/x")
         assert list(connection.answer().lines()) == [b"one\n", b"two\n", b"three"]
 
 
 def test_what_is_sent(serve: Serve) -> None:
     server = serve(b"HTTP/1.1 201 \r\n\r\n")
-    with Connection(server.path, 10.0) as connection:
+    with HttpConnection(server.path, 10.0) as connection:
         connection.request("POST", "/v1/x?y=z", b"{}")
         assert connection.answer().status == 201
     head, _, body = server.got.partition(b"\r\n\r\n")
@@ -135,7 +135,7 @@ def test_what_is_sent(serve: Serve) -> None:
 
 def test_an_upload_of_any_length(serve: Serve) -> None:
     server = serve(b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n")
-    with Connection(server.path, 10.0) as connection:
+    with HttpConnection(server.path, 10.0) as connection:
         connection.begin_upload("POST", "/v1/x")
         assert [connection.write(data) for data in (b"abc", b"", b"0123456789abcdef")] == [3, 0, 16]
         connection.finish()
@@ -145,7 +145,7 @@ def test_an_upload_of_any_length(serve: Serve) -> None:
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        Connection(str(tmp_path / "none.sock"), 1.0)
+        HttpConnection(str(tmp_path / "none.sock"), 1.0)
 
 
 class _Terminal(io.StringIO):

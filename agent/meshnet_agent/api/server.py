@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import grp
 import os
 import socket
 from typing import TYPE_CHECKING, cast
@@ -13,6 +12,7 @@ from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio import serve
 
 from meshnet.errors import UsageError
+from meshnet.group import open_to_group
 from meshnet_agent.api.errors import raw_refusal
 from meshnet_agent.api.overload import refuse_clients
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from hypercorn.typing import ASGIFramework
     from starlette.applications import Starlette
 
-_GROUP = "meshnet"
 _BACKLOG = 4096
 """Clients that may wait to be served; where more come at once, Linux refuses them (``EAGAIN``)."""
 
@@ -56,8 +55,7 @@ def listen(path: Path) -> socket.socket:
         ) from error
     finally:
         os.umask(before)
-    with contextlib.suppress(KeyError, PermissionError):
-        os.chown(path, -1, grp.getgrnam(_GROUP).gr_gid)
+    open_to_group(path, 0o660)
     listener.setblocking(False)
     listener.listen(_BACKLOG)
     return listener

@@ -25,7 +25,7 @@ from meshnet.runtime.engine.conmon import (
     Shim,
     read_exit,
 )
-from meshnet.runtime.spec.options import check_process
+from meshnet.runtime.spec.checks import check_process
 from meshnet_agent.containers.bundle import open_to_group
 from meshnet_agent.containers.processes import identify, send, wait_for_end
 

@@ -28,14 +28,10 @@ from meshnet.runtime.engine.conmon import ATTACH, WINDOW_SIZE, read_exit
 from meshnet.runtime.engine.oci_runtime import OciRuntime, find_runtime
 from meshnet.runtime.engine.volumes import VolumeStore
 from meshnet.runtime.images.oci import Digest
+from meshnet.runtime.spec.checks import check_options
 from meshnet.runtime.spec.id_ranges import IdRange, allocate, check_free
 from meshnet.runtime.spec.mount_points import mount_points
-from meshnet.runtime.spec.options import (
-    MOST_TIMEOUT_S,
-    ContainerOptions,
-    check_options,
-    parse_restart,
-)
+from meshnet.runtime.spec.options import MOST_TIMEOUT_S, ContainerOptions, parse_restart
 from meshnet.runtime.spec.userns import parse_userns
 from meshnet_agent.containers.bundle import (
     Bundle,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError
 from meshnet.runtime.engine.idmap import mount_idmapped, user_namespace
-from meshnet.runtime.engine.overlay import mount_overlay, mounts_below, unmount
+from meshnet.runtime.engine.overlayfs import mount_overlay, mounts_below, unmount
 from meshnet.runtime.spec.options import Volume
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 The decisions are `meshnet_agent.dataplane.fallback`'; the userspace VTEPs' processes send the
 probes, answer those of others and take the time, so that neither a busy agent nor one that is away
-looks like a dead tunnel (`meshnet.vtep.prober`).  A process is asked in a thread: the event
-loop stays free.
+looks like a dead tunnel (`meshnet.vtep.probe_exchange`).  A process is asked in a thread: the
+event loop stays free.
 """
 
 from __future__ import annotations

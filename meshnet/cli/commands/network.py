@@ -11,10 +11,21 @@ from meshnet.cli.output import joined, print_either, print_json, print_table
 TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     from meshnet.cli.commands.completion import Subparsers
 
-MODES = ("vxlan", "udp", "macvlan", "underlay-bridge", "bridge")
+
+class _Modes:
+    """The modes that the model has.  It is imported when a mode is given or help is asked for."""
+
+    def __iter__(self) -> Iterator[str]:
+        from meshnet.model import Mode
+
+        return iter([str(mode) for mode in Mode])
+
+    def __contains__(self, text: str) -> bool:
+        return text in list(self)
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -55,7 +66,13 @@ def _add_create(actions: Subparsers) -> None:
         required=True,
         help="addresses of the network; give it twice for IPv4 and IPv6",
     )
-    create.add_argument("--mode", choices=MODES, default="vxlan", help="default: vxlan")
+    create.add_argument(
+        "--mode",
+        metavar="MODE",
+        choices=_Modes(),
+        default="vxlan",
+        help="one of %(choices)s (default: vxlan)",
+    )
     create.add_argument(
         "--host-prefix",
         metavar="N",
@@ -90,6 +107,13 @@ def _add_create(actions: Subparsers) -> None:
         help="auto: send to peers that VXLAN does not reach by a userspace VTEP on another port "
         "(default: never)",
     )
+    _add_physical(create)
+    create.add_argument("--json", action="store_true", help="print one JSON document")
+    create.set_defaults(run=_create)
+
+
+def _add_physical(create: argparse.ArgumentParser) -> None:
+    """Options of what is beside the overlay: the physical network, and the host."""
     create.add_argument(
         "--parent",
         metavar="IF",
@@ -121,8 +145,6 @@ def _add_create(actions: Subparsers) -> None:
         action="store_true",
         help="let a host reach its own endpoints, which macvlan else forbids",
     )
-    create.add_argument("--json", action="store_true", help="print one JSON document")
-    create.set_defaults(run=_create)
 
 
 def _create(args: argparse.Namespace) -> int:

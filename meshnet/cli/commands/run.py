@@ -28,6 +28,53 @@ examples:
 
 exit status: the command's own; 127 it does not exist, 126 it cannot be executed, 128+N it was
 ended by signal N, 125 the container could not be started; else that of all commands."""
+_FLAGS = (
+    (("-d", "--detach"), "return when it runs and its network is up; print its id"),
+    (("--rm",), "remove it when it has ended"),
+    (("--init",), "an init process that reaps zombies and forwards signals"),
+    (("--privileged",), "all capabilities and devices, no seccomp: no protection"),
+    (("--read-only",), "its root file system cannot be written"),
+)
+_TEXTS = (
+    ("--name", "N", "name"),
+    ("--hostname", "H", "host name (default: its id)"),
+    ("--entrypoint", "PROGRAM", "instead of the image's"),
+    ("--restart", "POLICY", "no, on-failure[:N] or always"),
+    ("--cpuset-cpus", "LIST", "CPUs that it may use, such as 0-1"),
+    ("--pid", "NS", "host or container:NAME"),
+    ("--ipc", "NS", "host or container:NAME"),
+    ("--uts", "NS", "host or container:NAME"),
+    ("--userns", "NS", "host (default), auto: ids of its own, auto:ID:SIZE or container:NAME"),
+    ("--stop-signal", "SIG", "what stop sends first"),
+    ("--memory", "SIZE", "hard limit, such as 256m"),
+    ("--memory-reservation", "SIZE", "soft limit"),
+    ("--memory-swap", "SIZE", "memory and swap together; -1: no limit (default: twice memory)"),
+    ("--shm-size", "SIZE", "of /dev/shm (default: 64m)"),
+    ("--log-max-size", "SIZE", "its log begins anew at that size; 0: never (default: 64m)"),
+)
+_NUMBERS = (
+    ("--cpu-shares", "share of the CPU when it is short (default: 1024)"),
+    ("--pids-limit", "most processes"),
+    ("--blkio-weight", "share of the disk, 10 to 1000"),
+    ("--stop-timeout", "seconds that stop waits (default: 10)"),
+)
+_SEVERAL = (
+    (("-v", "--volume"), "[SRC:]DST[:ro]", "mount a path of the host, or a volume"),
+    (("-p", "--publish"), "PORT[:PORT][/udp]", "a port of the host leads to one of it"),
+    (("--tmpfs",), "DIR[:OPTIONS]", "mount an empty directory in memory"),
+    (("--cap-add",), "CAP", "give it a capability, or ALL"),
+    (("--cap-drop",), "CAP", "take one away, or ALL"),
+    (("--ulimit",), "NAME=SOFT[:HARD]", "a resource limit of its processes, as nofile=1024"),
+    (("--device",), "SRC[:DST][:rwm]", "a device of the host"),
+    (("--sysctl",), "K=V", "a kernel setting of its namespaces"),
+    (("--group-add",), "GROUP", "a further group of its user"),
+    (("--add-host",), "NAME:IP", "a line of /etc/hosts"),
+    (("--dns",), "IP", "a name server, instead of the host's"),
+    (("-l", "--label"), "K=V", "a note for ps --json and inspect"),
+    (("--env-file",), "FILE", "variables, one K=V a line; -e wins"),
+    (("--log-opt",), "K=V", "Docker's spelling of --log-max-size: max-size=SIZE"),
+)
+"""Options of run, by what they take."""
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -60,61 +107,15 @@ def _add_run(commands: Subparsers) -> None:
         help="a network (may be repeated), none, host or container:NAME (default: none)",
     ).completer = complete_networks  # type: ignore[attr-defined]  # fmt: skip
     run.add_argument("--rootfs", metavar="DIR", help="a directory instead of an image")
-    flags = (
-        (("-d", "--detach"), "return when it runs and its network is up; print its id"),
-        (("--rm",), "remove it when it has ended"),
-        (("--init",), "an init process that reaps zombies and forwards signals"),
-        (("--privileged",), "all capabilities and devices, no seccomp: no protection"),
-        (("--read-only",), "its root file system cannot be written"),
-    )
-    for names, text in flags:
+    for names, text in _FLAGS:
         run.add_argument(*names, action="store_true", help=text)
     _add_stdio(run)
-    texts = (
-        ("--name", "N", "name"),
-        ("--hostname", "H", "host name (default: its id)"),
-        ("--entrypoint", "PROGRAM", "instead of the image's"),
-        ("--restart", "POLICY", "no, on-failure[:N] or always"),
-        ("--cpuset-cpus", "LIST", "CPUs that it may use, such as 0-1"),
-        ("--pid", "NS", "host or container:NAME"),
-        ("--ipc", "NS", "host or container:NAME"),
-        ("--uts", "NS", "host or container:NAME"),
-        ("--userns", "NS", "host (default), auto: ids of its own, auto:ID:SIZE or container:NAME"),
-        ("--stop-signal", "SIG", "what stop sends first"),
-        ("--memory", "SIZE", "hard limit, such as 256m"),
-        ("--memory-reservation", "SIZE", "soft limit"),
-        ("--memory-swap", "SIZE", "memory and swap together; -1: no limit (default: twice memory)"),
-        ("--shm-size", "SIZE", "of /dev/shm (default: 64m)"),
-        ("--log-max-size", "SIZE", "its log begins anew at that size; 0: never (default: 64m)"),
-    )
-    for name, metavar, text in texts:
+    for name, metavar, text in _TEXTS:
         run.add_argument(name, metavar=metavar, help=text)
-    numbers = (
-        ("--cpu-shares", "share of the CPU when it is short (default: 1024)"),
-        ("--pids-limit", "most processes"),
-        ("--blkio-weight", "share of the disk, 10 to 1000"),
-        ("--stop-timeout", "seconds that stop waits (default: 10)"),
-    )
-    for name, text in numbers:
+    for name, text in _NUMBERS:
         run.add_argument(name, metavar="N", type=int, help=text)
     run.add_argument("--cpus", metavar="F", type=_finite, help="how many CPUs it may use, as 0.5")
-    several = (
-        (("-v", "--volume"), "[SRC:]DST[:ro]", "mount a path of the host, or a volume"),
-        (("-p", "--publish"), "PORT[:PORT][/udp]", "a port of the host leads to one of it"),
-        (("--tmpfs",), "DIR[:OPTIONS]", "mount an empty directory in memory"),
-        (("--cap-add",), "CAP", "give it a capability, or ALL"),
-        (("--cap-drop",), "CAP", "take one away, or ALL"),
-        (("--ulimit",), "NAME=SOFT[:HARD]", "a resource limit of its processes, as nofile=1024"),
-        (("--device",), "SRC[:DST][:rwm]", "a device of the host"),
-        (("--sysctl",), "K=V", "a kernel setting of its namespaces"),
-        (("--group-add",), "GROUP", "a further group of its user"),
-        (("--add-host",), "NAME:IP", "a line of /etc/hosts"),
-        (("--dns",), "IP", "a name server, instead of the host's"),
-        (("-l", "--label"), "K=V", "a note for ps --json and inspect"),
-        (("--env-file",), "FILE", "variables, one K=V a line; -e wins"),
-        (("--log-opt",), "K=V", "Docker's spelling of --log-max-size: max-size=SIZE"),
-    )
-    for names, metavar, text in several:
+    for names, metavar, text in _SEVERAL:
         run.add_argument(*names, metavar=metavar, action="append", default=[], help=text)
     add_json(run)
     run.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

@@ -10,10 +10,10 @@ Pure: imports no I/O.
 
 from __future__ import annotations
 
-import socket
 import struct
 from enum import IntEnum
 from ipaddress import ip_address
+from socket import AF_INET, AF_INET6
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.kernel.wire import links, rtnl
@@ -176,7 +176,7 @@ def decode_addresses(bodies: Iterable[Body], index: int, name: str) -> tuple[Rec
     found = []
     for data, start, end in bodies:
         family, length, _, scope, on = rtnl.IFADDR.unpack_from(data, start)
-        if on != index or family not in (socket.AF_INET, socket.AF_INET6):
+        if on != index or family not in (AF_INET, AF_INET6):
             continue
         attrs = []
         for kind, payload in _attrs(data, start + 8, end):
@@ -199,7 +199,7 @@ def is_tentative(body: Body, index: int) -> bool:
     family, _, _, _, on = rtnl.IFADDR.unpack_from(data, start)
     flags = to_number(dict(_attrs(data, start + 8, end)).get(links.IFA_FLAGS, b""))
     tentative = bool(flags & IFA_F_TENTATIVE) and not flags & IFA_F_DADFAILED
-    return on == index and family == socket.AF_INET6 and tentative
+    return on == index and family == AF_INET6 and tentative
 
 
 def unmovable_address(body: Body, index: int) -> str | None:
@@ -208,7 +208,7 @@ def unmovable_address(body: Body, index: int) -> str | None:
     family, length, _, _, on = rtnl.IFADDR.unpack_from(data, start)
     attrs = dict(_attrs(data, start + 8, end))
     flags = to_number(attrs.get(links.IFA_FLAGS, b""))
-    if on != index or family != socket.AF_INET6:
+    if on != index or family != AF_INET6:
         return None
     text = f"address {ip_address(attrs[links.IFA_ADDRESS])}/{length}"
     if flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED):
@@ -235,7 +235,7 @@ def decode_routes(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
         kernels = protocol == RTPROT_KERNEL and table == RT_TABLE_LOCAL
         if kernels or protocol == ROUTE_PROTOCOL or RTA_NH_ID in by_type:
             continue
-        if RTA_MULTIPATH in by_type and family == socket.AF_INET6:
+        if RTA_MULTIPATH in by_type and family == AF_INET6:
             way = next((w for w in _ways(by_type[RTA_MULTIPATH]) if w.ifindex == index), None)
             if way is None:
                 continue
@@ -245,7 +245,7 @@ def decode_routes(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
             continue
         expires = by_type.get(RTA_CACHEINFO, b"")[_CACHEINFO_EXPIRES_AT:][:4]
         kept = [a for a in attrs if a[0] not in (RTA_OIF, RTA_CACHEINFO)]
-        if family == socket.AF_INET6 and (ticks := to_number(expires)):
+        if family == AF_INET6 and (ticks := to_number(expires)):
             kept.append((RTA_EXPIRES, rtnl.U32.pack(max(1, ticks // _CLOCK_HZ))))
         header = rtnl.RTMSG.pack(
             family, dst, src, tos, table, protocol, scope, kind, flags & RTNH_F_ONLINK
@@ -286,7 +286,7 @@ def decode_neighbours(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
     found = []
     for data, start, end in bodies:
         family, on, state, flags, kind = rtnl.NDMSG.unpack_from(data, start)
-        if on != index or family not in (socket.AF_INET, socket.AF_INET6):
+        if on != index or family not in (AF_INET, AF_INET6):
             continue
         attrs = [
             a for a in _attrs(data, start + 12, end) if a[0] not in (NDA_CACHEINFO, NDA_PROBES)
@@ -363,7 +363,7 @@ def _implied_route(address: Record) -> tuple[object, ...] | None:
     mask = (1 << 8 * len(packed)) - (1 << 8 * len(packed) - length)
     prefix = (int.from_bytes(packed, "big") & mask).to_bytes(len(packed), "big")
     metric = to_number(address.get(IFA_RT_PRIORITY))
-    if address.family == socket.AF_INET6:
+    if address.family == AF_INET6:
         metric = metric or _IPV6_PREFIX_METRIC
     return RT_TABLE_MAIN, address.family, prefix, length, metric
 

@@ -28,6 +28,7 @@ from meshnet.kernel.takeover.confirm import ETCD, find_silent, name_of
 from meshnet.kernel.takeover.interface import Interfaces, generation_of
 from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage, this_boot
 from meshnet.kernel.takeover.plan import plan_giving_back, plan_taking
+from meshnet.kernel.takeover.standing import stands
 from meshnet.kernel.wire import links
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Takeover:
         with self._journals.locked(self._bridge):
             journal = self._journals.load(self._bridge)
             if journal is not None:
-                if journal.parent == parent and self._stands(journal):
+                if journal.parent == parent and stands(journal, self._interfaces):
                     return
                 self._undo(journal)
             link = self._interfaces.check_movable(parent)
@@ -130,15 +131,6 @@ class Takeover:
                 self._undo(journal)
                 raise
 
-    def standing(self) -> str | None:
-        """The link that the bridge has taken, confirmed; None: it has none.
-
-        Raises:
-            KernelRefusedError: the journal cannot be read.
-        """
-        journal = self._journals.load(self._bridge)
-        return journal.parent if journal is not None and self._stands(journal) else None
-
     def settle(self) -> None:
         """Undo a takeover that does not stand.
 
@@ -147,7 +139,7 @@ class Takeover:
         """
         with self._journals.locked(self._bridge):
             journal = self._journals.load(self._bridge)
-            if journal is not None and not self._stands(journal):
+            if journal is not None and not stands(journal, self._interfaces):
                 self._undo(journal)
 
     def give_back(self) -> None:
@@ -164,12 +156,6 @@ class Takeover:
             if self._interfaces.has_endpoints(self._bridge):
                 raise ConflictError(f"endpoints hang on bridge {self._bridge}: detach them first")
             self._undo(journal)
-
-    def _stands(self, journal: Journal) -> bool:
-        link = self._interfaces.find(journal.parent)
-        return (
-            journal.stage is Stage.CONFIRMED and link is not None and link.master == journal.bridge
-        )
 
     def _move(self, journal: Journal) -> None:
         bridge, parent, held = journal.bridge, journal.parent, journal.contents

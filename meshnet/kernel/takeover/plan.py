@@ -18,8 +18,8 @@ Pure: imports no I/O.
 
 from __future__ import annotations
 
-import socket
 from enum import IntEnum
+from socket import AF_INET
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def in_order_of_adding(addresses: Sequence[Record]) -> list[Record]:
     A new one comes last for IPv4 and first, within its scope, for IPv6
     (``__inet_insert_ifa``, ``ipv6_link_dev_addr``).
     """
-    ipv4 = [a for a in addresses if a.family == socket.AF_INET]
-    return [*ipv4, *(a for a in reversed(addresses) if a.family != socket.AF_INET)]
+    ipv4 = [a for a in addresses if a.family == AF_INET]
+    return [*ipv4, *(a for a in reversed(addresses) if a.family != AF_INET)]
 
 
 def _add(link: str, records: Iterable[Record]) -> list[Step]:

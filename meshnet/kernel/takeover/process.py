@@ -15,7 +15,7 @@ import trio
 from meshnet.errors import KernelRefusedError, error_classes
 from meshnet.kernel.takeover.interface import Interfaces
 from meshnet.kernel.takeover.journal import JournalDir
-from meshnet.kernel.takeover.main import Takeover
+from meshnet.kernel.takeover.standing import find_standing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ class TakeoverProcesses:
 
     def _find_standing(self, bridges: Sequence[str]) -> dict[str, str]:
         with contextlib.closing(Interfaces()) as interfaces:
-            found = {b: Takeover(interfaces, self._journals, b).standing() for b in bridges}
+            found = {b: find_standing(b, self._journals, interfaces) for b in bridges}
         return {bridge: parent for bridge, parent in found.items() if parent is not None}
 
     async def settle(self) -> None:
@@ -69,7 +69,7 @@ class TakeoverProcesses:
                 await self._run(bridge, "settle")
 
     async def take(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
-        """Have a bridge in the place of a link (`Takeover.take`).
+        """Have a bridge in the place of a link (`meshnet.kernel.takeover.main.Takeover.take`).
 
         Raises:
             MeshnetError: everything is as it was.
@@ -82,7 +82,7 @@ class TakeoverProcesses:
         await self._run(bridge, "take", *options)
 
     async def give_back(self, bridge: str) -> None:
-        """Move everything back (`Takeover.give_back`).
+        """Move everything back (`meshnet.kernel.takeover.main.Takeover.give_back`).
 
         Raises:
             MeshnetError: it cannot be, or endpoints hang on it.

@@ -14,7 +14,9 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
+from meshnet import libc
 from meshnet.errors import KernelRefusedError, NotFoundError
+from meshnet.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
 
     from meshnet.runtime.spec.id_ranges import IdRange
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-# asm-generic/unistd.h: numbers of calls this new are the same on all architectures but alpha.
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 # linux/mount.h
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH, _MOUNT_ATTR_IDMAP = 0x1, 0x4, 0x0010_0000
@@ -55,38 +54,41 @@ def mount_idmapped(source: Path, target: Path, namespace: int) -> None:
         NotFoundError: the directory is missing.
         KernelRefusedError: its file system or the kernel cannot do it; the message says which.
     """
-    tree = _libc.syscall(
-        _OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC
-    )
-    if tree < 0:
-        code = ctypes.get_errno()
-        if code in (errno.ENOENT, errno.ENOTDIR):
-            raise NotFoundError(f"{source} is missing: load the image again, or make it")
-        raise _refused(source, code)
+    try:
+        tree = libc.syscall(
+            _OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC
+        )
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFoundError(f"{source} is missing: load the image again, or make it") from error
+    except OSError as error:
+        raise _refused(source, error) from error
     try:
         wanted = _MountAttr(attr_set=_MOUNT_ATTR_IDMAP, userns_fd=namespace)
         call = (tree, b"", _AT_EMPTY_PATH, ctypes.byref(wanted), ctypes.sizeof(wanted))
-        if _libc.syscall(_MOUNT_SETATTR, *call) != 0:
-            raise _refused(source, ctypes.get_errno())
+        try:
+            libc.syscall(_MOUNT_SETATTR, *call)
+        except OSError as error:
+            raise _refused(source, error) from error
         moved = (tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
-        if _libc.syscall(_MOVE_MOUNT, *moved) != 0:
-            code = ctypes.get_errno()
-            raise KernelRefusedError(f"{source} stays off {target}: {os.strerror(code)}")
+        try:
+            libc.syscall(_MOVE_MOUNT, *moved)
+        except OSError as error:
+            raise KernelRefusedError(f"{source} stays off {target}: {error.strerror}") from error
     finally:
         os.close(tree)
 
 
-def _refused(source: Path, code: int) -> KernelRefusedError:
-    if code == errno.EINVAL:
+def _refused(source: Path, error: OSError) -> KernelRefusedError:
+    if error.errno == errno.EINVAL:
         return KernelRefusedError(
             f"file system {file_system_of(source)} of {source} cannot map ids: {_REMEDY}"
         )
-    if code == errno.ENOSYS:
+    if error.errno == errno.ENOSYS:
         return KernelRefusedError(
             f"this kernel cannot map the ids of {source}: it takes Linux 5.19; use --userns host"
         )
     return KernelRefusedError(
-        f"the ids of {source} cannot be mapped: {os.strerror(code)}; use --userns host"
+        f"the ids of {source} cannot be mapped: {error.strerror}; use --userns host"
     )
 
 
@@ -96,13 +98,10 @@ def file_system_of(path: Path) -> str:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             with open(f"/proc/self/fdinfo/{fd}") as info:
-                mount = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
+                number = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
         finally:
             os.close(fd)
-        with open("/proc/self/mountinfo") as mounts:
-            for line in mounts:
-                if line.split(" ", 1)[0] == mount:
-                    return line.rpartition(" - ")[2].split(" ", 1)[0]  # proc(5)
+        return next((mount.kind for mount in mounts() if mount.id == int(number)), "")
     return ""
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshnet import libc
 from meshnet.errors import KernelRefusedError, MeshnetError, NotFoundError, UsageError
 from meshnet.files import sync
 from meshnet.text import check_name
@@ -31,8 +32,6 @@ from meshnet.text import check_name
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 _OPENAT2, _RESOLVE_IN_ROOT = 437, 0x10
 _DATA, _ABOUT, _UNDER_WAY = "data", "volume.json", "."
 
@@ -180,10 +179,6 @@ def _open_in_root(rootfs: Path, place: str) -> int:
     root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         how = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT)
-        fd = _libc.syscall(_OPENAT2, root, os.fsencode(place), how, ctypes.sizeof(how))
-        if fd < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), place)
-        return int(fd)
+        return libc.syscall(_OPENAT2, root, os.fsencode(place), how, ctypes.sizeof(how))
     finally:
         os.close(root)

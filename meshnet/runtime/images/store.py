@@ -1,60 +1,45 @@
 """The store of images: content by its digest, layers unpacked once, names on top.
 
-::
-
-    DIR/oci-layout, index.json, blobs/sha256/   an OCI image layout: names are annotations of the
-                                                index; blobs are kept as they came, so that a push
-                                                sends what a pull got
-    DIR/layers/HEX/diff, layer.json             a layer, unpacked for overlayfs; HEX: its diff id
-    DIR/holds/HEX/CONTAINER                     containers of an image; HEX: its id
-    DIR/tmp/…                                   what is under way; locked by whoever works there
-    DIR/lock                                    taken for moments, never while data is moved
-
-An image exists when ``index.json`` says so.  Everything it needs is on the disk by then, and goes
-when the last index entry that needs it is gone: what is referenced is computed, never counted up
-and down.  So a process that is killed leaves only what nobody references, which the next load,
-removal or start of an agent collects.  Any number of processes may use a store at once.
+An image exists when the index of the store's directory says so (`meshnet.runtime.images.store_dir`
+has the layout).  Everything it needs is on the disk by then, and goes when the last index entry
+that needs it is gone: what is referenced is computed, never counted up and down.  So a process that
+is killed leaves only what nobody references, which the next load, removal or start of an agent
+collects.  Any number of processes may use a store at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
-import shutil
 import tarfile
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from meshnet.errors import (
     ConflictError,
-    KernelRefusedError,
     MeshnetError,
     UsageError,
 )
-from meshnet.files import sync, write_whole
+from meshnet.files import sync, sync_filesystem
 from meshnet.runtime.images import oci
 from meshnet.runtime.images.archive import Archive
-from meshnet.runtime.images.files import sync_filesystem, try_lock
 from meshnet.runtime.images.layers import unpack
 from meshnet.runtime.images.names import Entry, canonical, find, hex_of, short, tidied
 from meshnet.runtime.images.oci import BadImageError, Descriptor, Digest, Index
+from meshnet.runtime.images.store_dir import OCI_LAYOUT, StoreDir
 from meshnet.text import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from io import BufferedReader
+    from pathlib import Path
 
     from meshnet.runtime.images.archive import ArchivedImage, Blob
     from meshnet.runtime.images.oci import ImageDocument, Reference
     from meshnet.runtime.images.tarstream import Budget
-
-_LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +80,15 @@ class ImageStore:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
-        self._blobs = root / "blobs" / "sha256"
-        self._layers = root / "layers"
-        self._holds = root / "holds"
-        self._tmp = root / "tmp"
+        self._dir = StoreDir(root)
         self._host = oci.platform_of(os.uname().machine)
 
     # --- reading --------------------------------------------------------------------------------
 
     def images(self) -> list[Image]:
         """All images, the named ones first, by name."""
-        with self._locked():
-            entries = self._entries()
+        with self._dir.locked():
+            entries = self._dir.entries()
             by_id = {e.id: [o for o in entries if o.id == e.id] for e in entries}
             found = [self._image(same) for same in by_id.values()]
         return sorted(found, key=lambda image: (not image.names, image.names, image.id))
@@ -119,8 +100,8 @@ class ImageStore:
             NotFoundError: there is none.
             UsageError: several ids begin so, or it is no name.
         """
-        with self._locked():
-            return self._image(find(self._entries(), text))
+        with self._dir.locked():
+            return self._image(find(self._dir.entries(), text))
 
     def lowerdirs(self, image: Image) -> tuple[Path, ...]:
         """The image's layers as overlayfs wants them: the uppermost first, none twice.
@@ -128,7 +109,7 @@ class ImageStore:
         A layer that occurs twice is hidden by its upper occurrence, so the lower one is left out:
         overlayfs refuses it.  An image may have no layer at all.
         """
-        return tuple(self._layer(d) / "diff" for d in dict.fromkeys(reversed(image.layers)))
+        return tuple(self._dir.layer(d) / "diff" for d in dict.fromkeys(reversed(image.layers)))
 
     # --- containers -----------------------------------------------------------------------------
 
@@ -139,20 +120,20 @@ class ImageStore:
             NotFoundError, UsageError: as `find`.
         """
         check_name("container", container)
-        with self._locked():
-            entries = find(self._entries(), text)
-            holds = self._holds / hex_of(entries[0].id)
+        with self._dir.locked():
+            entries = find(self._dir.entries(), text)
+            holds = self._dir.holds / hex_of(entries[0].id)
             holds.mkdir(exist_ok=True)
             (holds / container).touch(mode=0o600)
             sync(holds)
-            sync(self._holds)
+            sync(self._dir.holds)
             return self._image(entries)
 
     def release(self, image: Digest, container: str) -> None:
         """Let go of an image that the container held.  Idempotent."""
         check_name("container", container)
-        with self._locked():
-            holds = self._holds / hex_of(image)
+        with self._dir.locked():
+            holds = self._dir.holds / hex_of(image)
             (holds / container).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 holds.rmdir()  # stays while others hold the image
@@ -175,7 +156,7 @@ class ImageStore:
         """
         wanted = oci.parse_reference(name) if name is not None else None
         for_layers = dataclasses.replace(budget)
-        with self._staging() as staging:
+        with self._dir.staging() as staging:
             spool = staging / "spool"
             spool.mkdir()
             archive = Archive(spool)
@@ -189,7 +170,7 @@ class ImageStore:
             while True:
                 self._unpack_missing(staging, found, for_layers)
                 sync_filesystem(staging)
-                with self._locked():
+                with self._dir.locked():
                     if not list(self._missing(staging, found)):
                         return self._commit(staging, found, wanted)
                 # Somebody removed an image, and with it layers that were to be shared with it.
@@ -201,8 +182,8 @@ class ImageStore:
             NotFoundError, UsageError: as `find`.
             ConflictError: containers hold the image, or it was given by id and has several names.
         """
-        with self._staging() as staging, self._locked():
-            entries = self._entries()
+        with self._dir.staging() as staging, self._dir.locked():
+            entries = self._dir.entries()
             same = find(entries, text)
             names = [e.name for e in same if e.name]
             by_name = bool(names) and names[0] == canonical(text)
@@ -213,14 +194,14 @@ class ImageStore:
                 )
             going = same[:1] if by_name else same
             deleted = len(going) == len(same)
-            holders = self._containers(same[0].id)
+            holders = self._dir.holders(same[0].id)
             if deleted and holders:
                 raise ConflictError(
                     f"image {text} is in use by container {', '.join(holders)}: remove "
                     f"{'it' if len(holders) == 1 else 'them'} first"
                 )
-            self._write([e for e in entries if e not in going])
-            self._collect(staging)
+            self._dir.write_entries([e for e in entries if e not in going])
+            self._dir.collect(staging)
         return Removed(same[0].id, tuple(e.name for e in going if e.name), deleted)
 
     def export(self, text: str, output: IO[bytes]) -> None:
@@ -229,16 +210,16 @@ class ImageStore:
         Raises:
             NotFoundError, UsageError: as `find`.
         """
-        with self._staging() as staging:
-            with self._locked():
-                image = self._image(find(self._entries(), text))
-                blobs = sorted(self._blobs_of(image.manifest))
+        with self._dir.staging() as staging:
+            with self._dir.locked():
+                image = self._image(find(self._dir.entries(), text))
+                blobs = sorted(self._dir.blobs_of(image.manifest))
                 for digest in blobs:
                     # A link: the image may be removed while it is written.
-                    os.link(self._blob(digest), staging / hex_of(digest))
+                    os.link(self._dir.blob(digest), staging / hex_of(digest))
             index = oci.encode(Index(manifests=(image.manifest,)))
             with tarfile.open(fileobj=output, mode="w|") as tar:
-                for name, content in (("oci-layout", _LAYOUT), ("index.json", index)):
+                for name, content in (("oci-layout", OCI_LAYOUT), ("index.json", index)):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -247,8 +228,8 @@ class ImageStore:
 
     def collect(self) -> None:
         """Remove what killed processes left."""
-        with self._staging() as staging, self._locked():
-            self._collect(staging)
+        with self._dir.staging() as staging, self._dir.locked():
+            self._dir.collect(staging)
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -258,7 +239,7 @@ class ImageStore:
         """Layers that are neither in the store nor unpacked in `staging`."""
         for image in images:
             for diff_id, blob in image.layers:
-                if not (self._layer(diff_id).exists() or (staging / hex_of(diff_id)).exists()):
+                if not (self._dir.layer(diff_id).exists() or (staging / hex_of(diff_id)).exists()):
                     yield diff_id, blob
 
     def _unpack_missing(
@@ -285,57 +266,27 @@ class ImageStore:
         self, staging: Path, images: Iterable[ArchivedImage], wanted: Reference | None
     ) -> list[Image]:
         """Move what is new into place, and then say that it is there."""
-        entries = self._entries()
+        entries = self._dir.entries()
         for image in images:
             for blob in image.blobs:
-                if not self._blob(blob.digest).exists():
-                    os.rename(blob.path, self._blob(blob.digest))
+                if not self._dir.blob(blob.digest).exists():
+                    os.rename(blob.path, self._dir.blob(blob.digest))
             for diff_id, _ in image.layers:
-                if not self._layer(diff_id).exists():
-                    os.rename(staging / hex_of(diff_id), self._layer(diff_id))
+                if not self._dir.layer(diff_id).exists():
+                    os.rename(staging / hex_of(diff_id), self._dir.layer(diff_id))
             names = [str(name) for name in ([wanted] if wanted is not None else image.names)]
             entries += [Entry(image.id, image.manifest, name) for name in names or [""]]
-        sync(self._blobs)
-        sync(self._layers)
-        self._write(tidied(entries))
-        entries = self._entries()
+        sync(self._dir.blobs)
+        sync(self._dir.layers)
+        self._dir.write_entries(tidied(entries))
+        entries = self._dir.entries()
         ids = dict.fromkeys(image.id for image in images)
         return [self._image([e for e in entries if e.id == i]) for i in ids]
-
-    # --- the index ------------------------------------------------------------------------------
-
-    def _entries(self) -> list[Entry]:
-        try:
-            raw = (self._root / "index.json").read_bytes()
-        except FileNotFoundError:
-            return []
-        index = oci.decode_index(raw, str(self._root / "index.json"))
-        return [
-            Entry(
-                self._manifest(d).config.digest,
-                Descriptor(media_type=d.media_type, digest=d.digest, size=d.size),
-                (d.annotations or {}).get(oci.REF_NAME, ""),
-            )
-            for d in index.manifests
-        ]
-
-    def _write(self, entries: Iterable[Entry]) -> None:
-        """Replace the index, atomically and durably."""
-        manifests = tuple(
-            Descriptor(
-                media_type=e.manifest.media_type,
-                digest=e.manifest.digest,
-                size=e.manifest.size,
-                annotations={oci.REF_NAME: e.name} if e.name else None,
-            )
-            for e in entries
-        )
-        write_whole(self._root / "index.json", oci.encode(Index(manifests=manifests)))
 
     def _image(self, entries: list[Entry]) -> Image:
         """The image that entries are of; the first tells its manifest."""
         first = entries[0]
-        document = oci.decode_config(self._blob(first.id).read_bytes(), f"config {first.id}")
+        document = oci.decode_config(self._dir.blob(first.id).read_bytes(), f"config {first.id}")
         layers = document.rootfs.diff_ids
         return Image(
             id=first.id,
@@ -343,91 +294,6 @@ class ImageStore:
             names=tuple(sorted(e.name for e in entries if e.name)),
             document=document,
             layers=layers,
-            size_bytes=sum(self._size_of(d) for d in layers),
-            containers=self._containers(first.id),
+            size_bytes=sum(self._dir.layer_size(d) for d in layers),
+            containers=self._dir.holders(first.id),
         )
-
-    def _size_of(self, diff_id: Digest) -> int:
-        return int(json.loads((self._layer(diff_id) / "layer.json").read_bytes())["size_bytes"])
-
-    def _containers(self, image: Digest) -> tuple[str, ...]:
-        try:
-            return tuple(sorted(os.listdir(self._holds / hex_of(image))))
-        except FileNotFoundError:
-            return ()
-
-    def _manifest(self, descriptor: Descriptor) -> oci.Manifest:
-        raw = self._blob(descriptor.digest).read_bytes()
-        return oci.decode_manifest(raw, f"manifest {descriptor.digest}")
-
-    def _blobs_of(self, descriptor: Descriptor) -> set[Digest]:
-        manifest = self._manifest(descriptor)
-        return {descriptor.digest, manifest.config.digest, *(d.digest for d in manifest.layers)}
-
-    # --- the disk -------------------------------------------------------------------------------
-
-    def _blob(self, digest: Digest) -> Path:
-        return self._blobs / hex_of(digest)
-
-    def _layer(self, diff_id: Digest) -> Path:
-        return self._layers / hex_of(diff_id)
-
-    def _collect(self, staging: Path) -> None:
-        """Move everything that the index does not lead to into `staging`, which goes."""
-        blobs: set[str] = set()
-        layers: set[str] = set()
-        for entry in self._entries():
-            blobs |= set(map(hex_of, self._blobs_of(entry.manifest)))
-            config = self._blob(entry.id).read_bytes()
-            layers |= set(map(hex_of, oci.decode_config(config, entry.id).rootfs.diff_ids))
-        for directory, kept in ((self._blobs, blobs), (self._layers, layers)):
-            for name in set(os.listdir(directory)) - kept:
-                os.rename(directory / name, staging / f"{directory.name}-{name}")
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with _refusals(self._root):
-            self._make()
-            lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                yield
-            finally:
-                os.close(lock)
-
-    def _make(self) -> None:
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for directory in (self._blobs, self._layers, self._holds, self._tmp):
-            directory.mkdir(parents=True, exist_ok=True)
-        if not (self._root / "oci-layout").exists():
-            (self._root / "oci-layout").write_bytes(_LAYOUT)
-
-    @contextlib.contextmanager
-    def _staging(self) -> Iterator[Path]:
-        """A directory of the calling process's own, removed at the end.
-
-        It is locked: one that is not is left by a process that was killed, and goes with this one.
-        """
-        with _refusals(self._root), contextlib.ExitStack() as stack:
-            with self._locked():
-                staging = Path(tempfile.mkdtemp(dir=self._tmp))
-                stack.callback(os.close, try_lock(staging))
-                stack.callback(shutil.rmtree, staging, ignore_errors=True)
-                for other in self._tmp.iterdir():
-                    # Somebody works there, or has just finished.
-                    with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                        os.close(try_lock(other))
-                        os.rename(other, staging / f"left-{other.name}")
-            yield staging
-
-
-@contextlib.contextmanager
-def _refusals(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # of whoever reads an export
-    except OSError as error:
-        raise KernelRefusedError(
-            f"the image store {root} cannot be used ({error}): look at its disk, and run as root"
-        ) from error

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from meshnet.errors import UsageError
 from meshnet.runtime.spec.id_ranges import IdRange, parse_range
+from meshnet.runtime.spec.options import shared_with
 
 if TYPE_CHECKING:
     from meshnet.runtime.spec.options import ContainerOptions
 
-_CONTAINER, _AUTO = "container:", "auto:"
+_AUTO = "auto:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ def parse_userns(text: str) -> Userns:
         return Userns(auto=True)
     if text.startswith(_AUTO):
         return Userns(ids=parse_range(text.removeprefix(_AUTO), "the range of --userns"))
-    name = text.removeprefix(_CONTAINER)
-    if name and name != text:
+    name = shared_with(text)
+    if name:
         return Userns(container=name)
     raise UsageError(
         f"user namespace {text!r} is unknown: host, auto, auto:FIRST:SIZE or container:NAME"

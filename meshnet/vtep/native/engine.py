@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from meshnet.vtep.engine import Parts
-    from meshnet.vtep.peers import Peer
+    from meshnet.vtep.peers import TunnelPeer
 
 _FROM_TUN, _FROM_PEER, _WANTS_SOCKET, _NOT_SENT, _NOT_WRITTEN = range(1, 6)
 _NOTE = struct.Struct("=IiII")
@@ -46,7 +46,7 @@ class NativeEngine:
         self._library = library = declare(load())
         self._parts = parts
         own = parts.table.own
-        self._peers: list[Peer] = []
+        self._peers: list[TunnelPeer] = []
         self._engine = library.mn_make(
             parts.tun.fd, parts.underlay.socket.fileno(), parts.called, own.vni, own.mac,
             own.version, parts.mtu_bytes, parts.underlay.segmenting, parts.tun.uso,
@@ -61,7 +61,7 @@ class NativeEngine:
         timeout_ms = -1 if timeout_s is None else max(0, int(timeout_s * 1000) + 1)
         error = self._library.mn_run(self._engine, timeout_ms)
         for kind, peer, value, data in list(self._notes()):
-            self._take(kind, peer, value, data)
+            self._handle(kind, peer, value, data)
         if error:
             raise OSError(error, os.strerror(error), self._parts.tun.name)
 
@@ -76,7 +76,7 @@ class NativeEngine:
                     setattr(peer, name, getattr(peer, name) + value)
         ctypes.memset(start, 0, len(counted))
         not_member, receive_errors = ctypes.c_uint64(), ctypes.c_uint64()
-        self._library.mn_take_drops(
+        self._library.mn_drain_drops(
             self._engine, ctypes.byref(not_member), ctypes.byref(receive_errors)
         )
         for reason, number in (("not_member", not_member), ("rx_error", receive_errors)):
@@ -121,13 +121,13 @@ class NativeEngine:
             yield kind, peer, value, notes[at : at + length]
             at += length
 
-    def _take(self, kind: int, number: int, value: int, data: bytes) -> None:
+    def _handle(self, kind: int, number: int, value: int, data: bytes) -> None:
         if kind == _FROM_TUN:
-            self._sender.take(data)
+            self._sender.carry_read(data)
             return
         peer = self._peers[number]
         if kind == _FROM_PEER:
-            self._receiver.take(peer, data)
+            self._receiver.carry_datagram(peer, data)
         elif kind == _WANTS_SOCKET:
             fd = self._sender.socket_of(peer, make=True)
             self._library.mn_set_socket(self._engine, number, fd)
@@ -149,7 +149,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mn_set_peers", number, (pointer, data, unsigned, data, unsigned)),
         ("mn_set_socket", None, (pointer, unsigned, number)),
         ("mn_counters", pointer, (pointer,)),
-        ("mn_take_drops", None, (pointer, pointer, pointer)),
+        ("mn_drain_drops", None, (pointer, pointer, pointer)),
         ("mn_notes", pointer, (pointer, pointer)),
     ):  # fmt: skip
         function = getattr(library, name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.lab.poll import wait_until
-from meshnet.unix_http import Connection
+from meshnet.unix_http import HttpConnection
 from tests.netns.cgroups import removed
 from tests.netns.faults.fault import CutsHosts, Injected
 from tests.netns.faults.mesh import TTL_S
@@ -181,7 +181,7 @@ def take_memory(host: LabHost) -> None:
 
         def killed() -> bool:
             with contextlib.suppress(OSError):
-                request = held.enter_context(Connection(str(host.socket_path), 5))
+                request = held.enter_context(HttpConnection(str(host.socket_path), 5))
                 request.begin_upload("POST", "/v1/networks")
                 request.write(bytes(60_000))
             return not host.is_agent_running()

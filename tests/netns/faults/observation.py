@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshnet.errors import MeshnetError
-from meshnet.unix_http import Connection
+from meshnet.unix_http import HttpConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -199,7 +199,7 @@ def _read_links(namespace: Namespace) -> Kernel:
 
 def ask_agent(socket_path: Path, path: str) -> tuple[int, str]:
     """Status and body of an agent's answer to a GET."""
-    with Connection(str(socket_path), _AGENT_ANSWERS_S) as connection:
+    with HttpConnection(str(socket_path), _AGENT_ANSWERS_S) as connection:
         connection.request("GET", path)
         answer = connection.answer()
         return answer.status, answer.read().decode()

@@ -10,32 +10,14 @@
  * there is one place that does.  Nothing else is shared: Python runs, or this does.
  */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "inward.h"
+#include "outward.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
-
-void note(struct engine *engine, enum note_kind kind, int peer, uint32_t value, const void *data,
-          size_t bytes)
-{
-    const struct note head = {kind, peer, value, (uint32_t)bytes};
-
-    if (bytes > NOTES_BYTES - sizeof head ||
-        engine->notes_bytes > NOTES_BYTES - sizeof head - bytes)
-        return; /* has_room was asked before; this is for what it did not foresee */
-    memcpy(engine->notes + engine->notes_bytes, &head, sizeof head);
-    if (bytes)
-        memcpy(engine->notes + engine->notes_bytes + sizeof head, data, bytes);
-    engine->notes_bytes += (uint32_t)(sizeof head + bytes);
-}
-
-bool has_room(const struct engine *engine)
-{
-    return engine->notes_bytes + NOTE_ROOM_BYTES <= NOTES_BYTES;
-}
 
 static int64_t now_ms(void)
 {
@@ -52,7 +34,7 @@ EXPORT int mn_run(struct engine *engine, int timeout_ms)
     const int64_t end = timeout_ms < 0 ? INT64_MAX : now_ms() + timeout_ms;
     struct epoll_event ready[3];
 
-    engine->notes_bytes = 0;
+    engine->notes.bytes = 0;
     if (!carry_received(engine))
         return 0;
     for (;;) {
@@ -78,7 +60,7 @@ EXPORT int mn_run(struct engine *engine, int timeout_ms)
         }
         if (error)
             return error;
-        if (is_called || engine->notes_bytes || count == 0)
+        if (is_called || engine->notes.bytes || count == 0)
             return 0;
     }
 }
@@ -174,7 +156,7 @@ EXPORT struct counters *mn_counters(struct engine *engine)
 }
 
 /* What was counted of nobody since the last call. */
-EXPORT void mn_take_drops(struct engine *engine, uint64_t *not_member, uint64_t *receive_errors)
+EXPORT void mn_drain_drops(struct engine *engine, uint64_t *not_member, uint64_t *receive_errors)
 {
     *not_member = engine->not_member;
     *receive_errors = engine->receive_errors;
@@ -184,8 +166,8 @@ EXPORT void mn_take_drops(struct engine *engine, uint64_t *not_member, uint64_t 
 /* The notes of the last mn_run. */
 EXPORT const uint8_t *mn_notes(const struct engine *engine, uint32_t *bytes)
 {
-    *bytes = engine->notes_bytes;
-    return engine->notes;
+    *bytes = engine->notes.bytes;
+    return engine->notes.data;
 }
 
 /* Of the sources that this was made from: Python looks whether they are its own. */

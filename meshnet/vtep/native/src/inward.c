@@ -3,7 +3,7 @@
 #include <errno.h>
 #include <netinet/udp.h>
 
-#include "engine.h"
+#include "inward.h"
 
 #ifndef UDP_GRO
 #define UDP_GRO 104
@@ -15,7 +15,7 @@ void write_to_tun(void *context, int peer, const struct iovec *parts, int count)
 
     while (writev(engine->tun, parts, count) < 0) {
         if (errno != EINTR) {
-            note(engine, NOT_WRITTEN, peer, 1, NULL, 0);
+            note(&engine->notes, NOT_WRITTEN, peer, 1, NULL, 0);
             return;
         }
     }
@@ -69,7 +69,7 @@ static void carry_in(struct engine *engine, int peer, uint8_t *datagram, size_t 
     engine->peers.counters[peer].rx_bytes += bytes;
     return;
 hand_back:
-    note(engine, FROM_PEER, peer, 0, datagram, bytes);
+    note(&engine->notes, FROM_PEER, peer, 0, datagram, bytes);
 }
 
 /* The size of the datagrams that UDP_GRO put side by side; 0: there is one. */
@@ -113,7 +113,7 @@ bool carry_received(struct engine *engine)
         do { /* once for an empty one, too */
             const size_t left = total - engine->next_at;
 
-            if (!has_room(engine)) {
+            if (!has_room(&engine->notes)) {
                 mn_join_flush(&engine->joiner);
                 return false;
             }

@@ -4,7 +4,7 @@
 #include <netinet/udp.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "outward.h"
 
 #ifndef UDP_SEGMENT
 #define UDP_SEGMENT 103
@@ -70,7 +70,7 @@ static void transmit(struct engine *engine, int peer_at, struct iovec *parts, in
             message.msg_name = &peer->address;
             message.msg_namelen = peer->address_bytes;
             if (!peer->has_asked)
-                note(engine, WANTS_SOCKET, peer_at, 0, NULL, 0);
+                note(&engine->notes, WANTS_SOCKET, peer_at, 0, NULL, 0);
             peer->has_asked = true;
         }
         sent = send_once(socket, &message);
@@ -89,7 +89,7 @@ static void transmit(struct engine *engine, int peer_at, struct iovec *parts, in
     } else {
         const int32_t error = errno;
 
-        note(engine, NOT_SENT, peer_at, (uint32_t)count, &error, sizeof error);
+        note(&engine->notes, NOT_SENT, peer_at, (uint32_t)count, &error, sizeof error);
     }
 }
 
@@ -138,7 +138,7 @@ static void send_super_packet(struct engine *engine, int peer, uint8_t *packet, 
 
     encapsulate(engine, &engine->peers.list[peer], version, remote ? protocol : 0, front);
     if (!mn_cut(cutter, packet, length, header, front, remote)) {
-        note(engine, FROM_TUN, -1, 0, packet - VIRTIO_BYTES, VIRTIO_BYTES + length);
+        note(&engine->notes, FROM_TUN, -1, 0, packet - VIRTIO_BYTES, VIRTIO_BYTES + length);
         return;
     }
     const int most = most_segments(cutter->segment);
@@ -167,7 +167,7 @@ static void carry_out(struct engine *engine, size_t got)
     else if (version == 6 && length >= V6_BYTES)
         peer = peers_by_route(&engine->peers, 6, packet + V6_DESTINATION);
     if (peer < 0 || (header.type == GSO_NONE && length > engine->mtu)) {
-        note(engine, FROM_TUN, -1, 0, front + FRONT_BYTES, got);
+        note(&engine->notes, FROM_TUN, -1, 0, front + FRONT_BYTES, got);
         return;
     }
     if (header.type != GSO_NONE) {
@@ -197,7 +197,7 @@ int pump_out(struct engine *engine)
 {
     int error = 0;
 
-    for (int reads = 0; reads < MAX_READS && has_room(engine); reads++) {
+    for (int reads = 0; reads < MAX_READS && has_room(&engine->notes); reads++) {
         uint8_t *front = engine->slots + (size_t)engine->slot * engine->step;
         const ssize_t got =
             read(engine->tun, front + FRONT_BYTES, VIRTIO_BYTES + MAX_PACKET_BYTES);

@@ -96,7 +96,7 @@ class Systemd:
             for name in _CPUSET:
                 if (path / name).exists():  # version 1: nobody may join before it has some
                     (path / name).write_text((path.parent / name).read_text())
-        argv = [sys.executable, "-m", "tests.netns.unit.boot", str(self._directory)]
+        argv = [sys.executable, "-m", "tests.netns.systemd_unit.boot", str(self._directory)]
         with (self._directory / "log").open("ab") as log:
             self._outer = subprocess.Popen(
                 [*enter_argv(self._host.netns_path), *argv],

@@ -7,20 +7,18 @@ Source: Documentation/filesystems/overlayfs.rst.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshnet import libc
 from meshnet.errors import KernelRefusedError, NotFoundError
+from meshnet.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_MNT_DETACH = 2
 _MAX_OPTIONS_BYTES = os.sysconf("SC_PAGE_SIZE") - 1
 """mount(2) takes a page of options."""
 
@@ -44,12 +42,13 @@ def mount_overlay(lowerdirs: Sequence[Path], upper: Path, work: Path, target: Pa
             # Many layers: the kernel looks their short names up while it mounts, and never again.
             lower = [f"/proc/self/fd/{_open(path, stack)}" for path in lower]
             options = _options(lower, upper, work)
-        if _libc.mount(b"overlay", os.fsencode(target), b"overlay", 0, options) != 0:
-            code = ctypes.get_errno()
+        try:
+            libc.mount("overlay", target, "overlay", 0, options)
+        except OSError as error:
             raise KernelRefusedError(
-                f"{len(lower)} layers cannot be mounted on {target}: {os.strerror(code)}; the "
+                f"{len(lower)} layers cannot be mounted on {target}: {error.strerror}; the "
                 "kernel's log says more"
-            )
+            ) from error
 
 
 def unmount(target: Path) -> None:
@@ -58,23 +57,17 @@ def unmount(target: Path) -> None:
     Raises:
         KernelRefusedError: nothing is mounted there, or the kernel refused.
     """
-    if _libc.umount2(os.fsencode(target), _MNT_DETACH) != 0:
-        raise KernelRefusedError(f"{target} stays mounted: {os.strerror(ctypes.get_errno())}")
+    try:
+        libc.umount(target, libc.MNT_DETACH)
+    except OSError as error:
+        raise KernelRefusedError(f"{target} stays mounted: {error.strerror}") from error
 
 
 def mounts_below(directory: Path) -> list[Path]:
     """Where something is mounted in a directory or on it, in the order in which it was done."""
-    place = os.fsencode(os.path.realpath(directory))
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        found = [_unescaped(line.split(b" ", 5)[4]) for line in mounts]
-    return [
-        Path(os.fsdecode(path)) for path in found if path == place or path.startswith(place + b"/")
-    ]
-
-
-def _unescaped(path: bytes) -> bytes:
-    """proc(5) writes blanks, line feeds and backslashes as three octal digits."""
-    return re.sub(rb"\\([0-7]{3})", lambda found: bytes((int(found[1], 8),)), path)
+    place = os.path.realpath(directory)
+    found = [mount.point for mount in mounts()]
+    return [Path(path) for path in found if path == place or path.startswith(f"{place}/")]
 
 
 def _options(lower: Sequence[str], upper: Path, work: Path) -> bytes:

@@ -1,6 +1,6 @@
 """All that an agent does on a host, step by step: what works, and what a confined one cannot.
 
-python -m tests.netns.unit.exercise      which capability of the unit is needed for what
+python -m tests.netns.systemd_unit.exercise      which capability of the unit is needed for what
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from meshnet.lab.poll import wait_until
 from meshnet.lab.topology import Lab
 from tests.images import Layout, Member, directory, tar
 from tests.netns.mesh import address_of, attach, create_network, meshnet, ping, wait_in_sync
+from tests.netns.systemd_unit.settings import UNIT, read_settings
 from tests.netns.talk import ask, serving
-from tests.netns.unit.settings import UNIT, read_settings
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator, Sequence
 
     from meshnet.lab.host import LabContainer
-    from tests.netns.unit.settings import Settings
+    from tests.netns.systemd_unit.settings import Settings
 
 _REPOSITORY = Path(__file__).parents[3]
 _STRANGER = "12345"
@@ -56,7 +56,7 @@ def confined(settings: Settings) -> Iterator[None]:
             "kept": sorted({str(_REPOSITORY), sys.prefix, sys.base_prefix}),
         }
         file.write_text(json.dumps(document))
-        confine = [sys.executable, "-m", "tests.netns.unit.confine", str(file)]
+        confine = [sys.executable, "-m", "tests.netns.systemd_unit.confine", str(file)]
         return spawn_agent([*enter, *confine], options, log_path)
 
     # The agent's process is started in /: `python -m` must find this package there.

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from meshnet.vtep.counters import Counters
-    from meshnet.vtep.peers import Peer, PeerTable
+    from meshnet.vtep.peers import PeerTable, TunnelPeer
 
 _MOST_ANSWERS = 4096
 _MOST_READS = 64
 _MOST_BYTES = 65_535
 
 
-class Prober:
+class ProbeExchange:
     """Sends probes, answers members', and keeps answers until they are asked for.
 
     Args:
@@ -48,8 +48,8 @@ class Prober:
     ) -> None:
         self._underlay, self._table, self._counters, self._dev = underlay, table, counters, dev
         self._answers: deque[tuple[int, str, float]] = deque(maxlen=_MOST_ANSWERS)
-        self._known: dict[str, Peer] | None = None
-        self._by_mac: dict[bytes, Peer] = {}
+        self._known: dict[str, TunnelPeer] | None = None
+        self._by_mac: dict[bytes, TunnelPeer] = {}
         self.packet_socket: socket.socket | None = None
         if dev is not None:
             # Bound to no device: it may be made later, or made anew.
@@ -78,18 +78,21 @@ class Prober:
                 payload = probe.pack(Probe(REQUEST, number, time.monotonic_ns()), size)
                 (self._by_udp if way == "udp" else self._by_vxlan)(peer, payload)
 
-    def take_answers(self) -> list[tuple[int, str, float]]:
+    def drain_answers(self) -> list[tuple[int, str, float]]:
         """The answers that came since: id, who answered, milliseconds."""
         found = list(self._answers)
         self._answers.clear()
         return found
 
-    def take(self, peer: Peer, payload: memoryview) -> None:
-        """A member's probe by UDP."""
-        self._take(peer, payload, self._by_udp)
+    def handle_udp(self, peer: TunnelPeer, payload: memoryview) -> None:
+        """A member's probe came by UDP."""
+        self._handle(peer, payload, self._by_udp)
 
-    def _take(
-        self, peer: Peer, payload: memoryview | bytes, send: Callable[[Peer, bytes], None]
+    def _handle(
+        self,
+        peer: TunnelPeer,
+        payload: memoryview | bytes,
+        send: Callable[[TunnelPeer, bytes], None],
     ) -> None:
         """Note an answer; answer a request by the way it came."""
         found = probe.parse(payload)
@@ -117,19 +120,19 @@ class Prober:
             if peer is None:
                 self._counters.drop("not_member")
                 continue
-            self._take(peer, payload, self._by_vxlan)
+            self._handle(peer, payload, self._by_vxlan)
 
-    def _peer_of(self, mac: bytes) -> Peer | None:
+    def _peer_of(self, mac: bytes) -> TunnelPeer | None:
         if self._known is not self._table.by_underlay:  # another table after every change
             self._known = self._table.by_underlay
             self._by_mac = {peer.mac: peer for peer in self._known.values()}
         return self._by_mac.get(mac)
 
-    def _note(self, peer: Peer, answer: Probe) -> None:
+    def _note(self, peer: TunnelPeer, answer: Probe) -> None:
         ms = (time.monotonic_ns() - answer.sent_ns) / 1e6
         self._answers.append((answer.id, peer.underlay_ip, round(ms, 3)))
 
-    def _by_udp(self, peer: Peer, payload: bytes) -> None:
+    def _by_udp(self, peer: TunnelPeer, payload: bytes) -> None:
         own = self._table.own
         front = vxlan.pack(own.vni, peer.mac, own.mac, probe.ETHERTYPE, None)
         try:
@@ -137,7 +140,7 @@ class Prober:
         except OSError:
             peer.drop("probe_not_sent")
 
-    def _by_vxlan(self, peer: Peer, payload: bytes) -> None:
+    def _by_vxlan(self, peer: TunnelPeer, payload: bytes) -> None:
         if self.packet_socket is None or self._dev is None:
             return
         try:

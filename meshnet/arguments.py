@@ -1,4 +1,7 @@
-"""An argument parser that says what is wrong in one line, as all of meshnet does, and is fast."""
+"""An argument parser that says what is wrong in one line, as all of meshnet does, and is fast.
+
+Of the client and of the agent.  May import only the standard library and `meshnet.errors`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
-"""``python -m tests.netns.unit.boot DIRECTORY``: makes namespaces, and becomes systemd there.
+"""Makes namespaces, and becomes systemd there.
 
-``boot.json`` in the directory says what to mount and to write (`tests.netns.unit.systemd`).
+    python -m tests.netns.systemd_unit.boot DIRECTORY
+
+``boot.json`` in the directory says what to mount and to write, as
+`tests.netns.systemd_unit.systemd` wrote it.
 Nothing is written or removed before the root is the overlay, where all of that stays in memory.
 """
 
@@ -32,7 +35,7 @@ def main() -> None:
     # The root of a namespace of control groups is where the process is that makes it.
     for path in boot["groups"]:
         Path(path, "cgroup.procs").write_text(str(os.getpid()))
-    again = [sys.executable, "-m", "tests.netns.unit.boot", directory, "inside"]
+    again = [sys.executable, "-m", "tests.netns.systemd_unit.boot", directory, "inside"]
     os.execvp("unshare", ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--", *again])
 
 

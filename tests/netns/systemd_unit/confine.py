@@ -1,6 +1,6 @@
 """Runs a program as a unit's settings would have it: a small stand-in for systemd.
 
-    python -m tests.netns.unit.confine SETTINGS.json PROGRAM [ARGUMENT…]
+    python -m tests.netns.systemd_unit.confine SETTINGS.json PROGRAM [ARGUMENT…]
 
 Done here: the bounding set of capabilities, no-new-privileges, read-only and hidden file systems,
 and the filters of system calls (address families, namespaces, real-time scheduling, personality,
