@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
 from pathlib import Path
 
@@ -26,5 +27,7 @@ def start_ticks(pid: int) -> int:
 
 @cache
 def boot_id() -> str:
-    """Of the running kernel: another after every boot (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Of the running kernel: another after every boot (random(4)); "" where Linux hides it."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
