@@ -6,6 +6,7 @@ exec`` import it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from functools import cache
@@ -72,13 +73,10 @@ def start_ticks(pid: int) -> int:
 
 @cache
 def boot_id() -> str:
-    """What tells this boot of the machine from all others.
-
-    Raises:
-        OSError: the kernel does not say.
-    """
-    with open("/proc/sys/kernel/random/boot_id") as file:
+    """What tells this boot of the machine from all others (random(4)); "" where Linux hides it."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
+    return ""
 
 
 def mounts() -> Iterator[Mount]:

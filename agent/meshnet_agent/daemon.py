@@ -21,9 +21,8 @@ import secrets
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
 import structlog
 import trio
 
@@ -33,11 +32,12 @@ from meshnet.plan import fallen_peers
 from meshnet.runtime.spec.id_ranges import parse_range
 from meshnet.store.registry import Registry
 from meshnet_agent.api.app import Served, make_app, operations_of
-from meshnet_agent.api.documents.endpoints import endpoint_document
 from meshnet_agent.api.reports import ReportedParts, Reports
 from meshnet_agent.api.server import open_socket, serve_api
+from meshnet_agent.containers.bundle.paths import ContainerPaths
 from meshnet_agent.containers.images import Images
 from meshnet_agent.containers.lifecycle import Containers
+from meshnet_agent.containers.runtime import RuntimeProvider
 from meshnet_agent.dataplane.dirty import Dirty
 from meshnet_agent.dataplane.fallback import Fallback
 from meshnet_agent.dataplane.inputs import LocalParts, PassInputs
@@ -70,12 +70,8 @@ from meshnet_agent.tasks.readiness import Readiness
 from meshnet_agent.tasks.right_of_way import RightOfWay
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from meshnet.config import AgentConfig
-    from meshnet.model import Endpoint
     from meshnet_agent.edges import Edges
-    from meshnet_agent.endpoints.request import AttachRequest
 
 _log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
@@ -263,18 +259,16 @@ async def _serve(config: AgentConfig, run_dir: RuntimeDir, notifier: Notifier) -
         )
         await images.collect()
         mesh = make_operations(parts)
-        passed_over: dict[str, str] = {}
-        containers = Containers(
-            edges.state_dir.path,
-            run_dir.path,
-            lambda pid, request: _attach(mesh, pid, request),
-            lambda pid, network: _detach(mesh, pid, network),
-            lambda pid: [_to_record(e) for e in mesh.endpoints_of(pid)],
-            passed_over,
-            id_pool=id_pool,
-            systemd_cgroup=config.cgroup_driver == "systemd",
+        runtime = RuntimeProvider(run_dir.oci, systemd_cgroup=config.cgroup_driver == "systemd")
+        paths = ContainerPaths(
+            state=edges.state_dir.containers,
+            run=run_dir.containers,
+            userns=run_dir.userns,
+            images=edges.state_dir.images,
+            volumes=edges.state_dir.volumes,
         )
-        reports = Reports(report_sources(parts, passed_over))
+        containers = Containers(paths, mesh, runtime, id_pool)
+        reports = Reports(report_sources(parts, runtime))
         served = Served(mesh=mesh, reports=reports, images=images, containers=containers)
         with open_socket(run_dir.socket) as listener:
             async with trio.open_nursery() as root:
@@ -304,7 +298,7 @@ def make_operations(parts: Parts) -> MeshOperations:
     )
 
 
-def report_sources(parts: Parts, passed_over: Mapping[str, str]) -> ReportedParts:
+def report_sources(parts: Parts, runtime: RuntimeProvider) -> ReportedParts:
     """What the API's reports are taken of."""
     return ReportedParts(
         follower=parts.follower,
@@ -317,22 +311,8 @@ def report_sources(parts: Parts, passed_over: Mapping[str, str]) -> ReportedPart
         pool=parts.pool,
         wiring=parts.edges.wiring,
         vteps=parts.edges.vteps,
-        passed_over=passed_over,
+        runtime=runtime,
     )
-
-
-async def _attach(mesh: MeshOperations, pid: int, request: AttachRequest) -> dict[str, Any]:
-    return _to_record(await mesh.attach(pid, request))
-
-
-async def _detach(mesh: MeshOperations, pid: int, network: str) -> dict[str, Any]:
-    return _to_record(await mesh.detach(pid, network))
-
-
-def _to_record(endpoint: Endpoint) -> dict[str, Any]:
-    """What a container's record has of an endpoint."""
-    record: dict[str, Any] = msgspec.to_builtins(endpoint_document(endpoint))
-    return record
 
 
 async def _stop_on_signal(

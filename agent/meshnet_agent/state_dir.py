@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _log = structlog.get_logger()
-_VERSION = 1
 RECORD, DRAFT = ".json", ".draft"
 """Suffixes of an endpoint's files: what there is, and what is about to be made."""
 
@@ -100,30 +99,30 @@ class StateDir:
 
     def _refuse_newer(self) -> None:
         """Look at the version of every file that has one, before any of them is used."""
-        for directory, pattern in (
-            (self.path, self.mesh.name),
-            (self.endpoints, f"*{RECORD}"),
-            (self.endpoints, f"*{DRAFT}"),
-            (self.containers, "*/container.json"),
-            (self.takeover, "*.json"),
+        for directory, pattern, known in (
+            (self.path, self.mesh.name, 1),
+            (self.endpoints, f"*{RECORD}", 1),
+            (self.endpoints, f"*{DRAFT}", 1),
+            (self.containers, "*/container.json", 2),
+            (self.takeover, "*.json", 1),
         ):
             for file in sorted(directory.glob(pattern)):
                 version = _version_of(file)
-                if version > _VERSION:
+                if version > known:
                     raise PolicyRefusedError(
                         f"{file} was written by a newer meshnet-agent (version {version}, this one "
-                        f"knows {_VERSION}): start the newer one again; nothing was changed"
+                        f"knows {known}): start the newer one again; nothing was changed"
                     )
 
 
 def _version_of(file: Path) -> int:
-    """The version of a file; that of one without, or that cannot be read, is this one's."""
+    """The version of a file; 0 of one without, or that cannot be read: it is not a newer one."""
     try:
         document = json.loads(checked(file.read_bytes()))
     except (OSError, ValueError, RecursionError, BadValueError):
-        return _VERSION
+        return 0
     found = document.get("v") if isinstance(document, dict) else None
-    return found if isinstance(found, int) else _VERSION
+    return found if isinstance(found, int) else 0
 
 
 class RuntimeDir:
@@ -134,6 +133,7 @@ class RuntimeDir:
         socket: the API's.
         vtep: a directory for each userspace VTEP (`meshnet.vtep.rundir`).
         containers: bundles of containers, and of programs in them.
+        userns: mounts of containers with ids of their own; others may enter, not look.
         oci: the OCI runtime's own state.
 
     Raises:
@@ -146,6 +146,7 @@ class RuntimeDir:
         self.socket = path / "agent.sock"
         self.vtep = path / "vtep"
         self.containers = path / "containers"
+        self.userns = path / "userns"
         self.oci = path / "oci"
         try:
             path.mkdir(parents=True, exist_ok=True)

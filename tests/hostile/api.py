@@ -20,6 +20,7 @@ from meshnet_agent.api.app import Served, make_app, operations_of
 from meshnet_agent.api.openapi import describe
 from meshnet_agent.api.reports import Reports
 from meshnet_agent.containers.images import Images
+from meshnet_agent.containers.runtime import RuntimeProvider
 from meshnet_agent.daemon import make_operations, report_sources
 from meshnet_agent.tasks.readiness import Readiness
 from tests.hostile.campaign import (
@@ -246,7 +247,7 @@ async def _open() -> AsyncIterator[Check]:
             agent = mesh.nodes[0].running
             served = Served(
                 mesh=make_operations(agent),
-                reports=Reports(report_sources(agent, {})),
+                reports=Reports(report_sources(agent, RuntimeProvider(Path(directory, "oci")))),
                 images=images,
             )
             app = make_app(operations_of(served, agent.readiness), agent.readiness)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from meshnet.runtime.images.store import Image
     from meshnet.store import Store
     from meshnet.store.addresses import PoolListing
-    from meshnet_agent.containers.record import Record
+    from meshnet_agent.containers.record import ContainerRecord
 
 VERSIONS = Path(__file__).parent
 STATE_DIR, SERVICE_DIR = "/var/lib/meshnet", "/srv"
@@ -112,14 +112,14 @@ def _no_name() -> str:
     raise AssertionError("the directory has an instance name")
 
 
-def read_containers(state_dir: Path) -> dict[str, Record]:
+def read_containers(state_dir: Path) -> dict[str, ContainerRecord]:
     """The records of all containers, by name."""
     return {r.name: r for r in container_record.load_all(state_dir / "containers")}
 
 
-def endpoints_of(record: Record) -> list[HeldEndpoint]:
+def endpoints_of(record: ContainerRecord) -> list[HeldEndpoint]:
     """The endpoints that were made with a container and are freed when it has ended."""
-    return [HeldEndpoint(e["id"], e["network"], e["pid"]) for e in record.endpoints]
+    return [HeldEndpoint(e.id, e.network, e.pid) for e in record.endpoints]
 
 
 def read_journals(state_dir: Path) -> list[Journal | None]:

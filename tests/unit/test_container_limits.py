@@ -19,8 +19,9 @@ from meshnet.runtime.spec.devices import DeviceWish, parse_device
 from meshnet.runtime.spec.options import ContainerOptions
 from meshnet.runtime.spec.ulimits import UNLIMITED, Ulimit, parse_ulimit
 from meshnet.runtime.spec.users import User, add_groups
-from meshnet_agent.containers import host_support
-from meshnet_agent.containers.host_support import check_kernel, find_devices
+from meshnet_agent.containers.bundle import limits
+from meshnet_agent.containers.bundle.devices import find_devices
+from meshnet_agent.containers.bundle.limits import check_limits
 from meshnet_agent.containers.log import _seek
 
 OPTIONS = ContainerOptions(rootfs="/r", command=("true",))
@@ -53,17 +54,17 @@ def test_swap_is_as_dockers() -> None:
 
 
 def test_what_this_kernel_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_support, "accounts_swap", lambda: False)
+    monkeypatch.setattr(limits, "accounts_swap", lambda: False)
     with pytest.raises(KernelRefusedError, match="swapaccount=1"):
-        check_kernel(replace(OPTIONS, memory_bytes=MIB, memory_swap_bytes=MIB))
-    check_kernel(replace(OPTIONS, memory_bytes=MIB))
+        check_limits(replace(OPTIONS, memory_bytes=MIB, memory_swap_bytes=MIB))
+    check_limits(replace(OPTIONS, memory_bytes=MIB))
     monkeypatch.setattr("resource.getrlimit", lambda _number: (10, 20))
-    monkeypatch.setattr(host_support, "_may_raise_limits", lambda: False)
-    check_kernel(replace(OPTIONS, ulimits=("nofile=20", "locks=1:20")))
+    monkeypatch.setattr(limits, "may_raise_limits", lambda: False)
+    check_limits(replace(OPTIONS, ulimits=("nofile=20", "locks=1:20")))
     with pytest.raises(KernelRefusedError, match="LimitNOFILE="):
-        check_kernel(replace(OPTIONS, ulimits=("nofile=1:21",)))
-    monkeypatch.setattr(host_support, "_may_raise_limits", lambda: True)
-    check_kernel(replace(OPTIONS, ulimits=("nofile=1:21",)))
+        check_limits(replace(OPTIONS, ulimits=("nofile=1:21",)))
+    monkeypatch.setattr(limits, "may_raise_limits", lambda: True)
+    check_limits(replace(OPTIONS, ulimits=("nofile=1:21",)))
 
 
 def test_ulimits() -> None:

@@ -1,4 +1,4 @@
-"""What an agent makes of the containers that it finds on disk; no runtime, no kernel."""
+"""What an agent makes of the containers that it finds on disk; no OCI runtime, no kernel."""
 
 from __future__ import annotations
 
@@ -12,14 +12,27 @@ from meshnet.errors import ConflictError, MeshnetError, NotFoundError, UsageErro
 from meshnet.runtime.spec.id_ranges import PER_CONTAINER, IdRange
 from meshnet.runtime.spec.mount_points import MountPoint
 from meshnet.runtime.spec.options import ContainerOptions
-from meshnet_agent.containers import lifecycle as module
+from meshnet_agent.containers import runtime as module
+from meshnet_agent.containers.bundle.paths import ContainerPaths
 from meshnet_agent.containers.lifecycle import Containers
-from meshnet_agent.containers.record import FILE, ProcessId, Record, State, load_all, save
+from meshnet_agent.containers.record import (
+    FILE,
+    ContainerEndpoint,
+    ContainerRecord,
+    ProcessId,
+    State,
+    load_all,
+    save,
+)
+from meshnet_agent.containers.runtime import RuntimeProvider
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from meshnet.model import Endpoint
+
 BEFORE = ProcessId(1, 1, "another boot")
+ENDPOINT = ContainerEndpoint(id="e1", network="prod", pid=77, addresses=("10.42.0.2",))
 
 
 class FakeRuntime:
@@ -37,14 +50,14 @@ class FakeRuntime:
         self.deleted.append(identity)
 
 
-def record(number: int, state: State = State.RUNNING, **fields: Any) -> Record:  # noqa: ANN401
+def record(number: int, state: State = State.RUNNING, **fields: Any) -> ContainerRecord:  # noqa: ANN401
     options = ContainerOptions(rootfs="/r", command=("true",), **fields.pop("options", {}))
     values: dict[str, Any] = {
         "id": f"{number:012x}", "name": f"c{number}", "options": options, "created_s": number,
         "args": ("true",), "lowerdirs": ("/r",), "state": state, "started_s": 1.0,
         "process": BEFORE, "shim": BEFORE,
     }  # fmt: skip
-    return Record(**values | fields)
+    return ContainerRecord(**values | fields)
 
 
 class Host:
@@ -53,14 +66,20 @@ class Host:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runtime = FakeRuntime()
         self.detached: list[tuple[int, str]] = []
-        self.endpoints: list[dict[str, Any]] = []
-        self.passed_over: dict[str, str] = {}
         self.state = directory / "state"
+        self.provider = RuntimeProvider(directory / "run" / "oci")
         self.containers = Containers(
-            self.state, directory / "run", self._attach, self._detach, self._endpoints_of,
-            self.passed_over,
-            id_pool=IdRange(1 << 31, 1 << 20),
-        )  # fmt: skip
+            ContainerPaths(
+                state=self.state / "containers",
+                run=directory / "run" / "containers",
+                userns=directory / "run" / "userns",
+                images=self.state / "images",
+                volumes=self.state / "volumes",
+            ),
+            self,
+            self.provider,
+            IdRange(1 << 31, 1 << 20),
+        )
 
         async def find_runtime(
             _root: Path, *, systemd_cgroup: bool
@@ -72,18 +91,18 @@ class Host:
         monkeypatch.setattr(module, "find_runtime", find_runtime)
         monkeypatch.setattr(module, "check_may_run", lambda: None)
 
-    async def _attach(self, _pid: int, _request: object) -> dict[str, Any]:
-        raise AssertionError("nothing is attached here")
+    async def attach(self, pid: int, request: object) -> Endpoint:
+        raise AssertionError(f"nothing is attached here: {pid}, {request}")
 
-    def _endpoints_of(self, pid: int) -> list[dict[str, Any]]:
-        return [e for e in self.endpoints if e["pid"] == pid]
+    def endpoints_of(self, pid: int) -> list[Endpoint]:
+        raise AssertionError(f"nothing runs here: {pid}")
 
-    async def _detach(self, pid: int, network: str) -> dict[str, Any]:
+    async def detach(self, pid: int, network: str) -> Endpoint:
         await trio.lowlevel.checkpoint()
         self.detached.append((pid, network))
         raise NotFoundError("its own watch was faster")
 
-    def put(self, wanted: Record, exit_status: str | None = None) -> Path:
+    def put(self, wanted: ContainerRecord, exit_status: str | None = None) -> Path:
         directory = self.state / "containers" / wanted.id
         (directory / "exits").mkdir(parents=True)
         save(directory, wanted)
@@ -98,7 +117,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def test_a_record_survives_the_disk(tmp_path: Path) -> None:
-    wanted = record(1, endpoints=({"network": "prod", "address": "10.42.0.2/24"},))
+    wanted = record(1, endpoints=(ENDPOINT,))
     (tmp_path / wanted.id).mkdir()
     save(tmp_path / wanted.id, wanted)
     (tmp_path / "bad").mkdir()
@@ -108,8 +127,7 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
 
 
 async def test_what_ended_while_no_agent_was_there(host: Host, nursery: trio.Nursery) -> None:
-    endpoint = {"network": "prod", "pid": 77}
-    host.put(record(1, endpoints=(endpoint,)), "3")
+    host.put(record(1, endpoints=(ENDPOINT,)), "3")
     host.put(record(2))
     gone = host.put(record(3, options={"rm": True}), "0")
     half = host.put(record(4, State.CREATING))
@@ -118,20 +136,22 @@ async def test_what_ended_while_no_agent_was_there(host: Host, nursery: trio.Nur
     statuses = {}
     for name in ("c1", "c2", "c5"):
         with trio.fail_after(10):
-            statuses[name] = (await host.containers.wait(name))["exit_code"]
+            statuses[name] = (await host.containers.wait(name)).exit_code
     assert statuses == {"c1": 3, "c2": 255, "c5": 9}
     with trio.fail_after(10):
-        while len(host.containers.documents()) > 3:  # noqa: ASYNC110  (there is no event for it)
+        while len(host.containers.all()) > 3:  # noqa: ASYNC110  (there is no event for it)
             await trio.sleep(0.01)
     assert not gone.exists()
     assert not half.exists()
     assert host.detached == [(77, "prod")]
     assert set(host.runtime.deleted) == {f"{n:012x}" for n in range(1, 6)}
-    assert [d["name"] for d in host.containers.documents()] == ["c5", "c2", "c1"]
-    assert all(d["state"] == "exited" and d["pid"] is None for d in host.containers.documents())
+    assert [v.record.name for v in host.containers.all()] == ["c5", "c2", "c1"]
+    for view in host.containers.all():
+        assert view.record.state is State.EXITED
+        assert view.record.process is None
     on_disk = {r.name: r.exit_code for r in load_all(host.state / "containers")}
     assert on_disk == statuses
-    assert host.passed_over == {"crun": "too old"}
+    assert host.provider.report() == {"crun": "too old"}
     nursery.cancel_scope.cancel()
 
 
@@ -139,12 +159,12 @@ async def test_names_ids_and_refusals(host: Host, nursery: trio.Nursery) -> None
     for number in (0x10, 0x11):
         host.put(record(number, State.EXITED, exit_code=0, process=None, shim=None))
     await nursery.start(host.containers.run)
-    found = host.containers.registry.find(f"{0x10:012x}")
-    assert host.containers.registry.find("c16") is found
+    found = host.containers.directory.find(f"{0x10:012x}")
+    assert host.containers.directory.find("c16") is found
     with pytest.raises(UsageError, match="begins 2"):
-        host.containers.registry.find("0000")
+        host.containers.directory.find("0000")
     with pytest.raises(NotFoundError):
-        host.containers.registry.find("")
+        host.containers.directory.find("")
     with pytest.raises(ConflictError, match="taken"):
         await host.containers.create(ContainerOptions(rootfs="/r", command=("true",), name="c16"))
     with pytest.raises(ConflictError, match="does not run"):
@@ -155,10 +175,10 @@ async def test_names_ids_and_refusals(host: Host, nursery: trio.Nursery) -> None
     assert found.record.state is State.EXITED
     assert found.record.error
     with trio.fail_after(10):
-        assert (await host.containers.wait("c16"))["exit_code"] == 0
+        assert (await host.containers.wait("c16")).exit_code == 0
     await host.containers.remove("c16", force=False)
     with pytest.raises(NotFoundError):
-        host.containers.registry.find("c16")
+        host.containers.directory.find("c16")
     nursery.cancel_scope.cancel()
 
 
@@ -166,7 +186,7 @@ async def test_a_failed_create_leaves_nothing(host: Host, nursery: trio.Nursery)
     await nursery.start(host.containers.run)
     with pytest.raises(UsageError, match="no directory"):
         await host.containers.create(ContainerOptions(rootfs="/none", command=("true",)))
-    assert host.containers.documents() == []
+    assert host.containers.all() == []
     assert list((host.state / "containers").glob("*")) == []
     nursery.cancel_scope.cancel()
 
@@ -199,18 +219,18 @@ async def test_volumes_go_when_they_are_to(host: Host, nursery: trio.Nursery) ->
             await trio.sleep(0.01)
     assert not (host.state / "volumes" / ".tmp1").exists()
     volumes = host.containers.volumes
-    having = {d["name"]: d["containers"] for d in await volumes.documents()}
-    assert having == {"a": ["c1", "c3"], "b": ["c2"], "c": [], "db": ["c1", "c2"]}
+    having = {u.volume.name: u.containers for u in await volumes.all()}
+    assert having == {"a": ("c1", "c3"), "b": ("c2",), "c": (), "db": ("c1", "c2")}
     with pytest.raises(ConflictError, match="in use by container c1, c2"):
         await volumes.remove("db")
     await host.containers.remove("c1", force=False, volumes=True)
     assert made["a"].exists()
     await host.containers.remove("c2", force=False)
     assert made["b"].exists()
-    assert await volumes.prune(named=False) == [{"name": "b"}, {"name": "c"}]
-    assert await volumes.prune(named=True) == [{"name": "db"}]
+    assert await volumes.prune(named=False) == ["b", "c"]
+    assert await volumes.prune(named=True) == ["db"]
     await host.containers.remove("c3", force=False, volumes=True)  # not of its own: it had a name
-    assert [d["name"] for d in await volumes.documents()] == ["a"]
+    assert [u.volume.name for u in await volumes.all()] == ["a"]
     with pytest.raises(NotFoundError, match="volume ls"):
         await volumes.remove("db")
     nursery.cancel_scope.cancel()
@@ -221,7 +241,7 @@ async def test_ids_are_those_that_no_record_has(host: Host, nursery: trio.Nurser
     over: dict[str, Any] = {"state": State.EXITED, "exit_code": 0, "process": None, "shim": None}
     host.put(record(1, ids=first, **over))
     await nursery.start(host.containers.run)
-    assert host.containers.inspect("c1")["ids"] == {"first": 1 << 31, "size": PER_CONTAINER}
+    assert host.containers.inspect("c1").record.ids == first
     wanted = f"auto:{(1 << 31) + 7}:9"
     options = ContainerOptions(rootfs="/", command=("true",), userns=wanted)
     with pytest.raises(ConflictError, match="of container c1"):
@@ -229,5 +249,5 @@ async def test_ids_are_those_that_no_record_has(host: Host, nursery: trio.Nurser
     lost = ContainerOptions(rootfs="/", command=("true",), userns="container:nobody")
     with pytest.raises(NotFoundError, match="nobody"):
         await host.containers.create(lost)
-    assert [d["name"] for d in host.containers.documents()] == ["c1"]
+    assert [v.record.name for v in host.containers.all()] == ["c1"]
     nursery.cancel_scope.cancel()

@@ -7,13 +7,11 @@ code of their own.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -22,33 +20,30 @@ from meshnet.errors import (
     MeshnetError,
     NotFoundError,
     StoreUnavailableError,
-    UsageError,
 )
 from meshnet_agent.api.bodies import shown_path
 from meshnet_agent.api.errors import error_response, exhausted, json_response
 from meshnet_agent.api.openapi import describe
 from meshnet_agent.api.operation import Operation
-from meshnet_agent.api.routes.containers import container_routes
+from meshnet_agent.api.routes.containers import container_operations
 from meshnet_agent.api.routes.endpoints import endpoint_operations
+from meshnet_agent.api.routes.execs import exec_operations
 from meshnet_agent.api.routes.hosts import host_operations
+from meshnet_agent.api.routes.images import image_operations
 from meshnet_agent.api.routes.networks import network_operations
 from meshnet_agent.api.routes.status import probe_operations, status_operations
-from meshnet_agent.containers.execs import ExecSessions
-from meshnet_agent.containers.volumes import volume_routes
+from meshnet_agent.api.routes.volumes import volume_operations
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from starlette.requests import Request
-    from starlette.types import Receive, Scope, Send
 
     from meshnet_agent.api.reports import Reports
     from meshnet_agent.containers.images import Images
     from meshnet_agent.containers.lifecycle import Containers
     from meshnet_agent.mesh.operations import MeshOperations
     from meshnet_agent.tasks.readiness import Readiness
-
-    MakeOperation = Callable[[str, str, Callable[[Request], Awaitable[object]]], Operation]
 
 _log = structlog.get_logger()
 
@@ -79,16 +74,15 @@ def operations_of(served: Served, readiness: Readiness) -> tuple[Operation, ...]
         return describe(operations)
 
     containers = served.containers
-    of_containers: list[Operation] = []
-    if containers is not None:
-        declare = cast("Any", _declare)
-        of_containers = cast(
-            "list[Operation]",
-            [
-                *container_routes(containers, ExecSessions(containers), declare),
-                *volume_routes(containers.volumes, declare),
-            ],
-        )
+    of_containers = (
+        [
+            *container_operations(containers),
+            *exec_operations(containers.execs),
+            *volume_operations(containers.volumes),
+        ]
+        if containers is not None
+        else []
+    )
     operations: tuple[Operation, ...] = (
         Operation(
             method="GET",
@@ -103,7 +97,7 @@ def operations_of(served: Served, readiness: Readiness) -> tuple[Operation, ...]
         *host_operations(served.mesh, served.reports),
         *status_operations(served.reports),
         *of_containers,
-        *_image_routes(served.images, _declare),
+        *image_operations(served.images),
     )
     return operations
 
@@ -122,68 +116,6 @@ def make_app(operations: Iterable[Operation], readiness: Readiness) -> Starlette
     )
     app.router.redirect_slashes = False
     return app
-
-
-def _declare(path: str, method: str, handler: Callable[[Request], Awaitable[object]]) -> Operation:
-    """An operation whose handler reads its own body."""
-    body = getattr(inspect.unwrap(handler), "body", None)
-    return Operation(method=method, path=path, handle=handler, answer=Any, body=body)
-
-
-def _image_routes(images: Images, route: MakeOperation) -> list[Operation]:
-    async def list_all(_request: Request) -> object:
-        return await images.documents()
-
-    async def load(request: Request) -> object:
-        return await images.load(_chunks(request), request.query_params.get("name"))
-
-    async def inspect_one(request: Request) -> object:
-        return await images.inspect(request.path_params["image"])
-
-    async def remove(request: Request) -> object:
-        return await images.remove(request.path_params["image"])
-
-    async def export(request: Request) -> object:
-        image = request.path_params["image"]
-        await images.inspect(image)  # or the error, while there is still time
-        return _ArchiveResponse(images, image)
-
-    return [
-        route("/v1/images", "GET", list_all),
-        route("/v1/images", "POST", load),
-        # Names of images have slashes.
-        route("/v1/images/{image:path}", "GET", inspect_one),
-        route("/v1/images/{image:path}", "DELETE", remove),
-        route("/v1/archives/{image:path}", "GET", export),
-    ]
-
-
-class _ArchiveResponse(Response):
-    """Streams an image as a tar."""
-
-    media_type = "application/x-tar"
-
-    def __init__(self, images: Images, image: str) -> None:
-        super().__init__()
-        del self.headers["content-length"]
-        self._images = images
-        self._image = image
-
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        async def write(chunk: bytes) -> None:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await self._images.export(self._image, write)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except ClientDisconnect as error:
-        raise UsageError("the archive was cut off while it was sent: send it again") from error
 
 
 def _guard(operation: Operation, readiness: Readiness) -> Callable[[Request], Awaitable[Response]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -12,24 +12,12 @@ from meshnet_agent.api.documents.errors import ErrorDocument
 from meshnet_agent.api.operation import JSON
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from meshnet_agent.api.operation import Operation
 
-_Handler = TypeVar("_Handler", bound="Callable[..., object]")
-
 _OPENAPI = "3.1.0"
 _REFERENCE = "#/components/schemas/{name}"
-
-
-def takes(body: type[Any]) -> Callable[[_Handler], _Handler]:
-    """Say what a handler's request body is."""
-
-    def mark(handler: _Handler) -> _Handler:
-        handler.body = body  # type: ignore[attr-defined]
-        return handler
-
-    return mark
 
 
 def describe(operations: Iterable[Operation]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Network,
     )
     from meshnet.plan import NetworkOutcome
+    from meshnet_agent.containers.runtime import RuntimeProvider
     from meshnet_agent.dataplane.fallback import Fall, Fallback, Pair, Statistics
     from meshnet_agent.dataplane.reconciler import Reconciler
     from meshnet_agent.endpoints.addresses.pool import PoolAddresses
@@ -201,7 +202,7 @@ class ReportedParts:
 
     Attributes:
         vteps: None: this host can have no userspace VTEP.
-        passed_over: OCI runtimes that cannot run here, and why; empty until one was needed.
+        runtime: what runs this host's containers.
     """
 
     follower: Follower
@@ -214,7 +215,7 @@ class ReportedParts:
     pool: PoolAddresses
     wiring: Worker[Wiring]
     vteps: VtepProcesses | None
-    passed_over: Mapping[str, str]
+    runtime: RuntimeProvider
 
 
 class Reports:
@@ -231,7 +232,7 @@ class Reports:
         self._pool = parts.pool
         self._wiring = parts.wiring
         self._vteps = parts.vteps
-        self._passed_over = parts.passed_over
+        self._runtime = parts.runtime
 
     def networks(self) -> list[tuple[Network, int | None]]:
         """All networks, each with the MTU of its endpoints on this host, None while unknown."""
@@ -324,7 +325,7 @@ class Reports:
                 },
             ),
             drops=drops,
-            passed_over=self._passed_over,
+            passed_over=self._runtime.report(),
         )
 
     def _store(self) -> StoreReport:

@@ -1,18 +1,20 @@
-"""The containers of this host by name and id."""
+"""The containers of this host by name and id, and as others see one."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
 from meshnet.errors import ConflictError, NotFoundError, UsageError
-from meshnet_agent.containers.record import Record, State, save
+from meshnet_agent.containers.record import ContainerRecord, State, save
 
 if TYPE_CHECKING:
-    from meshnet_agent.containers.bundle import Bundle
+    from meshnet.model import Endpoint
+    from meshnet_agent.containers.bundle.bundle import Bundle
+    from meshnet_agent.containers.networking import Networking
 
 
 class Container:
@@ -23,7 +25,7 @@ class Container:
         ended: set when it has ended for good, restarts included, and everything is put away.
     """
 
-    def __init__(self, record: Record, bundle: Bundle) -> None:
+    def __init__(self, record: ContainerRecord, bundle: Bundle) -> None:
         self.record = record
         self.bundle = bundle
         self.lock = trio.Lock()
@@ -48,7 +50,7 @@ class Container:
             await trio.to_thread.run_sync(partial(save, self.bundle.state, self.record, keep=keep))
 
 
-class Registry:
+class ContainerDirectory:
     """All containers of this host."""
 
     def __init__(self) -> None:
@@ -74,7 +76,11 @@ class Registry:
     def __contains__(self, container: Container) -> bool:
         return container.record.id in self._containers
 
-    def records(self) -> list[Record]:
+    def all(self) -> list[Container]:
+        """All containers."""
+        return list(self._containers.values())
+
+    def records(self) -> list[ContainerRecord]:
         """Of all containers."""
         return [c.record for c in self._containers.values()]
 
@@ -105,3 +111,35 @@ class Registry:
         if container.record.state is not State.RUNNING or container.record.process is None:
             raise ConflictError(f"container {name} does not run: meshnet ps -a shows its state")
         return container
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerView:
+    """One container at one moment.
+
+    Attributes:
+        endpoints: those in its network namespace, whoever made them; none where that is not its
+            own.
+    """
+
+    record: ContainerRecord
+    bundle: Bundle
+    endpoints: tuple[Endpoint, ...]
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Those it is on; while it has no process or no namespace of its own, those it asks for."""
+        wanted = self.record.options.networks
+        if self.record.process is None or self.record.shares_network:
+            return wanted
+        attached = tuple(e.network for e in self.endpoints)
+        return attached or tuple(n for n in wanted if n == "none")
+
+
+def view_of(container: Container, networking: Networking) -> ContainerView:
+    """The container now."""
+    record = container.record
+    endpoints: tuple[Endpoint, ...] = ()
+    if record.process is not None and not record.shares_network:
+        endpoints = tuple(networking.endpoints_of(record.process.pid))
+    return ContainerView(record, container.bundle, endpoints)

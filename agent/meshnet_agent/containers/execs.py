@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshnet.errors import NotFoundError, UsageError
+from meshnet.group import open_to_group
 from meshnet.runtime.engine.conmon import (
     ATTACH,
     CONMON_PID,
@@ -26,14 +27,13 @@ from meshnet.runtime.engine.conmon import (
     read_exit,
 )
 from meshnet.runtime.spec.checks import check_process
-from meshnet_agent.containers.bundle import open_to_group
 from meshnet_agent.containers.processes import identify, send, wait_for_end
 
 if TYPE_CHECKING:
     from meshnet.runtime.spec.options import ContainerOptions
-    from meshnet_agent.api.documents import Document
-    from meshnet_agent.containers.lifecycle import Containers
+    from meshnet_agent.containers.directory import ContainerDirectory
     from meshnet_agent.containers.record import ProcessId
+    from meshnet_agent.containers.runtime import RuntimeProvider
 
 _STARTED = "started"
 """A file in the directory of a program that was let go on."""
@@ -41,8 +41,24 @@ _FORGET_S = 60.0
 """How long a program waits for its client, and its status after the end."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExecSession:
+    """A program that waits for its client.
+
+    Attributes:
+        attach: socket of its terminal or its standard streams.
+        window: FIFO that takes the terminal's size.
+        exit_file: where conmon writes how it ended.
+    """
+
+    id: str
+    attach: Path
+    window: Path
+    exit_file: Path
+
+
 @dataclass(eq=False)
-class _Session:
+class _Program:
     container: str
     directory: Path
     waiting: Exec
@@ -53,13 +69,30 @@ class _Session:
 
 
 class ExecSessions:
-    """All programs that clients run in containers."""
+    """All programs that clients run in containers.
 
-    def __init__(self, containers: Containers) -> None:
-        self._containers = containers
-        self._sessions: dict[str, _Session] = {}
+    Args:
+        run_dir: has a directory of each program, which is there as long as the program.
+    """
 
-    async def create(self, name: str, wanted: ContainerOptions) -> Document:
+    def __init__(
+        self, directory: ContainerDirectory, runtime: RuntimeProvider, run_dir: Path
+    ) -> None:
+        self._directory = directory
+        self._runtime = runtime
+        self._run_dir = run_dir
+        self._sessions: dict[str, _Program] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Tidy up what the agent before left, then watch programs for ever."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await trio.to_thread.run_sync(_clear, self._run_dir)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def create(self, name: str, wanted: ContainerOptions) -> ExecSession:
         """Prepare a program; returns where its client attaches.
 
         Args:
@@ -68,7 +101,7 @@ class ExecSessions:
         Raises:
             ConflictError: the container does not run.
         """
-        container = self._containers.registry.running(name)
+        container = self._directory.running(name)
         if not wanted.command:
             raise UsageError("exec needs a command")
         check_process(wanted)
@@ -83,12 +116,12 @@ class ExecSessions:
             interactive=wanted.interactive,
         )
         identity = secrets.token_hex(6)
-        directory = self._containers.run_dir(f"exec-{identity}")
+        directory = self._run_dir / f"exec-{identity}"
         process = await trio.to_thread.run_sync(
             container.bundle.write_exec, record, options, directory, record.env
         )
         shim = Shim(
-            runtime=await self._containers.runtime(),
+            runtime=await self._runtime.get(),
             identity=record.id,
             bundle=directory,
             log=directory / "log",
@@ -100,17 +133,16 @@ class ExecSessions:
         conmon = identify(int((directory / CONMON_PID).read_text()))
         for file, mode in ((ATTACH, 0o770), (WINDOW_SIZE, 0o660)):
             open_to_group(directory / file, mode)
-        session = _Session(record.id, directory, waiting, conmon)
+        session = _Program(record.id, directory, waiting, conmon)
         self._sessions[identity] = session
-        self._containers.nursery.start_soon(self._live, identity, session)
-        return {
-            "id": identity,
-            "attach": str(directory / ATTACH),
-            "window": str(directory / WINDOW_SIZE),
-            "exit_file": str(directory / record.id),
-        }
+        if self._nursery is None:
+            raise RuntimeError("programs are watched only while run() runs")
+        self._nursery.start_soon(self._live, identity, session)
+        return ExecSession(
+            identity, directory / ATTACH, directory / WINDOW_SIZE, directory / record.id
+        )
 
-    async def start(self, identity: str) -> Document:
+    async def start(self, identity: str) -> int:
         """Start a program whose client has attached; returns its pid.
 
         Raises:
@@ -119,20 +151,20 @@ class ExecSessions:
         session = self._find(identity)
         (session.directory / _STARTED).touch()
         session.started.set()
-        return {"pid": await session.waiting.start()}
+        return await session.waiting.start()
 
-    async def wait(self, identity: str) -> Document:
-        """Wait until a program has ended; returns its status."""
+    async def wait(self, identity: str) -> int | None:
+        """Wait until a program has ended; returns its status, None if nobody saw it."""
         session = self._find(identity)
         await session.ended.wait()
-        return {"exit_code": session.exit_code}
+        return session.exit_code
 
-    def _find(self, identity: str) -> _Session:
+    def _find(self, identity: str) -> _Program:
         if identity not in self._sessions:
             raise NotFoundError(f"exec {identity} does not exist: it ended, or was never there")
         return self._sessions[identity]
 
-    async def _live(self, identity: str, session: _Session) -> None:
+    async def _live(self, identity: str, session: _Program) -> None:
         with trio.move_on_after(_FORGET_S) as waiting:
             await session.started.wait()
         if waiting.cancelled_caught:
@@ -147,12 +179,12 @@ class ExecSessions:
         self._sessions.pop(identity, None)
 
 
-def clear_execs(run: Path) -> None:
+def _clear(run_dir: Path) -> None:
     """At the agent's start: end what waits for a start that nobody will ask for, tidy up the ended.
 
     A program that had been started goes on, as its container does.
     """
-    for directory in run.glob("exec-*"):
+    for directory in run_dir.glob("exec-*"):
         conmon = _conmon_of(directory)
         if conmon is not None:
             try:

@@ -1,4 +1,4 @@
-"""Images, for the API: reads in a thread, loads in a process of their own (docs/images.md)."""
+"""Images of this host: reads in a thread, loads in a process of their own (docs/images.md)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import trio
 
 from meshnet.errors import KernelRefusedError, MeshnetError, error_classes
 from meshnet.runtime.images.store import ImageStore
-from meshnet_agent.api.documents.images import image_details, image_document, removed_document
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from meshnet_agent.api.documents import Document
+    from meshnet.runtime.images.store import Image, Removed
 
 _log = structlog.get_logger()
 _AT_ONCE = 2
@@ -42,17 +41,17 @@ class Images:
         self._limits = (f"--max-bytes={max_bytes}", f"--max-entries={max_entries}")
         self._loads = trio.CapacityLimiter(_AT_ONCE)
 
-    async def documents(self) -> list[Document]:
-        """All images."""
-        return [image_document(i) for i in await trio.to_thread.run_sync(self._store.images)]
+    async def all(self) -> list[Image]:
+        """All images (`ImageStore.images`)."""
+        return await trio.to_thread.run_sync(self._store.images)
 
-    async def inspect(self, text: str) -> Document:
+    async def find(self, text: str) -> Image:
         """One image (`ImageStore.find`)."""
-        return image_details(await trio.to_thread.run_sync(self._store.find, text))
+        return await trio.to_thread.run_sync(self._store.find, text)
 
-    async def remove(self, text: str) -> Document:
+    async def remove(self, text: str) -> Removed:
         """Remove a name or an image (`ImageStore.remove`)."""
-        return removed_document(await trio.to_thread.run_sync(self._store.remove, text))
+        return await trio.to_thread.run_sync(self._store.remove, text)
 
     async def collect(self) -> None:
         """Remove what killed processes left (`ImageStore.collect`); an error is only logged."""
@@ -62,7 +61,7 @@ class Images:
             except MeshnetError as error:
                 _log.error("image store cannot be cleaned up", reason=str(error))
 
-    async def load(self, archive: AsyncIterator[bytes], name: str | None) -> list[Document]:
+    async def load(self, archive: AsyncIterator[bytes], name: str | None) -> list[Image]:
         """Take in an archive (`ImageStore.load`).
 
         Args:
@@ -107,10 +106,9 @@ class Images:
         if "error" in answer:
             kind = error_classes().get(answer["error"]["kind"], MeshnetError)
             raise kind(answer["error"]["message"])
-        found = await trio.to_thread.run_sync(
+        return await trio.to_thread.run_sync(
             lambda: [self._store.find(image_id) for image_id in answer["ids"]]
         )
-        return [image_document(image) for image in found]
 
     async def export(self, image: str, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Write an image as a tar of an OCI image layout (`ImageStore.export`)."""

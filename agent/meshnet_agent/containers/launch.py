@@ -7,41 +7,41 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshnet.errors import ConflictError
+from meshnet.group import open_to_group
 from meshnet.ports import parse_all_published
 from meshnet.runtime.engine.cgroups import has_unified_io, set_blkio_weight
-from meshnet.runtime.engine.conmon import ATTACH, CONMON_PID, WINDOW_SIZE, Shim
+from meshnet.runtime.engine.conmon import CONMON_PID, Shim
 from meshnet.runtime.spec.options import NO_NETWORKS, ContainerOptions, shared_with
 from meshnet.runtime.spec.userns import parse_userns
-from meshnet_agent.containers.bundle import Bundle, open_to_group
+from meshnet_agent.containers.bundle.etc import write_etc
 from meshnet_agent.containers.processes import identify
-from meshnet_agent.containers.record import Record, State
+from meshnet_agent.containers.record import ContainerEndpoint, ContainerRecord, State
 from meshnet_agent.endpoints.request import AttachRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from meshnet.runtime.engine.oci_runtime import OciRuntime
-    from meshnet_agent.api.documents import Document
-    from meshnet_agent.containers.directory import Container, Registry
-
-    Attach = Callable[[int, AttachRequest], Awaitable[Document]]
+    from meshnet_agent.containers.bundle.bundle import Bundle
+    from meshnet_agent.containers.directory import Container, ContainerDirectory
+    from meshnet_agent.containers.networking import Networking
 
 
 async def launch(
-    container: Container, runtime: OciRuntime, registry: Registry, attach: Attach
+    container: Container,
+    runtime: OciRuntime,
+    directory: ContainerDirectory,
+    networking: Networking,
 ) -> None:
     """Make the process; the caller holds the container's lock.
 
     Args:
-        registry: of the containers whose namespaces it may join.
-        attach: puts a process on a network.
+        directory: has the containers whose namespaces it may join.
 
     Raises:
         MeshnetError: a step failed; what was made is in the record and in the bundle.
     """
     record, bundle = container.record, container.bundle
     await trio.to_thread.run_sync(bundle.make)
-    namespaces, etc = _namespaces(record, registry)
+    namespaces, etc = _namespaces(record, directory)
     await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc, runtime.cgroup(record.id))
     pid = await _shim(container, runtime).create()
     await container.change_for_this_boot(
@@ -50,11 +50,12 @@ async def launch(
     )
     if record.options.blkio_weight is not None and not has_unified_io():
         set_blkio_weight(pid, record.options.blkio_weight)
-    for file, mode in ((ATTACH, 0o770), (WINDOW_SIZE, 0o660)):
-        open_to_group(bundle.run / file, mode)
-    await _attach_networks(container, pid, attach)
+    open_to_group(bundle.attach, 0o770)
+    open_to_group(bundle.window, 0o660)
+    await _attach_networks(container, pid, networking)
     if etc is None:
-        await trio.to_thread.run_sync(bundle.write_etc, container.record)
+        # Once more, for the addresses are known only now.
+        await trio.to_thread.run_sync(write_etc, bundle.state, container.record)
     await container.change_for_this_boot(state=State.CREATED, exit_code=None, finished_s=None)
 
 
@@ -71,7 +72,7 @@ def _shim(container: Container, runtime: OciRuntime) -> Shim:
     )
 
 
-async def _attach_networks(container: Container, pid: int, attach: Attach) -> None:
+async def _attach_networks(container: Container, pid: int, networking: Networking) -> None:
     record = container.record
     for number, network in enumerate(_own_networks(record.options)):
         name = record.name if number == 0 else f"{record.name}.{network}"[:63]
@@ -82,11 +83,19 @@ async def _attach_networks(container: Container, pid: int, attach: Attach) -> No
             default_route=number == 0,
             publish=parse_all_published(record.options.publish) if number == 0 else (),
         )
-        endpoint = await attach(pid, request)
-        container.note(endpoints=(*container.record.endpoints, endpoint))
+        endpoint = await networking.attach(pid, request)
+        made = ContainerEndpoint(
+            id=endpoint.id,
+            network=endpoint.network,
+            pid=pid,
+            addresses=tuple(str(a.ip) for a in endpoint.addresses),
+        )
+        container.note(endpoints=(*container.record.endpoints, made))
 
 
-def _namespaces(record: Record, registry: Registry) -> tuple[dict[str, str | None], Bundle | None]:
+def _namespaces(
+    record: ContainerRecord, directory: ContainerDirectory
+) -> tuple[dict[str, str | None], Bundle | None]:
     """Namespaces to join (see `Surroundings`), and whose files of /etc are shared."""
     options = record.options
     found: dict[str, str | None] = {}
@@ -100,26 +109,26 @@ def _namespaces(record: Record, registry: Registry) -> tuple[dict[str, str | Non
         other = shared_with(word)
         found[kind] = None if word == "host" else ""
         if other is not None:
-            process = registry.running(other).record.process
+            process = directory.running(other).record.process
             assert process is not None
             found[kind] = f"/proc/{process.pid}/ns/{file}"
-            if record.ids not in (None, registry.find(other).record.ids):
+            if record.ids not in (None, directory.find(other).record.ids):
                 raise ConflictError(
                     f"{kind} namespace of container {other} belongs to another user namespace: "
                     f"add --userns container:{other}"
                 )
     if record.ids is not None:
-        found["user"] = _user_namespace(record, registry)
+        found["user"] = _user_namespace(record, directory)
     other = shared_with(network)
-    return found, registry.find(other).bundle if other is not None else None
+    return found, directory.find(other).bundle if other is not None else None
 
 
-def _user_namespace(record: Record, registry: Registry) -> str:
+def _user_namespace(record: ContainerRecord, directory: ContainerDirectory) -> str:
     """That of another container, or empty: a new one."""
     other = parse_userns(record.options.userns).container
     if other is None:
         return ""
-    joined = registry.running(other).record
+    joined = directory.running(other).record
     if joined.ids != record.ids:
         raise ConflictError(
             f"container {other} has other ids than before: remove {record.name}, whose files "

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from meshnet_agent.containers.directory import Container
 
@@ -24,8 +24,10 @@ _POLL_S = 0.1
 
 async def read_log(
     container: Container, *, follow: bool, tail: int | None, since_s: float | None
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """The log's bytes, from the file that is there now.
+
+    Whoever reads closes it (`contextlib.aclosing`), also when cancelled: it holds a file.
 
     Args:
         follow: until the container has ended, across new files.

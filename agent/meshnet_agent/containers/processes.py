@@ -8,8 +8,8 @@ import signal
 
 import trio
 
-from meshnet.errors import NotFoundError
-from meshnet.kernel.processes import boot_id, start_ticks
+from meshnet.errors import NotFoundError, UsageError
+from meshnet.proc import boot_id, start_ticks
 from meshnet_agent.containers.record import ProcessId
 
 
@@ -35,6 +35,7 @@ def send(process: ProcessId, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         fd = os.pidfd_open(process.pid)
         try:
+            # After the descriptor is open: from here on nobody else can become this process.
             if is_alive(process):
                 signal.pidfd_send_signal(fd, number)
         finally:
@@ -52,3 +53,17 @@ async def wait_for_end(process: ProcessId) -> None:
             await trio.lowlevel.wait_readable(fd)
     finally:
         os.close(fd)
+
+
+def parse_signal(text: str) -> signal.Signals:
+    """``KILL``, ``SIGKILL`` or ``9``.
+
+    Raises:
+        UsageError: no such signal.
+    """
+    try:
+        if text.isdigit():
+            return signal.Signals(int(text))
+        return signal.Signals["SIG" + text.upper().removeprefix("SIG")]
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"signal {text!r} is unknown: see signal(7)") from error

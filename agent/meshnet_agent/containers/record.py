@@ -1,4 +1,8 @@
-"""What is known of a container, as a value and as a file that survives the agent."""
+"""What is known of a container, as a value and as a file that survives the agent.
+
+The file, ``container.json``, has a version of its own (`VERSION`).  Version 1 kept the API's
+documents of the endpoints; `decode` still reads it, and the next write of the record replaces it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,15 @@ from meshnet.codec.document import BadValueError
 from meshnet.files import write_whole
 from meshnet.runtime.spec.id_ranges import IdRange  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.spec.mount_points import MountPoint  # noqa: TC001  (msgspec reads it)
-from meshnet.runtime.spec.options import ContainerOptions, parse_label, shared_with
+from meshnet.runtime.spec.options import ContainerOptions, shared_with
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
 _log = structlog.get_logger()
 FILE = "container.json"
+VERSION: Literal[2] = 2
 
 
 class State(StrEnum):
@@ -43,7 +48,22 @@ class ProcessId:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class ContainerEndpoint:
+    """What a container keeps of an endpoint that was made with it: enough to detach it again.
+
+    Attributes:
+        pid: the process that was attached.
+        addresses: without prefix lengths, IPv4 first; text, as ``/etc/hosts`` has them.
+    """
+
+    id: str
+    network: str
+    pid: int
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerRecord:
     """One container.
 
     Attributes:
@@ -56,7 +76,7 @@ class Record:
         shim: the conmon that keeps it.
         created_s, started_s, finished_s: Unix time.
         stopped: somebody wanted its end: it is not restarted.
-        endpoints: documents of the endpoints that were made with it.
+        endpoints: those that were made with it.
         v: version of the file (`meshnet_agent.state_dir`).
     """
 
@@ -82,8 +102,8 @@ class Record:
     error: str | None = None
     restarts: int = 0
     stopped: bool = False
-    endpoints: tuple[dict[str, Any], ...] = ()
-    v: Literal[1] = 1
+    endpoints: tuple[ContainerEndpoint, ...] = ()
+    v: Literal[2] = VERSION
 
     @property
     def hostname(self) -> str:
@@ -96,46 +116,60 @@ class Record:
         words = self.options.networks
         return "host" in words or any(shared_with(w) is not None for w in words)
 
-    def document(self, endpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The document of ``ps`` and ``inspect`` (docs/cli.md).
 
-        Args:
-            endpoints: documents of those that it has now, with or without our doing.
-        """
-        networks: Sequence[str] = self.options.networks
-        if self.process is not None and not self.shares_network:
-            networks = [e["network"] for e in endpoints] or [n for n in networks if n == "none"]
-        return {
-            "id": self.id,
-            "name": self.name,
-            "pid": self.process.pid if self.process is not None else None,
-            "state": self.state,
-            "exit_code": self.exit_code,
-            "image": self.options.image or self.options.rootfs,
-            "networks": list(networks),
-            "command": list(self.args),
-            "labels": dict(map(parse_label, self.options.labels)),
-            "endpoints": list(endpoints),
-            "restarts": self.restarts,
-            "error": self.error,
-            "created_s": self.created_s,
-            "started_s": self.started_s,
-            "finished_s": self.finished_s,
-        }
+class _EndpointV1(msgspec.Struct):
+    """What we need of an endpoint's document in a file of version 1."""
+
+    id: str
+    network: str
+    pid: int
+    address: str
+    address6: str | None = None
 
 
-_decoder = msgspec.json.Decoder(Record)
+def encode(record: ContainerRecord) -> bytes:
+    """A record as the content of its file."""
+    return with_checksum(msgspec.json.encode(record))
 
 
-def save(directory: Path, record: Record, *, keep: bool = True) -> None:
+def decode(raw: bytes) -> ContainerRecord:
+    """The record in a file, of this version or of version 1.
+
+    Raises:
+        BadValueError: its checksum does not match.
+        msgspec.DecodeError: it is malformed, or of a newer version.
+    """
+    document = msgspec.json.decode(checked(raw), type=dict[str, Any])
+    if document.get("v", 1) == 1:
+        document = _migrate_v1(document)
+    return msgspec.convert(document, ContainerRecord)
+
+
+def _migrate_v1(document: dict[str, Any]) -> dict[str, Any]:
+    endpoints = msgspec.convert(document.get("endpoints", ()), tuple[_EndpointV1, ...])
+    return document | {
+        "v": VERSION,
+        "endpoints": [
+            {
+                "id": e.id,
+                "network": e.network,
+                "pid": e.pid,
+                "addresses": [a.partition("/")[0] for a in (e.address, e.address6) if a],
+            }
+            for e in endpoints
+        ],
+    }
+
+
+def save(directory: Path, record: ContainerRecord, *, keep: bool = True) -> None:
     """Write a container's record; on return it survives the agent, with `keep` also a power cut."""
-    write_whole(directory / FILE, with_checksum(msgspec.json.encode(record)), keep=keep)
+    write_whole(directory / FILE, encode(record), keep=keep)
 
 
-def load_all(directory: Path) -> Iterator[Record]:
+def load_all(directory: Path) -> Iterator[ContainerRecord]:
     """All containers below a directory; a file that cannot be read is logged and left alone."""
     for file in sorted(directory.glob(f"*/{FILE}")):
         try:
-            yield _decoder.decode(checked(file.read_bytes()))
+            yield decode(file.read_bytes())
         except (OSError, BadValueError, msgspec.DecodeError) as error:
             _log.error("container cannot be read", file=str(file), reason=str(error))

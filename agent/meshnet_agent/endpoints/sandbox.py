@@ -16,8 +16,8 @@ import trio
 
 from meshnet.errors import MeshnetError, NotFoundError, PolicyRefusedError
 from meshnet.kernel.netns import find_process, host_netns, netns_id, netns_of, open_netns
-from meshnet.kernel.processes import start_ticks
 from meshnet.model import ProcessSandbox
+from meshnet.proc import start_ticks
 from meshnet.state import endpoint_link_name
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ import json
 import os
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshnet.codec.checksum import checked, with_checksum
@@ -31,9 +30,9 @@ from meshnet.kernel.takeover.contents import Contents, Kind, Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _VERSION = 1
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Stage(StrEnum):
@@ -136,13 +135,6 @@ class JournalDir:
 
     def _file(self, bridge: str) -> Path:
         return self.path / f"{bridge}.json"
-
-
-def this_boot() -> str:
-    """What tells this boot of the machine from others; "" where the kernel does not say."""
-    with contextlib.suppress(OSError):
-        return _BOOT_ID.read_text().strip()
-    return ""
 
 
 def _encode(journal: Journal) -> dict[str, Any]:

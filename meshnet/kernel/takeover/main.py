@@ -26,10 +26,11 @@ import trio
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, PolicyRefusedError
 from meshnet.kernel.takeover.confirm import ETCD, find_silent, name_of
 from meshnet.kernel.takeover.interface import Interfaces, generation_of
-from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage, this_boot
+from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage
 from meshnet.kernel.takeover.plan import plan_giving_back, plan_taking
 from meshnet.kernel.takeover.standing import stands
 from meshnet.kernel.wire import links
+from meshnet.proc import boot_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,7 +114,7 @@ class Takeover:
                 stage=Stage.MOVING,
                 contents=held,
                 generation=generation_of(parent),
-                boot=this_boot(),
+                boot=boot_id(),
             )
             self._journals.save(journal)
             try:
@@ -172,7 +173,7 @@ class Takeover:
         on_parent = self._interfaces.read(parent)
         if self._interfaces.find(bridge) is None:
             # Gone with what it had; but not if somebody saw to it, or the machine was booted.
-            if link is None or on_parent.addresses or journal.boot != this_boot():
+            if link is None or on_parent.addresses or journal.boot != boot_id():
                 self._journals.remove(bridge)
                 return
         elif journal.stage is Stage.CONFIRMED:

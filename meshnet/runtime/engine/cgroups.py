@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from meshnet.errors import KernelRefusedError
 
@@ -30,10 +29,6 @@ class Usage:
     pids: int
     rx_bytes: int
     tx_bytes: int
-
-    def document(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 def read_usage(pid: int) -> Usage:

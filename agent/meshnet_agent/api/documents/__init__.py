@@ -3,9 +3,3 @@
 Values that functions build from values of the domain; nothing but the API makes or reads them.
 Fields may be added, not renamed; their order is the order in JSON.
 """
-
-from __future__ import annotations
-
-from typing import Any
-
-Document = dict[str, Any]

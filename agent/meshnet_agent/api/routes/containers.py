@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+import dataclasses
+from contextlib import aclosing
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from meshnet.errors import UsageError
 from meshnet.runtime.engine.conmon import StartError
-from meshnet.runtime.engine.oci_runtime import exit_status_of
 from meshnet.runtime.spec.options import ContainerOptions
-from meshnet_agent.api.bodies import convert, read_body, shown_path
-from meshnet_agent.api.openapi import takes
+from meshnet_agent.api.documents.containers import (
+    ContainerDetails,
+    ContainerDocument,
+    EndedDocument,
+    NotStartedDocument,
+    UsageDocument,
+    container_details,
+    container_document,
+    ended_document,
+    not_started_document,
+    usage_document,
+)
+from meshnet_agent.api.operation import Operation, operation
 from meshnet_agent.containers.log import read_log
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from starlette.datastructures import QueryParams
     from starlette.requests import Request
-    from starlette.routing import Route
+    from starlette.types import Send
 
-    from meshnet_agent.containers.execs import ExecSessions
     from meshnet_agent.containers.lifecycle import Containers
 
-    Handler = Callable[[Request], Awaitable[object]]
-    MakeRoute = Callable[[str, str, Handler], Route]
-
 _T = TypeVar("_T", int, float)
-_FIELDS = frozenset(f.name for f in fields(ContainerOptions))
+_LOG = "application/octet-stream"
 
 
-class SignalRequest(msgspec.Struct, forbid_unknown_fields=True):
+class SignalRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Body of ``POST /v1/containers/NAME/kill``."""
 
     signal: str = "KILL"
 
 
-class StopRequest(msgspec.Struct, forbid_unknown_fields=True):
+class StopRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Body of ``POST /v1/containers/NAME/stop``."""
 
     timeout_s: int | None = None
@@ -60,106 +66,115 @@ def _number(query: QueryParams, key: str, kind: Callable[[str], _T], remedy: str
     raise UsageError(f"{key} {text[:40]!r} is not usable: give {remedy}")
 
 
-def container_routes(
-    containers: Containers, sessions: ExecSessions, route: MakeRoute
-) -> list[Route]:
-    """The routes; `route` guards a handler."""
+class ClosingStream(StreamingResponse):
+    """A response of an async generator's chunks, which is closed in the task that ran it.
 
-    async def options_of(request: Request) -> ContainerOptions:
-        document = await read_body(request, dict[str, Any])
-        for unknown in document.keys() - _FIELDS:
-            raise UsageError(f"a container has no option {unknown!r}: see docs/api.md")
-        return convert(document, ContainerOptions, shown_path(request))
+    Starlette leaves it to the garbage collector, where what the generator awaits in its clean-up
+    cannot run: trio warns, and a file stays open.
+    """
 
-    def name_of(request: Request) -> str:
-        return str(request.path_params["name"])
+    def __init__(self, chunks: AsyncGenerator[bytes], media_type: str) -> None:
+        super().__init__(chunks, media_type=media_type)
+        self._chunks = chunks
 
-    async def list_all(_request: Request) -> object:
-        return containers.documents()
+    async def stream_response(self, send: Send) -> None:
+        """Send all chunks; the client's going away cancels it."""
+        async with aclosing(self._chunks):
+            await super().stream_response(send)
 
-    @takes(ContainerOptions)
-    async def create(request: Request) -> object:
-        return await containers.create(await options_of(request))
 
-    async def inspect(request: Request) -> object:
-        return containers.inspect(name_of(request))
+def _name_of(request: Request) -> str:
+    return str(request.path_params["name"])
 
-    async def remove(request: Request) -> object:
-        force = request.query_params.get("force") == "1"
-        volumes = request.query_params.get("volumes") == "1"
-        return await containers.remove(name_of(request), force=force, volumes=volumes)
 
-    async def start(request: Request) -> object:
-        return await containers.start(name_of(request))
+def telling_status(starts: Operation) -> Operation:
+    """The operation, which answers what could not be started with the status to end with."""
 
-    async def prepare(request: Request) -> object:
-        return await containers.prepare(name_of(request))
+    async def handle(request: Request) -> object:
+        try:
+            return await starts.handle(request)
+        except StartError as error:
+            # An ordinary answer: these statuses are not those of an error of the API.
+            return not_started_document(error)
 
-    @takes(StopRequest)
-    async def restart(request: Request) -> object:
-        wanted = await read_body(request, StopRequest)
-        return await containers.restart(name_of(request), wanted.timeout_s)
+    answers = (starts.answer, NotStartedDocument)
+    return dataclasses.replace(starts, handle=handle, answer=answers)
 
-    @takes(StopRequest)
-    async def stop(request: Request) -> object:
-        wanted = await read_body(request, StopRequest)
-        return await containers.stop(name_of(request), wanted.timeout_s)
 
-    @takes(SignalRequest)
-    async def kill(request: Request) -> object:
-        wanted = await read_body(request, SignalRequest)
-        return await containers.kill(name_of(request), wanted.signal)
+def container_operations(containers: Containers) -> list[Operation]:
+    """The operations on containers."""
+    return [*_looking(containers), *_starting(containers), *_ending(containers)]
 
-    async def wait(request: Request) -> object:
-        return await containers.wait(name_of(request))
 
-    async def stats(request: Request) -> object:
-        return await containers.stats(name_of(request))
+def _looking(containers: Containers) -> list[Operation]:
+    async def list_all(_request: Request) -> list[ContainerDocument]:
+        return list(map(container_document, containers.all()))
+
+    async def inspect(request: Request) -> ContainerDetails:
+        return container_details(containers.inspect(_name_of(request)))
+
+    async def stats(request: Request) -> UsageDocument:
+        return usage_document(*await containers.usage(_name_of(request)))
 
     async def logs(request: Request) -> Response:
-        container = containers.registry.find(name_of(request))
+        container = containers.directory.find(_name_of(request))
         query = request.query_params
         tail = _number(query, "tail", int, "a number of lines")
         since_s = _number(query, "since", float, "seconds of Unix time")
         body = read_log(container, follow=query.get("follow") == "1", tail=tail, since_s=since_s)
-        return StreamingResponse(body, media_type="application/octet-stream")
+        return ClosingStream(body, _LOG)
 
-    @takes(ContainerOptions)
-    async def exec_create(request: Request) -> object:
-        return await sessions.create(name_of(request), await options_of(request))
+    return [
+        operation("GET", "/v1/containers", list_all, answer=list[ContainerDocument]),
+        operation("GET", "/v1/containers/{name}", inspect, answer=ContainerDetails),
+        operation("GET", "/v1/containers/{name}/stats", stats, answer=UsageDocument),
+        operation("GET", "/v1/containers/{name}/logs", logs, answer=None, media=_LOG),
+    ]
 
-    async def exec_start(request: Request) -> object:
-        return await sessions.start(name_of(request))
 
-    async def exec_wait(request: Request) -> object:
-        return await sessions.wait(name_of(request))
+def _starting(containers: Containers) -> list[Operation]:
+    async def create(_request: Request, options: ContainerOptions) -> ContainerDetails:
+        return container_details(await containers.create(options))
 
-    def telling_status(handler: Handler) -> Handler:
-        @functools.wraps(handler)
-        async def told(request: Request) -> object:
-            try:
-                return await handler(request)
-            except StartError as error:
-                # An ordinary answer: these statuses are not those of an error of the API.
-                return {"failed": str(error), "exit_status": exit_status_of(str(error))}
+    async def start(request: Request) -> ContainerDocument:
+        return container_document(await containers.start(_name_of(request)))
 
-        return told
+    async def prepare(request: Request) -> ContainerDetails:
+        return container_details(await containers.prepare(_name_of(request)))
+
+    async def restart(request: Request, wanted: StopRequest) -> ContainerDocument:
+        return container_document(await containers.restart(_name_of(request), wanted.timeout_s))
+
+    one = "/v1/containers/{name}"
+    found = [
+        operation("POST", "/v1/containers", create, body=ContainerOptions, answer=ContainerDetails),
+        operation("POST", f"{one}/start", start, answer=ContainerDocument),
+        operation("POST", f"{one}/prepare", prepare, answer=ContainerDetails),
+        operation("POST", f"{one}/restart", restart, body=StopRequest, answer=ContainerDocument),
+    ]
+    return list(map(telling_status, found))
+
+
+def _ending(containers: Containers) -> list[Operation]:
+    async def stop(request: Request, wanted: StopRequest) -> ContainerDocument:
+        return container_document(await containers.stop(_name_of(request), wanted.timeout_s))
+
+    async def kill(request: Request, wanted: SignalRequest) -> ContainerDocument:
+        return container_document(await containers.kill(_name_of(request), wanted.signal))
+
+    async def wait(request: Request) -> EndedDocument:
+        return ended_document(await containers.wait(_name_of(request)))
+
+    async def remove(request: Request) -> ContainerDocument:
+        force = request.query_params.get("force") == "1"
+        volumes = request.query_params.get("volumes") == "1"
+        removed = await containers.remove(_name_of(request), force=force, volumes=volumes)
+        return container_document(removed)
 
     one = "/v1/containers/{name}"
     return [
-        route("/v1/containers", "GET", list_all),
-        route("/v1/containers", "POST", telling_status(create)),
-        route(one, "GET", inspect),
-        route(one, "DELETE", remove),
-        route(f"{one}/start", "POST", telling_status(start)),
-        route(f"{one}/prepare", "POST", telling_status(prepare)),
-        route(f"{one}/restart", "POST", telling_status(restart)),
-        route(f"{one}/stop", "POST", stop),
-        route(f"{one}/kill", "POST", kill),
-        route(f"{one}/wait", "GET", wait),
-        route(f"{one}/stats", "GET", stats),
-        route(f"{one}/logs", "GET", logs),
-        route(f"{one}/exec", "POST", exec_create),
-        route("/v1/exec/{name}/start", "POST", telling_status(exec_start)),
-        route("/v1/exec/{name}/wait", "GET", exec_wait),
+        operation("POST", f"{one}/stop", stop, body=StopRequest, answer=ContainerDocument),
+        operation("POST", f"{one}/kill", kill, body=SignalRequest, answer=ContainerDocument),
+        operation("GET", f"{one}/wait", wait, answer=EndedDocument),
+        operation("DELETE", one, remove, answer=ContainerDocument),
     ]

@@ -24,7 +24,7 @@ from meshnet.runtime.spec.options import Volume
 if TYPE_CHECKING:
     from meshnet.runtime.engine.volumes import VolumeStore
     from meshnet.runtime.spec.id_ranges import IdRange
-    from meshnet_agent.containers.record import Record
+    from meshnet_agent.containers.record import ContainerRecord
 
 _ROOTFS, _LOWER = "rootfs", "lower"
 
@@ -34,18 +34,18 @@ class Mounts:
 
     Args:
         state: its directory on the disk, with its writable layer.
-        outer: where the mounts of one with ids of its own are.
+        outer: where its mounts are if it has ids of its own.
     """
 
     def __init__(self, state: Path, outer: Path) -> None:
         self._state = state
         self._outer = outer
 
-    def root_of(self, record: Record) -> Path:
+    def root_of(self, record: ContainerRecord) -> Path:
         """Where its root file system is."""
         return (self._state if record.ids is None else self._outer) / _ROOTFS
 
-    def mount(self, record: Record, store: VolumeStore) -> tuple[Volume, ...]:
+    def mount(self, record: ContainerRecord, store: VolumeStore) -> tuple[Volume, ...]:
         """Mount root file system and volumes; returns these with their sources on the host.
 
         Raises:

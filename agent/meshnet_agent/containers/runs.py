@@ -1,0 +1,258 @@
+"""A container's runs: launched, started, watched to their end, restarted as its options say.
+
+A run's end is seen by its conmon's end, which may come at any moment, also while a client waits for
+another step.  So whoever acts on a container holds its lock and looks at its state again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.runtime.engine.conmon import read_exit
+from meshnet.runtime.spec.options import parse_restart
+from meshnet_agent.containers.launch import launch
+from meshnet_agent.containers.processes import is_alive, wait_for_end
+from meshnet_agent.containers.record import State
+
+if TYPE_CHECKING:
+    from meshnet_agent.containers.cleanup import Cleanup
+    from meshnet_agent.containers.directory import Container, ContainerDirectory
+    from meshnet_agent.containers.networking import Networking
+    from meshnet_agent.containers.record import ProcessId
+    from meshnet_agent.containers.runtime import RuntimeProvider
+
+_log = structlog.get_logger()
+_FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 60.0
+_LASTING_S = 10.0
+"""A run that took longer was a good one: the pauses begin anew."""
+_LOST_STATUS = 255
+"""Of a container whose exit nobody saw: the host went down, or its conmon was killed."""
+_AT_ONCE = 4
+"""Containers that are made or taken down at the same time; others wait."""
+
+
+class Runs:
+    """Runs of this host's containers."""
+
+    def __init__(
+        self,
+        directory: ContainerDirectory,
+        runtime: RuntimeProvider,
+        networking: Networking,
+        cleanup: Cleanup,
+    ) -> None:
+        self._directory = directory
+        self._runtime = runtime
+        self._networking = networking
+        self._cleanup = cleanup
+        self._slots = trio.CapacityLimiter(_AT_ONCE)
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take over the containers that are in the directory, then watch for ever."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for container in self._directory.all():
+                record = container.record
+                if record.state is State.EXITED:
+                    nursery.start_soon(self._found_exited, container)
+                elif record.shim is not None and is_alive(record.shim):
+                    self._watch(container, record.shim)
+                else:
+                    nursery.start_soon(self._found_ended, container)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # --- beginning ------------------------------------------------------------------------------
+
+    async def launch(self, container: Container) -> None:
+        """From nothing to a process that waits, and is watched.
+
+        Raises:
+            MeshnetError: the class says why; what was made is in the record and in the bundle.
+        """
+        runtime = await self._runtime.get()
+        async with container.lock, self._slots:
+            record = container.record
+            self._check_there(container)
+            if record.state not in (State.CREATING, State.EXITED):
+                raise ConflictError(f"container {record.name} is {record.state} already")
+            await launch(container, runtime, self._directory, self._networking)
+        assert container.record.shim is not None
+        self._watch(container, container.record.shim)
+
+    async def prepare(self, container: Container) -> None:
+        """Make an exited container wait to be started again, over its own writable layer.
+
+        One that is created already is left as it is.
+
+        Raises:
+            ConflictError: it runs.
+        """
+        if container.record.state is State.EXITED:
+            with trio.CancelScope(shield=True):
+                await self._prepare_again(container)
+        elif container.record.state is not State.CREATED:
+            record = container.record
+            raise ConflictError(f"container {record.name} is {record.state}: it need not start")
+
+    async def _prepare_again(self, container: Container) -> None:
+        exit_code = container.record.exit_code
+        # A restart that its policy wants and that waits for its time finds it started, and ends.
+        container.ended = trio.Event() if container.ended.is_set() else container.ended
+        await container.change(stopped=False, restarts=0, error=None)
+        try:
+            await self.launch(container)
+        except BaseException as error:
+            if container.record.state is State.EXITED and container in self._directory:
+                await self._undo_launch(container, exit_code, str(error))
+                container.ended.set()
+            raise
+
+    async def start(self, container: Container) -> None:
+        """Let the process of a created container go on; an exited one is made again before.
+
+        Raises:
+            ConflictError: it runs.
+        """
+        runtime = await self._runtime.get()
+        if container.record.state is State.EXITED:
+            await self.prepare(container)
+        async with container.lock:
+            record = container.record
+            self._check_there(container)
+            if record.state is not State.CREATED:
+                raise ConflictError(
+                    f"container {record.name} is {record.state}: stop it first, or restart it"
+                )
+            with trio.CancelScope(shield=True):
+                # Disk first: a process that runs and is recorded as waiting would be started twice.
+                await container.change(state=State.RUNNING, started_s=time.time())
+                await runtime.start(record.id)
+        _log.info("container started", container=record.name, id=record.id)
+
+    def _check_there(self, container: Container) -> None:
+        """Refuse one that was removed while its lock was waited for."""
+        if container not in self._directory:
+            raise NotFoundError(f"container {container.record.name} was removed meanwhile")
+
+    # --- watching -------------------------------------------------------------------------------
+
+    def _watch(self, container: Container, shim: ProcessId) -> None:
+        if self._nursery is None:
+            raise RuntimeError("containers are watched only while run() runs")
+        self._nursery.start_soon(self._wait_for_end, container, shim)
+
+    async def _wait_for_end(self, container: Container, shim: ProcessId) -> None:
+        await wait_for_end(shim)
+        exit_code = read_exit(container.bundle.exits, container.record.id)
+        if exit_code is None and container.record.process is not None:
+            # Somebody killed conmon: nobody will know the status.
+            await wait_for_end(container.record.process)
+        await self._ended(container, exit_code)
+
+    async def _found_ended(self, container: Container) -> None:
+        """At the agent's start: it ended while no agent was there."""
+        if container.record.state is State.CREATING:
+            await self._cleanup.purge(container, volumes=True)
+            return
+        await self._ended(container, read_exit(container.bundle.exits, container.record.id))
+
+    async def _found_exited(self, container: Container) -> None:
+        """At the agent's start: it had ended before; a restart of it may have been under way."""
+        async with container.lock, self._slots:
+            if container not in self._directory or container.record.state is not State.EXITED:
+                return  # somebody removed it, or started it, before its turn came
+            await self._cleanup.put_away(container)
+            await container.change(process=None, shim=None, endpoints=())
+        await self._after_end(container, 0.0)
+
+    async def _ended(self, container: Container, exit_code: int | None) -> None:
+        """Put away what a container had, record how it ended, and do what its options say."""
+        ran = container.record.started_s or time.time()
+        with trio.CancelScope(shield=True):
+            async with container.lock, self._slots:
+                if container not in self._directory:
+                    return  # removed while it was being started again
+                await self._cleanup.put_away(container)
+                container.note(
+                    state=State.EXITED,
+                    exit_code=_LOST_STATUS if exit_code is None else exit_code,
+                    error="nobody saw how it ended" if exit_code is None else None,
+                    finished_s=time.time(),
+                    process=None,
+                    shim=None,
+                    endpoints=(),
+                )
+                if not self._is_to_go(container):
+                    await container.change()
+            record = container.record
+            _log.info("container ended", container=record.name, exit_code=record.exit_code)
+            await self._after_end(container, time.time() - ran)
+
+    async def _after_end(self, container: Container, lasted_s: float) -> None:
+        """Restart it, remove it, or let it be, as its options say."""
+        if self._wants_restart(container):
+            assert self._nursery is not None
+            self._nursery.start_soon(self._restart, container, lasted_s)
+            return
+        if self._is_to_go(container):
+            async with container.lock:
+                await self._cleanup.forget(container, volumes=True)
+        container.ended.set()
+
+    # --- restarting -----------------------------------------------------------------------------
+
+    def _is_to_go(self, container: Container) -> bool:
+        """Whether nothing is to be left of a container that has ended."""
+        return container.record.options.rm and not self._wants_restart(container)
+
+    def _wants_restart(self, container: Container) -> bool:
+        record = container.record
+        policy = parse_restart(record.options.restart)
+        return (
+            not record.stopped
+            and container in self._directory
+            and record.exit_code is not None
+            and policy.wants(record.exit_code, record.restarts)
+        )
+
+    async def _restart(self, container: Container, lasted_s: float) -> None:
+        """Start it again; one that cannot be made is tried again, ever later."""
+        failures = 0 if lasted_s > _LASTING_S else container.record.restarts
+        while True:
+            await trio.sleep(min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(failures, 16)))
+            record = container.record
+            if record.state is not State.EXITED:
+                return  # somebody started it meanwhile
+            if not self._wants_restart(container):
+                container.ended.set()
+                return
+            failures += 1
+            with trio.CancelScope(shield=True):
+                try:
+                    exit_code = container.record.exit_code
+                    await container.change(restarts=container.record.restarts + 1)
+                    await self.launch(container)
+                    await self.start(container)
+                    return
+                except MeshnetError as error:
+                    _log.error("not restarted", container=container.record.name, reason=str(error))
+                    if container.record.state is not State.EXITED:
+                        return  # its end is watched
+                    await self._undo_launch(container, exit_code, str(error))
+
+    async def _undo_launch(self, container: Container, exit_code: int | None, error: str) -> None:
+        """It could not be made again: it has ended as before, and the record says why."""
+        async with container.lock:
+            if container not in self._directory:
+                return
+            await self._cleanup.put_away(container)
+            await container.change(
+                exit_code=exit_code, error=error, process=None, shim=None, endpoints=()
+            )
