@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING
 
-from meshnet.lab.etcd import EtcdServer
+from meshnet.lab.etcd import EtcdServer, Membership
 from meshnet.lab.netns import ETCDS, enter_argv, netns_name, netns_path
 from meshnet.lab.poll import wait_until
 from meshnet.lab.process import identify, is_listening
@@ -45,9 +45,7 @@ def make_etcds(lab: str, base_dir: Path, underlay: Underlay, members: int) -> di
         name: EtcdServer(
             base_dir / name / "data",
             client_url=underlay.etcd_url(index),
-            cluster=cluster,
-            member=name,
-            token=token,
+            membership=Membership(name, cluster, token),
             prefix=enter_argv(netns_path(netns_name(lab, name))),
             log_file=base_dir / name / "etcd.log",
             extra_args=_ARGS[members],

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meshnet.errors import NotFoundError, StoreUnavailableError
@@ -34,7 +35,27 @@ if TYPE_CHECKING:
 _STOP_DEADLINE_S = 5.0
 _CTL_TIMEOUT_S = 10.0
 _POLL_INTERVAL_S = 0.02
-_ALONE = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """The place of a server in a cluster.
+
+    Attributes:
+        name: its own, in `urls`.
+        urls: peer URL of every member, by name.
+        token: the same for all members, and another for every cluster: etcd computes the cluster's
+            id from it.  Empty: a random one, for every new database.
+    """
+
+    name: str
+    urls: Mapping[str, str]
+    token: str = ""
+
+
+ALONE = Membership("default", {"default": "http://127.0.0.1:0"})
+"""One member.  It needs no other, so its port, on loopback, is the kernel's choice; etcd insists on
+one."""
 
 
 class EtcdServer:
@@ -43,11 +64,7 @@ class EtcdServer:
     Args:
         data_dir: etcd's data directory; created by etcd, kept when the server ends.
         client_url: URL to listen on and advertise, ``http://`` or ``https://``.
-        cluster: peer URL of every member, by name.  The default is one member, with a port of the
-            kernel's choice on loopback: it needs none, and etcd insists on one.
-        member: its own name in `cluster`.
-        token: the same for all members, and another for every cluster; etcd computes the cluster's
-            id from it.  Random by default.
+        membership: which member of which cluster it is.
         prefix: argv to put before every command, such as ``nsenter --net=…``.
         log_file: where etcd's stdout and stderr are appended.
         extra_args: further etcd flags (TLS: ``--cert-file`` and so on).
@@ -59,9 +76,7 @@ class EtcdServer:
         data_dir: Path,
         *,
         client_url: str,
-        cluster: Mapping[str, str] | None = None,
-        member: str = _ALONE,
-        token: str = "",
+        membership: Membership = ALONE,
         prefix: Sequence[str] = (),
         log_file: Path,
         extra_args: Sequence[str] = (),
@@ -70,9 +85,7 @@ class EtcdServer:
         self.data_dir = data_dir
         self.client_url = client_url
         self.log_file = log_file
-        self.member = member
-        self._cluster = dict(cluster or {_ALONE: "http://127.0.0.1:0"})
-        self._token = token
+        self._membership = membership
         self._prefix = tuple(prefix)
         self._extra_args = tuple(extra_args)
         self._ctl_args = tuple(ctl_args)
@@ -107,9 +120,14 @@ class EtcdServer:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def member(self) -> str:
+        """Its name in the cluster."""
+        return self._membership.name
+
+    @property
     def peer_url(self) -> str:
         """URL for other members."""
-        return self._cluster[self.member]
+        return self._membership.urls[self.member]
 
     def start(self, *, join: bool = False, more_args: Sequence[str] = ()) -> None:
         """Start etcd, on the data of an earlier run if there is some; returns at once.
@@ -233,9 +251,9 @@ class EtcdServer:
         )
 
     def _cluster_args(self) -> list[str]:
-        members = ",".join(f"{name}={url}" for name, url in self._cluster.items())
+        members = ",".join(f"{name}={url}" for name, url in self._membership.urls.items())
         # Without a token of its own every new database of these members would have the same id.
-        token = self._token or secrets.token_hex(8)
+        token = self._membership.token or secrets.token_hex(8)
         return [
             f"--initial-advertise-peer-urls={self.peer_url}",
             f"--initial-cluster={members}",

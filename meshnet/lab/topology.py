@@ -45,7 +45,7 @@ from meshnet.lab.state import (
     host_dir,
 )
 from meshnet.lab.teardown import END_DEADLINE_S, Removed, end_everything, tear_down
-from meshnet.lab.underlay import Family, Underlay
+from meshnet.lab.underlay import DEFAULT_UNDERLAY, Underlay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,10 +68,9 @@ class Lab:
         name: names its namespaces and its directory.
         hosts: how many; they are ``h1``, ``h2`` and so on.
         etcd_members: 1 or 3; agents are told of all.
-        underlay_family: 4 or 6: what addresses hosts and etcd have.
-        mtu: MTU of the underlay, in bytes.
-        gateway: whether hosts have a default route, to the switch, so that what leaves the
-            overlay can be watched there, and `outside_ip` can be reached.
+        underlay: the addressing plan; by default IPv4, an MTU of 1500 bytes, and hosts that have a
+            default route to the switch, so that what leaves the overlay can be watched there, and
+            `outside_ip` can be reached.
         base_dir: its directory, which must not exist; the default is ``/run/meshnet-lab/NAME``.
         agent_args: further options for every agent.
         start_agents: whether `up` and `add_host` start agents.
@@ -80,7 +79,7 @@ class Lab:
         name: see above.
         base_dir: see above.
         etcd_url: URLs of all members of etcd, with commas between.
-        underlay: the addressing plan.
+        underlay: see above.
         etcds: the members of the lab's etcd, by the names of their ports, for stopping, pausing and
             asking them.  In a lab opened with `attach` only their `ctl` works: the processes are
             another program's children.
@@ -96,9 +95,7 @@ class Lab:
         *,
         hosts: int = 3,
         etcd_members: int = 1,
-        underlay_family: Family = 4,
-        mtu: int = 1500,
-        gateway: bool = True,
+        underlay: Underlay = DEFAULT_UNDERLAY,
         base_dir: Path | None = None,
         agent_args: Sequence[str] = (),
         start_agents: bool = True,
@@ -110,7 +107,7 @@ class Lab:
             raise UsageError(f"{etcd_members} members of etcd: a lab has 1 or 3")
         self.name = name
         self.base_dir = default_base_dir(name) if base_dir is None else base_dir.absolute()
-        self.underlay = Underlay(family=underlay_family, mtu_bytes=mtu, gateway=gateway)
+        self.underlay = underlay
         self.etcd_url = ",".join(self.underlay.etcd_url(index) for index in range(etcd_members))
         self._host_count = hosts
         self._start_agents = start_agents
@@ -141,9 +138,9 @@ class Lab:
             document.name,
             hosts=0,
             etcd_members=len(document.etcd_url.split(",")),
-            underlay_family=6 if document.family == 6 else 4,
-            mtu=document.mtu_bytes,
-            gateway=document.gateway,
+            underlay=Underlay(
+                6 if document.family == 6 else 4, document.mtu_bytes, document.gateway
+            ),
             base_dir=directory,
             agent_args=document.agent_args,
         )

@@ -43,9 +43,9 @@ class Underlay:
         gateway: whether hosts have a default route to the switch.
     """
 
-    family: Family
-    mtu_bytes: int
-    gateway: bool
+    family: Family = 4
+    mtu_bytes: int = 1500
+    gateway: bool = True
 
     def __post_init__(self) -> None:
         if self.family not in (4, 6):
@@ -139,3 +139,6 @@ class Underlay:
         # nodad: duplicate address detection keeps an address unusable for a second.
         nodad = " nodad" if address.version == 6 else ""
         return f"address add {address}/{prefix_length} dev {link}{nodad}"
+
+
+DEFAULT_UNDERLAY = Underlay()

@@ -93,7 +93,7 @@ def _flow(end: dict[str, Any]) -> Flow:
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Lab]:
     """A lab of two hosts that is not up yet; nothing is left of it."""
-    lab = Lab(f"bench{os.getpid()}", hosts=2, gateway=True)
+    lab = Lab(f"bench{os.getpid()}", hosts=2)
     try:
         yield lab
     finally:

@@ -15,6 +15,7 @@ from meshnet.errors import MeshnetError
 from meshnet.lab.netns import list_netns
 from meshnet.lab.state import LabFile
 from meshnet.lab.topology import Lab
+from meshnet.lab.underlay import Underlay
 from tests.netns.containers import cgroups_of, make_rootfs
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ class LabOptions(TypedDict, total=False):
     """What `Lab` takes, less what ``make_lab`` does itself."""
 
     etcd_members: int
-    underlay_family: Family
-    mtu: int
-    gateway: bool
     base_dir: Path | None
     agent_args: Sequence[str]
     start_agents: bool
@@ -96,6 +94,8 @@ def lab_name() -> str:
 def make_lab() -> Iterator[Callable[..., Lab]]:
     """Make labs: ``make_lab(hosts=3, **options of Lab)`` is up, with ``up=False`` it is not yet.
 
+    ``underlay_family``, ``mtu`` and ``gateway`` are those of the underlay.
+
     Every lab is taken down at the end of the test.  Then nothing of it may be left, and the
     namespace that the tests run in must look as before.
     """
@@ -103,9 +103,18 @@ def make_lab() -> Iterator[Callable[..., Lab]]:
     labs: list[Lab] = []
 
     def make(
-        hosts: int = 3, *, name: str | None = None, up: bool = True, **options: Unpack[LabOptions]
+        hosts: int = 3,
+        *,
+        name: str | None = None,
+        up: bool = True,
+        underlay_family: Family = 4,
+        mtu: int = 1500,
+        gateway: bool = True,
+        **options: Unpack[LabOptions],
     ) -> Lab:
-        lab = Lab(name or f"t{os.getpid()}x{next(_counter)}", hosts=hosts, **options)
+        underlay = Underlay(underlay_family, mtu, gateway)
+        name = name or f"t{os.getpid()}x{next(_counter)}"
+        lab = Lab(name, hosts=hosts, underlay=underlay, **options)
         labs.append(lab)
         if up:
             lab.up()
