@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import grp
 import os
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     from pathlib import Path
 

@@ -13,6 +13,7 @@ from meshnet.errors import (
     UsageError,
     error_classes,
 )
+from meshnet.group import GROUP
 from meshnet.unix_http import HttpConnection
 
 TYPE_CHECKING = False  # see meshnet.unix_http
@@ -127,8 +128,6 @@ class Client:
         try:
             yield
         except PermissionError as error:
-            from meshnet.group import GROUP
-
             raise AgentUnreachableError(
                 f"socket {self._path} may not be opened by this user: use sudo, or join the group "
                 f"{GROUP}"

@@ -7,18 +7,16 @@ not exist.  Only the thread that enters is moved, and it always comes back.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from typing import TYPE_CHECKING
 
+from meshnet import libc
 from meshnet.errors import NotFoundError, PolicyRefusedError
 from meshnet.model import NetnsId
+from meshnet.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-CLONE_NEWNET = 0x4000_0000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_netns(pid: int) -> int:
@@ -95,11 +93,8 @@ def open_by_id(netns: NetnsId) -> int | None:
     """
     pid = find_process(netns)
     paths = [f"/proc/{pid}/ns/net"] if pid is not None else []
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as mounts:
-        # proc(5): fields 4 and 5 are what is mounted, and where.
-        fields = [line.split() for line in mounts]
-        name = b"net:[%d]" % netns.inode
-        paths += [os.fsdecode(f[4]) for f in fields if f[3] == name]
+    with contextlib.suppress(OSError):
+        paths += [m.point for m in mounts() if m.root == b"net:[%d]" % netns.inode]
     for path in paths:
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -122,16 +117,10 @@ def inside(fd: int) -> Iterator[None]:
     """
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _setns(fd)
+        libc.setns(fd, libc.CLONE_NEWNET)
         try:
             yield
         finally:
-            _setns(home)
+            libc.setns(home, libc.CLONE_NEWNET)
     finally:
         os.close(home)
-
-
-def _setns(fd: int) -> None:
-    if _libc.setns(fd, CLONE_NEWNET) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"setns: {os.strerror(code)}")
