@@ -204,8 +204,8 @@ class AddressPool:
         self._used: set[IpAddress] = set(in_use)
         self._resting: OrderedDict[IpAddress, None] = OrderedDict()
 
-    def take(self, wanted: IpAddress | None = None) -> IpAddress:
-        """Take `wanted`, or the lowest address that is free and rested.
+    def allocate(self, wanted: IpAddress | None = None) -> IpAddress:
+        """Give out `wanted`, or the lowest address that is free and rested.
 
         Raises:
             UsageError: `wanted` is not an address endpoints of this subnet may have.

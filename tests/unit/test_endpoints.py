@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -46,7 +45,8 @@ from tests.unit.mesh import InlineWorker
 from tests.values import ME, make_network, make_snapshot, make_underlay, plan_for, underlay_ip
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    import subprocess
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from meshnet.model import Endpoint, IpNetwork, Network, PublishedPort
@@ -177,17 +177,8 @@ class _Host(FakeDataPlane):
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Host:
-    # The processes are in this machine's own namespace, which is as good as any for a fake.
-    monkeypatch.setattr("meshnet_agent.endpoints.sandbox.host_netns", set)
+def host(tmp_path: Path, elsewhere: None) -> _Host:
     return _Host(tmp_path)
-
-
-@pytest.fixture
-def process() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "60"]) as child:
-        yield child
-        child.kill()
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_no_address_is_given_out_twice(subnet: str, steps: list[tuple[bool, int]
     for take, index in steps:
         if take or not held:
             try:
-                address = addresses.take()
+                address = addresses.allocate()
             except PoolExhaustedError:
                 assert len(held) == network.num_addresses - 3
                 continue
@@ -162,49 +162,49 @@ def test_no_address_is_given_out_twice(subnet: str, steps: list[tuple[bool, int]
 
 def test_the_lowest_free_address_comes_first() -> None:
     addresses = pool("10.42.3.0/24", "10.42.3.2", "10.42.3.4")
-    assert [str(addresses.take()) for _ in range(3)] == ["10.42.3.3", "10.42.3.5", "10.42.3.6"]
-    assert str(pool("fd00::/64").take()) == "fd00::2"
+    assert [str(addresses.allocate()) for _ in range(3)] == ["10.42.3.3", "10.42.3.5", "10.42.3.6"]
+    assert str(pool("fd00::/64").allocate()) == "fd00::2"
 
 
 def test_low_ipv6_subnets_give_ipv6_addresses() -> None:
     # Below 2^32 a number alone would pass for an IPv4 address.
-    assert pool("::/96").take() == ip_address("::2")
+    assert pool("::/96").allocate() == ip_address("::2")
 
 
 def test_a_freed_address_rests() -> None:
     addresses = pool()
-    first = addresses.take()
+    first = addresses.allocate()
     addresses.free(first)
-    assert addresses.take() != first
-    others = [addresses.take() for _ in range(COOLDOWN)]
+    assert addresses.allocate() != first
+    others = [addresses.allocate() for _ in range(COOLDOWN)]
     for address in others[:-1]:
         addresses.free(address)
-    assert addresses.take() not in {first, *others[:-1]}
+    assert addresses.allocate() not in {first, *others[:-1]}
     addresses.free(others[-1])
-    assert addresses.take() == first
+    assert addresses.allocate() == first
 
 
 def test_a_resting_address_is_given_out_when_nothing_else_is_left_longest_rested_first() -> None:
     addresses = AddressPool("prod", SMALL)
-    held = [addresses.take() for _ in range(13)]
+    held = [addresses.allocate() for _ in range(13)]
     with pytest.raises(PoolExhaustedError, match="all 13 addresses"):
-        addresses.take()
+        addresses.allocate()
     for address in (held[7], held[2], held[9]):
         addresses.free(address)
         addresses.free(address)  # twice is once
-    assert [addresses.take() for _ in range(3)] == [held[7], held[2], held[9]]
+    assert [addresses.allocate() for _ in range(3)] == [held[7], held[2], held[9]]
     with pytest.raises(PoolExhaustedError):
-        addresses.take()
+        addresses.allocate()
 
 
 def test_a_wanted_address() -> None:
     addresses = pool()
     wanted = ip_address("10.42.3.77")
-    assert addresses.take(wanted) == wanted
+    assert addresses.allocate(wanted) == wanted
     with pytest.raises(ConflictError, match=r"10\.42\.3\.77"):
-        addresses.take(wanted)
+        addresses.allocate(wanted)
     addresses.free(wanted)
-    assert addresses.take(wanted) == wanted  # who asks for it by name gets it at once
+    assert addresses.allocate(wanted) == wanted  # who asks for it by name gets it at once
 
 
 @pytest.mark.parametrize(
@@ -215,18 +215,18 @@ def test_a_wanted_address() -> None:
 )  # fmt: skip
 def test_wanted_addresses_that_cannot_be_had(wanted: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        pool().take(ip_address(wanted))
+        pool().allocate(ip_address(wanted))
 
 
 def test_the_last_ipv6_address_is_for_use() -> None:
     last = ip_address("fd00::ffff:ffff:ffff:ffff")
-    assert pool("fd00::/64").take(last) == last
+    assert pool("fd00::/64").allocate(last) == last
 
 
 def test_a_pool_of_one() -> None:
     addresses = AddressPool("prod", replace(make_network(), host_prefix=30).subnets[0])
-    assert str(addresses.take()) == "10.42.0.2"
-    assert str(pool("10.42.3.0/30").take()) == "10.42.3.2"
+    assert str(addresses.allocate()) == "10.42.0.2"
+    assert str(pool("10.42.3.0/30").allocate()) == "10.42.3.2"
 
 
 # --- pools of underlay networks -----------------------------------------------------------------

@@ -10,16 +10,22 @@ import trio
 
 from meshnet.backends import HostLink
 from meshnet.backends.macvlan import shim_name
+from meshnet.backends.overlay import bridge_name
 from meshnet.diff import diff
 from meshnet.errors import ConflictError, PoolExhaustedError
 from meshnet.model import HostId, Mode, NetworkName
-from meshnet.state import KernelState
+from meshnet.ports import parse_all_published
+from meshnet.state import KernelState, endpoint_link_name
 from meshnet.store import Delete, DeletePrefix
 from meshnet.store.mirror import ALIVE, SUBNETS, host_key
+from meshnet.store.registry import endpoint_key
+from meshnet_agent.endpoints.request import AttachRequest
+from meshnet_agent.endpoints.sandbox import open_sandbox
 from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, Mesh, full_mesh, kinds, open_mesh, until
 from tests.values import make_network
 
 if TYPE_CHECKING:
+    import subprocess
     from pathlib import Path
 
     from trio.testing import MockClock
@@ -268,3 +274,33 @@ async def test_a_physical_network_and_its_link(tmp_path: Path, autojump_clock: M
         node.kernel.on_change()
         await until(lambda: shim not in node.state().links, "the network is refused")
         assert node.running.pool.host_addresses.keys() == {network.name}
+
+
+async def test_a_process_is_attached_and_taken_over_by_the_next_agent(
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    process: subprocess.Popen[bytes],
+    elsewhere: None,
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        await full_mesh(mesh, 2)
+        node = mesh.nodes[0]
+        network = node.running.follower.snapshot.networks[NetworkName("prod")]
+        request = AttachRequest(
+            network="prod", name="web", publish=parse_all_published(["8080:80"])
+        )
+        with open_sandbox(process.pid) as sandbox:
+            endpoint = await node.running.attacher.attach(sandbox, request)
+        assert {a.network for a in endpoint.addresses} == set(mesh.subnets_of(node))
+        link = endpoint_link_name(endpoint.id)
+        assert node.state().links[link].master == bridge_name(network)
+        key = endpoint_key(endpoint)
+        await until(lambda: key in mesh.store._database.keys, "others can list it")
+        await node.crash()
+        before = node.state()
+        await mesh.start(node)
+        assert node.running.endpoints.all == [endpoint]
+        assert node.state() == before
+        await node.running.attacher.detach(endpoint.sandbox.netns, "prod")
+        assert link not in node.state().links
+        await until(lambda: key not in mesh.store._database.keys, "others list it no more")

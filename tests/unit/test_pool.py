@@ -342,7 +342,7 @@ async def test_a_write_whose_answer_was_lost(autojump_clock: MockClock, wire: Wi
 
     async with one.running():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("meshnet_agent.endpoints.addresses.pool.take_addresses", lose)
+            patch.setattr("meshnet_agent.endpoints.addresses.pool_store.take_addresses", lose)
             with pytest.raises(StoreUnavailableError):
                 await one.attach(1)
         await wire.until_held(0)

@@ -28,14 +28,7 @@ from meshnet.errors import (
 )
 from meshnet.ipam import check_pool_address
 from meshnet.model import AddressHolder
-from meshnet.store.addresses import (
-    SET_ASIDE_S,
-    free_addresses,
-    list_pool,
-    set_aside,
-    take_addresses,
-)
-from meshnet.wire.mac import is_endpoint_mac
+from meshnet_agent.endpoints.addresses.pool_store import PoolStore
 from meshnet_agent.endpoints.addresses.pool_view import PoolView, answered, name_of
 from meshnet_agent.endpoints.addresses.wire import ask_wire
 from meshnet_agent.mesh.view import MeshListener
@@ -68,9 +61,6 @@ _log = structlog.get_logger()
 _TRIES = 64
 _MAX_CONFLICTS = 10
 """Answers from the wire after which an attach gives up (MAX_CONFLICTS of RFC 5227 §1.1)."""
-_LEAVING_S = 30
-"""How long an address stays set aside that an endpoint's MAC answered for: most likely one whose
-namespace the kernel has not quite removed."""
 _DELAYS_S = (0.2, 10.0)
 _REFRESH_S, _REFRESH_ASIDE_S = 600.0, 60.0
 """Time after which pools are listed again; sooner while something is set aside, so that ``status``
@@ -99,7 +89,7 @@ class PoolAddresses(MeshListener):
         dirty: Dirty,
     ) -> None:
         self.host_addresses: dict[NetworkName, tuple[IpAddress, ...]] = {}
-        self._store = store
+        self._store = PoolStore(store)
         self._host = host
         self._prober = prober
         self._mesh = mesh
@@ -107,7 +97,6 @@ class PoolAddresses(MeshListener):
         self._links: Mapping[str, HostLink] = {}
         self._endpoints = endpoints
         self._pools: dict[NetworkName, PoolView] = {}
-        self._listing: dict[NetworkName, trio.Lock] = {}
         self._allocating: set[EndpointId] = set()
         self._look = Flag()
 
@@ -194,7 +183,7 @@ class PoolAddresses(MeshListener):
             check_pool_address(pool.network, wanted, excluded)
         entered, races, conflicts = pool.begun, 0, 0
         if not pool.listed:
-            await self._list(pool, entered)
+            await self._store.list(pool, entered)
         while races < _TRIES and conflicts < _MAX_CONFLICTS:
             try:
                 # After one lost race the lowest is known; it is no use where many take at once.
@@ -205,21 +194,21 @@ class PoolAddresses(MeshListener):
             except (PoolExhaustedError, ConflictError):
                 if pool.listed > entered:
                     raise
-                await self._list(pool, pool.begun)  # others may have freed some
+                await self._store.list(pool, pool.begun)  # others may have freed some
                 continue
             with pool.chosen(chosen):
-                if not await self._commit(pool, chosen, holder):
+                if not await self._store.commit(pool, chosen, holder):
                     races += 1
-                    await self._list(pool, pool.begun)
+                    await self._store.list(pool, pool.begun)
                     continue
             try:
                 answers = await ask_wire(self._prober, link, chosen)
             except MeshnetError:
-                await self._free(pool, dict.fromkeys(chosen, holder))
+                await self._store.free(pool, dict.fromkeys(chosen, holder))
                 raise
             if not answers:
                 return chosen
-            await self._set_aside(pool, dict.fromkeys(chosen, holder), answers)
+            await self._store.set_aside(pool, dict.fromkeys(chosen, holder), answers)
             if wanted in answers:
                 raise answered(pool.network, wanted, answers[wanted])
             conflicts += 1
@@ -237,58 +226,6 @@ class PoolAddresses(MeshListener):
         """Addresses of routers and hosts, which no endpoint gets."""
         hosts = {host.underlay_ip for host in self._mesh.snapshot.hosts.values()}
         return {*network.gateways, *hosts, *(self._link_addresses(link) or ())}
-
-    async def _commit(
-        self, pool: PoolView, addresses: Collection[IpAddress], holder: AddressHolder
-    ) -> bool:
-        try:
-            won = await take_addresses(
-                self._store, pool.network.name, pool.revision, addresses, holder
-            )
-        except BaseException:
-            pool.listed = 0  # the store may have made it
-            raise
-        if won:
-            for address in addresses:
-                pool.note(address, holder)
-        return won
-
-    async def _list(self, pool: PoolView, seen: int) -> None:
-        """List a pool, unless a listing that began after number `seen` has ended."""
-        async with self._listing.setdefault(pool.network.name, trio.Lock()):
-            if pool.listed > seen:
-                return
-            pool.begun += 1
-            pool.written.clear()
-            listing = await list_pool(self._store, pool.network)
-            pool.listed = pool.begun
-            pool.revision = listing.network_revision
-            pool.bad_values = dict(listing.bad_values)
-            pool.replace(dict(listing.holders))
-
-    async def _set_aside(
-        self,
-        pool: PoolView,
-        held: dict[IpAddress, AddressHolder],
-        answers: dict[IpAddress, bytes],
-    ) -> None:
-        leaving = all(is_endpoint_mac(mac) for mac in answers.values())
-        ttl_s = _LEAVING_S if leaving else SET_ASIDE_S
-        try:
-            await set_aside(self._store, pool.network.name, held, answers, ttl_s)
-        except BaseException:
-            pool.listed = 0
-            raise
-        for address in held:
-            mac = answers.get(address, b"")
-            pool.note(address, AddressHolder(type(self._host)(""), held_by=mac) if mac else None)
-            if mac:
-                _log.warning(
-                    "address set aside, a machine outside the mesh answers for it",
-                    network=pool.network.name,
-                    address=str(address),
-                    mac=mac.hex(":"),
-                )
 
     # --- in the background --------------------------------------------------------------------
 
@@ -313,7 +250,7 @@ class PoolAddresses(MeshListener):
         """List all pools, so that a pass can be planned with what this host holds."""
         for pool in self._current():
             with contextlib.suppress(NotFoundError):  # the watch will say so
-                await self._list(pool, pool.begun)
+                await self._store.list(pool, pool.begun)
         self._publish()
 
     async def run(self) -> None:
@@ -345,7 +282,7 @@ class PoolAddresses(MeshListener):
             await self._mesh.check_store()
         for pool in pools:
             if not pool.listed:
-                await self._list(pool, pool.begun)
+                await self._store.list(pool, pool.begun)
             await self._give_back(pool)
             pool.errors = [*await self._restore(pool), *await self._hold_own(pool)]
         self._publish()
@@ -363,12 +300,7 @@ class PoolAddresses(MeshListener):
             if holder.host == self._host and holder.endpoint not in needed
         }
         if unneeded:
-            await self._free(pool, unneeded)
-
-    async def _free(self, pool: PoolView, held: dict[IpAddress, AddressHolder]) -> None:
-        await free_addresses(self._store, pool.network.name, held)
-        for address in held:
-            pool.note(address, None)
+            await self._store.free(pool, unneeded)
 
     async def _restore(self, pool: PoolView) -> list[str]:
         """Take again what endpoints have and the store lost; what others have by now."""
@@ -384,7 +316,7 @@ class PoolAddresses(MeshListener):
                         f"endpoint {endpoint.name} has {address}, which "
                         f"{name_of(pool.holders[address])} holds: detach and attach it again"
                     )
-                elif not await self._commit(pool, [address], holder):
+                elif not await self._store.commit(pool, [address], holder):
                     pool.listed = 0
                     self._look.set()
         return errors

@@ -102,7 +102,7 @@ class SubnetAddresses:
         try:
             for subnet in subnets:
                 matches = wanted is not None and wanted.version == subnet.version
-                address = self._pool(network.name, subnet).take(wanted if matches else None)
+                address = self._pool(network.name, subnet).allocate(wanted if matches else None)
                 taken.append(ip_interface((address, subnet.prefixlen)))
         except MeshnetError:
             self.free(taken)
