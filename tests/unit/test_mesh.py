@@ -12,7 +12,8 @@ from meshnet.backends import HostLink
 from meshnet.backends.macvlan import shim_name
 from meshnet.diff import diff
 from meshnet.errors import ConflictError, PoolExhaustedError
-from meshnet.model import HostId, Mode, NetworkName
+from meshnet.model import HostId, NetworkName
+from meshnet.modes import Mode
 from meshnet.state import KernelState
 from meshnet.store import Delete, DeletePrefix
 from meshnet.store.mirror import ALIVE, SUBNETS, host_key

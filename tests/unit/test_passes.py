@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from meshnet.backends import Path
 from meshnet.diff import Table
 from meshnet.kernel.fakes.kernel import MemoryKernel
-from meshnet.model import Host, HostId, MeshSnapshot, Mode, NetworkName
+from meshnet.model import Host, HostId, MeshSnapshot, NetworkName
+from meshnet.modes import Mode
 from meshnet.plan import LocalView
 from meshnet.state import Nexthop
 from meshnet_agent.dataplane.passes import HostView, PartInput, Passes, PassInput, PassResult

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from meshnet.cli.commands.completion import Subparsers
 
-MODES = ("vxlan", "udp", "macvlan", "underlay-bridge", "bridge")
-
 
 def add_parser(commands: Subparsers) -> None:
     """Add the command group."""
@@ -40,6 +38,8 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def _add_create(actions: Subparsers) -> None:
+    from meshnet.modes import DEFAULT_MODE, Mode
+
     create = actions.add_parser(
         "create",
         help="create a network on all hosts",
@@ -55,7 +55,12 @@ def _add_create(actions: Subparsers) -> None:
         required=True,
         help="addresses of the network; give it twice for IPv4 and IPv6",
     )
-    create.add_argument("--mode", choices=MODES, default="vxlan", help="default: vxlan")
+    create.add_argument(
+        "--mode",
+        choices=[str(mode) for mode in Mode],
+        default=str(DEFAULT_MODE),
+        help=f"default: {DEFAULT_MODE}",
+    )
     create.add_argument(
         "--host-prefix",
         metavar="N",
