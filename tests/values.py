@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING, Any
 
-from meshnet.backends import Addressing, HostLink, NexthopIds, Path, Underlay
+from meshnet.backends import Addressing, HostLink, NexthopIds, Underlay, UnderlayPath
 from meshnet.backends.table import addressing_of
 from meshnet.ipam import choose_subnet
 from meshnet.model import (
@@ -91,7 +91,9 @@ def make_underlay(
         dev=dev,
         mtu_bytes=mtu_bytes,
         links={dev: HostLink(mtu_bytes, frozenset({underlay_ip(1, version)}))},
-        paths={underlay_ip(i, version): Path(dev, True, mtu_bytes) for i in range(2, peers + 2)},
+        paths={
+            underlay_ip(i, version): UnderlayPath(dev, True, mtu_bytes) for i in range(2, peers + 2)
+        },
         forwarding_links=(dev,),
     )
 

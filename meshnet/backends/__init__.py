@@ -42,7 +42,7 @@ _LEAST_ADDRESSES = 4
 """Of a network that is not cut into host subnets: its own, the gateway's, one, the broadcast."""
 
 
-class Path(NamedTuple):
+class UnderlayPath(NamedTuple):
     """How this host's kernel reaches an underlay address (``RTM_GETROUTE``).
 
     Attributes:
@@ -87,7 +87,7 @@ class Underlay:
     dev: str
     mtu_bytes: int
     links: Mapping[str, HostLink] = field(default_factory=dict)
-    paths: Mapping[IpAddress, Path] = field(default_factory=dict)
+    paths: Mapping[IpAddress, UnderlayPath] = field(default_factory=dict)
     forwarding_links: tuple[str, ...] = ()
     ra_links: tuple[str, ...] = ()
     ipv6: bool = True

@@ -45,7 +45,7 @@ from meshnet.lab.state import (
     host_dir,
 )
 from meshnet.lab.teardown import END_DEADLINE_S, Removed, end_everything, tear_down
-from meshnet.lab.underlay import Family, Underlay
+from meshnet.lab.underlay import Family, LabUnderlay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,7 +110,7 @@ class Lab:
             raise UsageError(f"{etcd_members} members of etcd: a lab has 1 or 3")
         self.name = name
         self.base_dir = default_base_dir(name) if base_dir is None else base_dir.absolute()
-        self.underlay = Underlay(family=underlay_family, mtu_bytes=mtu, gateway=gateway)
+        self.underlay = LabUnderlay(family=underlay_family, mtu_bytes=mtu, gateway=gateway)
         self.etcd_url = ",".join(self.underlay.etcd_url(index) for index in range(etcd_members))
         self._host_count = hosts
         self._start_agents = start_agents

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import PeerTable
     from meshnet.vtep.prober import Prober
-    from meshnet.vtep.tun import Tun, Underlay
+    from meshnet.vtep.tun import Tun, UnderlaySocket
 
 ENGINES = ("python", "native")
 _MOST_READS = 64
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
     """
 
     tun: Tun
-    underlay: Underlay
+    underlay: UnderlaySocket
     table: PeerTable
     counters: Counters
     mtu_bytes: int

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import Peer, PeerTable
     from meshnet.vtep.prober import Prober
-    from meshnet.vtep.tun import Tun, Underlay
+    from meshnet.vtep.tun import Tun, UnderlaySocket
     from meshnet.wire import Buffer
 
 _BUFFER_BYTES = 65_536
@@ -75,7 +75,7 @@ class Receiver:
     def __init__(
         self,
         tun: Tun,
-        underlay: Underlay,
+        underlay: UnderlaySocket,
         table: PeerTable,
         counters: Counters,
         mtu_bytes: int,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from meshnet.vtep.counters import Counters
     from meshnet.vtep.peers import Peer, PeerTable
-    from meshnet.vtep.tun import Tun, Underlay
+    from meshnet.vtep.tun import Tun, UnderlaySocket
     from meshnet.wire import Buffer
 
 _SLOTS = 64
@@ -52,7 +52,12 @@ class Sender:
     """Carries packets from the TUN to peers."""
 
     def __init__(
-        self, tun: Tun, underlay: Underlay, table: PeerTable, counters: Counters, mtu_bytes: int
+        self,
+        tun: Tun,
+        underlay: UnderlaySocket,
+        table: PeerTable,
+        counters: Counters,
+        mtu_bytes: int,
     ) -> None:
         self._tun, self._socket, self._table, self._counters = tun, underlay.socket, table, counters
         self._segmenting, self._local = underlay.segmenting, underlay.local

@@ -125,7 +125,7 @@ def bring_up(name: str, mtu_bytes: int) -> None:
             ) from error
 
 
-class Underlay:
+class UnderlaySocket:
     """The UDP socket that tunnel packets come in by and leave by; the caller closes it.
 
     Attributes:
@@ -162,7 +162,7 @@ def connect_underlay(local: str, address: tuple[str, int]) -> socket.socket:
     return made
 
 
-def open_underlay(local: str, port: int) -> Underlay:
+def open_underlay(local: str, port: int) -> UnderlaySocket:
     """Bind to the underlay address.
 
     - Blocking, because a full send buffer is to slow the TUN's reader down; for at most 0.1 s, so
@@ -188,7 +188,7 @@ def open_underlay(local: str, port: int) -> Underlay:
         if error.errno == errno.EADDRNOTAVAIL:
             raise NotFoundError(f"underlay address {local} is on no link of this host") from error
         raise _translated(error, f"UDP {local} port {port}") from error
-    return Underlay(made, local, segmenting=segmenting, trains=trains)
+    return UnderlaySocket(made, local, segmenting=segmenting, trains=trains)
 
 
 def _make_socket(local: str) -> socket.socket:

@@ -13,7 +13,7 @@ from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, PeerTable
 from meshnet.vtep.prober import Prober
 from meshnet.vtep.receiver import Receiver
-from meshnet.vtep.tun import Tun, Underlay
+from meshnet.vtep.tun import Tun, UnderlaySocket
 from meshnet.wire import probe, virtio, vxlan
 from meshnet.wire.inner import UDP, Inner
 from meshnet.wire.probe import REQUEST, Probe
@@ -147,7 +147,7 @@ def check_datagrams(data: bytes, tun: socket.socket, inner: socket.socket) -> st
     ]
     table, counters = make_table(), Counters()
     wire = cast("Any", _Socket(waiting))
-    underlay = Underlay(wire, "0.0.0.1", segmenting=True, trains=True)
+    underlay = UnderlaySocket(wire, "0.0.0.1", segmenting=True, trains=True)
     prober = _CountingProber(wire, table, counters, None)
     receiver = Receiver(
         Tun(inner.fileno(), "tu0", uso=True), underlay, table, counters, MTU, prober

@@ -20,7 +20,7 @@ from meshnet.vtep.peers import Own, PeerTable
 from meshnet.vtep.prober import Prober
 from meshnet.vtep.receiver import Receiver
 from meshnet.vtep.sender import Sender
-from meshnet.vtep.tun import SOL_UDP, UDP_GRO, UDP_SEGMENT, Tun, Underlay, open_underlay
+from meshnet.vtep.tun import SOL_UDP, UDP_GRO, UDP_SEGMENT, Tun, UnderlaySocket, open_underlay
 from meshnet.wire import virtio
 from tests.unit.packets import MACS, VNI, cut_by_kernel, virtio_of
 
@@ -135,7 +135,9 @@ class PythonEnds(_Ends):
         table = PeerTable(Own(VNI, MACS[1], 4789, 4))
         table.replace([_describe_host(2, _FAR_IP, 4789, offload=offload)])
         self.peer: Peer = table.by_underlay[_FAR_IP]
-        underlay = Underlay(cast("Any", self.wire), "0.0.0.1", segmenting=segmenting, trains=True)
+        underlay = UnderlaySocket(
+            cast("Any", self.wire), "0.0.0.1", segmenting=segmenting, trains=True
+        )
         tun = Tun(self._inner.fileno(), "tu0", uso=True)
         self.sender = Sender(tun, underlay, table, self.counters, MTU)
         prober = Prober(cast("Any", self.wire), table, self.counters, None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
-from meshnet.backends import Path, Setting, Underlay
+from meshnet.backends import Setting, Underlay, UnderlayPath
 from meshnet.backends.table import BACKENDS
 from meshnet.codec.document import MAX_MTU_BYTES, MAX_PID, MAX_VNI
 from meshnet.ipam import choose_subnet
@@ -205,7 +205,9 @@ def scenes(draw: st.DrawFn) -> Scene:
         reservations={name: Reservations(owners) for name, owners in reservations.items()},
     )
     paths = {
-        host.underlay_ip: Path("eth0", draw(st.booleans()), draw(st.sampled_from([1500, 1400])))
+        host.underlay_ip: UnderlayPath(
+            "eth0", draw(st.booleans()), draw(st.sampled_from([1500, 1400]))
+        )
         for host in found.values()
     }
     return Scene(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 
-from meshnet.backends import HostLink, NexthopIds, Path
+from meshnet.backends import HostLink, NexthopIds, UnderlayPath
 from meshnet.backends.conflicts import find_conflict
 from meshnet.backends.table import BACKENDS
 from meshnet.firewall.elements import endpoint_elements
@@ -422,7 +422,7 @@ def test_any_mesh_can_be_planned(scene: Scene) -> None:
 
 def test_the_mtu_is_what_the_narrowest_path_leaves() -> None:
     underlay = make_underlay(peers=3, mtu_bytes=9000)
-    paths = {**underlay.paths, underlay_ip(3): Path("eth0", False, 1500)}
+    paths = {**underlay.paths, underlay_ip(3): UnderlayPath("eth0", False, 1500)}
     plan = plan_for(make_snapshot([DUAL], 4), replace(underlay, paths=paths))
     outcome = plan.networks[PROD].plan
     assert outcome is not None
@@ -454,7 +454,7 @@ def test_an_underlay_that_is_too_narrow_is_an_error_and_no_reason_to_stop() -> N
 
 def test_direct_routes_to_peers_that_are_on_link() -> None:
     underlay = make_underlay(peers=2)
-    paths = {**underlay.paths, underlay_ip(3): Path("eth0", False, 1500)}
+    paths = {**underlay.paths, underlay_ip(3): UnderlayPath("eth0", False, 1500)}
     network = make_network(direct_routing=True)
     state = plan_for(make_snapshot([network], 3), replace(underlay, paths=paths)).state
     assert set(state.nexthops.values()) == {
