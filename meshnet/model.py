@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, KeysView
     from typing import Self
 
+    from meshnet.modes import Mode
+
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
 IpInterface = IPv4Interface | IPv6Interface
@@ -45,40 +47,11 @@ DEFAULT_HOST_PREFIX6 = 64
 """Of one host's IPv6 subnet."""
 
 
-class Mode(StrEnum):
-    """How a network carries its packets."""
-
-    VXLAN = "vxlan"
-    UDP = "udp"
-    MACVLAN = "macvlan"
-    UNDERLAY_BRIDGE = "underlay-bridge"
-    BRIDGE = "bridge"
-
-    @property
-    def is_overlay(self) -> bool:
-        """Whether every host has a subnet of its own, and a tunnel leads to the others'."""
-        return self in (Mode.VXLAN, Mode.UDP)
-
-    @property
-    def is_underlay(self) -> bool:
-        """Whether endpoints sit on the physical network, with addresses from one pool of all."""
-        return self in (Mode.MACVLAN, Mode.UNDERLAY_BRIDGE)
-
-
 class Datapath(StrEnum):
     """What forwards a host's overlay packets."""
 
     KERNEL = "kernel"
     USERSPACE = "userspace"
-
-
-def default_port(mode: Mode, vni: Vni) -> int:
-    """UDP port of a network whose creator names none.
-
-    The kernel tells its VXLAN networks apart by VNI; a userspace VTEP serves one and has a port of
-    its own, from 20000 to 29999.
-    """
-    return 20000 + vni % 10000 if mode is Mode.UDP else VXLAN_PORT
 
 
 class AddressRange(NamedTuple):
@@ -113,13 +86,13 @@ class Network:
         mtu_bytes: MTU of endpoints; None: the underlay's less the encapsulation's overhead.
         direct_routing: reach on-link peers by a plain route, without encapsulation.
         fallback: peers that VXLAN does not reach are sent to by the userspace VTEP, which listens
-            at `fallback_port`.
-        parent: link of each host that is on the physical network (underlay modes).
-        ranges: what endpoints' addresses are taken from (underlay modes), at most one an IP
-            version; an IP version without one has its whole CIDR.
-        gateways: routers of the physical network (underlay modes), at most one an IP version.
+            at a port of its own (`meshnet.backends.udp.userspace_port`).
+        parent: link of each host that is on the physical network, if endpoints are.
+        ranges: what the addresses of endpoints on the physical network are taken from, at most one
+            an IP version; an IP version without one has its whole CIDR.
+        gateways: routers of the physical network, at most one an IP version.
         internal: endpoints have no way out of the network.
-        host_access: a host reaches its own endpoints (mode macvlan, which else forbids it).
+        host_access: a host reaches its own endpoints, where the mode by itself forbids it.
     """
 
     name: NetworkName
@@ -138,32 +111,6 @@ class Network:
     internal: bool = False
     host_access: bool = False
 
-    @property
-    def fallback_port(self) -> int:
-        """UDP port of the userspace VTEP beside a VXLAN device."""
-        return default_port(Mode.UDP, self.vni)
-
-    def option_of_port(self, port: int) -> str:
-        """The option of ``network create`` that decides about one of its UDP ports."""
-        return "--vni" if self.fallback and port == self.fallback_port else "--port"
-
-    def udp_ports(self, *, kernel_vxlan: bool) -> tuple[set[int], set[int]]:
-        """Those of userspace VTEPs, and those of the kernel's.
-
-        Args:
-            kernel_vxlan: on a host whose kernel has VXLAN.
-        """
-        if not self.mode.is_overlay:
-            return set(), set()
-        if self.mode is Mode.UDP or not kernel_vxlan:
-            return {self.port}, set()
-        return ({self.fallback_port} if self.fallback else set()), {self.port}
-
-    def excludes(self, other: Network) -> bool:
-        """Whether the two want one link of the hosts, and one of them the whole of it."""
-        modes = (self.mode, other.mode)
-        return self.parent == other.parent and Mode.UNDERLAY_BRIDGE in modes
-
     def host_prefix_of(self, version: int) -> int:
         """Prefix length of one host's subnet of the IP version (4 or 6)."""
         return self.host_prefix if version == 4 else self.host_prefix6
@@ -178,17 +125,6 @@ class Network:
             if cidr.version == version:
                 return first & int(cidr.netmask) == int(cidr.network_address)
         return False
-
-
-def find_taken_port(one: Network, other: Network, *, kernel_vxlan: bool) -> int | None:
-    """A UDP port that both networks want on a host, and one of them for a userspace VTEP.
-
-    The kernel tells its VXLAN networks apart by VNI; a userspace VTEP has a port to itself.
-    """
-    mine, my_kernel = one.udp_ports(kernel_vxlan=kernel_vxlan)
-    theirs, their_kernel = other.udp_ports(kernel_vxlan=kernel_vxlan)
-    taken = (mine & (theirs | their_kernel)) | (my_kernel & theirs)
-    return min(taken, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,20 +10,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
-from meshnet.backends.bridge import BRIDGE
-from meshnet.backends.macvlan import MACVLAN
-from meshnet.backends.overlay import direct_nexthop, route_key
-from meshnet.backends.udp import UDP, tun_name
-from meshnet.backends.underlay_bridge import UNDERLAY_BRIDGE, parent_bridge_name
-from meshnet.backends.vxlan import VXLAN, has_fallback
-from meshnet.firewall import elements, render_rules
-from meshnet.model import Mode, Reservations, find_taken_port
+from meshnet.backends.conflicts import find_conflict
+from meshnet.backends.physical import missing_parent
+from meshnet.backends.table import backend_of
+from meshnet.backends.tunnel import route_key
+from meshnet.firewall import render_rules
+from meshnet.model import Reservations
 from meshnet.state import KernelState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from meshnet.backends import Backend
+    from meshnet.firewall import FirewallNetwork
     from meshnet.model import (
         Endpoint,
         HostId,
@@ -34,15 +32,6 @@ if TYPE_CHECKING:
         NetworkName,
     )
 
-BACKENDS: Mapping[Mode, Backend] = {
-    Mode.VXLAN: VXLAN,
-    Mode.UDP: UDP,
-    Mode.MACVLAN: MACVLAN,
-    Mode.UNDERLAY_BRIDGE: UNDERLAY_BRIDGE,
-    Mode.BRIDGE: BRIDGE,
-}
-"""One for each mode."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalView:
@@ -51,8 +40,8 @@ class LocalView:
     Attributes:
         subnets: the subnets it holds reservations for.
         addresses: its own addresses of underlay networks' pools, at most one an IP version.
-        takeovers: of networks of mode ``underlay-bridge``, why the parent is not taken over; "": it
-            is; not there: that is under way.
+        takeovers: of networks that take their parent over, why that is not done; "": it is; not
+            there: that is under way.
         expired: hosts dead for longer than the grace period.
         fallen: peers that are sent to by a network's fallback.
     """
@@ -113,13 +102,6 @@ class HostsPlan:
     errors: Mapping[NetworkName, Mapping[HostId, str]]
 
 
-def backend_of(network: Network, underlay: Underlay) -> Backend:
-    """What carries a network's packets on this host."""
-    if network.mode is Mode.VXLAN and not underlay.kernel_vxlan:
-        return UDP
-    return BACKENDS[network.mode]
-
-
 def plan_mesh(
     snapshot: MeshSnapshot, local: LocalView, underlay: Underlay, ids: NexthopIds
 ) -> MeshPlan:
@@ -130,21 +112,19 @@ def plan_mesh(
     """
     state = KernelState()
     outcomes: dict[NetworkName, NetworkOutcome] = {}
-    planned: list[NetworkPlan] = []
+    guarded: list[FirewallNetwork] = []
     for network in snapshot.networks.values():
         conflict = _find_conflict(network, outcomes, snapshot, underlay)
-        conflict = conflict or _missing_parent(network, underlay)
         if conflict is not None:
             outcomes[network.name] = NetworkOutcome(errors=(conflict,), refused=True)
             continue
         outcome = _plan_network(network, snapshot, local, underlay, ids, state)
         outcomes[network.name] = outcome
-        if outcome.plan is not None and network.mode is not Mode.MACVLAN:
-            # What a macvlan sends passes through no link of this host's own.
-            planned.append(outcome.plan)
-    if planned:
-        state.firewall = render_rules([p.firewall for p in planned], underlay.ip)
-    if any(p.firewall.links for p in planned):
+        if outcome.plan is not None and outcome.plan.firewall is not None:
+            guarded.append(outcome.plan.firewall)
+    if guarded:
+        state.firewall = render_rules(guarded, underlay.ip)
+    if any(network.links for network in guarded):
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)
 
@@ -179,8 +159,8 @@ def plan_hosts(
             path_mtu_bytes=underlay.mtu_bytes,
             fallen=local.fallen_in(name),
         )
-        errors[name] |= backend_of(network, underlay).plan_peers(wanted, peers, state, ids)
-        _plan_members(network, peers, underlay, state)
+        backend = backend_of(network).on(underlay)
+        errors[name] |= backend.plan_peers(wanted, peers, state, ids)
     return HostsPlan(state=state, peers=counts, errors=errors)
 
 
@@ -191,55 +171,31 @@ def probed_peers(
     underlay: Underlay,
 ) -> dict[HostId, Peer]:
     """The peers that may need a network's fallback: others need no probes."""
-    if not network.fallback or backend_of(network, underlay) is not VXLAN:
+    if not network.fallback:
         return {}
+    backend = backend_of(network).on(underlay)
     hosts = snapshot.reservations.get(network.name, Reservations()).hosts
     peers, _ = _peers(network, snapshot, local, hosts)
-    return {
-        peer.host.id: peer
-        for peer in peers
-        if peer.host.underlay_ip != underlay.ip
-        and has_fallback(network, peer.host, underlay)
-        and not _is_direct(network, peer, underlay)
-    }
+    return {peer.host.id: peer for peer in peers if backend.may_fall(network, peer, underlay)}
 
 
 def fallen_peers(
     snapshot: MeshSnapshot, actual: KernelState
 ) -> frozenset[tuple[NetworkName, HostId]]:
     """The peers that a kernel sends to by the fallback, as its routes say."""
-    networks = {tun_name(n): n.name for n in snapshot.networks.values() if n.fallback}
-    ways = {
+    networks = {
+        backend_of(n).userspace_vtep(n): n.name for n in snapshot.networks.values() if n.fallback
+    }
+    fallen = {
         key: networks[r.via.dev]
         for key, r in actual.routes.items()
         if r.via and r.via.dev in networks
     }
     return frozenset(
         (name, owner)
-        for name in set(ways.values())
+        for name in set(fallen.values())
         for subnet, owner in snapshot.reservations.get(name, Reservations()).items()
-        if ways.get(route_key(subnet)) == name
-    )
-
-
-def way_to(
-    network: Network,
-    peer: Peer,
-    fallen: Collection[tuple[NetworkName, HostId]],
-    underlay: Underlay,
-) -> str:
-    """How packets to a peer leave this host: ``vxlan``, ``udp`` or ``direct``."""
-    if _is_direct(network, peer, underlay):
-        return "direct"
-    if backend_of(network, underlay) is UDP or (network.name, peer.host.id) in fallen:
-        return Mode.UDP
-    return network.mode
-
-
-def _is_direct(network: Network, peer: Peer, underlay: Underlay) -> bool:
-    """Whether all of a peer's subnets are reached without a tunnel."""
-    return network.direct_routing and all(
-        direct_nexthop(peer.host, subnet, underlay) is not None for subnet in peer.subnets
+        if fallen.get(route_key(subnet)) == name
     )
 
 
@@ -251,44 +207,27 @@ def _find_conflict(
     `meshnet.store.registry` lets no such network come into being; somebody else may.
     """
     for name in earlier:
-        other = snapshot.networks[name]
-        if other.vni == network.vni:
-            return f"VNI {network.vni} belongs to network {name}: remove this network"
-        taken = find_taken_port(network, other, kernel_vxlan=underlay.kernel_vxlan)
-        if taken is not None:
-            return (
-                f"UDP port {taken} is network {name}'s, and a userspace VTEP needs one of its own: "
-                f"create this network anew with another {network.option_of_port(taken)}"
-            )
-        if network.excludes(other):
-            return f"link {network.parent} is network {name}'s: remove this network"
-        for mine in network.subnets:
-            for theirs in other.subnets:
-                if mine.version == theirs.version and mine.overlaps(theirs):
-                    return f"subnet {mine} overlaps {theirs} of network {name}: remove this network"
+        conflict = find_conflict(
+            network, snapshot.networks[name], kernel_vxlan=underlay.kernel_vxlan
+        )
+        if conflict is not None:
+            return f"{conflict.problem}: {conflict.mend}"
     return None
 
 
-def networks_to_bridge(snapshot: MeshSnapshot, underlay: Underlay) -> list[Network]:
-    """The networks of mode ``underlay-bridge`` that this host can have a part in."""
+def plan_takeovers(snapshot: MeshSnapshot, underlay: Underlay) -> dict[str, Network]:
+    """The bridges that should take links of this host over, and the networks that they are for."""
     names = list(snapshot.networks)
-    return [
-        network
-        for number, network in enumerate(snapshot.networks.values())
-        if network.mode is Mode.UNDERLAY_BRIDGE
-        and _find_conflict(network, names[:number], snapshot, underlay) is None
-        and _missing_parent(network, underlay) is None
-    ]
-
-
-def _missing_parent(network: Network, underlay: Underlay) -> str | None:
-    """Why this host, not being on the physical network, cannot have an underlay network."""
-    if network.parent is None or network.parent in underlay.links:
-        return None
-    return (
-        f"link {network.parent}, its --parent, does not exist on this host: make it, or give the "
-        "host's link on the physical network that name"
-    )
+    bridges = {}
+    for number, network in enumerate(snapshot.networks.values()):
+        bridge = backend_of(network).takeover_bridge(network)
+        if (
+            bridge is not None
+            and _find_conflict(network, names[:number], snapshot, underlay) is None
+            and missing_parent(network, underlay) is None
+        ):
+            bridges[bridge] = network
+    return bridges
 
 
 def _plan_network(
@@ -299,15 +238,13 @@ def _plan_network(
     ids: NexthopIds,
     state: KernelState,
 ) -> NetworkOutcome:
+    backend = backend_of(network).on(underlay)
+    blocked = backend.blocked(network, underlay, local.takeovers.get(network.name))
+    if blocked is not None:
+        return NetworkOutcome(errors=(blocked.reason,), refused=blocked.refused)
     subnets = local.subnets.get(network.name, ())
     if not subnets:
         return NetworkOutcome(errors=("this host has no subnet of it yet",))
-    if network.mode is Mode.UNDERLAY_BRIDGE:
-        failed = local.takeovers.get(network.name)
-        if failed:
-            return NetworkOutcome(errors=(failed,), refused=True)
-        if failed is None or parent_bridge_name(network) not in underlay.links:
-            return NetworkOutcome(errors=(f"link {network.parent} is being taken over",))
     held = snapshot.reservations.get(network.name, Reservations())
     peers, errors = _peers(network, snapshot, local, held.hosts)
     endpoints = [e for e in local.endpoints if e.network == network.name]
@@ -320,10 +257,8 @@ def _plan_network(
         path_mtu_bytes=_narrowest(peers, underlay),
         fallen=local.fallen_in(network.name),
     )
-    backend = backend_of(network, underlay)
     plan = backend.plan_host(wanted, state)
     errors |= backend.plan_peers(wanted, peers, state, ids)
-    _plan_members(network, peers, underlay, state)
     return NetworkOutcome(
         plan=plan,
         peers=len(peers),
@@ -379,17 +314,6 @@ def _peers(
         if good:
             peers.append(Peer(host, good))
     return peers, errors
-
-
-def _plan_members(
-    network: Network, peers: Iterable[Peer], underlay: Underlay, state: KernelState
-) -> None:
-    """Tunnel packets are accepted of every host that has a part in a network."""
-    if not network.mode.is_overlay:
-        return
-    for peer in peers:
-        if peer.host.underlay_ip.version == underlay.ip.version:
-            state.elements[elements.member(peer.host.underlay_ip)] = b""
 
 
 def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:

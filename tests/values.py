@@ -5,7 +5,8 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING, Any
 
-from meshnet.backends import HostLink, NexthopIds, Path, Underlay
+from meshnet.backends import Addressing, HostLink, NexthopIds, Underlay, UnderlayPath
+from meshnet.backends.table import addressing_of
 from meshnet.ipam import choose_subnet
 from meshnet.model import (
     Claim,
@@ -14,7 +15,6 @@ from meshnet.model import (
     Host,
     HostId,
     MeshSnapshot,
-    Mode,
     NetnsId,
     Network,
     NetworkName,
@@ -22,6 +22,7 @@ from meshnet.model import (
     Reservations,
     Vni,
 )
+from meshnet.modes import Mode
 from meshnet.plan import LocalView, MeshPlan, plan_mesh
 from meshnet.wire.mac import endpoint_mac
 
@@ -67,7 +68,7 @@ def make_snapshot(
     for network in networks:
         taken = reservations.setdefault(network.name, {})
         for host in ids:
-            for cidr in network.subnets if network.mode.is_overlay else ():
+            for cidr in network.subnets if addressing_of(network) is Addressing.SUBNETS else ():
                 taken[choose_subnet(network, cidr.version, taken)] = host
     addresses = {host: underlay_ip(i, underlay_version) for i, host in enumerate(ids, 1)}
     return MeshSnapshot(
@@ -90,7 +91,9 @@ def make_underlay(
         dev=dev,
         mtu_bytes=mtu_bytes,
         links={dev: HostLink(mtu_bytes, frozenset({underlay_ip(1, version)}))},
-        paths={underlay_ip(i, version): Path(dev, True, mtu_bytes) for i in range(2, peers + 2)},
+        paths={
+            underlay_ip(i, version): UnderlayPath(dev, True, mtu_bytes) for i in range(2, peers + 2)
+        },
         forwarding_links=(dev,),
     )
 
@@ -111,7 +114,9 @@ def plan_for(
     local = LocalView(
         host=host,
         subnets={
-            name: snapshot.subnets_of(host, name) if network.mode.is_overlay else network.subnets
+            name: snapshot.subnets_of(host, name)
+            if addressing_of(network) is Addressing.SUBNETS
+            else network.subnets
             for name, network in snapshot.networks.items()
         },
         endpoints=endpoints,

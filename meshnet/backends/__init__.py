@@ -1,27 +1,48 @@
-"""The modes of a network: one file a mode, what it wants from the kernel.
+"""The modes of a network: one file a mode, with all that is its own.
 
-A backend adds a network's objects to a `KernelState`, in two parts: what this host has of its own,
-and what each other host adds.  No peer's objects depend on another peer, so that one host's change
-is planned alone.  A backend does no I/O and remembers nothing.
+A backend says how a mode's endpoints get their addresses, which settings it has and how they are
+checked, how its links are called and which UDP ports it wants.  And it adds a network's objects to
+a `KernelState`, in two parts: what this host has of its own, and what each other host adds.  No
+peer's objects depend on another peer, so that one host's change is planned alone.  A backend does
+no I/O and remembers nothing.
+
+`meshnet.backends.table` finds a network's backend.
 
 Pure: imports no socket, file, clock or trio.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from meshnet.errors import UsageError
+from meshnet.model import VXLAN_PORT
 from meshnet.state import NEXTHOP_ID_FIRST, NEXTHOP_ID_LAST, KernelState, LinkKind, Nexthop
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from meshnet.firewall import FirewallNetwork
-    from meshnet.model import Endpoint, Host, HostId, IpAddress, IpNetwork, Network
+    from meshnet.model import (
+        Datapath,
+        Endpoint,
+        Host,
+        HostId,
+        IpAddress,
+        IpNetwork,
+        Network,
+        Vni,
+    )
+    from meshnet.modes import Mode
+
+_LEAST_ADDRESSES = 4
+"""Of a network that is not cut into host subnets: its own, the gateway's, one, the broadcast."""
 
 
-class Path(NamedTuple):
+class UnderlayPath(NamedTuple):
     """How this host's kernel reaches an underlay address (``RTM_GETROUTE``).
 
     Attributes:
@@ -66,7 +87,7 @@ class Underlay:
     dev: str
     mtu_bytes: int
     links: Mapping[str, HostLink] = field(default_factory=dict)
-    paths: Mapping[IpAddress, Path] = field(default_factory=dict)
+    paths: Mapping[IpAddress, UnderlayPath] = field(default_factory=dict)
     forwarding_links: tuple[str, ...] = ()
     ra_links: tuple[str, ...] = ()
     ipv6: bool = True
@@ -144,6 +165,7 @@ class NetworkPlan:
         uplink: link of the host that endpoints hang on.
         endpoint_link: what hangs there: the host's end of a veth pair, a port of the bridge
             `uplink`, or a macvlan on the link `uplink`.
+        firewall: what the firewall looks at; None: nothing, as packets cross no link of ours.
         gso_max_bytes: the largest super-packet that endpoints should send; None: any.
         errors: settings that cannot be had on this host, in words.
     """
@@ -151,24 +173,181 @@ class NetworkPlan:
     mtu_bytes: int
     uplink: str
     endpoint_link: LinkKind = LinkKind.VETH
-    firewall: FirewallNetwork
+    firewall: FirewallNetwork | None = None
     gso_max_bytes: int | None = None
     errors: tuple[str, ...] = ()
 
 
-class Backend(Protocol):
-    """A mode."""
+class Addressing(Enum):
+    """How the hosts share a network's addresses."""
 
+    SUBNETS = "subnets"
+    """Each host reserves a subnet of its own; other hosts' are reached by it."""
+    POOL = "pool"
+    """Endpoints of all hosts are on the physical network, and have addresses of one pool."""
+    WHOLE = "whole"
+    """Every host has all of them for itself: no packet leaves for another host."""
+
+
+class Setting(StrEnum):
+    """A setting of a network that not every mode has: how messages name it."""
+
+    FALLBACK = "fallback"
+    DIRECT_ROUTING = "direct routing"
+    HOST_ACCESS = "--host-access"
+    PARENT = "--parent"
+    RANGE = "--range"
+    GATEWAY = "--gateway"
+    PORT = "--port"
+    HOST_PREFIX = "--host-prefix"
+    HOST_PREFIX6 = "--host-prefix6"
+
+
+class LinkNames(NamedTuple):
+    """Names of the links that a network may have on a host, whether or not they exist.
+
+    Attributes:
+        local: by which the host and its endpoints reach each other.
+        tunnels: by which packets go to other hosts.
+        parents: the host's own that endpoints hang on; they may come and go.
+    """
+
+    local: tuple[str, ...] = ()
+    tunnels: tuple[str, ...] = ()
+    parents: tuple[str, ...] = ()
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """Those that we make."""
+        return self.local + self.tunnels
+
+
+class TunnelPorts(NamedTuple):
+    """UDP ports that a network wants on a host.
+
+    The kernel tells its VXLAN networks apart by VNI; a userspace VTEP has a port to itself.
+
+    Attributes:
+        userspace: those of userspace VTEPs.
+        kernel: those of the kernel's.
+    """
+
+    userspace: frozenset[int] = frozenset()
+    kernel: frozenset[int] = frozenset()
+
+
+class Blocked(NamedTuple):
+    """Why a network is not up on a host.
+
+    Attributes:
+        refused: it will not be, as things are; else that is under way.
+    """
+
+    reason: str
+    refused: bool
+
+
+class Backend(ABC):
+    """A mode.
+
+    What most modes do not have is answered here, so that a mode's file says what it has.
+
+    Attributes:
+        mode: the one that it is for.
+        addressing: how the hosts share a network's addresses.
+        settings: those that its networks may have, of those that not every mode has.
+    """
+
+    mode: ClassVar[Mode]
+    addressing: ClassVar[Addressing]
+    settings: ClassVar[frozenset[Setting]] = frozenset()
+
+    def check_cidr(self, cidr: IpNetwork, host_prefix: int) -> None:
+        """Refuse a CIDR that has no room.
+
+        Args:
+            host_prefix: prefix length of one host's subnet, where hosts have one.
+
+        Raises:
+            UsageError: it has no room for endpoints, or for host subnets.
+        """
+        if cidr.num_addresses < _LEAST_ADDRESSES:
+            raise UsageError(f"{cidr} has no room for endpoints: choose a shorter prefix")
+
+    def check(self, network: Network) -> None:
+        """Refuse a network that cannot work in this mode; it has no setting of other modes.
+
+        Raises:
+            UsageError: a setting does not fit the others, or one is missing.
+        """
+        return
+
+    @abstractmethod
+    def link_names(self, network: Network) -> LinkNames:
+        """How the network's links are called."""
+
+    @abstractmethod
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
         """Add what this host has of the network, whatever peers there are, to `state`."""
-        ...
 
     def plan_peers(
-        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
+        self, wanted: NetworkInput, peers: Sequence[Peer], state: KernelState, ids: NexthopIds
     ) -> dict[HostId, str]:
         """Add what leads to some peers to `state`; `ids` names nexthop objects.
 
         Returns:
             Peers that cannot be had on this host, and why.
         """
-        ...
+        return {}
+
+    def on(self, underlay: Underlay) -> Backend:
+        """The backend that carries this mode's networks on a host such as this."""
+        return self
+
+    def blocked(self, network: Network, underlay: Underlay, takeover: str | None) -> Blocked | None:
+        """Why the network is not up on this host; None: nothing keeps it from being.
+
+        Args:
+            takeover: why the network's parent is not taken over; "": it is; None: under way.
+        """
+        return None
+
+    def takeover_bridge(self, network: Network) -> str | None:
+        """Name of the bridge that takes the place of the network's parent; None: none does."""
+        return None
+
+    def default_port(self, vni: Vni) -> int:
+        """UDP port of a network whose creator names none."""
+        return VXLAN_PORT
+
+    def ports(self, network: Network, *, kernel_vxlan: bool) -> TunnelPorts:
+        """The UDP ports that the network wants on a host.
+
+        Args:
+            kernel_vxlan: on one whose kernel has VXLAN.
+        """
+        return TunnelPorts()
+
+    def option_of_port(self, network: Network, port: int) -> str:
+        """The option of ``network create`` that decides about one of the network's ports."""
+        return Setting.PORT
+
+    def userspace_vtep(self, network: Network) -> str | None:
+        """The link that the network's userspace VTEP serves; None: it has none."""
+        return None
+
+    def datapath_of(self, host: Host) -> Datapath | None:
+        """What forwards a host's packets to others; None: no tunnel leads to them."""
+        return None
+
+    def path_to(self, network: Network, peer: Peer, underlay: Underlay, *, fallen: bool) -> str:
+        """What the way by which packets to a peer leave this host is called.
+
+        Args:
+            fallen: the peer is sent to by the fallback.
+        """
+        return self.mode
+
+    def may_fall(self, network: Network, peer: Peer, underlay: Underlay) -> bool:
+        """Whether a peer may need the network's fallback: others need no probes."""
+        return False

@@ -12,28 +12,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meshnet.backends.overlay import plan_bridge
+from meshnet.backends import Addressing, Backend, LinkNames
+from meshnet.backends.routed_bridge import bridge_name, plan_bridge
+from meshnet.modes import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer
-    from meshnet.model import HostId
+    from meshnet.backends import NetworkInput, NetworkPlan
+    from meshnet.model import Network
     from meshnet.state import KernelState
 
 
-class BridgeBackend:
-    """The mode (see `meshnet.backends.Backend`)."""
+class BridgeBackend(Backend):
+    """The mode (see `meshnet.backends.Backend`); no other host has a part of its networks."""
+
+    mode = Mode.BRIDGE
+    addressing = Addressing.WHOLE
+
+    def link_names(self, network: Network) -> LinkNames:
+        """The bridge."""
+        return LinkNames(local=(bridge_name(network),))
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
         """Bridge and gateway addresses."""
-        return plan_bridge(wanted, None, state)
-
-    def plan_peers(
-        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
-    ) -> dict[HostId, str]:
-        """Nothing: no other host has a part of it."""
-        return {}
+        own_bytes = wanted.network.mtu_bytes
+        mtu_bytes = own_bytes if own_bytes is not None else wanted.underlay.mtu_bytes
+        return plan_bridge(wanted, mtu_bytes, {}, state)
 
 
 BRIDGE = BridgeBackend()

@@ -21,17 +21,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meshnet.backends import NetworkPlan
-from meshnet.backends.overlay import link_sysctls
-from meshnet.firewall import FirewallNetwork
+from meshnet.backends import LinkNames, NetworkPlan, Setting
+from meshnet.backends.physical import PhysicalBackend, endpoint_mtu
+from meshnet.backends.routed_bridge import link_sysctls
+from meshnet.modes import Mode
 from meshnet.state import AddressKey, Link, LinkKind, Nexthop, Route, RouteKey
 from meshnet.wire.mac import endpoint_mac
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from meshnet.backends import NetworkInput, NexthopIds, Peer
-    from meshnet.model import HostId, Network
+    from meshnet.backends import NetworkInput
+    from meshnet.model import Network
     from meshnet.state import KernelState
 
 
@@ -40,8 +39,15 @@ def shim_name(network: Network) -> str:
     return f"mns{network.vni}"
 
 
-class MacvlanBackend:
+class MacvlanBackend(PhysicalBackend):
     """The mode (see `meshnet.backends.Backend`)."""
+
+    mode = Mode.MACVLAN
+    settings = PhysicalBackend.settings | {Setting.HOST_ACCESS}
+
+    def link_names(self, network: Network) -> LinkNames:
+        """The host's own macvlan, on the host's link."""
+        return LinkNames(local=(shim_name(network),), parents=(network.parent or "",))
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
         """Nothing, or with ``host_access`` the host's own macvlan and the routes by it."""
@@ -54,30 +60,11 @@ class MacvlanBackend:
             mtu_bytes=mtu_bytes,
             uplink=parent,
             endpoint_link=LinkKind.MACVLAN,
-            firewall=FirewallNetwork(),
             errors=errors,
         )
 
-    def plan_peers(
-        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
-    ) -> dict[HostId, str]:
-        """Nothing: the physical network leads to other hosts' endpoints."""
-        return {}
-
 
 MACVLAN = MacvlanBackend()
-
-
-def endpoint_mtu(wanted: NetworkInput, uplink: str) -> tuple[int, tuple[str, ...]]:
-    """MTU of endpoints on a link of the host, and what is wrong with it, in words."""
-    wanted_bytes, link_bytes = wanted.network.mtu_bytes, wanted.underlay.links[uplink].mtu_bytes
-    if wanted_bytes is None or wanted_bytes <= link_bytes:
-        return wanted_bytes or link_bytes, ()
-    problem = (
-        f"MTU {wanted_bytes} is more than the {link_bytes} of link {uplink}: raise that, or create "
-        "the network with a smaller --mtu"
-    )
-    return link_bytes, (problem,)
 
 
 def _plan_shim(wanted: NetworkInput, parent: str, mtu_bytes: int, state: KernelState) -> None:

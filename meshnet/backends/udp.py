@@ -25,33 +25,47 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from meshnet.backends.overlay import (
+from meshnet.backends import LinkNames, TunnelPorts
+from meshnet.backends.routed_bridge import bridge_name, plan_bridge
+from meshnet.backends.tunnel import (
+    TunnelBackend,
+    add_route,
+    admit_members,
     direct_nexthop,
     is_of_other_version,
     is_self,
     others_cidrs,
-    plan_bridge,
+    overlay_mtu,
     route_key,
-    set_way,
     sources,
     vtep_link,
 )
-from meshnet.model import Datapath, Mode
+from meshnet.model import Datapath
+from meshnet.modes import Mode
 from meshnet.state import LinkKind, Member, MemberKey, Nexthop, Route
 from meshnet.wire.mac import vtep_mac
 from meshnet.wire.mtu import gso_max_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer
-    from meshnet.model import HostId, IpNetwork, Network
+    from meshnet.model import Host, HostId, IpNetwork, Network, Vni
     from meshnet.state import KernelState
 
 
 def tun_name(network: Network) -> str:
     """Name of the TUN of the network's userspace VTEP; at most 11 characters."""
     return f"mnu{network.vni}"
+
+
+def userspace_port(vni: Vni) -> int:
+    """UDP port of a network's userspace VTEP that nobody chose one for, from 20000 to 29999.
+
+    The kernel tells its VXLAN networks apart by VNI; a userspace VTEP serves one and has a port of
+    its own.
+    """
+    return 20000 + vni % 10000
 
 
 def plan_tun(wanted: NetworkInput, mtu_bytes: int, port: int, state: KernelState) -> None:
@@ -92,29 +106,53 @@ def by_name(peers: Iterable[Peer]) -> list[Peer]:
     return sorted(peers, key=lambda peer: peer.host.id)
 
 
-class UdpBackend:
+class UdpBackend(TunnelBackend):
     """The mode (see `meshnet.backends.Backend`); also for ``vxlan`` where the kernel has none."""
+
+    mode = Mode.UDP
+
+    def link_names(self, network: Network) -> LinkNames:
+        """Bridge and TUN."""
+        return LinkNames(local=(bridge_name(network),), tunnels=(tun_name(network),))
+
+    def default_port(self, vni: Vni) -> int:
+        """One of its own."""
+        return userspace_port(vni)
+
+    def ports(self, network: Network, *, kernel_vxlan: bool) -> TunnelPorts:
+        """The process's."""
+        return TunnelPorts(userspace=frozenset({network.port}))
+
+    def userspace_vtep(self, network: Network) -> str | None:
+        """It always has one."""
+        return tun_name(network)
+
+    def datapath_of(self, host: Host) -> Datapath | None:
+        """Whatever the host's kernel has."""
+        return Datapath.USERSPACE
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
         """Bridge, gateway addresses, TUN and its process, and the routes there."""
         network = wanted.network
         dev = tun_name(network)
-        plan = plan_bridge(wanted, dev, state)
-        plan_tun(wanted, plan.mtu_bytes, network.port, state)
+        mtu_bytes, errors = overlay_mtu(wanted)
+        plan = plan_bridge(wanted, mtu_bytes, {dev: network.port}, state)
+        plan_tun(wanted, mtu_bytes, network.port, state)
         by_version = sources(wanted)
         for cidr in others_cidrs(wanted):
             # The process answers "unreachable" for what nobody owns.
             source = by_version[cidr.version]
             state.routes[route_key(cidr)] = Route(0, source, Nexthop(dev, b""))
-        return replace(plan, gso_max_bytes=gso_max_bytes(plan.mtu_bytes))
+        return replace(plan, gso_max_bytes=gso_max_bytes(mtu_bytes), errors=errors)
 
     def plan_peers(
-        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
+        self, wanted: NetworkInput, peers: Sequence[Peer], state: KernelState, ids: NexthopIds
     ) -> dict[HostId, str]:
         """A member for each peer, or its nexthops on the underlay."""
         network, underlay = wanted.network, wanted.underlay
         by_version = sources(wanted)
         errors: dict[HostId, str] = {}
+        admit_members(peers, underlay, state)
         for peer in by_name(peers):
             host = peer.host
             if problem := is_self(host, underlay):
@@ -126,12 +164,12 @@ class UdpBackend:
                     continue
                 direct = network.direct_routing and direct_nexthop(host, subnet, underlay)
                 if direct:
-                    set_way(state, ids, underlay, subnet, direct, by_version[subnet.version])
+                    add_route(state, ids, underlay, subnet, direct, by_version[subnet.version])
                 else:
                     behind.append(subnet)
             if not behind:
                 continue
-            offload = network.mode is Mode.UDP or host.datapath is Datapath.USERSPACE
+            offload = network.mode is self.mode or host.datapath is Datapath.USERSPACE
             problem = plan_member(wanted, peer, behind, network.port, offload=offload, state=state)
             if problem is not None:
                 errors[host.id] = problem

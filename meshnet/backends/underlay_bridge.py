@@ -16,31 +16,46 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meshnet.backends import NetworkPlan
-from meshnet.backends.macvlan import endpoint_mtu
+from meshnet.backends import Blocked, LinkNames, NetworkPlan
+from meshnet.backends.physical import PhysicalBackend, endpoint_mtu
 from meshnet.firewall import FirewallNetwork
 from meshnet.firewall.elements import endpoint_elements
+from meshnet.modes import Mode
 from meshnet.state import Link, LinkKind, endpoint_link_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from meshnet.backends import NetworkInput, NexthopIds, Peer
-    from meshnet.model import HostId, Network
+    from meshnet.backends import NetworkInput, Underlay
+    from meshnet.model import Network
     from meshnet.state import KernelState
 
 
-def parent_bridge_name(network: Network) -> str:
-    """Name of the bridge that takes the place of the network's parent; at most 11 characters."""
-    return f"mnp{network.vni}"
-
-
-class UnderlayBridgeBackend:
+class UnderlayBridgeBackend(PhysicalBackend):
     """The mode (see `meshnet.backends.Backend`)."""
+
+    mode = Mode.UNDERLAY_BRIDGE
+
+    def link_names(self, network: Network) -> LinkNames:
+        """None of ours: the bridge is the host's link now, and its link a port of that."""
+        return LinkNames(parents=(network.parent or "", self.takeover_bridge(network)))
+
+    def takeover_bridge(self, network: Network) -> str:
+        """Name of the bridge; at most 11 characters."""
+        return f"mnp{network.vni}"
+
+    def blocked(self, network: Network, underlay: Underlay, takeover: str | None) -> Blocked | None:
+        """Refused also if the takeover failed; until it is done the network is not up."""
+        blocked = super().blocked(network, underlay, takeover)
+        if blocked is not None:
+            return blocked
+        if takeover:
+            return Blocked(takeover, refused=True)
+        if takeover is None or self.takeover_bridge(network) not in underlay.links:
+            return Blocked(f"link {network.parent} is being taken over", refused=False)
+        return None
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
         """The ports of endpoints."""
-        bridge = parent_bridge_name(wanted.network)
+        bridge = self.takeover_bridge(wanted.network)
         for endpoint in wanted.endpoints:
             state.links[endpoint_link_name(endpoint.id)] = Link(
                 LinkKind.VETH, endpoint.mtu_bytes, None, master=bridge, hairpin=True
@@ -53,12 +68,6 @@ class UnderlayBridgeBackend:
             firewall=FirewallNetwork(),
             errors=errors,
         )
-
-    def plan_peers(
-        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
-    ) -> dict[HostId, str]:
-        """Nothing: the physical network leads to other hosts' endpoints."""
-        return {}
 
 
 UNDERLAY_BRIDGE = UnderlayBridgeBackend()

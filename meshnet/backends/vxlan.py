@@ -30,26 +30,33 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from meshnet.backends.overlay import (
+from meshnet.backends import LinkNames, Setting, TunnelPorts
+from meshnet.backends.routed_bridge import bridge_name, plan_bridge
+from meshnet.backends.tunnel import (
+    TunnelBackend,
+    add_route,
+    admit_members,
     direct_nexthop,
+    is_direct,
     is_of_other_version,
     is_self,
     others_cidrs,
-    plan_bridge,
+    overlay_mtu,
     route_key,
-    set_way,
     sources,
     vtep_link,
 )
-from meshnet.backends.udp import by_name, plan_member, plan_tun, tun_name
+from meshnet.backends.udp import UDP, by_name, plan_member, plan_tun, tun_name, userspace_port
+from meshnet.errors import UsageError
 from meshnet.model import Datapath
+from meshnet.modes import Mode
 from meshnet.state import FdbKey, LinkKind, NeighbourKey, Nexthop, Route
 from meshnet.wire.mac import link_local_of, vtep_mac
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
-    from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
+    from meshnet.backends import Backend, NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
     from meshnet.model import Host, HostId, IpNetwork, Network
     from meshnet.state import KernelState
 
@@ -59,29 +66,81 @@ def vxlan_name(network: Network) -> str:
     return f"mnv{network.vni}"
 
 
-class VxlanBackend:
+class VxlanBackend(TunnelBackend):
     """The mode (see `meshnet.backends.Backend`)."""
+
+    mode = Mode.VXLAN
+    settings = TunnelBackend.settings | {Setting.FALLBACK}
+
+    def check(self, network: Network) -> None:
+        """Refuse a fallback at the port of the network itself."""
+        if network.fallback and network.port == userspace_port(network.vni):
+            raise UsageError(
+                f"port {network.port} is that of the fallback of VNI {network.vni}: choose another"
+            )
+
+    def on(self, underlay: Underlay) -> Backend:
+        """A userspace VTEP where the kernel has no VXLAN."""
+        return self if underlay.kernel_vxlan else UDP
+
+    def link_names(self, network: Network) -> LinkNames:
+        """Bridge and VXLAN device, and the TUN that is beside it or in its place."""
+        tunnels = (vxlan_name(network), tun_name(network))
+        return LinkNames(local=(bridge_name(network),), tunnels=tunnels)
+
+    def ports(self, network: Network, *, kernel_vxlan: bool) -> TunnelPorts:
+        """The device's, and the fallback's."""
+        if not kernel_vxlan:
+            return UDP.ports(network, kernel_vxlan=kernel_vxlan)
+        fallback = {userspace_port(network.vni)} if network.fallback else ()
+        return TunnelPorts(userspace=frozenset(fallback), kernel=frozenset({network.port}))
+
+    def option_of_port(self, network: Network, port: int) -> str:
+        """The fallback's follows from the VNI."""
+        is_fallback = network.fallback and port == userspace_port(network.vni)
+        return "--vni" if is_fallback else Setting.PORT
+
+    def userspace_vtep(self, network: Network) -> str | None:
+        """The fallback's."""
+        return tun_name(network) if network.fallback else None
+
+    def datapath_of(self, host: Host) -> Datapath | None:
+        """As the host says: not every kernel has VXLAN."""
+        return host.datapath
+
+    def path_to(self, network: Network, peer: Peer, underlay: Underlay, *, fallen: bool) -> str:
+        """As every tunnel's, or by the fallback."""
+        if fallen:
+            return UDP.path_to(network, peer, underlay, fallen=fallen)
+        return super().path_to(network, peer, underlay, fallen=fallen)
+
+    def may_fall(self, network: Network, peer: Peer, underlay: Underlay) -> bool:
+        """One that is sent to by VXLAN, and listens for the fallback."""
+        return (
+            peer.host.underlay_ip != underlay.ip
+            and _has_fallback(network, peer.host, underlay)
+            and not is_direct(network, peer, underlay)
+        )
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
         """Bridge, VXLAN device, gateway addresses, and a stop for packets to nobody."""
         network = wanted.network
-        dev = vxlan_name(network)
-        plan = plan_bridge(wanted, dev, state)
-        state.links[dev] = vtep_link(wanted, LinkKind.VXLAN, plan.mtu_bytes, network.port)
+        dev, tun = vxlan_name(network), tun_name(network)
+        tunnels = {dev: network.port}
+        if network.fallback:
+            tunnels[tun] = userspace_port(network.vni)
+        mtu_bytes, errors = overlay_mtu(wanted)
+        plan = plan_bridge(wanted, mtu_bytes, tunnels, state)
+        state.links[dev] = vtep_link(wanted, LinkKind.VXLAN, mtu_bytes, network.port)
         for cidr in others_cidrs(wanted):
             # Else packets to a subnet nobody owns would leave by the host's default route.
             state.routes[route_key(cidr)] = Route(0)
         if network.fallback:
-            plan_tun(wanted, plan.mtu_bytes, network.fallback_port, state)
-            firewall = plan.firewall._replace(
-                links=(*plan.firewall.links, tun_name(network)),
-                ports=(*plan.firewall.ports, network.fallback_port),
-            )
-            plan = replace(plan, firewall=firewall)
-        return plan
+            plan_tun(wanted, mtu_bytes, tunnels[tun], state)
+        return replace(plan, errors=errors)
 
     def plan_peers(
-        self, wanted: NetworkInput, peers: Iterable[Peer], state: KernelState, ids: NexthopIds
+        self, wanted: NetworkInput, peers: Sequence[Peer], state: KernelState, ids: NexthopIds
     ) -> dict[HostId, str]:
         """Nexthop, route, neighbour and FDB entry of each peer, and its part in the fallback."""
         network, underlay = wanted.network, wanted.underlay
@@ -89,6 +148,7 @@ class VxlanBackend:
         dev, tun = vxlan_name(network), Nexthop(tun_name(network), b"")
         by_version = sources(wanted)
         errors: dict[HostId, str] = {}
+        admit_members(peers, underlay, state)
         for peer in by_name(peers) if network.fallback else peers:
             host = peer.host
             if problem := is_self(host, underlay):
@@ -96,8 +156,8 @@ class VxlanBackend:
                 continue
             fallen = False
             behind = [s for s in peer.subnets if s.version in by_version]
-            if behind and has_fallback(network, host, underlay):
-                port = network.fallback_port
+            if behind and _has_fallback(network, host, underlay):
+                port = userspace_port(network.vni)
                 problem = plan_member(wanted, peer, behind, port, offload=True, state=state)
                 if problem is not None:
                     errors[host.id] = problem
@@ -116,14 +176,14 @@ class VxlanBackend:
                     if fallen:
                         state.routes[route_key(subnet)] = Route(0, source, tun)
                         continue
-                set_way(state, ids, underlay, subnet, nexthop, source)
+                add_route(state, ids, underlay, subnet, nexthop, source)
         return errors
 
 
 VXLAN = VxlanBackend()
 
 
-def has_fallback(network: Network, host: Host, underlay: Underlay) -> bool:
+def _has_fallback(network: Network, host: Host, underlay: Underlay) -> bool:
     """Whether a peer can be sent to by the fallback.
 
     One that has a userspace VTEP only cannot: that one listens at VXLAN's port.

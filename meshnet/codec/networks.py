@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 
+from meshnet.backends.table import backend_of, check_mode
 from meshnet.codec.document import (
     MAX_MTU_BYTES,
     MAX_VNI,
@@ -22,16 +23,10 @@ from meshnet.codec.document import (
     network_field,
 )
 from meshnet.errors import UsageError
-from meshnet.ipam import check_host_prefix
-from meshnet.model import AddressRange, Mode, Network, NetworkName, Vni
-from meshnet.text import IFNAME_PATTERN, check_name
+from meshnet.model import AddressRange, Network, NetworkName, Vni
+from meshnet.modes import Mode  # noqa: TC001  msgspec reads it
+from meshnet.text import check_name
 from meshnet.wire.mtu import MINIMUM_MTU_BYTES
-
-if TYPE_CHECKING:
-    from meshnet.model import IpNetwork
-
-_LEAST_ADDRESSES = 4
-"""Of a network that is not cut into host subnets: its own, the gateway's, one, the broadcast."""
 
 
 class _NetworkV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
@@ -135,10 +130,7 @@ def check_network(network: Network) -> None:
             raise UsageError(
                 f"{cidr} cannot be routed: choose a private CIDR, such as 10.42.0.0/16"
             )
-        if network.mode.is_overlay:
-            check_host_prefix(cidr, network.host_prefix_of(cidr.version))
-        elif cidr.num_addresses < _LEAST_ADDRESSES:
-            raise UsageError(f"{cidr} has no room for endpoints: choose a shorter prefix")
+        backend_of(network).check_cidr(cidr, network.host_prefix_of(cidr.version))
     if network.mtu_bytes is not None:
         least = MINIMUM_MTU_BYTES[versions[-1]]
         if not least <= network.mtu_bytes <= MAX_MTU_BYTES:
@@ -146,58 +138,4 @@ def check_network(network: Network) -> None:
                 f"MTU {network.mtu_bytes} is out of range for IPv{versions[-1]}: "
                 f"choose {least} to {MAX_MTU_BYTES}"
             )
-    _check_mode_settings(network)
-    if network.fallback and network.port == network.fallback_port:
-        raise UsageError(
-            f"port {network.port} is that of the fallback of VNI {network.vni}: choose another"
-        )
-
-
-def _check_mode_settings(network: Network) -> None:
-    """Refuse what a network's mode does not have, and what it cannot do without."""
-    mode = network.mode
-    if network.fallback and mode is not Mode.VXLAN:
-        raise UsageError(f"mode {mode} has no fallback: it is for mode vxlan")
-    if network.direct_routing and not mode.is_overlay:
-        raise UsageError(f"mode {mode} has no direct routing: it is for modes vxlan and udp")
-    if network.host_access and mode is not Mode.MACVLAN:
-        raise UsageError(f"mode {mode} needs no --host-access: it is for mode macvlan")
-    if not mode.is_underlay:
-        for setting, given in (
-            ("--parent", network.parent),
-            ("--range", network.ranges),
-            ("--gateway", network.gateways),
-        ):
-            if given:
-                raise UsageError(
-                    f"mode {mode} has no {setting}: it is for modes macvlan and underlay-bridge"
-                )
-        return
-    if network.parent is None or not IFNAME_PATTERN.fullmatch(network.parent):
-        reason = f"{network.parent!r} is no name of a link" if network.parent else "none is given"
-        raise UsageError(
-            f"mode {mode} needs --parent, the hosts' link on the physical network, such as eth0: "
-            f"{reason}"
-        )
-    for kind, versions in (
-        ("--range", [r.version for r in network.ranges]),
-        ("--gateway", [g.version for g in network.gateways]),
-    ):
-        if len(versions) > len(set(versions)):
-            raise UsageError(f"network {network.name} has two of {kind} for one IP version")
-    cidrs: dict[int, IpNetwork] = {c.version: c for c in network.subnets}
-    for gateway in network.gateways:
-        if gateway.version not in cidrs or gateway not in cidrs[gateway.version]:
-            raise UsageError(
-                f"gateway {gateway} is not within {', '.join(map(str, network.subnets))}: give the "
-                "router of the physical network"
-            )
-    for addresses in network.ranges:
-        cidr = cidrs.get(addresses.version)
-        within = cidr is not None and addresses.first in cidr and addresses.last in cidr
-        if not within or int(addresses.first) > int(addresses.last):
-            what = f"is not within {', '.join(map(str, network.subnets))}"
-            raise UsageError(
-                f"range {addresses} {'ends before it begins' if within else what}: give the first "
-                "and the last address for endpoints, such as 192.0.2.100-192.0.2.199"
-            )
+    check_mode(network)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from meshnet.backends import Path, Underlay
+    from meshnet.backends import Underlay, UnderlayPath
     from meshnet.diff import Failure, Op
     from meshnet.model import Endpoint, IpAddress, IpNetwork
     from meshnet.state import KernelState
@@ -62,7 +62,7 @@ class Kernel(Protocol):
         """
         ...
 
-    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:
         """The way to each underlay address; one that there is no route to is missing.
 
         The links' names and MTUs are those that the last `observe` or `dump` saw.

@@ -12,13 +12,13 @@ import errno
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from meshnet.backends import HostLink, Path, Underlay
+from meshnet.backends import HostLink, Underlay, UnderlayPath
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.kernel.elements import are_wired
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from meshnet.model import IpAddress
     from meshnet.state import Ruleset
 
-_PROC_SYS = FilePath("/proc/sys")
+_PROC_SYS = Path("/proc/sys")
 _PROBE = "mnprobe"
 _ALL_IPV6 = "net/ipv6/conf/all/forwarding"
 _OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
@@ -93,7 +93,7 @@ class NetlinkKernel:
 
     def __init__(
         self,
-        firewall_memory: FilePath,
+        firewall_memory: Path,
         wired: WiredElements,
         *,
         vteps: VtepProcesses | None = None,
@@ -162,7 +162,7 @@ class NetlinkKernel:
             kernel_vxlan=self._has_vxlan(),
         )
 
-    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:
         """See `meshnet.kernel.Kernel`."""
         packed = [a.packed for a in addresses]
         answers = self._rtnl.ask(bulk.encode_route_lookups(packed, self._rtnl.next_sequence))
@@ -179,10 +179,12 @@ class NetlinkKernel:
                 found[address] = path
         return found
 
-    def _to_path(self, way: tuple[int, bool, int]) -> Path | None:
+    def _to_path(self, way: tuple[int, bool, int]) -> UnderlayPath | None:
         ifindex, on_link, mtu_bytes = way
         out = self._by_index.get(ifindex)
-        return Path(out.name, on_link, mtu_bytes or out.mtu_bytes) if out is not None else None
+        return (
+            UnderlayPath(out.name, on_link, mtu_bytes or out.mtu_bytes) if out is not None else None
+        )
 
     def _has_nexthop_objects(self) -> bool:
         if self._nexthop_objects is None:

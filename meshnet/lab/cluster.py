@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meshnet.lab.state import LabFile
-    from meshnet.lab.underlay import Underlay
+    from meshnet.lab.underlay import LabUnderlay
 
 _HEALTHY_DEADLINE_S = 30.0
 # A member that is alone waits one election timeout, by default 1 s, before it elects itself.  The
@@ -36,7 +36,9 @@ MEMBERS = tuple(_ARGS)
 """How many members there may be."""
 
 
-def make_etcds(lab: str, base_dir: Path, underlay: Underlay, members: int) -> dict[str, EtcdServer]:
+def make_etcds(
+    lab: str, base_dir: Path, underlay: LabUnderlay, members: int
+) -> dict[str, EtcdServer]:
     """Make the members, by the names of their ports at the switch; none is started."""
     names = ETCDS[:members]
     cluster = {name: underlay.etcd_url(index, ETCD_PEER_PORT) for index, name in enumerate(names)}

@@ -45,7 +45,7 @@ from meshnet.lab.state import (
     host_dir,
 )
 from meshnet.lab.teardown import END_DEADLINE_S, Removed, end_everything, tear_down
-from meshnet.lab.underlay import DEFAULT_UNDERLAY, Underlay
+from meshnet.lab.underlay import DEFAULT_UNDERLAY, LabUnderlay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,7 +95,7 @@ class Lab:
         *,
         hosts: int = 3,
         etcd_members: int = 1,
-        underlay: Underlay = DEFAULT_UNDERLAY,
+        underlay: LabUnderlay = DEFAULT_UNDERLAY,
         base_dir: Path | None = None,
         agent_args: Sequence[str] = (),
         start_agents: bool = True,
@@ -138,7 +138,7 @@ class Lab:
             document.name,
             hosts=0,
             etcd_members=len(document.etcd_url.split(",")),
-            underlay=Underlay(
+            underlay=LabUnderlay(
                 6 if document.family == 6 else 4, document.mtu_bytes, document.gateway
             ),
             base_dir=directory,

@@ -34,7 +34,7 @@ _MTU_BYTES = {4: range(576, 65536), 6: range(1280, 65536)}  # RFC 791 §3.1, RFC
 
 
 @dataclass(frozen=True, slots=True)
-class Underlay:
+class LabUnderlay:
     """The addressing plan of a lab.
 
     Attributes:
@@ -141,4 +141,4 @@ class Underlay:
         return f"address add {address}/{prefix_length} dev {link}{nodad}"
 
 
-DEFAULT_UNDERLAY = Underlay()
+DEFAULT_UNDERLAY = LabUnderlay()

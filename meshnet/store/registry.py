@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from meshnet.backends import Addressing
+from meshnet.backends.conflicts import find_conflict
+from meshnet.backends.table import addressing_of
 from meshnet.codec.document import BadValueError
 from meshnet.codec.endpoints import decode_endpoint
 from meshnet.codec.hosts import (
@@ -36,7 +39,6 @@ from meshnet.model import (
     Reservation,
     Reservations,
     Vni,
-    find_taken_port,
 )
 from meshnet.store import (
     Absent,
@@ -434,30 +436,11 @@ def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
             f"network {network.name} exists: choose another name, or meshnet network rm it first"
         )
     for other in snapshot.networks.values():
-        if other.vni == network.vni:
-            raise ConflictError(
-                f"VNI {network.vni} belongs to network {other.name}: leave --vni out to get a "
-                "free one"
-            )
         # On hosts with the kernel's VXLAN; those without it have more such networks, and say so.
-        taken = find_taken_port(network, other, kernel_vxlan=True)
-        if taken is not None:
-            raise ConflictError(
-                f"UDP port {taken} is network {other.name}'s, and a userspace VTEP needs one of "
-                f"its own: choose another {network.option_of_port(taken)}"
-            )
-        if network.excludes(other):
-            raise ConflictError(
-                f"link {network.parent} is network {other.name}'s: choose another --parent"
-            )
-        for mine in network.subnets:
-            for theirs in other.subnets:
-                if mine.version == theirs.version and mine.overlaps(theirs):
-                    raise ConflictError(
-                        f"subnet {mine} overlaps {theirs} of network {other.name}: "
-                        "choose another CIDR"
-                    )
-    if network.mode.is_underlay:
+        conflict = find_conflict(network, other, kernel_vxlan=True)
+        if conflict is not None:
+            raise ConflictError(f"{conflict.problem}: {conflict.choose}")
+    if addressing_of(network) is Addressing.POOL:
         return  # its endpoints are the hosts' neighbours
     for host in snapshot.hosts.values():
         for mine in network.subnets:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meshnet.lab.underlay import Underlay
+from meshnet.lab.underlay import LabUnderlay
 
 if TYPE_CHECKING:
     from meshnet.lab.commands import Namespace
@@ -28,7 +28,7 @@ class Handmade:
 
     def __init__(self, spaces: Scratch) -> None:
         self._spaces = spaces
-        self._underlay = Underlay(family=4, mtu_bytes=_MTU_BYTES, gateway=True)
+        self._underlay = LabUnderlay(family=4, mtu_bytes=_MTU_BYTES, gateway=True)
         spaces.add("sw", *(f"{kind}{i}" for i in _HOSTS for kind in "hc"))
         commands = self._underlay.switch_commands()
         for i in _HOSTS:

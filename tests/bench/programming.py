@@ -22,7 +22,8 @@ from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.netlink import NetlinkKernel
 from meshnet.kernel.netns import inside
 from meshnet.lab.netns import netns_path
-from meshnet.model import Host, HostId, MeshSnapshot, Mode, Network, NetworkName, Reservations, Vni
+from meshnet.model import Host, HostId, MeshSnapshot, Network, NetworkName, Reservations, Vni
+from meshnet.modes import Mode
 from meshnet.plan import LocalView
 from meshnet_agent.dataplane.passes import Passes, PassInput
 from tests.bench.classic import OWN_IP, host_namespace, program_by_hand, remotes

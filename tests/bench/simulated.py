@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.codec.hosts import encode_claim, encode_host, encode_reservation
 from meshnet.codec.networks import check_network, encode_network
-from meshnet.model import Claim, Host, HostId, Mode, Network, NetworkName, Reservation, Vni
+from meshnet.model import Claim, Host, HostId, Network, NetworkName, Reservation, Vni
+from meshnet.modes import Mode
 from meshnet.store.mirror import alive_key, host_key, network_key, subnet_key
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from tests.values import underlay_ip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-    from pathlib import Path as FilePath
+    from pathlib import Path
 
-    from meshnet.backends import Path, Underlay
+    from meshnet.backends import Underlay, UnderlayPath
     from meshnet.diff import Failure, Op
     from meshnet.kernel import Kernel
     from meshnet.kernel.events import NeighbourId
@@ -125,7 +125,7 @@ class RealHost:
     """`NetlinkKernel` in a namespace; it is a `Kernel` itself, callable from any thread."""
 
     def __init__(
-        self, name: str, fd: int, directory: FilePath, *, nexthop_objects: bool | None = None
+        self, name: str, fd: int, directory: Path, *, nexthop_objects: bool | None = None
     ) -> None:
         self.name = name
         self.wired = WiredElements()
@@ -144,7 +144,7 @@ class RealHost:
     def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
         return self._thread.call(lambda k: k.observe(underlay_ip, underlay_dev))
 
-    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:
         return self._thread.call(lambda k: k.find_paths(addresses))
 
     def link_indices(self) -> Mapping[str, int]:
@@ -216,7 +216,7 @@ class MemoryHost:
 
 
 @contextlib.contextmanager
-def real_host(directory: FilePath, *, nexthop_objects: bool | None = None) -> Iterator[RealHost]:
+def real_host(directory: Path, *, nexthop_objects: bool | None = None) -> Iterator[RealHost]:
     with host_namespace() as (name, fd):
         host = RealHost(name, fd, directory, nexthop_objects=nexthop_objects)
         try:

@@ -10,7 +10,7 @@ import pytest
 
 from meshnet.backends import NexthopIds
 from meshnet.diff import diff
-from meshnet.model import Mode
+from meshnet.modes import Mode
 from tests.contract.hosts import UNDERLAY_DEV
 from tests.values import (
     IPV4,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 from ipaddress import ip_address
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from meshnet.backends import Path
+from meshnet.backends import UnderlayPath
 from meshnet.diff import Op, Table, diff
 from meshnet.errors import NotFoundError
 from meshnet.firewall.elements import member, published_elements, source_elements
@@ -64,7 +64,7 @@ PUBLISHED = (
 
 @pytest.fixture(params=["memory", pytest.param("linux", marks=pytest.mark.root)])
 def host(
-    request: pytest.FixtureRequest, tmp_path: FilePath, nothing_left: None
+    request: pytest.FixtureRequest, tmp_path: Path, nothing_left: None
 ) -> Iterator[HostUnderTest]:
     if request.param == "memory":
         yield MemoryHost()
@@ -118,9 +118,9 @@ def test_link_indices(host: HostUnderTest) -> None:
 def test_paths(host: HostUnderTest) -> None:
     neighbours = [underlay_ip(2), underlay_ip(2, 6), underlay_ip(3, 6)]
     routed, nowhere = ip_address("10.99.0.1"), ip_address("203.0.113.1")
-    behind = Path(UNDERLAY_DEV, False, 1400)
+    behind = UnderlayPath(UNDERLAY_DEV, False, 1400)
     host.by_hand(in_memory=lambda k: k.routed.update({routed: behind, nowhere: None}))
-    on_link = Path(UNDERLAY_DEV, True, 1500)
+    on_link = UnderlayPath(UNDERLAY_DEV, True, 1500)
     expected = dict.fromkeys(neighbours, on_link) | {routed: behind}
     # The first time without a look at the links before.
     for _ in range(2):
@@ -440,7 +440,7 @@ def test_what_needs_a_refused_object_is_not_tried(host: HostUnderTest) -> None:
 
 def test_more_neighbours_than_the_table_holds(host: HostUnderTest) -> None:
     """Permanent ones do not count (net/core/neighbour.c, `exempt_from_gc`)."""
-    most = int(FilePath("/proc/sys/net/ipv4/neigh/default/gc_thresh3").read_text())
+    most = int(Path("/proc/sys/net/ipv4/neigh/default/gc_thresh3").read_text())
     if most > 20_000:
         pytest.skip(f"gc_thresh3 of this machine is {most}")
     converge(host, desired_for(host, [make_network()], hosts=1))

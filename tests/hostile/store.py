@@ -20,7 +20,8 @@ from meshnet.codec.hosts import (
     encode_reservation,
 )
 from meshnet.codec.networks import check_network, decode_network, encode_network
-from meshnet.model import AddressRange, HostId, Mode, NetworkName, Reservation
+from meshnet.model import AddressRange, HostId, NetworkName, Reservation
+from meshnet.modes import Mode
 from meshnet.plan import LocalView, plan_mesh
 from meshnet.store import Change, WatchBatch
 from meshnet.store.mirror import MESH, Mirror, alive_key, host_key, network_key, subnet_key

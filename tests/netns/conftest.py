@@ -15,7 +15,7 @@ from meshnet.errors import MeshnetError
 from meshnet.lab.netns import list_netns
 from meshnet.lab.state import LabFile
 from meshnet.lab.topology import Lab
-from meshnet.lab.underlay import Underlay
+from meshnet.lab.underlay import LabUnderlay
 from tests.netns.containers import cgroups_of, make_rootfs
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def make_lab() -> Iterator[Callable[..., Lab]]:
         gateway: bool = True,
         **options: Unpack[LabOptions],
     ) -> Lab:
-        underlay = Underlay(underlay_family, mtu, gateway)
+        underlay = LabUnderlay(underlay_family, mtu, gateway)
         name = name or f"t{os.getpid()}x{next(_counter)}"
         lab = Lab(name, hosts=hosts, underlay=underlay, **options)
         labs.append(lab)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshnet.kernel.netns import inside
 from meshnet.lab.poll import wait_until
-from meshnet.lab.underlay import Underlay
+from meshnet.lab.underlay import LabUnderlay
 from meshnet.state import format_ip, format_mac
 from meshnet.wire.mac import link_local_of, vtep_mac
 
@@ -126,7 +126,7 @@ class Site:
     ) -> None:
         self.spaces, self._engine = spaces, engine
         self._vxlan_options = vxlan
-        self.underlay = Underlay(family=family, mtu_bytes=MTU + (50 if family == 4 else 70),
+        self.underlay = LabUnderlay(family=family, mtu_bytes=MTU + (50 if family == 4 else 70),
                                  gateway=False)  # fmt: skip
         parts = [f"{kind}{i}" for kind in "hc" for i in HOSTS]
         spaces.add("sw", "x", *parts)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
-from meshnet.backends import Path, Underlay
+from meshnet.backends import Setting, Underlay, UnderlayPath
+from meshnet.backends.table import BACKENDS
 from meshnet.codec.document import MAX_MTU_BYTES, MAX_PID, MAX_VNI
 from meshnet.ipam import choose_subnet
 from meshnet.model import (
@@ -20,7 +21,6 @@ from meshnet.model import (
     Host,
     HostId,
     MeshSnapshot,
-    Mode,
     NetnsId,
     Network,
     NetworkName,
@@ -30,6 +30,7 @@ from meshnet.model import (
     Reservations,
     Vni,
 )
+from meshnet.modes import Mode
 from meshnet.plan import LocalView
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def networks(draw: st.DrawFn, *, mode: Mode | None = None) -> Network:
         longest = min(cidr.max_prefixlen - 2, cidr.prefixlen + 32)
         prefixes[cidr.version] = draw(st.integers(cidr.prefixlen, longest))
     chosen = mode or draw(st.sampled_from(Mode))
-    physical: list[IpNetwork] = list(subnets) if chosen.is_underlay else []
+    settings = BACKENDS[chosen].settings
+    physical: list[IpNetwork] = list(subnets) if Setting.PARENT in settings else []
     return Network(
         name=NetworkName(draw(names)),
         mode=chosen,
@@ -74,13 +76,13 @@ def networks(draw: st.DrawFn, *, mode: Mode | None = None) -> Network:
         host_prefix=prefixes[4],
         host_prefix6=prefixes[6],
         mtu_bytes=draw(st.none() | st.integers(1280, MAX_MTU_BYTES)),
-        direct_routing=chosen.is_overlay and draw(st.booleans()),
-        fallback=chosen is Mode.VXLAN and draw(st.booleans()),
+        direct_routing=Setting.DIRECT_ROUTING in settings and draw(st.booleans()),
+        fallback=Setting.FALLBACK in settings and draw(st.booleans()),
         parent="eth0" if physical else None,
         ranges=tuple(AddressRange(s[1], s[2]) for s in physical if draw(st.booleans())),
         gateways=tuple(s[1] for s in physical if draw(st.booleans())),
         internal=draw(st.booleans()),
-        host_access=chosen is Mode.MACVLAN and draw(st.booleans()),
+        host_access=Setting.HOST_ACCESS in settings and draw(st.booleans()),
     )
 
 
@@ -203,7 +205,9 @@ def scenes(draw: st.DrawFn) -> Scene:
         reservations={name: Reservations(owners) for name, owners in reservations.items()},
     )
     paths = {
-        host.underlay_ip: Path("eth0", draw(st.booleans()), draw(st.sampled_from([1500, 1400])))
+        host.underlay_ip: UnderlayPath(
+            "eth0", draw(st.booleans()), draw(st.sampled_from([1500, 1400]))
+        )
         for host in found.values()
     }
     return Scene(

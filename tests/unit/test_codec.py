@@ -31,7 +31,8 @@ from meshnet.codec.hosts import (
 )
 from meshnet.codec.networks import check_network, decode_network, encode_network
 from meshnet.errors import UsageError
-from meshnet.model import AddressHolder, Claim, HostId, Mode, NetworkName, Reservation
+from meshnet.model import AddressHolder, Claim, HostId, NetworkName, Reservation
+from meshnet.modes import Mode
 from tests.unit import strategies
 from tests.values import make_endpoint, make_network
 

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from meshnet.backends.overlay import bridge_name
+from meshnet.backends.routed_bridge import bridge_name
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
@@ -23,7 +23,8 @@ from meshnet.errors import (
 )
 from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.kernel.fakes.wiring import MemoryWiring
-from meshnet.model import AddressRange, EndpointId, MeshSnapshot, Mode, NetworkName
+from meshnet.model import AddressRange, EndpointId, MeshSnapshot, NetworkName
+from meshnet.modes import Mode
 from meshnet.ports import parse_all_published
 from meshnet.state import Link, LinkKind
 from meshnet_agent.dataplane.passes import PassResult

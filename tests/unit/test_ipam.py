@@ -23,7 +23,8 @@ from meshnet.ipam import (
     gateway_of,
     pool_range,
 )
-from meshnet.model import AddressRange, Mode
+from meshnet.model import AddressRange
+from meshnet.modes import Mode
 from tests.unit import strategies
 from tests.values import IPV4, IPV6, make_network
 

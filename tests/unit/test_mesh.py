@@ -10,10 +10,11 @@ import trio
 
 from meshnet.backends import HostLink
 from meshnet.backends.macvlan import shim_name
-from meshnet.backends.overlay import bridge_name
+from meshnet.backends.routed_bridge import bridge_name
 from meshnet.diff import diff
 from meshnet.errors import ConflictError, PoolExhaustedError
-from meshnet.model import HostId, Mode, NetworkName
+from meshnet.model import HostId, NetworkName
+from meshnet.modes import Mode
 from meshnet.ports import parse_all_published
 from meshnet.state import KernelState, endpoint_link_name
 from meshnet.store import Delete, DeletePrefix

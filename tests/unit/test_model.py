@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet.model import HostId, IpNetwork, Mode, Reservations, Vni, default_port
+from meshnet.model import HostId, IpNetwork, Reservations
 
 SUBNETS = [*ip_network("10.42.0.0/21").subnets(new_prefix=24), ip_network("fd00:42::/64")]
 HOSTS = [HostId(f"h{i}") for i in range(4)]
@@ -46,9 +46,3 @@ def test_both_ways_agree(changes: list[tuple[str, Any, HostId]]) -> None:
                 sorted(owned, key=lambda s: (s.version, int(s.network_address)))
             )
         assert before == Reservations(before)  # a copy is not touched
-
-
-def test_a_userspace_network_has_a_port_of_its_own() -> None:
-    assert default_port(Mode.VXLAN, Vni(4097)) == 4789
-    assert default_port(Mode.UDP, Vni(4097)) == 24097
-    assert default_port(Mode.UDP, Vni((1 << 24) - 1)) < 30000

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshnet.backends import Path
+from meshnet.backends import UnderlayPath
 from meshnet.diff import Table
 from meshnet.kernel.fakes.kernel import MemoryKernel
-from meshnet.model import Host, HostId, MeshSnapshot, Mode, NetworkName
+from meshnet.model import Host, HostId, MeshSnapshot, NetworkName
+from meshnet.modes import Mode
 from meshnet.plan import LocalView
 from meshnet.state import Nexthop
 from meshnet_agent.dataplane.passes import HostView, PartInput, Passes, PassInput, PassResult
@@ -179,7 +180,7 @@ def test_parts_end_where_a_whole_ends(
 ) -> None:
     mesh, passes = Mesh(networks, 4), Passes()
     kernel = MemoryKernel(underlay_ip(1), nexthop_objects=objects)
-    kernel.routed[underlay_ip(3)] = Path("eth0", False, 1500)
+    kernel.routed[underlay_ip(3)] = UnderlayPath("eth0", False, 1500)
     settled(kernel, passes, full(mesh.snapshot()))
     for step in steps:
         for change in step:
@@ -210,7 +211,7 @@ class CountingKernel(MemoryKernel):
         self.dumps += 1
         return super().dump()
 
-    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:
         self.looked_up += len(addresses)
         return super().find_paths(addresses)
 
@@ -269,13 +270,13 @@ def test_a_narrower_path_takes_a_pass_over_everything(
     crowd: tuple[Mesh, CountingKernel, Passes],
 ) -> None:
     mesh, kernel, passes = crowd
-    kernel.routed[underlay_ip(200)] = Path("eth0", False, 1400)
+    kernel.routed[underlay_ip(200)] = UnderlayPath("eth0", False, 1400)
     mesh.change("move", HostId("h7"), 200)
     assert passes.run_part(kernel, part(mesh.snapshot(), mesh.touched)) is None
     passes.run_all(kernel, full(mesh.snapshot()))
     assert {link.mtu_bytes for link in kernel.dump().links.values()} == {1350}
     # As narrow again is no news.
-    kernel.routed[underlay_ip(201)] = Path("eth0", False, 1400)
+    kernel.routed[underlay_ip(201)] = UnderlayPath("eth0", False, 1400)
     mesh.change("move", HostId("h8"), 201)
     assert passes.run_part(kernel, part(mesh.snapshot(), mesh.touched)) is not None
 

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 
-from meshnet.backends import HostLink, NexthopIds, Path
+from meshnet.backends import HostLink, NexthopIds, UnderlayPath
+from meshnet.backends.conflicts import find_conflict
+from meshnet.backends.table import BACKENDS
 from meshnet.firewall.elements import endpoint_elements
-from meshnet.model import Datapath, HostId, Mode, NetworkName, Reservations
-from meshnet.plan import BACKENDS, LocalView, networks_to_bridge, plan_mesh, probed_peers
+from meshnet.model import Datapath, HostId, NetworkName, Reservations, Vni
+from meshnet.modes import Mode
+from meshnet.plan import LocalView, plan_mesh, plan_takeovers, probed_peers
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     AddressKey,
@@ -231,6 +234,12 @@ def test_every_mode_has_a_backend() -> None:
     assert BACKENDS.keys() == set(Mode)
 
 
+def test_a_userspace_network_has_a_port_of_its_own() -> None:
+    assert BACKENDS[Mode.VXLAN].default_port(Vni(4097)) == 4789
+    assert BACKENDS[Mode.UDP].default_port(Vni(4097)) == 24097
+    assert BACKENDS[Mode.UDP].default_port(Vni((1 << 24) - 1)) < 30000
+
+
 # --- macvlan --------------------------------------------------------------------------------------
 
 PHYSICAL = make_network("phys", ("10.9.0.0/16",), 9, mode=Mode.MACVLAN, parent="eth0")
@@ -325,12 +334,12 @@ def test_a_link_that_another_network_has_is_not_taken(older: Mode) -> None:
     outcome = plan_for(snapshot, make_underlay()).networks[BRIDGED.name]
     assert outcome.refused
     assert "network other's" in outcome.errors[0]
-    bridged = [other] if older is Mode.UNDERLAY_BRIDGE else []
-    assert networks_to_bridge(snapshot, make_underlay()) == bridged
-    apart = replace(other, parent="eth1")
-    assert not apart.excludes(BRIDGED)
+    bridged = {"mnp8": other} if older is Mode.UNDERLAY_BRIDGE else {}
+    assert plan_takeovers(snapshot, make_underlay()) == bridged
+    apart = replace(other, parent="eth1", subnets=(ip_network("10.7.0.0/16"),))
+    assert find_conflict(apart, BRIDGED, kernel_vxlan=True) is None
     missing = make_snapshot([replace(BRIDGED, parent="eth7")], 1)
-    assert networks_to_bridge(missing, make_underlay()) == []
+    assert plan_takeovers(missing, make_underlay()) == {}
 
 
 # --- hosts that are gone, and reservations that are wrong -----------------------------------------
@@ -413,7 +422,7 @@ def test_any_mesh_can_be_planned(scene: Scene) -> None:
 
 def test_the_mtu_is_what_the_narrowest_path_leaves() -> None:
     underlay = make_underlay(peers=3, mtu_bytes=9000)
-    paths = {**underlay.paths, underlay_ip(3): Path("eth0", False, 1500)}
+    paths = {**underlay.paths, underlay_ip(3): UnderlayPath("eth0", False, 1500)}
     plan = plan_for(make_snapshot([DUAL], 4), replace(underlay, paths=paths))
     outcome = plan.networks[PROD].plan
     assert outcome is not None
@@ -445,7 +454,7 @@ def test_an_underlay_that_is_too_narrow_is_an_error_and_no_reason_to_stop() -> N
 
 def test_direct_routes_to_peers_that_are_on_link() -> None:
     underlay = make_underlay(peers=2)
-    paths = {**underlay.paths, underlay_ip(3): Path("eth0", False, 1500)}
+    paths = {**underlay.paths, underlay_ip(3): UnderlayPath("eth0", False, 1500)}
     network = make_network(direct_routing=True)
     state = plan_for(make_snapshot([network], 3), replace(underlay, paths=paths)).state
     assert set(state.nexthops.values()) == {

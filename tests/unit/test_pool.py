@@ -30,8 +30,8 @@ from meshnet.model import (
     Host,
     HostId,
     MeshSnapshot,
-    Mode,
 )
+from meshnet.modes import Mode
 from meshnet.store import Delete, Put
 from meshnet.store.addresses import SET_ASIDE_S, address_key, list_pool, take_addresses
 from meshnet.store.memory import MemoryStore

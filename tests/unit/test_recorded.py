@@ -20,7 +20,6 @@ from meshnet.model import (
     Host,
     HostId,
     MeshSnapshot,
-    Mode,
     NetnsId,
     Network,
     NetworkName,
@@ -29,6 +28,7 @@ from meshnet.model import (
     PublishedPort,
     Vni,
 )
+from meshnet.modes import Mode
 from tests.recorded import readers
 from tests.recorded.readers import HeldEndpoint
 

@@ -21,7 +21,8 @@ from meshnet.errors import (
     StoreUnavailableError,
     UsageError,
 )
-from meshnet.model import Claim, Endpoint, Host, HostId, Mode, NetworkName
+from meshnet.model import Claim, Endpoint, Host, HostId, NetworkName
+from meshnet.modes import Mode
 from meshnet.store import Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS, host_key, subnet_key

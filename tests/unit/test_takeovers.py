@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
-from meshnet.model import MeshSnapshot, Mode
+from meshnet.model import MeshSnapshot
+from meshnet.modes import Mode
 from meshnet_agent.dataplane.passes import PassResult
 from meshnet_agent.dataplane.takeovers import Takeovers
 from tests.unit.mesh import CountedDirty, MemoryTakeovers

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect
 
+from meshnet.backends import Setting
+from meshnet.backends.table import BACKENDS, check_setting
 from meshnet.codec.document import MAX_VALUE_BYTES
 from meshnet.errors import UsageError
 from meshnet.model import (
@@ -17,12 +19,11 @@ from meshnet.model import (
     AddressRange,
     IpAddress,
     IpNetwork,
-    Mode,
     Network,
     NetworkName,
     Vni,
-    default_port,
 )
+from meshnet.modes import DEFAULT_MODE, Mode
 from meshnet.ports import parse_all_published
 from meshnet.runtime.spec.options import NO_NETWORKS
 from meshnet.text import parse_address, parse_network, printable
@@ -48,7 +49,7 @@ class NetworkBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
 
     name: str
     subnets: list[str]
-    mode: Mode = Mode.VXLAN
+    mode: Mode = DEFAULT_MODE
     host_prefix: int | None = None
     host_prefix6: int | None = None
     vni: int | None = None
@@ -178,7 +179,7 @@ def network_builder(body: NetworkBody) -> Callable[[Vni], Network]:
             mode=body.mode,
             subnets=tuple(subnets),
             vni=vni,
-            port=body.port if body.port is not None else default_port(body.mode, vni),
+            port=_given(body.port, BACKENDS[body.mode].default_port(vni)),
             host_prefix=_given(body.host_prefix, DEFAULT_HOST_PREFIX),
             host_prefix6=_given(body.host_prefix6, DEFAULT_HOST_PREFIX6),
             mtu_bytes=body.mtu,
@@ -222,20 +223,20 @@ def _check_given(body: NetworkBody, subnets: list[IpNetwork]) -> None:
     """
     if body.name in NO_NETWORKS:
         raise UsageError(f"network name {body.name} is a word of meshnet run --net: choose another")
-    for option, value in (
-        ("--port", body.port),
-        ("--host-prefix", body.host_prefix),
-        ("--host-prefix6", body.host_prefix6),
+    for setting, value in (
+        (Setting.PORT, body.port),
+        (Setting.HOST_PREFIX, body.host_prefix),
+        (Setting.HOST_PREFIX6, body.host_prefix6),
     ):
-        if value is not None and not body.mode.is_overlay:
-            raise UsageError(f"mode {body.mode} has no {option}: it is for modes vxlan and udp")
-    for option, value, version in (
-        ("--host-prefix", body.host_prefix, 4),
-        ("--host-prefix6", body.host_prefix6, 6),
+        if value is not None:
+            check_setting(body.mode, setting)
+    for setting, value, version in (
+        (Setting.HOST_PREFIX, body.host_prefix, 4),
+        (Setting.HOST_PREFIX6, body.host_prefix6, 6),
     ):
         if value is not None and version not in {s.version for s in subnets}:
             raise UsageError(
-                f"{option} {value} is of a subnet of IPv{version}, which {body.name} has not"
+                f"{setting} {value} is of a subnet of IPv{version}, which {body.name} has not"
             )
 
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from meshnet.backends.udp import UDP, tun_name
+from meshnet.backends.table import backend_of
 from meshnet.errors import NotFoundError
 from meshnet.model import NetworkName
-from meshnet.plan import backend_of
 from meshnet_agent.dataplane.passes import PassResult
 
 if TYPE_CHECKING:
@@ -269,13 +268,12 @@ class Reports:
 
     async def _vtep(self, network: Network) -> VtepReport | None:
         underlay = self._reconciler.result.underlay
-        if (
-            self._vteps is None
-            or underlay is None
-            or not (network.fallback or backend_of(network, underlay) is UDP)
-        ):
+        if self._vteps is None or underlay is None:
             return None
-        counters = await trio.to_thread.run_sync(self._vteps.counters, tun_name(network))
+        tun = backend_of(network).on(underlay).userspace_vtep(network)
+        if tun is None:
+            return None
+        counters = await trio.to_thread.run_sync(self._vteps.counters, tun)
         hosts = self._follower.snapshot.hosts.values()
         return VtepReport(counters=counters, hosts={str(h.underlay_ip): h.id for h in hosts})
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from meshnet.backends.macvlan import shim_name
-from meshnet.backends.overlay import bridge_name
-from meshnet.backends.udp import tun_name
-from meshnet.backends.vxlan import vxlan_name
+from meshnet.backends.table import backend_of
 from meshnet.diff import Table
 from meshnet.model import EndpointId
 from meshnet.plan import NetworkOutcome
@@ -183,7 +180,7 @@ def _sort_failures(
 
 def _belongs(failure: Failure, network: Network) -> bool:
     op = failure.op
-    links = [name(network) for name in (bridge_name, vxlan_name, tun_name, shim_name)]
+    links = backend_of(network).link_names(network).ours
     if op.table is Table.LINK:
         return op.key in links
     if op.table is Table.NEXTHOP and op.value is not None:

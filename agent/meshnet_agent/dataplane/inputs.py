@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from meshnet.backends.udp import tun_name
+from meshnet.backends.table import backend_of
 from meshnet.plan import LocalView, probed_peers
 from meshnet_agent.dataplane.passes import HostView, PartInput, PassInput
 from meshnet_agent.dataplane.probes import Target
@@ -127,10 +127,11 @@ class PassInputs(MeshListener):
                 continue
             if outcome is None:
                 return None  # the next pass has it
-            if outcome.plan is None:
+            tun = backend_of(network).userspace_vtep(network)
+            if outcome.plan is None or tun is None:
                 continue
             mtu_bytes = outcome.plan.mtu_bytes
             for host, peer in probed_peers(network, snapshot, local, result.underlay).items():
-                target = Target(tun_name(network), str(peer.host.underlay_ip), mtu_bytes)
+                target = Target(tun, str(peer.host.underlay_ip), mtu_bytes)
                 targets[network.name, host] = target
         return targets

@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 import trio
 
-from meshnet.backends.macvlan import shim_name
-from meshnet.backends.overlay import bridge_name
-from meshnet.backends.udp import tun_name
-from meshnet.backends.underlay_bridge import parent_bridge_name
-from meshnet.backends.vxlan import vxlan_name
+from meshnet.backends.table import backend_of
 from meshnet.kernel.events import nftables_concerns_us, open_nftables_events, open_route_events
-from meshnet.model import Mode
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
@@ -127,15 +122,15 @@ class Monitor:
     async def _update(self, underlay: Underlay) -> None:
         indices = await self._kernel.run(lambda kernel: kernel.link_indices())
         networks = self._mesh.snapshot.networks.values()
-        parents = {n.parent for n in networks if n.parent is not None}
-        parents |= {parent_bridge_name(n) for n in networks if n.mode is Mode.UNDERLAY_BRIDGE}
+        links = [backend_of(network).link_names(network) for network in networks]
+        parents = {name for names in links for name in names.parents}
 
         def known(names: Collection[str]) -> set[int]:
             return {indices[name] for name in names if name in indices}
 
         self._filter.look_at(
-            known([name(n) for n in networks for name in (bridge_name, shim_name)]),
-            known([name(n) for n in networks for name in (vxlan_name, tun_name)]),
+            known([name for names in links for name in names.local]),
+            known([name for names in links for name in names.tunnels]),
             known([*underlay.forwarding_links, *parents]),
             parents,
         )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from typing import Any
 
-    from meshnet.backends import Path, Underlay
+    from meshnet.backends import Underlay, UnderlayPath
     from meshnet.diff import Op
     from meshnet.kernel import Kernel
     from meshnet.model import Host, HostId, IpAddress, IpNetwork, NetworkName
@@ -156,7 +156,7 @@ class _Applied:
     reservations: dict[NetworkName, Reservations]
     local: LocalView
     underlay: Underlay
-    paths: dict[IpAddress, Path]
+    paths: dict[IpAddress, UnderlayPath]
     networks: dict[NetworkName, NetworkOutcome]
     failures: dict[tuple[Table, Any], Failure]
 
@@ -174,7 +174,7 @@ class _Applied:
                 touched |= {owners[s] for s in subnets if s in owners}
         return touched
 
-    def take(self, given: PartInput, paths: Mapping[IpAddress, Path]) -> None:
+    def take(self, given: PartInput, paths: Mapping[IpAddress, UnderlayPath]) -> None:
         """Remember what the hosts are now."""
         for host, view in given.hosts.items():
             before = self.hosts.pop(host, None)

@@ -1,4 +1,4 @@
-"""Links that networks of mode ``underlay-bridge`` take over, and give back when they are gone.
+"""Links that networks take over (`Backend.takeover_bridge`), and give back when they are gone.
 
 Follows the snapshot, one link after the other.  The work is done by processes that outlive this
 agent (`meshnet.kernel.takeover`), which confirm it or undo it by themselves.  One that failed, or
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import structlog
 import trio
 
-from meshnet.backends.underlay_bridge import parent_bridge_name
+from meshnet.backends.table import backend_of
 from meshnet.errors import ConflictError, MeshnetError
-from meshnet.model import Mode
-from meshnet.plan import networks_to_bridge
+from meshnet.plan import plan_takeovers
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
@@ -92,8 +91,8 @@ class Takeovers:
         """Take over and give back for ever; started when what stands is known."""
         standing = await self._runner.standing()
         for network in self._mesh.snapshot.networks.values():
-            bridge = parent_bridge_name(network)
-            if network.mode is Mode.UNDERLAY_BRIDGE and standing.get(bridge) == network.parent:
+            bridge = backend_of(network).takeover_bridge(network)
+            if bridge is not None and standing.get(bridge) == network.parent:
                 self.states[network.name] = ""
         task_status.started()
         while True:
@@ -103,12 +102,8 @@ class Takeovers:
             snapshot, underlay = self._mesh.snapshot, self._underlay
             if underlay is None:
                 continue
-            wanted = {parent_bridge_name(n): n for n in networks_to_bridge(snapshot, underlay)}
-            named = {
-                parent_bridge_name(n)
-                for n in snapshot.networks.values()
-                if n.mode is Mode.UNDERLAY_BRIDGE
-            }
+            wanted = plan_takeovers(snapshot, underlay)
+            named = {backend_of(n).takeover_bridge(n) for n in snapshot.networks.values()}
             try:
                 standing = await self._runner.standing()
                 if not snapshot.holes:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from meshnet.backends import Addressing
+from meshnet.backends.table import addressing_of
 from meshnet.errors import PolicyRefusedError, UsageError
 from meshnet.ipam import gateway_of
 from meshnet.state import LinkKind
@@ -50,7 +52,7 @@ def inner_routes(ready: ReadyNetwork) -> list[IpNetwork]:
 
 def gateways_of(network: Network, addresses: Sequence[IpInterface]) -> tuple[IpAddress, ...]:
     """By which the namespace gets out of the network."""
-    if not network.mode.is_underlay:
+    if addressing_of(network) is not Addressing.POOL:
         return tuple(gateway_of(a.network) for a in addresses)
     routers = {} if network.internal else {g.version: g for g in network.gateways}
     return tuple(routers[a.version] for a in addresses if a.version in routers)
@@ -78,7 +80,7 @@ def check_publishable(network: Network) -> None:
         UsageError: its endpoints are on the physical network.
         PolicyRefusedError: it is internal.
     """
-    if network.mode.is_underlay:
+    if addressing_of(network) is Addressing.POOL:
         raise UsageError(
             f"network {network.name} is of mode {network.mode}, and its endpoints are reached by "
             "their own addresses on the physical network: leave --publish out"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 import trio
 
+from meshnet.backends import Addressing
+from meshnet.backends.table import addressing_of
 from meshnet.errors import (
     MeshnetError,
     PolicyRefusedError,
@@ -224,7 +226,7 @@ class Membership(MeshListener):
             del self.errors[name]
         self._reserved = {k: s for k, s in self._reserved.items() if k[0] in snapshot.networks}
         for name, network in snapshot.networks.items():
-            if not network.mode.is_overlay:
+            if addressing_of(network) is not Addressing.SUBNETS:
                 # Nobody owns a part of it: every host has the whole.
                 if self.subnets.get(name) != network.subnets:
                     self.subnets[name] = network.subnets
@@ -306,7 +308,7 @@ class Membership(MeshListener):
                 await self.join()
         refused: PolicyRefusedError | None = None
         for name, network in snapshot.networks.items():
-            if not network.mode.is_overlay:
+            if addressing_of(network) is not Addressing.SUBNETS:
                 continue
             held = snapshot.subnets_of(self.host.id, name)
             for cidr in network.subnets:

@@ -118,12 +118,12 @@ def run_up(args: argparse.Namespace) -> int:
     """Run ``meshnet lab up``."""
     from meshnet.cli.output import print_json, print_table
     from meshnet.lab.topology import Lab
-    from meshnet.lab.underlay import Underlay
+    from meshnet.lab.underlay import LabUnderlay
 
     lab = Lab(
         args.name,
         hosts=args.hosts,
-        underlay=Underlay(6 if args.underlay == "ipv6" else 4, args.mtu),
+        underlay=LabUnderlay(6 if args.underlay == "ipv6" else 4, args.mtu),
         etcd_members=args.etcd_members,
     )
     lab.up(None if args.json else _say)

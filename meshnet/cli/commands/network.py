@@ -11,21 +11,8 @@ from meshnet.cli.output import joined, print_either, print_json, print_table
 TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
 
     from meshnet.cli.commands.completion import Subparsers
-
-
-class _Modes:
-    """The modes that the model has.  It is imported when a mode is given or help is asked for."""
-
-    def __iter__(self) -> Iterator[str]:
-        from meshnet.model import Mode
-
-        return iter([str(mode) for mode in Mode])
-
-    def __contains__(self, text: str) -> bool:
-        return text in list(self)
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -51,6 +38,8 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def _add_create(actions: Subparsers) -> None:
+    from meshnet.modes import DEFAULT_MODE, Mode
+
     create = actions.add_parser(
         "create",
         help="create a network on all hosts",
@@ -68,10 +57,9 @@ def _add_create(actions: Subparsers) -> None:
     )
     create.add_argument(
         "--mode",
-        metavar="MODE",
-        choices=_Modes(),
-        default="vxlan",
-        help="one of %(choices)s (default: vxlan)",
+        choices=[str(mode) for mode in Mode],
+        default=str(DEFAULT_MODE),
+        help=f"default: {DEFAULT_MODE}",
     )
     create.add_argument(
         "--host-prefix",

@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from meshnet.backends import HostLink, Path, Underlay
+from meshnet.backends import HostLink, Underlay, UnderlayPath
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import NotFoundError
 from meshnet.kernel.elements import WiredElements
@@ -95,7 +95,7 @@ class MemoryKernel:
         nexthop_objects: bool = True,
     ) -> None:
         self.foreign = Foreign()
-        self.routed: dict[IpAddress, Path | None] = {}
+        self.routed: dict[IpAddress, UnderlayPath | None] = {}
         self.on_change: Callable[[], None] | None = None
         self.wired = WiredElements()
         self.writes = 0
@@ -137,10 +137,10 @@ class MemoryKernel:
             nexthop_objects=self._nexthop_objects,
         )
 
-    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, Path]:
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:
         """See `meshnet.kernel.Kernel`."""
         versions = {ip.version for ip in self.underlay_ips}
-        on_link = Path(self.underlay_dev, True, self.underlay_mtu_bytes)
+        on_link = UnderlayPath(self.underlay_dev, True, self.underlay_mtu_bytes)
         paths = {a: self.routed.get(a, on_link) for a in addresses if a.version in versions}
         return {address: path for address, path in paths.items() if path is not None}
 

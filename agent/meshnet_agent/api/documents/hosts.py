@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from meshnet.backends import Peer
-from meshnet.model import Datapath, Mode, NetworkName
-from meshnet.plan import way_to
+from meshnet.backends.table import backend_of
+from meshnet.model import Datapath, NetworkName  # noqa: TC001  (msgspec reads them)
 from meshnet_agent.api.documents.endpoints import EndpointDocument, endpoint_document
 
 if TYPE_CHECKING:
@@ -61,10 +61,14 @@ def host_document(
     """
     subnets: dict[NetworkName, str] = {}
     subnets6: dict[NetworkName, str] = {}
-    for name in snapshot.networks:
+    datapath: dict[NetworkName, Datapath] = {}
+    for name, network in snapshot.networks.items():
         owned = snapshot.subnets_of(host.id, name)
         if owned:
             subnets[name] = str(owned[0])
+            forwards = backend_of(network).datapath_of(host)
+            if forwards is not None:
+                datapath[name] = forwards
         if len(owned) > 1:
             subnets6[name] = str(owned[1])
     return HostDocument(
@@ -73,11 +77,7 @@ def host_document(
         alive=host.id in snapshot.alive,
         subnets=subnets,
         subnets6=subnets6,
-        datapath={
-            name: Datapath.USERSPACE if snapshot.networks[name].mode is Mode.UDP else host.datapath
-            for name in subnets
-            if snapshot.networks[name].mode in (Mode.VXLAN, Mode.UDP)
-        },
+        datapath=datapath,
         path=dict(path),
         path_why=dict(path_why),
     )
@@ -94,7 +94,10 @@ def paths_to(
         network = paths.snapshot.networks.get(name)
         subnets = paths.snapshot.subnets_of(host.id, name)
         if network is not None and subnets and outcome.plan is not None:
-            path[name] = way_to(network, Peer(host, subnets), paths.falls, paths.underlay)
+            backend = backend_of(network).on(paths.underlay)
+            fallen = (name, host.id) in paths.falls
+            peer = Peer(host, subnets)
+            path[name] = backend.path_to(network, peer, paths.underlay, fallen=fallen)
     return path, {n: paths.falls[n, host.id].why for n in path if (n, host.id) in paths.falls}
 
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from meshnet.model import Mode  # noqa: TC001  (msgspec reads it)
+from meshnet.backends import Setting
+from meshnet.backends.table import backend_of
+from meshnet.modes import Mode  # noqa: TC001  (msgspec reads it)
 from meshnet_agent.api.documents.endpoints import EndpointDocument, endpoint_document
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def network_document(network: Network, mtu_bytes: int | None) -> NetworkDocument
         mode=network.mode,
         subnets=[str(s) for s in network.subnets],
         vni=network.vni,
-        port=network.port if network.mode.is_overlay else None,
+        port=network.port if Setting.PORT in backend_of(network).settings else None,
         mtu=network.mtu_bytes if network.mtu_bytes is not None else mtu_bytes,
         host_prefix=network.host_prefix if has_ipv4 else network.host_prefix6,
         host_prefix6=network.host_prefix6,

@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from meshnet.model import Mode, NetworkName  # noqa: TC001  (msgspec reads them)
+from meshnet.model import NetworkName  # noqa: TC001  (msgspec reads it)
+from meshnet.modes import Mode  # noqa: TC001  (msgspec reads it)
 
 
 class StatusHostDocument(msgspec.Struct, frozen=True, kw_only=True):

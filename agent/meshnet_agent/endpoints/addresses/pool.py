@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
+from meshnet.backends import Addressing
+from meshnet.backends.table import addressing_of
 from meshnet.errors import (
     ConflictError,
     KernelRefusedError,
@@ -272,7 +274,9 @@ class PoolAddresses(MeshListener):
 
     def _current(self) -> list[PoolView]:
         """The pools of all underlay networks; those of others are forgotten."""
-        networks = [n for n in self._mesh.snapshot.networks.values() if n.mode.is_underlay]
+        networks = [
+            n for n in self._mesh.snapshot.networks.values() if addressing_of(n) is Addressing.POOL
+        ]
         self._pools = {n.name: self._pool(n) for n in networks}
         return list(self._pools.values())
 

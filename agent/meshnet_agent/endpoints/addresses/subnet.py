@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager
 from ipaddress import ip_interface
 from typing import TYPE_CHECKING, Protocol
 
+from meshnet.backends import Addressing
+from meshnet.backends.table import addressing_of
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.ipam import AddressPool
 
@@ -58,7 +60,8 @@ class HostAddresses:
         self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
     ) -> AbstractAsyncContextManager[tuple[IpInterface, ...]]:
         """See `Addresses`."""
-        source = self._pool if ready.network.mode.is_underlay else self._subnets
+        shared = addressing_of(ready.network) is Addressing.POOL
+        source = self._pool if shared else self._subnets
         return source.allocate(ready, identity, wanted)
 
     def free(self, addresses: Collection[IpInterface]) -> None:
