@@ -175,7 +175,7 @@ class WatchStream:
         Raises:
             RpcFailedError: the stream ended.
         """
-        return self._take(await self._arrived.receive())
+        return self._accept(await self._arrived.receive())
 
     def receive_nowait(self) -> WatchResponse | None:
         """The next response if one is waiting.
@@ -184,7 +184,7 @@ class WatchStream:
             RpcFailedError: the stream ended.
         """
         try:
-            return self._take(self._arrived.receive_nowait())
+            return self._accept(self._arrived.receive_nowait())
         except trio.WouldBlock:
             return None
 
@@ -198,7 +198,7 @@ class WatchStream:
         with trio.move_on_after(1, shield=True):
             await self._ended.wait()
 
-    def _take(self, item: WatchResponse | RpcFailedError) -> WatchResponse:
+    def _accept(self, item: WatchResponse | RpcFailedError) -> WatchResponse:
         if isinstance(item, RpcFailedError):
             raise item
         self._slots.release()

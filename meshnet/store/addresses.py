@@ -86,17 +86,20 @@ def _is_same(value: bytes, network: Network) -> bool:
         return False
 
 
-async def take_addresses(
+async def hold_addresses(
     store: Store,
     network: NetworkName,
     network_revision: int,
     addresses: Collection[IpAddress],
     holder: AddressHolder,
 ) -> bool:
-    """Take all of some addresses, in one transaction; False: one is held, or the network changed.
+    """Hold all of some addresses, in one transaction.
 
     Args:
         network_revision: of `list_pool`.
+
+    Returns:
+        False: one is held already, or the network changed, and nothing was written.
     """
     keys = [address_key(network, address) for address in addresses]
     value = encode_address_holder(holder)

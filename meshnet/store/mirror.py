@@ -102,7 +102,7 @@ class Mirror:
         self._changes = Changes()
         self._shown: MeshSnapshot | None = None
 
-    def take(self, items: Iterable[KeyValue]) -> None:
+    def add_listed(self, items: Iterable[KeyValue]) -> None:
         """Take in a part of a complete listing of `MESH`."""
         for item in items:
             if self.last_put is None or item.mod_revision > self.last_put[1]:
@@ -302,7 +302,7 @@ class Mirror:
 def load(listing: Listing, before: Mirror | None = None) -> Mirror:
     """A copy of a complete listing of `MESH`."""
     mirror = Mirror(before)
-    mirror.take(listing.items)
+    mirror.add_listed(listing.items)
     mirror.finish(listing.revision)
     return mirror
 

@@ -261,7 +261,7 @@ async def test_a_store_that_was_restored_and_has_gone_on_is_refused(
 ) -> None:
     """Its revision is no older than what was seen, but the last change that was seen is lost."""
     mirror = Mirror()
-    mirror.take((await (await _written(b"1")).list_prefix(MESH)).items)
+    mirror.add_listed((await (await _written(b"1")).list_prefix(MESH)).items)
     before = await _written(b"1", last)
     mirror.apply(WatchBatch((Change(last.key, getattr(last, "value", None), 4),), 4))
     await MeshIdentity(before, tmp_path / "mesh.json").check_history(mirror)

@@ -33,7 +33,7 @@ from meshnet.model import (
 )
 from meshnet.modes import Mode
 from meshnet.store import Delete, Put
-from meshnet.store.addresses import SET_ASIDE_S, address_key, list_pool, take_addresses
+from meshnet.store.addresses import SET_ASIDE_S, address_key, hold_addresses, list_pool
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ADDRESSES, network_key, printable_key
 from meshnet.store.registry import Registry
@@ -337,12 +337,12 @@ async def test_a_write_whose_answer_was_lost(autojump_clock: MockClock, wire: Wi
     await one.pool.load()
 
     async def lose(*arguments: Any) -> bool:  # noqa: ANN401
-        assert await take_addresses(*arguments)
+        assert await hold_addresses(*arguments)
         raise StoreUnavailableError("no answer")
 
     async with one.running():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("meshnet_agent.endpoints.addresses.pool_store.take_addresses", lose)
+            patch.setattr("meshnet_agent.endpoints.addresses.pool_store.hold_addresses", lose)
             with pytest.raises(StoreUnavailableError):
                 await one.attach(1)
         await wire.until_held(0)

@@ -91,7 +91,7 @@ class Follower:
         listed = time.perf_counter()
         mirror = Mirror(before=self._mirror)
         for first in range(0, len(listing.items), _SLICE_KEYS):
-            mirror.take(listing.items[first : first + _SLICE_KEYS])
+            mirror.add_listed(listing.items[first : first + _SLICE_KEYS])
             await self._right_of_way.give()
         mirror.finish(listing.revision)
         if mirror.contradiction is not None:

@@ -11,9 +11,9 @@ from meshnet.model import AddressHolder, HostId
 from meshnet.store.addresses import (
     SET_ASIDE_S,
     free_addresses,
+    hold_addresses,
     list_pool,
     set_aside,
-    take_addresses,
 )
 from meshnet.wire.mac import is_endpoint_mac
 
@@ -68,7 +68,7 @@ class PoolStore:
             StoreUnavailableError: the store does not answer, and may have made it.
         """
         try:
-            won = await take_addresses(
+            won = await hold_addresses(
                 self._store, pool.network.name, pool.revision, addresses, holder
             )
         except BaseException:
