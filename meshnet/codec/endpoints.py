@@ -32,6 +32,7 @@ from meshnet.model import (
     PublishedPort,
 )
 from meshnet.text import NAME
+from meshnet.wire.mac import parse_mac
 
 if TYPE_CHECKING:
     from meshnet.model import IpAddress
@@ -139,7 +140,7 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         ifname=value.ifname,
         addresses=addresses,
         gateways=gateways,
-        mac=bytes.fromhex(value.mac.replace(":", "")),
+        mac=parse_mac(value.mac),
         mtu_bytes=value.mtu,
         default_route=value.default_route,
         published=tuple(
@@ -182,5 +183,5 @@ def decode_address_holder(raw: bytes) -> AddressHolder:
     value = decode(_address_holder, raw)
     if bool(value.host) == (value.held_by is not None) or (value.endpoint and not value.host):
         raise BadValueError("an address is held by a host or by a machine outside the mesh")
-    held_by = bytes.fromhex(value.held_by.replace(":", "")) if value.held_by is not None else b""
+    held_by = parse_mac(value.held_by) if value.held_by is not None else b""
     return AddressHolder(HostId(value.host), value.endpoint, held_by)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshnet.errors import KernelRefusedError
 from meshnet.state import Member, MemberKey, Vxlan, format_ip, format_mac
+from meshnet.wire.mac import parse_mac
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -65,7 +66,7 @@ class VtepProcesses:
             return Vtep(
                 int(status["pid"]),
                 Vxlan(config["vni"], config["port"], ip_address(config["local"]).packed),
-                bytes.fromhex(config["mac"].replace(":", "")),
+                parse_mac(config["mac"]),
                 config["mtu"],
                 config.get("engine", "python"),  # one that an older agent started says nothing
             )
@@ -210,7 +211,7 @@ def _to_document(key: MemberKey, member: Member) -> dict[str, Any]:
 def _from_document(tun: str, document: Mapping[str, Any]) -> tuple[MemberKey, Member]:
     subnets = [ip_network(subnet) for subnet in document["subnets"]]
     member = Member(
-        bytes.fromhex(document["mac"].replace(":", "")),
+        parse_mac(document["mac"]),
         tuple((s.network_address.packed, s.prefixlen) for s in subnets),
         document["port"],
         document["offload"],

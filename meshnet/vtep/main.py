@@ -24,7 +24,7 @@ from meshnet.errors import MeshnetError, UsageError
 from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.engine import ENGINES, Parts
-from meshnet.vtep.peers import Own, PeerTable, parse_ip, parse_mac
+from meshnet.vtep.peers import Own, PeerTable, parse_ip, parse_unicast_mac
 from meshnet.vtep.probe_exchange import ProbeExchange
 from meshnet.vtep.rundir import RunDir
 from meshnet.vtep.server import Server
@@ -61,7 +61,7 @@ class _Process:
             raise UsageError(f"VNI {options.vni} or port {options.port} is out of range")
         if not 576 <= options.mtu <= 65_457:
             raise UsageError(f"MTU {options.mtu} is not 576 to 65457")
-        own = Own(options.vni, parse_mac(options.mac, "--mac"), options.port, version)
+        own = Own(options.vni, parse_unicast_mac(options.mac, "--mac"), options.port, version)
         self._rundir = RunDir(options.run_dir)
         self._table = PeerTable(own)
         problem = self._rundir.load(self._table)

@@ -9,18 +9,19 @@ else here.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import ConflictError, UsageError
 from meshnet.wire import virtio, vxlan
+from meshnet.wire.mac import parse_mac
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from socket import socket
 
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _LENGTH = re.compile(r"[0-9]{1,3}")
 _KEYS = frozenset({"underlay_ip", "port", "mac", "subnets", "offload"})
 _MAX_SUBNETS = 64
@@ -82,7 +83,7 @@ class TunnelPeer:
         port = document.get("port", own.port)
         if not _is_int(port) or not 1 <= port <= 65535:
             raise UsageError(f"{name}: port {port!r:.80} is not 1 to 65535")
-        self.mac = parse_mac(document.get("mac"), name)
+        self.mac = parse_unicast_mac(document.get("mac"), name)
         subnets = document.get("subnets")
         if not isinstance(subnets, list) or not 1 <= len(subnets) <= _MAX_SUBNETS:
             raise UsageError(f"{name}: subnets {subnets!r:.80} is not a list of 1 to 64 CIDRs")
@@ -240,16 +241,17 @@ def parse_ip(text: object) -> tuple[int, int, str]:
     raise UsageError(f"{text!r:.80} is not an IP address")
 
 
-def parse_mac(text: object, name: str) -> bytes:
+def parse_unicast_mac(text: object, name: str) -> bytes:
     """The six bytes of a MAC address.
 
     Raises:
         UsageError: it is none, or a group's.
     """
-    if isinstance(text, str) and _MAC.fullmatch(text.lower()):
-        mac = bytes.fromhex(text.replace(":", ""))
-        if not mac[0] & 1:
-            return mac
+    if isinstance(text, str):
+        with contextlib.suppress(ValueError):
+            mac = parse_mac(text)
+            if not mac[0] & 1:
+                return mac
     raise UsageError(f"{name}: mac {text!r:.80} is not a unicast MAC address")
 
 

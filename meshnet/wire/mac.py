@@ -14,12 +14,25 @@ between all subnets of one network (`meshnet.ipam` allows at most 2^32 of them).
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from meshnet.model import IpAddress, IpNetwork
 
 _VTEP, _GATEWAY, _ENDPOINT = ord("m"), ord("g"), ord("e")
+_TEXT = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
+
+
+def parse_mac(text: str) -> bytes:
+    """The six bytes of a MAC address in its usual text form, such as ``02:6d:0a:2a:01:00``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not _TEXT.fullmatch(text):
+        raise ValueError(f"{text!r:.80} is not a MAC address")
+    return bytes.fromhex(text.replace(":", ""))
 
 
 def vtep_mac(subnet: IpNetwork) -> bytes:

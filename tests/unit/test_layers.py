@@ -160,11 +160,10 @@ def _graph(known: dict[str, Path], *, for_types: bool) -> dict[str, set[str]]:
 
 
 def test_no_circle_of_imports() -> None:
-    """An import within a function that hides a circle counts, too; so do types in the library."""
-    known = _by_module()
-    TopologicalSorter(_graph(known, for_types=False)).prepare()
-    library = {name: path for name, path in known.items() if not name.startswith(AGENT.name)}
-    TopologicalSorter(_graph(library, for_types=True)).prepare()
+    """An import within a function that hides a circle counts, too, and so does one for types."""
+    graph = _graph(_by_module(), for_types=True)
+    assert sum(map(len, graph.values())) > 1000
+    TopologicalSorter(graph).prepare()
 
 
 def test_no_circle_of_calls_in_c() -> None:

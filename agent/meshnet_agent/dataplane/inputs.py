@@ -6,12 +6,11 @@ Nothing else of the data plane asks the mesh or the endpoints for anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.backends.table import backend_of
 from meshnet.plan import LocalView, probed_peers
 from meshnet_agent.dataplane.passes import HostView, PartInput, PassInput
-from meshnet_agent.dataplane.probes import Target
 from meshnet_agent.mesh.view import MeshListener
 
 if TYPE_CHECKING:
@@ -51,6 +50,14 @@ class LocalParts:
             expired=expired,
             fallen=self.fallback.fallen,
         )
+
+
+class Target(NamedTuple):
+    """A peer to probe: by which TUN's process, where, and how long a packet may be."""
+
+    tun: str
+    underlay_ip: str
+    mtu_bytes: int
 
 
 class PassInputs(MeshListener):

@@ -9,7 +9,7 @@ event loop stays free.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 import trio
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from meshnet.store.mirror import Changes
     from meshnet_agent.dataplane.dirty import Dirty
     from meshnet_agent.dataplane.fallback import Fallback, Pair, Probe
-    from meshnet_agent.dataplane.inputs import PassInputs
+    from meshnet_agent.dataplane.inputs import PassInputs, Target
     from meshnet_agent.dataplane.passes import PassResult
 
 _log = structlog.get_logger()
@@ -33,14 +33,6 @@ _IDLE_S = 1.0
 _LOOK_S, _LOOK_SHARE = 1.0, 0.02
 """Least time between two looks at who is to be probed, and the most of all time that they take."""
 _LOGGED = 20
-
-
-class Target(NamedTuple):
-    """A peer to probe: by which TUN's process, where, and how long a packet may be."""
-
-    tun: str
-    underlay_ip: str
-    mtu_bytes: int
 
 
 class ProbeSender(Protocol):
