@@ -225,15 +225,13 @@ class LinkNames(NamedTuple):
 class TunnelPorts(NamedTuple):
     """UDP ports that a network wants on a host.
 
-    The kernel tells its VXLAN networks apart by VNI; a userspace VTEP has a port to itself.
-
     Attributes:
-        userspace: those of userspace VTEPs.
-        kernel: those of the kernel's.
+        exclusive: those that no other network may have, as of userspace VTEPs.
+        shared: those of the kernel's VXLAN, which tells its networks apart by VNI.
     """
 
-    userspace: frozenset[int] = frozenset()
-    kernel: frozenset[int] = frozenset()
+    exclusive: frozenset[int] = frozenset()
+    shared: frozenset[int] = frozenset()
 
 
 class Blocked(NamedTuple):

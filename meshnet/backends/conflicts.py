@@ -61,10 +61,10 @@ def find_conflict(network: Network, other: Network, *, kernel_vxlan: bool) -> Co
 
 
 def _find_taken_port(one: Network, other: Network, *, kernel_vxlan: bool) -> int | None:
-    """A UDP port that both networks want on a host, and one of them for a userspace VTEP."""
+    """A UDP port that both networks want on a host, and one of them for itself."""
     mine = backend_of(one).ports(one, kernel_vxlan=kernel_vxlan)
     theirs = backend_of(other).ports(other, kernel_vxlan=kernel_vxlan)
-    taken = mine.userspace & (theirs.userspace | theirs.kernel) | mine.kernel & theirs.userspace
+    taken = mine.exclusive & (theirs.exclusive | theirs.shared) | mine.shared & theirs.exclusive
     return min(taken, default=None)
 
 

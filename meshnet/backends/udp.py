@@ -121,7 +121,7 @@ class UdpBackend(TunnelBackend):
 
     def ports(self, network: Network, *, kernel_vxlan: bool) -> TunnelPorts:
         """The process's."""
-        return TunnelPorts(userspace=frozenset({network.port}))
+        return TunnelPorts(exclusive=frozenset({network.port}))
 
     def userspace_vtep(self, network: Network) -> str | None:
         """It always has one."""

@@ -93,7 +93,7 @@ class VxlanBackend(TunnelBackend):
         if not kernel_vxlan:
             return UDP.ports(network, kernel_vxlan=kernel_vxlan)
         fallback = {userspace_port(network.vni)} if network.fallback else ()
-        return TunnelPorts(userspace=frozenset(fallback), kernel=frozenset({network.port}))
+        return TunnelPorts(exclusive=frozenset(fallback), shared=frozenset({network.port}))
 
     def option_of_port(self, network: Network, port: int) -> str:
         """The fallback's follows from the VNI."""

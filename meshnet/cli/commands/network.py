@@ -38,8 +38,6 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def _add_create(actions: Subparsers) -> None:
-    from meshnet.modes import DEFAULT_MODE, Mode
-
     create = actions.add_parser(
         "create",
         help="create a network on all hosts",
@@ -55,12 +53,7 @@ def _add_create(actions: Subparsers) -> None:
         required=True,
         help="addresses of the network; give it twice for IPv4 and IPv6",
     )
-    create.add_argument(
-        "--mode",
-        choices=[str(mode) for mode in Mode],
-        default=str(DEFAULT_MODE),
-        help=f"default: {DEFAULT_MODE}",
-    )
+    _add_mode(create)
     create.add_argument(
         "--host-prefix",
         metavar="N",
@@ -98,6 +91,18 @@ def _add_create(actions: Subparsers) -> None:
     _add_physical(create)
     create.add_argument("--json", action="store_true", help="print one JSON document")
     create.set_defaults(run=_create)
+
+
+def _add_mode(create: argparse.ArgumentParser) -> None:
+    from meshnet.modes import DEFAULT_MODE, Mode
+
+    create.add_argument(
+        "--mode",
+        metavar="MODE",
+        choices=[str(mode) for mode in Mode],
+        default=str(DEFAULT_MODE),
+        help="one of %(choices)s (default: %(default)s)",
+    )
 
 
 def _add_physical(create: argparse.ArgumentParser) -> None:
