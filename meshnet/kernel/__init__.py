@@ -70,7 +70,10 @@ class Kernel(Protocol):
         ...
 
     def link_indices(self) -> Mapping[str, int]:
-        """Interface indices of all links by name, as the last look and what was made since say."""
+        """Interface indices by name of all links, whoever made them.
+
+        As the last `dump` or `observe` saw them, with what was made and removed here since.
+        """
         ...
 
     def dump(self) -> KernelState:
@@ -143,6 +146,10 @@ class Wiring(Protocol):
 
     def remove_link(self, name: str) -> None:
         """Remove an endpoint link by name.  Idempotent."""
+        ...
+
+    def has_link(self, name: str) -> bool:
+        """Whether this host has a link of that name now, whoever made it."""
         ...
 
     def list_endpoint_links(self) -> list[str]:

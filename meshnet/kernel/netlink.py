@@ -179,6 +179,10 @@ class NetlinkKernel:
                 found[address] = path
         return found
 
+    def link_indices(self) -> Mapping[str, int]:
+        """See `meshnet.kernel.Kernel`."""
+        return dict(self._indices)
+
     def _to_path(self, way: tuple[int, bool, int]) -> Path | None:
         ifindex, on_link, mtu_bytes = way
         out = self._by_index.get(ifindex)
@@ -261,10 +265,6 @@ class NetlinkKernel:
         self._indices = {link.name: link.ifindex for link in found}
         self._by_index = {link.ifindex: link for link in found}
         return found
-
-    def link_indices(self) -> dict[str, int]:
-        """See `meshnet.kernel.Kernel`."""
-        return dict(self._indices)
 
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
@@ -451,7 +451,7 @@ class NetlinkKernel:
     def _delete_link(self, name: str) -> None:
         index = self._indices.pop(name, None)
         if index is not None:
-            if self._actual[name].kind is LinkKind.TUN:
+            if self._actual.pop(name).kind is LinkKind.TUN:
                 self._need_vteps().stop(name)
             self._iproute.link("del", index=index)
         for port, link in self._actual.items():
@@ -465,6 +465,7 @@ class NetlinkKernel:
             return
         if current is None:
             self._create_link(name, link)
+            self._actual[name] = Link(link.kind, link.mtu_bytes, link.mac, up=False)
         index = self._indices[name]
         changes: dict[str, Any] = {}
         if current is not None:
@@ -495,6 +496,7 @@ class NetlinkKernel:
         if current is None or (current.vxlan, current.mac, current.mtu_bytes, current.up) != served:
             self._need_vteps().start(name, link.vxlan, link.mac, link.mtu_bytes)
         self._find_index(name)
+        self._actual[name] = link
         _write_sysctls(name, link)
 
     def _create_link(self, name: str, link: Link) -> None:

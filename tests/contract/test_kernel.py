@@ -128,6 +128,27 @@ def test_paths(host: HostUnderTest) -> None:
     assert host.kernel.find_paths([]) == {}
 
 
+def test_indices_of_links(host: HostUnderTest) -> None:
+    host.kernel.observe(underlay_ip(1), None)
+    before = host.kernel.link_indices()
+    assert UNDERLAY_DEV in before
+    assert not before.keys() & {BRIDGE, TUNNEL}
+    # What is made is known at once, before anybody looks at the links again.
+    desired = desired_for(host, [DUAL])
+    host.kernel.apply(diff(desired, host.kernel.dump()))
+    made = host.kernel.link_indices()
+    assert made.keys() == before.keys() | {BRIDGE, TUNNEL}
+    assert made.items() >= before.items()
+    assert len(set(made.values())) == len(made)
+    host.kernel.dump()
+    assert host.kernel.link_indices() == made
+    # One that is made anew is another one.
+    host.kernel.apply([Op(Table.LINK, TUNNEL, None, True)])
+    assert TUNNEL not in host.kernel.link_indices()
+    host.kernel.apply([Op(Table.LINK, TUNNEL, desired.links[TUNNEL], False)])
+    assert host.kernel.link_indices()[TUNNEL] not in made.values()
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_planned_network_is_as_planned_after_one_pass(host: HostUnderTest, mesh: str) -> None:
     networks, version = MESHES[mesh]

@@ -24,7 +24,7 @@ from meshnet.kernel.fakes.wiring import MemoryWiring, NamespaceLink
 from meshnet.kernel.netns import netns_id
 from meshnet.kernel.wiring import NetlinkWiring
 from meshnet.model import NetnsId
-from meshnet.state import Ruleset
+from meshnet.state import Ruleset, endpoint_link_name
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 from tests.contract.hosts import (
     UNDERLAY_DEV,
@@ -111,11 +111,11 @@ class RealWired:
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         return self._thread.call(lambda w: w.holds(netns_fd, endpoint))
 
-    def has_link(self, name: str) -> bool:
-        return self._thread.call(lambda w: w.has_link(name))
-
     def remove_link(self, name: str) -> None:
         self._thread.call(lambda w: w.remove_link(name))
+
+    def has_link(self, name: str) -> bool:
+        return self._thread.call(lambda w: w.has_link(name))
 
     def list_endpoint_links(self) -> list[str]:
         return self._thread.call(lambda w: w.list_endpoint_links())
@@ -275,6 +275,21 @@ def test_connect_and_disconnect(wired: Wired) -> None:
     for _ in range(2):  # idempotent
         wired.wiring.disconnect(endpoint)
         assert_nothing_left(wired, before)
+
+
+def test_links_of_the_host(wired: Wired) -> None:
+    endpoint = make_endpoint(DUAL)
+    own = endpoint_link_name(endpoint.id)
+    assert wired.wiring.has_link(UNDERLAY_DEV)
+    assert wired.wiring.has_link(BRIDGE)
+    assert not wired.wiring.has_link(own)
+    wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
+    assert wired.wiring.has_link(own)
+    wired.wiring.disconnect(endpoint)
+    assert not wired.wiring.has_link(own)
+    assert wired.kernel.apply([Op(Table.LINK, BRIDGE, None, True)]) == []
+    assert not wired.wiring.has_link(BRIDGE)
+    assert not wired.wiring.has_link("a-name-that-no-link-can-have")
 
 
 def test_an_endpoint_that_an_earlier_agent_connected(wired: Wired) -> None:
