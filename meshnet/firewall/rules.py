@@ -60,6 +60,8 @@ COUNTERS = {
 _FAMILY = {4: "ip", 6: "ip6"}
 _NFPROTO = {4: "ipv4", 6: "ipv6"}
 _LOOPBACK = "127.0.0.0/8"
+_ICMPV6 = 58
+"""Protocol number (RFC 4443 §1)."""
 _MULTICAST = {4: "224.0.0.0/4", 6: "ff00::/8"}
 
 
@@ -322,7 +324,9 @@ def _bridge() -> str:
         + _chain(
             "from_ipv6",
             [
-                "meta l4proto ipv6-icmp jump from_icmpv6",
+                # By number: names of protocols are looked up in /etc/protocols, which a small host
+                # does not have.  Without it nft would refuse the whole script.
+                f"meta l4proto {_ICMPV6} jump from_icmpv6",
                 f"{ipv6} @sources6 accept",
                 _drop("spoofed_ipv6"),
             ],
