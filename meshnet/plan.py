@@ -16,7 +16,7 @@ from meshnet.backends.overlay import direct_nexthop, route_key
 from meshnet.backends.udp import UDP, tun_name
 from meshnet.backends.underlay_bridge import UNDERLAY_BRIDGE, parent_bridge_name
 from meshnet.backends.vxlan import VXLAN, has_fallback
-from meshnet.firewall import elements, render_rules
+from meshnet.firewall import elements, firewall_for
 from meshnet.model import Mode, Reservations, find_taken_port
 from meshnet.state import KernelState
 
@@ -143,7 +143,7 @@ def plan_mesh(
             # What a macvlan sends passes through no link of this host's own.
             planned.append(outcome.plan)
     if planned:
-        state.firewall = render_rules([p.firewall for p in planned], underlay.ip)
+        state.firewall = firewall_for((p.firewall for p in planned), underlay.ip)
     if any(p.firewall.links for p in planned):
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)

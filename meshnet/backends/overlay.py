@@ -68,7 +68,7 @@ def plan_bridge(wanted: NetworkInput, tunnel: str | None, state: KernelState) ->
         links=(bridge,) if tunnel is None else (bridge, tunnel),
         ports=() if tunnel is None else (network.port,),
         cidrs=network.subnets,
-        subnets=wanted.subnets,
+        subnets=tuple(wanted.subnets),
         vni=network.vni,
         internal=network.internal,
         direct=network.direct_routing,

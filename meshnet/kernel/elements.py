@@ -61,4 +61,4 @@ class WiredElements:
     def bring_up_to_date(self, ruleset: Ruleset) -> Ruleset:
         """A ruleset with the endpoints that are connected now."""
         others = {k: v for k, v in ruleset.elements.items() if not SETS[k.set_name].wired}
-        return Ruleset(ruleset.text, others | self._elements)
+        return Ruleset(ruleset.firewall, others | self._elements)

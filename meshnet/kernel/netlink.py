@@ -21,8 +21,9 @@ from pyroute2.netlink.exceptions import NetlinkError
 from meshnet.backends import HostLink, Path, Underlay
 from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
+from meshnet.firewall import Firewall
+from meshnet.kernel.drivers.nft import NftTables
 from meshnet.kernel.elements import are_wired
-from meshnet.kernel.nft import NftTables
 from meshnet.kernel.ordering import carry_out
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.kernel.wire.nftnl import NftSocket
@@ -357,7 +358,9 @@ class NetlinkKernel:
     def _load_firewall(self, ruleset: Ruleset) -> None:
         with self._wired.lock:
             counts = self._nft_socket.dump_counters()
-            self._nft.load(self._wired.bring_up_to_date(ruleset), counts)
+            held = self._wired.bring_up_to_date(ruleset).elements
+            assert isinstance(ruleset.firewall, Firewall)
+            self._nft.load(ruleset.firewall, held, counts)
 
     def _write_members(self, ops: Sequence[Op]) -> list[Failure]:
         """Tell the userspace VTEPs, each all it is to know in one request."""

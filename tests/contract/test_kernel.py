@@ -13,6 +13,7 @@ import pytest
 from meshnet.backends import Path
 from meshnet.diff import Op, Table, diff
 from meshnet.errors import NotFoundError
+from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import member, published_elements, source_elements
 from meshnet.model import Protocol, PublishedPort
 from meshnet.state import (
@@ -280,7 +281,9 @@ def test_a_pass_that_is_out_of_date_leaves_endpoints_alone(host: HostUnderTest) 
     assert host.kernel.apply(add) == []
     assert host.kernel.apply(remove) == []
     assert host.kernel.dump().elements.items() >= own.items()
-    load = Op(Table.FIREWALL, "meshnet", Ruleset(desired.firewall or "", desired.elements), False)
+    load = Op(
+        Table.FIREWALL, "meshnet", Ruleset(desired.firewall or UNKNOWN, desired.elements), False
+    )
     assert host.kernel.apply([load]) == []
     assert host.kernel.dump().elements.items() >= own.items()
     host.wired.remove(own)

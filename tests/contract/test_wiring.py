@@ -17,6 +17,7 @@ import pytest
 
 from meshnet.diff import Op, Table, diff
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
+from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import source_elements
 from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel import EndpointWiring
@@ -302,7 +303,9 @@ def test_an_endpoint_that_an_earlier_agent_connected(wired: Wired) -> None:
     assert wired.wiring.writes == writes
     # A load that was planned without it does not cut it off.
     without = desired_for(wired.kernel)
-    load = Op(Table.FIREWALL, "meshnet", Ruleset(without.firewall or "", without.elements), False)
+    load = Op(
+        Table.FIREWALL, "meshnet", Ruleset(without.firewall or UNKNOWN, without.elements), False
+    )
     assert wired.kernel.apply([load]) == []
     assert diff(desired, wired.kernel.dump()) == []
 

@@ -46,7 +46,7 @@ def without_databases() -> Iterator[None]:
 
 
 def tables_of(host: LabHost) -> str:
-    """Our tables with the handles that the kernel gave them: a table that is loaded has a new one."""
+    """Our tables with the kernel's handles: a table that is loaded anew has a new one."""
     listing = host.run(["nft", "--handle", "list", "tables"]).stdout
     assert "meshnet" in listing
     return listing

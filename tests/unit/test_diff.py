@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from meshnet.backends import NexthopIds
 from meshnet.diff import Op, Table, diff, link_matches, merge, missing_endpoint_links
+from meshnet.firewall import UNKNOWN
 from meshnet.plan import plan_mesh
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
@@ -55,7 +56,7 @@ def damaged(draw: st.DrawFn, state: KernelState) -> KernelState:
             key = draw(st.sampled_from(sorted(kept)))
             kept[key] = bytes(len(kept[key]))
         after[name] = kept
-    firewalls: list[str | None] = [state.firewall, None, ""]
+    firewalls = [state.firewall, None, UNKNOWN]
     after["firewall"] = draw(st.sampled_from(firewalls))
     if after["firewall"] is None:
         after["elements"] = {}
