@@ -11,10 +11,10 @@ Pure: imports no socket, file, clock or trio.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -228,19 +228,9 @@ class KernelState:
 
     def copy(self) -> KernelState:
         """The same state in tables of its own."""
-        return KernelState(
-            links=dict(self.links),
-            addresses=dict(self.addresses),
-            neighbours=dict(self.neighbours),
-            fdb=dict(self.fdb),
-            members=dict(self.members),
-            nexthops=dict(self.nexthops),
-            routes=dict(self.routes),
-            sysctls=dict(self.sysctls),
-            firewall=self.firewall,
-            elements=dict(self.elements),
-            foreign_nexthop_ids=self.foreign_nexthop_ids,
-        )
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        own: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in values}
+        return KernelState(**own)
 
 
 def format_ip(packed: PackedIp) -> str:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from meshnet.backends import Path, Underlay
-    from meshnet.diff import Failure, Op
     from meshnet.model import Endpoint, IpAddress, IpNetwork
     from meshnet.state import KernelState
+    from meshnet.tables import Failure, Op
 
 
 class EndpointWiring(NamedTuple):
@@ -126,10 +126,6 @@ class Wiring(Protocol):
         Raises:
             KernelRefusedError: a link is there and cannot be removed.
         """
-        ...
-
-    def has_link(self, name: str) -> bool:
-        """Whether the host has a link of that name, whoever made it."""
         ...
 
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:

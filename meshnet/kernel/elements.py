@@ -19,8 +19,8 @@ from meshnet.state import Ruleset
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from meshnet.diff import Op
     from meshnet.state import ElementKey
+    from meshnet.tables import Op
 
 
 def are_wired(ops: Iterable[Op]) -> bool:

@@ -19,7 +19,6 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from meshnet.backends import HostLink, Path, Underlay
-from meshnet.diff import Failure, Op, Table
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.firewall import Firewall
 from meshnet.kernel.drivers.nft import NftTables
@@ -38,6 +37,7 @@ from meshnet.state import (
     format_ip,
     format_mac,
 )
+from meshnet.tables import Failure, Op, Table
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

@@ -19,7 +19,6 @@ from ipaddress import IPv6Interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
 from meshnet.firewall.elements import source_elements
 from meshnet.kernel.address_probe import announce
@@ -27,6 +26,7 @@ from meshnet.kernel.netns import inside, open_by_id
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.kernel.wire.nftnl import NftSocket
 from meshnet.state import ENDPOINT_LINK, LinkKind, endpoint_link_name
+from meshnet.tables import Op, Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
-from meshnet.diff import Table
 from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import member
 from meshnet.state import (
@@ -19,6 +18,7 @@ from meshnet.state import (
     RouteKey,
     Ruleset,
 )
+from meshnet.tables import Table
 from tests.contract.hosts import UNDERLAY_DEV
 
 if TYPE_CHECKING:

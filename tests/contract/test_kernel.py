@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from meshnet.backends import Path
-from meshnet.diff import Op, Table, diff
+from meshnet.diff import diff
 from meshnet.errors import NotFoundError
 from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import member, published_elements, source_elements
@@ -30,6 +30,7 @@ from meshnet.state import (
     Ruleset,
     format_ip,
 )
+from meshnet.tables import Op, Table
 from tests.contract.changes import (
     BRIDGE,
     CHANGES,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pytest
 
-from meshnet.diff import Op, Table, diff
+from meshnet.diff import diff
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
 from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import source_elements
@@ -26,6 +26,7 @@ from meshnet.kernel.netns import netns_id
 from meshnet.kernel.wiring import NetlinkWiring
 from meshnet.model import NetnsId
 from meshnet.state import Ruleset, endpoint_link_name
+from meshnet.tables import Op, Table
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 from tests.contract.hosts import (
     UNDERLAY_DEV,

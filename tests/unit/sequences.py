@@ -26,7 +26,6 @@ import structlog
 import trio
 from trio.testing import MockClock
 
-from meshnet.diff import Table
 from meshnet.errors import ConflictError
 from meshnet.firewall import UNKNOWN
 from meshnet.kernel.fakes.kernel import MemoryKernel
@@ -35,6 +34,7 @@ from meshnet.state import ElementKey, FdbKey, Ruleset
 from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
+from meshnet.tables import Table
 from tests.unit.mesh import RESYNC_S, TTL_S, Mesh, Node, full_mesh, open_mesh
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshnet.backends import NexthopIds
-from meshnet.diff import Op, Table, diff, link_matches, merge, missing_endpoint_links
+from meshnet.diff import diff, merge, missing_endpoint_links
 from meshnet.firewall import UNKNOWN
 from meshnet.plan import plan_mesh
 from meshnet.state import (
@@ -23,6 +23,7 @@ from meshnet.state import (
     NeighbourKey,
     Vxlan,
 )
+from meshnet.tables import Op, Table, link_matches
 from tests.unit import strategies
 from tests.values import make_endpoint, make_network, make_snapshot, make_underlay, plan_for
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from meshnet.diff import Table
 from meshnet.errors import KernelRefusedError, PolicyRefusedError
 from meshnet.firewall import UNKNOWN
 from meshnet.model import HostId, NetworkName
@@ -16,6 +15,7 @@ from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
 from meshnet.store.registry import endpoint_key
+from meshnet.tables import Table
 from meshnet_agent.daemon import make_operations
 from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, full_mesh, open_mesh, until
 from tests.values import make_endpoint, make_network

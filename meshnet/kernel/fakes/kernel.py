@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshnet.backends import HostLink, Path, Underlay
-from meshnet.diff import Failure, Op, Table
 from meshnet.errors import NotFoundError
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.ordering import carry_out
 from meshnet.state import KernelState, Link, LinkKind
+from meshnet.tables import Failure, Op, Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.firewall.elements import source_elements
 from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.netns import netns_id
 from meshnet.state import ENDPOINT_LINK, Link, LinkKind, endpoint_link_name
+from meshnet.tables import Op, Table
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 
 if TYPE_CHECKING:
