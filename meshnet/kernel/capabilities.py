@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from pyroute2.netlink.exceptions import NetlinkError
-
+from meshnet.kernel.drivers.iproute import RequestError
 from meshnet.kernel.wire import bulk, rtnl
 from meshnet.state import LinkKind
 
@@ -51,9 +50,9 @@ class Capabilities:
             try:
                 iproute.link("add", ifname=_PROBE, kind="vxlan", vxlan_id=1, vxlan_port=1)
                 iproute.link("del", ifname=_PROBE)
-            except NetlinkError as error:
-                if error.code not in (errno.EOPNOTSUPP, errno.ENODEV):
-                    # Refused for another reason, which may pass: ask again next time.
+            except RequestError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENODEV):
+                    # RequestError for another reason, which may pass: ask again next time.
                     return True
                 self._vxlan = False
             else:

@@ -48,4 +48,4 @@ class AddressDriver:
         if len(key.address) == 16 and not delete:
             # Nobody else can have it, and a tentative address cannot be used for a second or two.
             options["flags"] = links.IFA_F_NODAD
-        self._namespace.iproute.addr("del" if delete else "add", **options)
+        self._namespace.iproute.address("del" if delete else "add", **options)

@@ -121,7 +121,7 @@ class LinkDriver:
             iproute.link("set", index=index, **changes)
         left_bridge = "master" in changes  # and what it was as a port is forgotten
         if link.hairpin != (current is not None and current.hairpin and not left_bridge):
-            iproute.brport("set", index=index, mode=int(link.hairpin))
+            iproute.port("set", index=index, mode=int(link.hairpin))
         _write_sysctls(name, link)
         if link.up and (current is None or not current.up):
             iproute.link("set", index=index, state="up")
@@ -165,10 +165,10 @@ class LinkDriver:
         self._actual[name] = Link(link.kind, link.mtu_bytes, link.mac, up=False)
 
     def _find_index(self, name: str) -> None:
-        found = self._namespace.iproute.link_lookup(ifname=name)
-        if not found:
+        index = self._namespace.iproute.find_link(name)
+        if index is None:
             raise KernelRefusedError(f"link {name} vanished while it was made")
-        self._namespace.indices[name] = int(found[0])
+        self._namespace.indices[name] = index
 
 
 def _to_link(info: LinkInfo, names: Mapping[int, str]) -> Link:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pyroute2 import IPRoute
-
+from meshnet.kernel.drivers.iproute import LinkSocket
 from meshnet.kernel.wire import links, rtnl
 from meshnet.kernel.wire.nftnl import NftSocket
 
@@ -21,7 +20,7 @@ class HostNamespace:
     Attributes:
         rtnl: for what comes in thousands, by `meshnet.kernel.wire.bulk`.
         nft: for elements and counters.
-        iproute: pyroute2's, for links and what comes in ones.
+        iproute: for links and what comes in ones.
         indices: of all links by name, as last dumped, with what was made since.
         by_index: all links as last dumped.
         forwarding_links: names of the host's links that packets of the networks may leave by.
@@ -38,7 +37,7 @@ class HostNamespace:
             undo.callback(self.rtnl.close)
             self.nft = NftSocket()
             undo.callback(self.nft.close)
-            self.iproute: Any = IPRoute()
+            self.iproute = LinkSocket()
             undo.pop_all()
         self.indices: dict[str, int] = {}
         self.by_index: dict[int, LinkInfo] = {}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pyroute2.netlink.exceptions import NetlinkError
-
 from meshnet.errors import KernelRefusedError, NotFoundError
 from meshnet.tables import Failure, Op
 
@@ -56,8 +54,6 @@ def write_each(
         namespace.writes += 1
         try:
             write(op)
-        except NetlinkError as error:
-            failures.append(Failure(op, error.code, str(error.args[-1])))
         except OSError as error:
             failures.append(Failure(op, error.errno or 0, str(error)))
         except (KernelRefusedError, NotFoundError) as error:
