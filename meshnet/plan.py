@@ -14,7 +14,7 @@ from meshnet.backends.conflicts import find_conflict
 from meshnet.backends.physical import missing_parent
 from meshnet.backends.table import backend_of
 from meshnet.backends.tunnel import route_key
-from meshnet.firewall import render_rules
+from meshnet.firewall import firewall_for
 from meshnet.model import Reservations
 from meshnet.state import KernelState
 
@@ -123,7 +123,7 @@ def plan_mesh(
         if outcome.plan is not None and outcome.plan.firewall is not None:
             guarded.append(outcome.plan.firewall)
     if guarded:
-        state.firewall = render_rules(guarded, underlay.ip)
+        state.firewall = firewall_for(guarded, underlay.ip)
     if any(network.links for network in guarded):
         _plan_sysctls(snapshot, underlay, state)
     return MeshPlan(state=state, networks=outcomes)

@@ -11,13 +11,15 @@ Pure: imports no socket, file, clock or trio.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from meshnet.firewall import Firewall, Unknown
 
 PackedIp = bytes
 """An IPv4 (4 bytes) or IPv6 (16 bytes) address in network byte order."""
@@ -164,9 +166,9 @@ class ElementKey(NamedTuple):
 
 
 class Ruleset(NamedTuple):
-    """What it takes to load our nftables tables: their text, and what their sets then hold."""
+    """What it takes to load our nftables tables: what they do, and what their sets then hold."""
 
-    text: str
+    firewall: Firewall | Unknown
     elements: Mapping[ElementKey, bytes]
 
 
@@ -207,8 +209,8 @@ class KernelState:
         nexthops: by nexthop id.
         foreign_nexthop_ids: ids in our range that belong to someone else (dumps only).
         sysctls: by path under /proc/sys, for interfaces that are not ours.
-        firewall: the text of our nftables tables without the elements of their named sets; None:
-            there are none; "": not as we left them.
+        firewall: our nftables tables without the elements of their named sets; None: there are
+            none; unknown: they are not as we left them.
         elements: of the named sets.
     """
 
@@ -220,25 +222,15 @@ class KernelState:
     nexthops: dict[int, Nexthop] = field(default_factory=dict)
     routes: dict[RouteKey, Route] = field(default_factory=dict)
     sysctls: dict[str, str] = field(default_factory=dict)
-    firewall: str | None = None
+    firewall: Firewall | Unknown | None = None
     elements: dict[ElementKey, bytes] = field(default_factory=dict)
     foreign_nexthop_ids: frozenset[int] = frozenset()
 
     def copy(self) -> KernelState:
         """The same state in tables of its own."""
-        return KernelState(
-            links=dict(self.links),
-            addresses=dict(self.addresses),
-            neighbours=dict(self.neighbours),
-            fdb=dict(self.fdb),
-            members=dict(self.members),
-            nexthops=dict(self.nexthops),
-            routes=dict(self.routes),
-            sysctls=dict(self.sysctls),
-            firewall=self.firewall,
-            elements=dict(self.elements),
-            foreign_nexthop_ids=self.foreign_nexthop_ids,
-        )
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        own: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in values}
+        return KernelState(**own)
 
 
 def format_ip(packed: PackedIp) -> str:

@@ -60,7 +60,7 @@ def plan_bridge(
         links=(bridge, *tunnels),
         ports=tuple(tunnels.values()),
         cidrs=network.subnets,
-        subnets=wanted.subnets,
+        subnets=tuple(wanted.subnets),
         vni=network.vni,
         internal=network.internal,
         direct=network.direct_routing,

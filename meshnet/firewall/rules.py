@@ -20,6 +20,9 @@ endpoints, published ports and members, is in named sets (`meshnet.firewall.elem
 Every rule on a packet's way costs (docs/design/firewall-cost.md): what stays within its network is
 through the forward chain at the first look-up.
 
+What the values of `meshnet.firewall` mean is said here alone, and `meshnet.kernel.drivers.firewall`
+alone asks for it.
+
 Pure: the text is made from values that `meshnet.codec` has validated; it never reaches a shell.
 """
 
@@ -34,8 +37,9 @@ from meshnet.firewall.elements import SETS, TABLE, render_elements
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from meshnet.firewall import Firewall, FirewallNetwork
     from meshnet.model import IpAddress, IpNetwork
-    from meshnet.state import Ruleset
+    from meshnet.state import ElementKey
 
 FAMILIES = ("inet", "bridge")
 """Families of our tables: neither what goes from port to port of a bridge nor ARP passes a hook of
@@ -60,31 +64,9 @@ COUNTERS = {
 _FAMILY = {4: "ip", 6: "ip6"}
 _NFPROTO = {4: "ipv4", 6: "ipv6"}
 _LOOPBACK = "127.0.0.0/8"
+_ICMPV6 = 58
+"""Protocol number (RFC 4443 §1)."""
 _MULTICAST = {4: "224.0.0.0/4", 6: "ff00::/8"}
-
-
-class FirewallNetwork(NamedTuple):
-    """What the rules need to know of one network.
-
-    A network without links has endpoints to check and nothing else.
-
-    Attributes:
-        links: names of its links on this host that packets are routed by: bridge, tunnel devices.
-        ports: UDP ports of its tunnels.
-        cidrs: the whole network.
-        subnets: this host's part of it.
-        vni: of its tunnels.
-        internal: nothing goes in or out.
-        direct: peers' packets may arrive without a tunnel.
-    """
-
-    links: Sequence[str] = ()
-    ports: Sequence[int] = ()
-    cidrs: Sequence[IpNetwork] = ()
-    subnets: Sequence[IpNetwork] = ()
-    vni: int = 0
-    internal: bool = False
-    direct: bool = False
 
 
 class Count(NamedTuple):
@@ -94,16 +76,17 @@ class Count(NamedTuple):
     size_bytes: int
 
 
-def render_rules(networks: Sequence[FirewallNetwork], underlay_ip: IpAddress) -> str:
+def render_rules(firewall: Firewall) -> str:
     """The text of both tables, with empty sets."""
-    routed = [n for n in networks if n.links]
-    return _inet(routed, underlay_ip) + _bridge()
+    return _inet(firewall.networks, firewall.underlay_ip) + _bridge()
 
 
-def render_script(ruleset: Ruleset, counts: Mapping[str, Count]) -> str:
+def render_script(rules: str, held: Mapping[ElementKey, bytes], counts: Mapping[str, Count]) -> str:
     """What ``nft -f`` replaces both tables by, in one transaction.
 
     Args:
+        rules: the skeleton (`render_rules`).
+        held: what its sets hold.
         counts: what the counters have counted, to go on from; one that is missing starts anew.
     """
     text = ""
@@ -116,7 +99,7 @@ def render_script(ruleset: Ruleset, counts: Mapping[str, Count]) -> str:
             f"table {family} {TABLE} {{ counter {name} {{ "
             f"packets {count.packets} bytes {count.size_bytes}; }}; }}\n"
         )
-    return text + ruleset.text + render_elements(ruleset.elements)
+    return text + rules + render_elements(held)
 
 
 def _inet(networks: Sequence[FirewallNetwork], underlay_ip: IpAddress) -> str:
@@ -322,7 +305,9 @@ def _bridge() -> str:
         + _chain(
             "from_ipv6",
             [
-                "meta l4proto ipv6-icmp jump from_icmpv6",
+                # By number: names of protocols are looked up in /etc/protocols, which a small host
+                # does not have.  Without it nft would refuse the whole script.
+                f"meta l4proto {_ICMPV6} jump from_icmpv6",
                 f"{ipv6} @sources6 accept",
                 _drop("spoofed_ipv6"),
             ],

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from meshnet.backends import Underlay, UnderlayPath
-    from meshnet.diff import Failure, Op
     from meshnet.model import Endpoint, IpAddress, IpNetwork
     from meshnet.state import KernelState
+    from meshnet.tables import Failure, Op
 
 
 class EndpointWiring(NamedTuple):
@@ -70,7 +70,10 @@ class Kernel(Protocol):
         ...
 
     def link_indices(self) -> Mapping[str, int]:
-        """Interface indices of all links by name, as the last look and what was made since say."""
+        """Interface indices by name of all links, whoever made them.
+
+        As the last `dump` or `observe` saw them, with what was made and removed here since.
+        """
         ...
 
     def dump(self) -> KernelState:
@@ -125,10 +128,6 @@ class Wiring(Protocol):
         """
         ...
 
-    def has_link(self, name: str) -> bool:
-        """Whether the host has a link of that name, whoever made it."""
-        ...
-
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         """Whether a namespace has the macvlan of an endpoint: one with its MAC, by any name.
 
@@ -143,6 +142,10 @@ class Wiring(Protocol):
 
     def remove_link(self, name: str) -> None:
         """Remove an endpoint link by name.  Idempotent."""
+        ...
+
+    def has_link(self, name: str) -> bool:
+        """Whether this host has a link of that name now, whoever made it."""
         ...
 
     def list_endpoint_links(self) -> list[str]:

@@ -19,8 +19,8 @@ from meshnet.state import Ruleset
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from meshnet.diff import Op
     from meshnet.state import ElementKey
+    from meshnet.tables import Op
 
 
 def are_wired(ops: Iterable[Op]) -> bool:
@@ -61,4 +61,4 @@ class WiredElements:
     def bring_up_to_date(self, ruleset: Ruleset) -> Ruleset:
         """A ruleset with the endpoints that are connected now."""
         others = {k: v for k, v in ruleset.elements.items() if not SETS[k.set_name].wired}
-        return Ruleset(ruleset.text, others | self._elements)
+        return Ruleset(ruleset.firewall, others | self._elements)

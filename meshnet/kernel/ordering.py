@@ -10,12 +10,12 @@ import itertools
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from meshnet.diff import Failure, Table, describe
+from meshnet.tables import Failure, Table, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from meshnet.diff import Op
+    from meshnet.tables import Op
 
 RUN_OPERATIONS = 500
 """The most operations that are written without a word on the progress."""

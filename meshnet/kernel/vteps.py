@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from meshnet.diff import Op
+    from meshnet.tables import Op
 
 _TIMEOUT_S = 2.0
 _START_S = 5.0

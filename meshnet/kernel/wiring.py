@@ -19,7 +19,6 @@ from ipaddress import IPv6Interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
 from meshnet.firewall.elements import source_elements
 from meshnet.kernel.address_probe import announce
@@ -27,6 +26,7 @@ from meshnet.kernel.netns import inside, open_by_id
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.kernel.wire.nftnl import NftSocket
 from meshnet.state import ENDPOINT_LINK, LinkKind, endpoint_link_name
+from meshnet.tables import Op, Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,14 +119,6 @@ class NetlinkWiring:
         finally:
             os.close(netns_fd)
 
-    def has_link(self, name: str) -> bool:
-        """See `meshnet.kernel.Wiring`."""
-        try:
-            socket.if_nametoindex(name)
-        except OSError:
-            return False
-        return True
-
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         """See `meshnet.kernel.Wiring`."""
         try:
@@ -146,6 +138,14 @@ class NetlinkWiring:
         errors = self._rtnl.send_batch([links.encode_link_delete(name)])
         if errors and errors[0].errno != errno.ENODEV:
             raise KernelRefusedError(f"endpoint link {name}: {errors[0]}")
+
+    def has_link(self, name: str) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        try:
+            socket.if_nametoindex(name)
+        except OSError:  # without a number: Python does not pass the errno on
+            return False
+        return True
 
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""

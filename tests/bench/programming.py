@@ -32,8 +32,8 @@ from tests.bench.common import at_most, median_of, median_ratio
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from meshnet.diff import Failure, Op
     from meshnet.model import IpNetwork
+    from meshnet.tables import Failure, Op
     from meshnet_agent.dataplane.passes import PassResult
     from tests.bench.common import Measure, Run
 

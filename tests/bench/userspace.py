@@ -13,11 +13,11 @@ from __future__ import annotations
 import subprocess
 from typing import TYPE_CHECKING
 
-from meshnet.diff import Op, Table
 from meshnet.errors import MeshnetError
 from meshnet.kernel.vteps import VtepProcesses
 from meshnet.lab.poll import wait_until
 from meshnet.state import Member, MemberKey, Vxlan, format_mac
+from meshnet.tables import Op, Table
 from meshnet.vtep.native import library
 from meshnet.wire.mac import vtep_mac
 from meshnet.wire.mtu import gso_max_bytes

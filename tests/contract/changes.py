@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
-from meshnet.diff import Table
+from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import member
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
@@ -18,6 +18,7 @@ from meshnet.state import (
     RouteKey,
     Ruleset,
 )
+from meshnet.tables import Table
 from tests.contract.hosts import UNDERLAY_DEV
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ CHANGES = [
     ByHand("table deleted", "nft delete table inet meshnet", _set(T.FIREWALL, "", None),
            {T.FIREWALL}),
     ByHand("the bridges' table deleted", "nft delete table bridge meshnet",
-           _set(T.FIREWALL, "", Ruleset("", {})), {T.FIREWALL}),
+           _set(T.FIREWALL, "", Ruleset(UNKNOWN, {})), {T.FIREWALL}),
     ByHand("ruleset flushed", "nft flush ruleset", _set(T.FIREWALL, "", None), {T.FIREWALL}),
     ByHand("member deleted", "nft delete element inet meshnet members4 { 10.9.0.2 }",
            _set(T.ELEMENT, MEMBER2, None), {T.ELEMENT}),
@@ -162,5 +163,5 @@ CHANGES = [
            _set(T.ELEMENT, ElementKey("published4", b"\6\0\0\0\0P\0\0"), b"\x0a\x2a\0\2\0P\0\0"),
            {T.ELEMENT}),
     ByHand("rule added", "nft add rule inet meshnet postrouting counter accept",
-           _set(T.FIREWALL, "", Ruleset("", {})), {T.FIREWALL}),
+           _set(T.FIREWALL, "", Ruleset(UNKNOWN, {})), {T.FIREWALL}),
 ]  # fmt: skip

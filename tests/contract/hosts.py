@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meshnet.backends import Underlay, UnderlayPath
-    from meshnet.diff import Failure, Op
     from meshnet.kernel import Kernel
     from meshnet.kernel.events import NeighbourId
     from meshnet.model import IpAddress
     from meshnet.state import KernelState
+    from meshnet.tables import Failure, Op
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -23,9 +23,9 @@ from tests.values import (
 )
 
 if TYPE_CHECKING:
-    from meshnet.diff import Failure
     from meshnet.model import Network
     from meshnet.state import KernelState
+    from meshnet.tables import Failure
     from tests.contract.hosts import HostUnderTest
 
 DUAL = make_network(subnets=(IPV4, IPV6))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meshnet.diff import Op, Table, diff
+from meshnet.diff import diff
 from meshnet.state import NEXTHOP_ID_FIRST, KernelState, Nexthop, Route, RouteKey, format_ip
+from meshnet.tables import Op, Table
 from tests.contract.changes import CIDR4, NEIGHBOUR4, NEIGHBOUR6, ROUTE4, ROUTE6, TUNNEL
 from tests.contract.hosts import UNDERLAY_DEV, MemoryHost, RealHost, host_namespace, ip, real_host
 from tests.contract.meshes import DUAL, MESHES, converge, desired_for

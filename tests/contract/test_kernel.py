@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from meshnet.backends import UnderlayPath
-from meshnet.diff import Op, Table, diff
+from meshnet.diff import diff
 from meshnet.errors import NotFoundError
+from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import member, published_elements, source_elements
 from meshnet.model import Protocol, PublishedPort
 from meshnet.state import (
@@ -29,6 +30,7 @@ from meshnet.state import (
     Ruleset,
     format_ip,
 )
+from meshnet.tables import Op, Table
 from tests.contract.changes import (
     BRIDGE,
     CHANGES,
@@ -126,6 +128,27 @@ def test_paths(host: HostUnderTest) -> None:
     for _ in range(2):
         assert host.kernel.find_paths([*neighbours, routed, nowhere]) == expected
     assert host.kernel.find_paths([]) == {}
+
+
+def test_indices_of_links(host: HostUnderTest) -> None:
+    host.kernel.observe(underlay_ip(1), None)
+    before = host.kernel.link_indices()
+    assert UNDERLAY_DEV in before
+    assert not before.keys() & {BRIDGE, TUNNEL}
+    # What is made is known at once, before anybody looks at the links again.
+    desired = desired_for(host, [DUAL])
+    host.kernel.apply(diff(desired, host.kernel.dump()))
+    made = host.kernel.link_indices()
+    assert made.keys() == before.keys() | {BRIDGE, TUNNEL}
+    assert made.items() >= before.items()
+    assert len(set(made.values())) == len(made)
+    host.kernel.dump()
+    assert host.kernel.link_indices() == made
+    # One that is made anew is another one.
+    host.kernel.apply([Op(Table.LINK, TUNNEL, None, True)])
+    assert TUNNEL not in host.kernel.link_indices()
+    host.kernel.apply([Op(Table.LINK, TUNNEL, desired.links[TUNNEL], False)])
+    assert host.kernel.link_indices()[TUNNEL] not in made.values()
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -259,7 +282,9 @@ def test_a_pass_that_is_out_of_date_leaves_endpoints_alone(host: HostUnderTest) 
     assert host.kernel.apply(add) == []
     assert host.kernel.apply(remove) == []
     assert host.kernel.dump().elements.items() >= own.items()
-    load = Op(Table.FIREWALL, "meshnet", Ruleset(desired.firewall or "", desired.elements), False)
+    load = Op(
+        Table.FIREWALL, "meshnet", Ruleset(desired.firewall or UNKNOWN, desired.elements), False
+    )
     assert host.kernel.apply([load]) == []
     assert host.kernel.dump().elements.items() >= own.items()
     host.wired.remove(own)

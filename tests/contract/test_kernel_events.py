@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from meshnet.diff import Op, Table, diff
+from meshnet.diff import diff
 from meshnet.firewall.elements import member
 from meshnet.kernel.events import (
     EventFilter,
@@ -30,6 +30,7 @@ from meshnet.state import (
     Route,
     RouteKey,
 )
+from meshnet.tables import Op, Table
 from meshnet_agent.dataplane.dirty import Dirty
 from meshnet_agent.dataplane.monitor import NetlinkEvents
 from tests.contract.changes import BRIDGE, TUNNEL

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meshnet.diff import Op, Table
 from meshnet.kernel.netns import inside
 from meshnet.kernel.wire import bulk, rtnl
 from meshnet.state import NEXTHOP_ID_FIRST, Nexthop
+from meshnet.tables import Op, Table
 from tests.contract.hosts import UNDERLAY_DEV, host_namespace, ip
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pytest
 
-from meshnet.diff import Op, Table, diff
+from meshnet.diff import diff
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
+from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import source_elements
 from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel import EndpointWiring
@@ -24,7 +25,8 @@ from meshnet.kernel.fakes.wiring import MemoryWiring, NamespaceLink
 from meshnet.kernel.netns import netns_id
 from meshnet.kernel.wiring import NetlinkWiring
 from meshnet.model import NetnsId
-from meshnet.state import Ruleset
+from meshnet.state import Ruleset, endpoint_link_name
+from meshnet.tables import Op, Table
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 from tests.contract.hosts import (
     UNDERLAY_DEV,
@@ -111,11 +113,11 @@ class RealWired:
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         return self._thread.call(lambda w: w.holds(netns_fd, endpoint))
 
-    def has_link(self, name: str) -> bool:
-        return self._thread.call(lambda w: w.has_link(name))
-
     def remove_link(self, name: str) -> None:
         self._thread.call(lambda w: w.remove_link(name))
+
+    def has_link(self, name: str) -> bool:
+        return self._thread.call(lambda w: w.has_link(name))
 
     def list_endpoint_links(self) -> list[str]:
         return self._thread.call(lambda w: w.list_endpoint_links())
@@ -277,6 +279,21 @@ def test_connect_and_disconnect(wired: Wired) -> None:
         assert_nothing_left(wired, before)
 
 
+def test_links_of_the_host(wired: Wired) -> None:
+    endpoint = make_endpoint(DUAL)
+    own = endpoint_link_name(endpoint.id)
+    assert wired.wiring.has_link(UNDERLAY_DEV)
+    assert wired.wiring.has_link(BRIDGE)
+    assert not wired.wiring.has_link(own)
+    wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
+    assert wired.wiring.has_link(own)
+    wired.wiring.disconnect(endpoint)
+    assert not wired.wiring.has_link(own)
+    assert wired.kernel.apply([Op(Table.LINK, BRIDGE, None, True)]) == []
+    assert not wired.wiring.has_link(BRIDGE)
+    assert not wired.wiring.has_link("a-name-that-no-link-can-have")
+
+
 def test_an_endpoint_that_an_earlier_agent_connected(wired: Wired) -> None:
     endpoint = make_endpoint(DUAL)
     wired.wiring.connect(wired.netns_fd, wiring_of(endpoint))
@@ -287,7 +304,9 @@ def test_an_endpoint_that_an_earlier_agent_connected(wired: Wired) -> None:
     assert wired.wiring.writes == writes
     # A load that was planned without it does not cut it off.
     without = desired_for(wired.kernel)
-    load = Op(Table.FIREWALL, "meshnet", Ruleset(without.firewall or "", without.elements), False)
+    load = Op(
+        Table.FIREWALL, "meshnet", Ruleset(without.firewall or UNKNOWN, without.elements), False
+    )
     assert wired.kernel.apply([load]) == []
     assert diff(desired, wired.kernel.dump()) == []
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.codec.endpoints import encode_endpoint
 from meshnet.errors import MeshnetError, PolicyRefusedError
-from meshnet.kernel.nft import NftTables
+from meshnet.kernel.drivers.nft import NftTables
 from meshnet.store.memory import MemoryStore
 from meshnet.vtep.rundir import RunDir
 from meshnet_agent.endpoints.records import EndpointRecords

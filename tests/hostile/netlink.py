@@ -7,7 +7,6 @@ import struct
 from ipaddress import ip_interface
 from typing import TYPE_CHECKING
 
-from meshnet.diff import Op, Table
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import (
@@ -18,6 +17,7 @@ from meshnet.state import (
     Route,
     RouteKey,
 )
+from meshnet.tables import Op, Table
 from tests.hostile.campaign import Campaign, assert_clear, damage_bytes, plain
 from tests.unit.messages import datagram
 

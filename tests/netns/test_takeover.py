@@ -111,7 +111,7 @@ class _Taking:
         """Take over, asking the lab's gateway and etcd."""
         underlay = self.lab.underlay
         etcd = [(str(underlay.etcd_ip()), ETCD_PORT)]
-        takeover.take(parent, [underlay.gateway_ip], etcd, CONFIRM_S)
+        takeover.take_over(parent, [underlay.gateway_ip], etcd, CONFIRM_S)
 
     def die(self, after: int, call: Callable[[Takeover], None]) -> None:
         """Call in a process that is gone after a number of batches, as if it had been killed."""

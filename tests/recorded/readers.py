@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.codec.checksum import with_checksum
-from meshnet.kernel import nft
+from meshnet.kernel.drivers.nft_memory import read_memory
 from meshnet.kernel.takeover.journal import JournalDir
 from meshnet.runtime.engine.volumes import VolumeStore
 from meshnet.runtime.images.store import ImageStore
@@ -130,7 +130,8 @@ def read_journals(state_dir: Path) -> list[Journal | None]:
 
 def read_firewall_memory(state_dir: Path) -> tuple[str, str]:
     """The text that the firewall's tables were loaded from, and the digest of their listing."""
-    return nft._read(state_dir / "firewall.json")
+    loaded = read_memory(state_dir / "firewall.json")
+    return loaded.text, loaded.listing_sha256
 
 
 def read_images(state_dir: Path) -> list[Image]:

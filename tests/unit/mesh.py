@@ -92,7 +92,7 @@ class MemoryTakeovers:
         await trio.lowlevel.checkpoint()
         return dict(self.taken)
 
-    async def take(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
+    async def take_over(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
         self.asked.append(f"take {bridge}")
         await trio.sleep(0.5)
         if self.failure is not None:

@@ -26,14 +26,15 @@ import structlog
 import trio
 from trio.testing import MockClock
 
-from meshnet.diff import Table
 from meshnet.errors import ConflictError
+from meshnet.firewall import UNKNOWN
 from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.model import HostId, NetworkName
 from meshnet.state import ElementKey, FdbKey, Ruleset
 from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
+from meshnet.tables import Table
 from tests.unit.mesh import RESYNC_S, TTL_S, Mesh, Node, full_mesh, open_mesh
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ async def damage(world: World, node: Node) -> None:
         (Table.NEIGHBOUR, rng.choice(sorted(state.neighbours)), None),
         (Table.NEXTHOP, rng.choice(sorted(state.nexthops)), None),
         (Table.ROUTE, rng.choice(sorted(k for k in state.routes)), None),
-        (Table.FIREWALL, "", Ruleset("", {})),
+        (Table.FIREWALL, "", Ruleset(UNKNOWN, {})),
         (Table.FIREWALL, "", None),
         (Table.ELEMENT, ElementKey("members4", bytes((10, 9, 0, 99))), b""),
         (Table.SYSCTL, "net/ipv4/conf/eth0/forwarding", "0"),
@@ -217,7 +218,7 @@ async def kernel_refuses(world: World, node: Node) -> None:
 
 async def underlay_address_goes(world: World, node: Node) -> None:
     address = node.kernel.underlay_ips.pop()
-    node.kernel.by_hand(Table.FIREWALL, "", Ruleset("", {}))
+    node.kernel.by_hand(Table.FIREWALL, "", Ruleset(UNKNOWN, {}))
     world.cut.add(node.id)
     await world.last()
     node.kernel.underlay_ips.append(address)

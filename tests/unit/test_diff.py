@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshnet.backends import NexthopIds
-from meshnet.diff import Op, Table, diff, link_matches, merge, missing_endpoint_links
+from meshnet.diff import diff, merge, missing_endpoint_links
+from meshnet.firewall import UNKNOWN
 from meshnet.plan import plan_mesh
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
@@ -22,6 +23,7 @@ from meshnet.state import (
     NeighbourKey,
     Vxlan,
 )
+from meshnet.tables import Op, Table, link_matches
 from tests.unit import strategies
 from tests.values import make_endpoint, make_network, make_snapshot, make_underlay, plan_for
 
@@ -55,7 +57,7 @@ def damaged(draw: st.DrawFn, state: KernelState) -> KernelState:
             key = draw(st.sampled_from(sorted(kept)))
             kept[key] = bytes(len(kept[key]))
         after[name] = kept
-    firewalls: list[str | None] = [state.firewall, None, ""]
+    firewalls = [state.firewall, None, UNKNOWN]
     after["firewall"] = draw(st.sampled_from(firewalls))
     if after["firewall"] is None:
         after["elements"] = {}

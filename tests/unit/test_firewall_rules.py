@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from ipaddress import ip_address, ip_network
 
-from meshnet.firewall import FirewallNetwork, render_rules
+from meshnet.firewall import Firewall, FirewallNetwork, firewall_for
 from meshnet.firewall.elements import SETS, endpoint_elements, member
-from meshnet.firewall.rules import COUNTERS, Count, render_script
-from meshnet.state import Ruleset
+from meshnet.firewall.rules import COUNTERS, Count, render_rules, render_script
 from tests.values import make_endpoint
 
 UNDERLAY = ip_address("192.0.2.1")
@@ -33,7 +32,7 @@ def chains(*networks: FirewallNetwork) -> dict[str, list[str]]:
     """The rules of each chain."""
     found: dict[str, list[str]] = {}
     name = ""
-    for line in render_rules(networks, UNDERLAY).splitlines():
+    for line in render_rules(firewall_for(networks, UNDERLAY)).splitlines():
         match line.split():
             case ["chain", name, "{"]:
                 found[name] = []
@@ -45,7 +44,7 @@ def chains(*networks: FirewallNetwork) -> dict[str, list[str]]:
 
 
 def test_both_tables_are_replaced_in_one_transaction() -> None:
-    text = render_script(Ruleset(render_rules([PROD], UNDERLAY), {}), {})
+    text = render_script(render_rules(Firewall((PROD,), UNDERLAY)), {}, {})
     for family in ("inet", "bridge"):
         assert f"table {family} meshnet\ndelete table {family} meshnet\n" in text
     assert text.count("{") == text.count("}")
@@ -53,13 +52,13 @@ def test_both_tables_are_replaced_in_one_transaction() -> None:
 
 def test_no_verdict_depends_on_a_map() -> None:
     """The kernel empties a map when its table is replaced, under packets that are on their way."""
-    text = render_rules((PROD, DUAL), UNDERLAY)
+    text = render_rules(Firewall((PROD, DUAL), UNDERLAY))
     assert "vmap" not in text
     assert not re.search(r"type .* : verdict", text)
 
 
 def test_counters_go_on_from_what_they_counted() -> None:
-    text = render_script(Ruleset("", {}), {"unpublished": Count(3, 180)})
+    text = render_script("", {}, {"unpublished": Count(3, 180)})
     assert "table inet meshnet { counter unpublished { packets 3 bytes 180; }; }\n" in text
     assert "table bridge meshnet { counter spoofed_arp { packets 0 bytes 0; }; }\n" in text
     assert text.count("counter") == len(COUNTERS)
@@ -67,7 +66,7 @@ def test_counters_go_on_from_what_they_counted() -> None:
 
 def test_every_reason_is_counted_and_every_counter_is_a_reason() -> None:
     internal = DUAL._replace(internal=True)
-    text = render_rules([PROD, internal], UNDERLAY)
+    text = render_rules(Firewall((PROD, internal), UNDERLAY))
     assert {w for w in COUNTERS if f"counter name {w} drop" in text} == set(COUNTERS)
     assert text.count("counter") == text.count("drop")
 
@@ -75,9 +74,9 @@ def test_every_reason_is_counted_and_every_counter_is_a_reason() -> None:
 def test_the_sets_are_declared_empty_and_loaded_with_what_they_hold() -> None:
     endpoint = make_endpoint(("10.42.3.2/24", "fd00:42::2/64"))
     elements = {**endpoint_elements(endpoint), member(ip_address("192.0.2.2")): b""}
-    rules = render_rules([PROD], UNDERLAY)
+    rules = render_rules(Firewall((PROD,), UNDERLAY))
     assert all(f"{name} {{" in rules for name in SETS)
-    text = render_script(Ruleset(rules, elements), {})
+    text = render_script(rules, elements, {})
     link = '"mne0123456789ab" . 02:65:0a:2a:03:02'
     assert text.endswith(
         f"add element bridge meshnet sources4 {{ {link} . 10.42.3.2 }}\n"
@@ -178,7 +177,7 @@ def test_tunnel_packets() -> None:
 
 
 def test_tunnel_packets_of_an_ipv6_underlay() -> None:
-    text = render_rules([PROD], ip_address("2001:db8::1"))
+    text = render_rules(Firewall((PROD,), ip_address("2001:db8::1")))
     assert 'ip6 saddr @members6 iifname != { "mnb1", "mnv1" } accept' in text
     assert "meta nfproto ipv6 @th,96,24 { 1 } counter name tunnel_not_a_member drop" in text
     assert "ip6 daddr 2001:db8::1 udp dport { 4789 } notrack" in text
@@ -199,7 +198,9 @@ def test_only_what_leaves_the_networks_is_masqueraded() -> None:
 
 
 def test_a_network_without_links_has_its_endpoints_checked_and_nothing_else() -> None:
-    assert render_rules([FirewallNetwork(vni=9), PROD], UNDERLAY) == render_rules([PROD], UNDERLAY)
+    assert render_rules(firewall_for([FirewallNetwork(vni=9), PROD], UNDERLAY)) == render_rules(
+        Firewall((PROD,), UNDERLAY)
+    )
     assert {name for name in chains(FirewallNetwork(vni=9)) if not name.startswith("from_")} == {
         "prerouting"
     }

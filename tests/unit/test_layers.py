@@ -234,7 +234,7 @@ def test_the_userspace_vtep_is_small() -> None:
 
 def test_each_third_party_library_has_its_place() -> None:
     places = {
-        "pyroute2": {"kernel/netlink.py"},
+        "pyroute2": {"kernel/drivers/iproute.py"},
         "etcd3": {"store/etcd.py", "store/_etcd_rpc.py", "store/_etcd_messages.py",
                   "store/_etcd_watch.py", "store/_etcd_config.py"},
         "msgspec": {"codec/document.py", "codec/endpoints.py", "codec/hosts.py",

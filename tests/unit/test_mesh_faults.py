@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from meshnet.diff import Table
 from meshnet.errors import KernelRefusedError, PolicyRefusedError
+from meshnet.firewall import UNKNOWN
 from meshnet.model import HostId, NetworkName
 from meshnet.state import ElementKey, FdbKey, Ruleset
 from meshnet.store import CompactedError, Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS
 from meshnet.store.registry import endpoint_key
+from meshnet.tables import Table
 from meshnet_agent.daemon import make_operations
 from tests.unit.mesh import GRACE_S, RESYNC_S, TTL_S, full_mesh, open_mesh, until
 from tests.values import make_endpoint, make_network
@@ -265,7 +266,7 @@ async def test_what_is_broken_by_hand_is_mended(
             (Table.FDB, FdbKey("mnv4097", bytes(6)), bytes((10, 9, 0, 99))),
             (Table.NEIGHBOUR, neighbour, None),
             (Table.NEXTHOP, min(node.state().nexthops), None),
-            (Table.FIREWALL, "", Ruleset("", {})),
+            (Table.FIREWALL, "", Ruleset(UNKNOWN, {})),
             (Table.FIREWALL, "", None),
             (Table.ELEMENT, element, None),
             (Table.ELEMENT, ElementKey("members4", bytes((10, 9, 0, 99))), b""),
@@ -305,7 +306,7 @@ async def test_the_underlay_address_goes_and_comes_back(
         node = mesh.nodes[0]
         before = node.essence()
         address = node.kernel.underlay_ips.pop()
-        node.kernel.by_hand(Table.FIREWALL, "", Ruleset("", {}))
+        node.kernel.by_hand(Table.FIREWALL, "", Ruleset(UNKNOWN, {}))
         await trio.sleep(2 * RESYNC_S)
         assert not node.running.reconciler.in_sync
         assert node.essence().routes == before.routes
@@ -392,7 +393,7 @@ async def test_a_grace_period_that_ends_over_a_hole_deletes_nothing(
         await trio.sleep(2 * GRACE_S)
         assert node.essence() == before
         # Nor does loading the firewall again.
-        node.kernel.by_hand(Table.FIREWALL, "", Ruleset("", before.elements))
+        node.kernel.by_hand(Table.FIREWALL, "", Ruleset(UNKNOWN, before.elements))
         await until(lambda: node.essence() == before, "the firewall is mended", 5)
         await mesh.store.commit([], [Delete(hole)])
         await until(lambda: len(node.state().fdb) == 1, "then it does", RESYNC_S)

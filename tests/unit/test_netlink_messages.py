@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet.diff import Op, Table
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
@@ -25,6 +24,7 @@ from meshnet.state import (
     RouteKey,
     Vxlan,
 )
+from meshnet.tables import Op, Table
 from tests.unit.messages import body_of, datagram, dumped, u32
 from tests.unit.strategies import macs
 

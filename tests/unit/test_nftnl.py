@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet.diff import Op, Table
 from meshnet.firewall import elements
 from meshnet.firewall.elements import SETS, format_element, key_size
 from meshnet.kernel.wire import nftnl, rtnl
 from meshnet.model import Endpoint, Protocol, PublishedPort
 from meshnet.state import ElementKey
+from meshnet.tables import Op, Table
 from tests.unit import strategies
 from tests.values import make_endpoint
 

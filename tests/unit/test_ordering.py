@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meshnet.diff import Failure, Op, Table
 from meshnet.kernel.ordering import carry_out
 from meshnet.state import Link, LinkKind, NeighbourKey, Nexthop, Route, RouteKey
+from meshnet.tables import Failure, Op, Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

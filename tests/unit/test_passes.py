@@ -11,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshnet.backends import UnderlayPath
-from meshnet.diff import Table
 from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.model import Host, HostId, MeshSnapshot, NetworkName
 from meshnet.modes import Mode
 from meshnet.plan import LocalView
 from meshnet.state import Nexthop
+from meshnet.tables import Table
 from meshnet_agent.dataplane.passes import HostView, PartInput, Passes, PassInput, PassResult
 from tests.values import IPV4, IPV6, ME, make_network, make_snapshot, underlay_ip
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from meshnet.diff import Op
     from meshnet.model import IpAddress, Network
     from meshnet.state import KernelState
+    from meshnet.tables import Op
 
 PROD, BACK = NetworkName("prod"), NetworkName("back")
 NETWORKS = {

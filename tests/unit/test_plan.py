@@ -12,6 +12,7 @@ from hypothesis import given
 from meshnet.backends import HostLink, NexthopIds, UnderlayPath
 from meshnet.backends.conflicts import find_conflict
 from meshnet.backends.table import BACKENDS
+from meshnet.firewall import Firewall
 from meshnet.firewall.elements import endpoint_elements
 from meshnet.model import Datapath, HostId, NetworkName, Reservations, Vni
 from meshnet.modes import Mode
@@ -181,7 +182,8 @@ def test_a_fallback_is_beside_the_device_and_only_fallen_peers_are_sent_to_by_it
     assert {m.port for m in state.members.values()} == {24097}
     assert len(state.members) == 2
     assert (state.routes, state.fdb) == (plain.routes, plain.fdb)
-    assert "24097" in (state.firewall or "")
+    assert isinstance(state.firewall, Firewall)
+    assert 24097 in state.firewall.networks[0].ports
     after = plan_for(snapshot, make_underlay(peers=2), fallen=[(PROD, HostId("h2"))]).state
     assert (after.neighbours, after.fdb, after.members) == (
         state.neighbours, state.fdb, state.members

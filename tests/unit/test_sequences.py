@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meshnet.diff import Table
+from meshnet.tables import Table
 from tests.unit.mesh import full_mesh, open_mesh
 from tests.unit.sequences import Broken, World, look, play
 

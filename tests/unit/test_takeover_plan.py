@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from meshnet.errors import KernelRefusedError
 from meshnet.kernel.takeover import contents
-from meshnet.kernel.takeover.contents import Contents, Kind, Record
+from meshnet.kernel.takeover.contents import Contents, Kind, LinkObject
 from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage
 from meshnet.kernel.takeover.plan import Step, Verb, plan_giving_back, plan_taking
 from meshnet.kernel.wire import links, rtnl
@@ -41,16 +41,18 @@ def _family(version: int) -> int:
     return socket.AF_INET if version == 4 else socket.AF_INET6
 
 
-def make_address(text: str, length: int, flags: int = 0, label: str = "") -> Record:
+def make_address(text: str, length: int, flags: int = 0, label: str = "") -> LinkObject:
     ip = ip_address(text)
     attrs = [(links.IFA_ADDRESS, ip.packed), (links.IFA_FLAGS, rtnl.U32.pack(flags))]
     if ip.version == 4:
         attrs += [(links.IFA_LOCAL, ip.packed), (contents.IFA_LABEL, label.encode())]
     header = rtnl.IFADDR.pack(_family(ip.version), length, 0, 0, 0)
-    return Record(Kind.ADDRESS, header, tuple(attrs))
+    return LinkObject(Kind.ADDRESS, header, tuple(attrs))
 
 
-def make_route(prefix: str, metric: int, protocol: int = 4, gateway: str | None = None) -> Record:
+def make_route(
+    prefix: str, metric: int, protocol: int = 4, gateway: str | None = None
+) -> LinkObject:
     network = ip_network(prefix)
     header = rtnl.RTMSG.pack(
         _family(network.version), network.prefixlen, 0, 0, 254, protocol, 0, 1, 0
@@ -62,13 +64,13 @@ def make_route(prefix: str, metric: int, protocol: int = 4, gateway: str | None 
     ]
     if gateway is not None:
         attrs.append((RTA_GATEWAY, ip_address(gateway).packed))
-    return Record(Kind.ROUTE, header, tuple(attrs))
+    return LinkObject(Kind.ROUTE, header, tuple(attrs))
 
 
-def make_neighbour(text: str) -> Record:
+def make_neighbour(text: str) -> LinkObject:
     ip = ip_address(text)
     header = rtnl.NDMSG.pack(_family(ip.version), 0, NUD_PERMANENT, 0, 0)
-    return Record(Kind.NEIGHBOUR, header, ((NDA_DST, ip.packed), (NDA_LLADDR, bytes(6))))
+    return LinkObject(Kind.NEIGHBOUR, header, ((NDA_DST, ip.packed), (NDA_LLADDR, bytes(6))))
 
 
 class Tables:
@@ -77,7 +79,7 @@ class Tables:
 
     def __init__(self, held: Contents) -> None:
         self.is_port = False
-        self._lists: dict[str, dict[Kind, list[Record]]] = {
+        self._lists: dict[str, dict[Kind, list[LinkObject]]] = {
             link: {kind: [] for kind in Kind} for link in (PARENT, BRIDGE)
         }
         for record in itertools.chain.from_iterable(held):
@@ -98,7 +100,7 @@ class Tables:
 
     def carry_out(self, batch: Sequence[Step]) -> None:
         for step in batch:
-            record = step.record
+            record = step.moved
             if record is None:
                 assert self.is_port is (step.verb is Verb.DELETE)
                 self.is_port = step.verb is Verb.ADD
@@ -115,10 +117,10 @@ class Tables:
                 assert record.kind is Kind.ROUTE
                 assert record.header[5] == contents.RTPROT_KERNEL
 
-    def _ipv4_count(self, at: list[Record]) -> int:
+    def _ipv4_count(self, at: list[LinkObject]) -> int:
         return sum(r.family == socket.AF_INET for r in at)
 
-    def _end(self, at: list[Record], record: Record) -> int:
+    def _end(self, at: list[LinkObject], record: LinkObject) -> int:
         return self._ipv4_count(at) if record.kind is Kind.ADDRESS else len(at)
 
 

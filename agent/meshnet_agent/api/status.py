@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from meshnet.backends.table import backend_of
-from meshnet.diff import Table
 from meshnet.model import EndpointId
 from meshnet.plan import NetworkOutcome
 from meshnet.state import RouteKey, endpoint_link_name
+from meshnet.tables import Table
 from meshnet_agent.api.documents.status import (
     BadValueDocument,
     FallenDocument,
@@ -30,8 +30,8 @@ from meshnet_agent.api.documents.status import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from meshnet.diff import Failure
     from meshnet.model import MeshSnapshot, Network, NetworkName
+    from meshnet.tables import Failure
     from meshnet_agent.api.reports import PassesReport, ProbesReport, StatusReport
     from meshnet_agent.dataplane.fallback import Statistics
 

@@ -20,22 +20,23 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from meshnet.backends import NexthopIds
-from meshnet.diff import Failure, Table, diff, missing_endpoint_links
+from meshnet.diff import diff, missing_endpoint_links
 from meshnet.firewall.elements import SETS
 from meshnet.model import MeshSnapshot, Reservations
 from meshnet.plan import LocalView, NetworkOutcome, plan_hosts, plan_mesh
 from meshnet.state import NETWORK_LINK
+from meshnet.tables import Failure, Table
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from typing import Any
 
     from meshnet.backends import Underlay, UnderlayPath
-    from meshnet.diff import Op
     from meshnet.kernel import Kernel
     from meshnet.model import Host, HostId, IpAddress, IpNetwork, NetworkName
     from meshnet.plan import HostsPlan
     from meshnet.state import KernelState
+    from meshnet.tables import Op
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

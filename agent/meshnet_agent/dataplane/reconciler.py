@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.diff import Table
 from meshnet.errors import KernelRefusedError, MeshnetError
+from meshnet.tables import Table
 from meshnet_agent.dataplane.passes import Passes, PassResult
 from meshnet_agent.tasks.backoff import Backoff
 from meshnet_agent.tasks.broadcast import Broadcast

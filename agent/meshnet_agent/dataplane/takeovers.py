@@ -45,7 +45,7 @@ class TakeoverRunner(Protocol):
         """Those that have, confirmed: bridge and link."""
         ...
 
-    async def take(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
+    async def take_over(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
         """Have a bridge in the place of a link, or leave everything as it was."""
         ...
 
@@ -140,7 +140,7 @@ class Takeovers:
             self._dirty.mark_all()
         started = trio.current_time()
         try:
-            await self._runner.take(bridge, parent, network.gateways)
+            await self._runner.take_over(bridge, parent, network.gateways)
         except MeshnetError as error:
             self._set(network, f"link {parent} is not taken over: {error}")
             self._again_in(_RETRY_S)

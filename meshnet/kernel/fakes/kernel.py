@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshnet.backends import HostLink, Underlay, UnderlayPath
-from meshnet.diff import Failure, Op, Table
 from meshnet.errors import NotFoundError
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.ordering import carry_out
 from meshnet.state import KernelState, Link, LinkKind
+from meshnet.tables import Failure, Op, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from meshnet.model import IpAddress
     from meshnet.state import AddressKey, ElementKey, Nexthop, Route, RouteKey
@@ -105,6 +106,8 @@ class MemoryKernel:
         self.host_links = {dev: HostLink(mtu_bytes, frozenset(underlay_ips))}
         self._nexthop_objects = nexthop_objects
         self._faults: list[_Fault] = []
+        self._indices: dict[str, int] = {}
+        self._next_index = itertools.count(2)  # 1 is the loopback link's
         self._state = KernelState(
             sysctls={
                 f"net/ipv4/conf/{dev}/forwarding": "0",
@@ -144,10 +147,13 @@ class MemoryKernel:
         paths = {a: self.routed.get(a, on_link) for a in addresses if a.version in versions}
         return {address: path for address, path in paths.items() if path is not None}
 
-    def link_indices(self) -> dict[str, int]:
+    def link_indices(self) -> Mapping[str, int]:
         """See `meshnet.kernel.Kernel`."""
-        names = [*self.host_links, *self._state.links]
-        return {name: number for number, name in enumerate(names, 1)}
+        names = self.host_links.keys() | self._state.links.keys() | self.foreign.links
+        self._indices = {name: i for name, i in self._indices.items() if name in names}
+        for name in sorted(names - self._indices.keys()):
+            self._indices[name] = next(self._next_index)
+        return dict(self._indices)
 
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
@@ -296,10 +302,12 @@ class MemoryKernel:
     def remove_endpoint_link(self, name: str) -> None:
         """For `MemoryWiring`: a veth pair goes.  Idempotent."""
         self._state.links.pop(name, None)
+        self._indices.pop(name, None)
 
     def _delete_link(self, name: str) -> None:
         state = self._state
         _pop(state.links, name, errno.ENODEV)
+        self._indices.pop(name, None)
         for port, link in list(state.links.items()):
             if link.master == name:
                 state.links[port] = link._replace(master="")

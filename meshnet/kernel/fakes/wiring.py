@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from meshnet.diff import Op, Table
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.firewall.elements import source_elements
 from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.netns import netns_id
 from meshnet.state import ENDPOINT_LINK, Link, LinkKind, endpoint_link_name
+from meshnet.tables import Op, Table
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 
 if TYPE_CHECKING:
@@ -143,10 +143,6 @@ class MemoryWiring:
         for name in [n for n, link in links.items() if _is_of(link, endpoint)]:
             del links[name]
 
-    def has_link(self, name: str) -> bool:
-        """See `meshnet.kernel.Wiring`."""
-        return name in self._kernel.dump().links or name in self._kernel.host_links
-
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
         """See `meshnet.kernel.Wiring`."""
         return any(_is_of(link, endpoint) for link in self.namespace(netns_fd).values())
@@ -163,6 +159,10 @@ class MemoryWiring:
         """See `meshnet.kernel.Wiring`."""
         self.writes += 1
         self._kernel.remove_endpoint_link(name)
+
+    def has_link(self, name: str) -> bool:
+        """See `meshnet.kernel.Wiring`."""
+        return name in self._kernel.link_indices()
 
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""

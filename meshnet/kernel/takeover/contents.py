@@ -71,7 +71,7 @@ class Kind(IntEnum):
     ROUTE = 4
 
 
-class Record(NamedTuple):
+class LinkObject(NamedTuple):
     """An object of a link: its message without what names the link.
 
     Attributes:
@@ -86,7 +86,7 @@ class Record(NamedTuple):
         """Payload of an attribute; b"" if it has none of that type."""
         return dict(self.attrs).get(kind, b"")
 
-    def with_attr(self, kind: int, payload: bytes) -> Record:
+    def with_attr(self, kind: int, payload: bytes) -> LinkObject:
         """The same with another payload of an attribute."""
         others = tuple(a for a in self.attrs if a[0] != kind)
         return self._replace(attrs=(*others, (kind, payload)))
@@ -138,13 +138,13 @@ class _Way(NamedTuple):
 class Contents(NamedTuple):
     """All that moves, in the kernel's order."""
 
-    addresses: tuple[Record, ...] = ()
-    neighbours: tuple[Record, ...] = ()
-    nexthops: tuple[Record, ...] = ()
-    routes: tuple[Record, ...] = ()
+    addresses: tuple[LinkObject, ...] = ()
+    neighbours: tuple[LinkObject, ...] = ()
+    nexthops: tuple[LinkObject, ...] = ()
+    routes: tuple[LinkObject, ...] = ()
 
     @property
-    def own_routes(self) -> tuple[Record, ...]:
+    def own_routes(self) -> tuple[LinkObject, ...]:
         """Its routes, less those that come and go with an address."""
         implied = {_implied_route(a) for a in self.addresses}
         return tuple(
@@ -171,7 +171,7 @@ class Contents(NamedTuple):
         return tuple(dict.fromkeys(found))
 
 
-def decode_addresses(bodies: Iterable[Body], index: int, name: str) -> tuple[Record, ...]:
+def decode_addresses(bodies: Iterable[Body], index: int, name: str) -> tuple[LinkObject, ...]:
     """The addresses of a link, from a dump of all."""
     found = []
     for data, start, end in bodies:
@@ -189,7 +189,7 @@ def decode_addresses(bodies: Iterable[Body], index: int, name: str) -> tuple[Rec
                 kept = payload[:8] + bytes(8)  # lifetimes, less when it was made and changed
             attrs.append((kind, kept))
         header = rtnl.IFADDR.pack(family, length, 0, scope, 0)
-        found.append(Record(Kind.ADDRESS, header, tuple(attrs)))
+        found.append(LinkObject(Kind.ADDRESS, header, tuple(attrs)))
     return tuple(found)
 
 
@@ -218,7 +218,7 @@ def unmovable_address(body: Body, index: int) -> str | None:
     return None
 
 
-def decode_routes(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
+def decode_routes(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...]:
     """The routes by a link, from a dump of all tables of an IP version.
 
     Not those that the kernel keeps for itself in the local table, those of a nexthop object, which
@@ -250,7 +250,7 @@ def decode_routes(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
         header = rtnl.RTMSG.pack(
             family, dst, src, tos, table, protocol, scope, kind, flags & RTNH_F_ONLINK
         )
-        found.append(Record(Kind.ROUTE, header, tuple(kept)))
+        found.append(LinkObject(Kind.ROUTE, header, tuple(kept)))
     return tuple(found)
 
 
@@ -261,11 +261,11 @@ def multipath_over(bodies: Iterable[Body], index: int) -> list[str]:
         attrs = _attrs(data, start + 12, end)
         if any(w.ifindex == index for w in _ways(dict(attrs).get(RTA_MULTIPATH, b""))):
             header = bytes(data[start : start + 12])
-            found.append(str(Record(Kind.ROUTE, header, tuple(attrs))))
+            found.append(str(LinkObject(Kind.ROUTE, header, tuple(attrs))))
     return found
 
 
-def decode_nexthops(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
+def decode_nexthops(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...]:
     """The nexthop objects on a link, anybody's."""
     found = []
     for data, start, end in bodies:
@@ -274,11 +274,11 @@ def decode_nexthops(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
         if to_number(dict(attrs).get(NHA_OIF, b"")) == index:
             header = rtnl.NHMSG.pack(family, 0, protocol, flags & RTNH_F_ONLINK)
             kept = tuple(a for a in attrs if a[0] != NHA_OIF)
-            found.append(Record(Kind.NEXTHOP, header, kept))
+            found.append(LinkObject(Kind.NEXTHOP, header, kept))
     return tuple(found)
 
 
-def decode_neighbours(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
+def decode_neighbours(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...]:
     """The neighbours of a link that packets can be sent to, and those answered for (proxy).
 
     What is not known to be reachable right now is stale: used at once, and asked for again.
@@ -296,14 +296,14 @@ def decode_neighbours(bodies: Iterable[Body], index: int) -> tuple[Record, ...]:
                 continue
             state = state if state & (NUD_PERMANENT | NUD_REACHABLE) else NUD_STALE
         header = rtnl.NDMSG.pack(family, 0, state, flags, kind)
-        found.append(Record(Kind.NEIGHBOUR, header, tuple(attrs)))
+        found.append(LinkObject(Kind.NEIGHBOUR, header, tuple(attrs)))
     return tuple(found)
 
 
-def encode_body(record: Record, index: int, name: str) -> bytes:
+def encode_body(moved: LinkObject, index: int, name: str) -> bytes:
     """The message again, of a link."""
-    header, attrs = record.header, list(record.attrs)
-    match record.kind:
+    header, attrs = moved.header, list(moved.attrs)
+    match moved.kind:
         case Kind.ADDRESS:
             header = header[:4] + rtnl.U32.pack(index)
             attrs = [(k, _join_label(p, name) if k == IFA_LABEL else p) for k, p in attrs]
@@ -343,19 +343,19 @@ def _join_label(payload: bytes, name: str) -> bytes:
     return label.encode() + b"\0"
 
 
-def _table(route: Record) -> int:
+def _table(route: LinkObject) -> int:
     return to_number(route.get(RTA_TABLE)) or route.header[4]
 
 
-def _destination(route: Record) -> tuple[object, ...]:
+def _destination(route: LinkObject) -> tuple[object, ...]:
     return _table(route), route.family, route.get(RTA_DST), route.header[1], _metric(route)
 
 
-def _metric(route: Record) -> int:
+def _metric(route: LinkObject) -> int:
     return to_number(route.get(RTA_PRIORITY))
 
 
-def _implied_route(address: Record) -> tuple[object, ...] | None:
+def _implied_route(address: LinkObject) -> tuple[object, ...] | None:
     """The route to its prefix that the kernel makes with an address, as `_destination` has it."""
     if address.flags & IFA_F_NOPREFIXROUTE:
         return None

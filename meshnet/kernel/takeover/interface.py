@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
 from meshnet.kernel.takeover import contents
-from meshnet.kernel.takeover.contents import Contents, Kind, Record
+from meshnet.kernel.takeover.contents import Contents, Kind, LinkObject
 from meshnet.kernel.takeover.plan import Verb
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import ENDPOINT_LINK, LINK_PREFIX
@@ -288,30 +288,30 @@ def _copy_settings(source: str, target: str) -> None:
 
 
 def _encode(step: Step, indices: dict[str, int], bridge: str) -> list[Request]:
-    record = step.record
-    if record is None:
+    moved = step.moved
+    if moved is None:
         master = indices[bridge] if step.verb is Verb.ADD else 0
         body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, indices[step.link], 0, 0)
         body += rtnl.attr(links.IFLA_MASTER, rtnl.U32.pack(master))
         return [rtnl.Request(rtnl.RTM_SETLINK, 0, body)]
-    new, delete = _VERBS[record.kind]
+    new, delete = _VERBS[moved.kind]
     if step.verb is Verb.DELETE:
-        return [rtnl.Request(delete, 0, _body(record, step.link, indices))]
-    if record.kind is Kind.ADDRESS and record.family == socket.AF_INET6:
+        return [rtnl.Request(delete, 0, _body(moved, step.link, indices))]
+    if moved.kind is Kind.ADDRESS and moved.family == socket.AF_INET6:
         # Without duplicate address detection, which would keep it unusable for a second; that it
         # was made so is then taken back.
-        made = record.with_attr(links.IFA_FLAGS, rtnl.U32.pack(record.flags | links.IFA_F_NODAD))
+        made = moved.with_attr(links.IFA_FLAGS, rtnl.U32.pack(moved.flags | links.IFA_F_NODAD))
         return [
             rtnl.Request(new, rtnl.NLM_F_CREATE, _body(made, step.link, indices)),
-            rtnl.Request(new, rtnl.NLM_F_REPLACE, _body(record, step.link, indices)),
+            rtnl.Request(new, rtnl.NLM_F_REPLACE, _body(moved, step.link, indices)),
         ]
     flags = rtnl.NLM_F_CREATE
-    if record.kind is Kind.ROUTE:
+    if moved.kind is Kind.ROUTE:
         flags |= _NLM_F_APPEND
-    elif record.kind is not Kind.ADDRESS:
+    elif moved.kind is not Kind.ADDRESS:
         flags |= rtnl.NLM_F_REPLACE
-    return [rtnl.Request(new, flags, _body(record, step.link, indices))]
+    return [rtnl.Request(new, flags, _body(moved, step.link, indices))]
 
 
-def _body(record: Record, link: str, indices: dict[str, int]) -> bytes:
-    return contents.encode_body(record, indices[link], link)
+def _body(moved: LinkObject, link: str, indices: dict[str, int]) -> bytes:
+    return contents.encode_body(moved, indices[link], link)

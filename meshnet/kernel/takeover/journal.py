@@ -26,7 +26,7 @@ from meshnet.codec.checksum import checked, with_checksum
 from meshnet.codec.document import BadValueError
 from meshnet.errors import KernelRefusedError
 from meshnet.files import sync, write_whole
-from meshnet.kernel.takeover.contents import Contents, Kind, Record
+from meshnet.kernel.takeover.contents import Contents, Kind, LinkObject
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,7 +165,7 @@ def _decode(document: Any) -> Journal:  # noqa: ANN401
         raise ValueError(f"version {document['v']}")
     contents = {
         name: tuple(
-            Record(
+            LinkObject(
                 Kind(r["kind"]),
                 bytes.fromhex(r["header"]),
                 tuple((int(kind), bytes.fromhex(payload)) for kind, payload in r["attrs"]),

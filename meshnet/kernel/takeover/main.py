@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 takeover = Takeover(interfaces, journals, options.bridge)
                 gateways = [ip_address(text) for text in options.gateway]
                 etcd = [_host_and_port(text) for text in options.etcd]
-                takeover.take(options.parent, gateways, etcd, options.confirm)
+                takeover.take_over(options.parent, gateways, etcd, options.confirm)
             else:
                 for bridge in [options.bridge] if options.bridge else journals.bridges():
                     takeover = Takeover(interfaces, journals, bridge)
@@ -77,7 +77,7 @@ class Takeover:
         self._journals = journals
         self._bridge = bridge
 
-    def take(
+    def take_over(
         self,
         parent: str,
         gateways: Sequence[IpAddress],

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from meshnet.kernel.takeover.contents import Contents, Record
+    from meshnet.kernel.takeover.contents import Contents, LinkObject
 
 
 class Verb(IntEnum):
@@ -40,16 +40,16 @@ class Step(NamedTuple):
 
     Attributes:
         link: the bridge or the parent.
-        record: None: the parent becomes a port of the bridge, or ceases to be one.
+        moved: None: the parent becomes a port of the bridge, or ceases to be one.
     """
 
     verb: Verb
     link: str
-    record: Record | None
+    moved: LinkObject | None
 
     def __str__(self) -> str:
         verb = self.verb.name.lower()
-        return f"{verb} {self.record or 'port'} on {self.link}"
+        return f"{verb} {self.moved or 'port'} on {self.link}"
 
 
 def plan_taking(parent: str, bridge: str, held: Contents) -> list[list[Step]]:
@@ -96,7 +96,7 @@ def plan_giving_back(
     ]
 
 
-def in_order_of_adding(addresses: Sequence[Record]) -> list[Record]:
+def in_order_of_adding(addresses: Sequence[LinkObject]) -> list[LinkObject]:
     """Addresses so that they end up in the order given.
 
     A new one comes last for IPv4 and first, within its scope, for IPv6
@@ -106,9 +106,9 @@ def in_order_of_adding(addresses: Sequence[Record]) -> list[Record]:
     return [*ipv4, *(a for a in reversed(addresses) if a.family != AF_INET)]
 
 
-def _add(link: str, records: Iterable[Record]) -> list[Step]:
-    return [Step(Verb.ADD, link, record) for record in records]
+def _add(link: str, moving: Iterable[LinkObject]) -> list[Step]:
+    return [Step(Verb.ADD, link, moved) for moved in moving]
 
 
-def _delete(link: str, records: Iterable[Record]) -> list[Step]:
-    return [Step(Verb.DELETE, link, record) for record in records]
+def _delete(link: str, moving: Iterable[LinkObject]) -> list[Step]:
+    return [Step(Verb.DELETE, link, moved) for moved in moving]

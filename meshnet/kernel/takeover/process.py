@@ -68,7 +68,7 @@ class TakeoverProcesses:
             if bridge not in standing:
                 await self._run(bridge, "settle")
 
-    async def take(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
+    async def take_over(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
         """Have a bridge in the place of a link (`meshnet.kernel.takeover.main.Takeover.take`).
 
         Raises:

@@ -32,9 +32,9 @@ from meshnet.state import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from meshnet.diff import Op
     from meshnet.kernel.wire.rtnl import Body
     from meshnet.state import PackedIp
+    from meshnet.tables import Op
 
 AF_BRIDGE = 7
 NUD_PERMANENT, NTF_SELF, NTF_EXT_LEARNED = 0x80, 0x02, 0x10

@@ -2,7 +2,7 @@
 
 Dumps come before every pass of the reconciler and endpoints' links are on the path of ``attach``,
 whose bound is 5 ms; both go through `meshnet.kernel.wire.rtnl`.  The rare, rich requests (bridges,
-VXLAN devices) go through pyroute2 in `meshnet.kernel.netlink`.
+VXLAN devices) go through pyroute2 in `meshnet.kernel.drivers.links`.
 
 linux/if_link.h, linux/if_addr.h, linux/veth.h.
 """

@@ -13,17 +13,17 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from meshnet.diff import Failure
 from meshnet.firewall.elements import SETS, TABLE, key_size
 from meshnet.firewall.rules import COUNTERS, FAMILIES, Count
 from meshnet.kernel.wire import rtnl
 from meshnet.state import ElementKey
+from meshnet.tables import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from meshnet.diff import Op
     from meshnet.kernel.wire.rtnl import Body
+    from meshnet.tables import Op
 
 NETLINK_NETFILTER = 12
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, NFNL_SUBSYS_NFTABLES = 16, 17, 10

@@ -1,9 +1,10 @@
 """Our nftables tables: loading them in one transaction, telling whether they are as loaded.
 
 The kernel's listing of a table is not the text that made it, so after a load the listings' digest
-is remembered next to the text (in a file, so that a restarted agent need not load again): while
-the listings have that digest, the tables *are* the text.  Elements of named sets, which are
-compared for themselves (`meshnet.kernel.wire.nftnl`), and counters are left out of listings.
+is remembered next to what was loaded (in a file, so that a restarted agent need not load again):
+while the listings have that digest, the tables do what they were loaded to.  Elements of named
+sets, which are compared for themselves (`meshnet.kernel.wire.nftnl`), and counters are left out of
+listings.
 
 Runs ``nft`` (Debian package nftables) without a shell; scripts go in by standard input.
 """
@@ -11,21 +12,22 @@ Runs ``nft`` (Debian package nftables) without a shell; scripts go in by standar
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import subprocess
 from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError
+from meshnet.firewall import UNKNOWN
 from meshnet.firewall.elements import TABLE
-from meshnet.firewall.rules import FAMILIES, render_script
+from meshnet.firewall.rules import FAMILIES, render_rules, render_script
+from meshnet.kernel.drivers.nft_memory import NOTHING, Loaded, read_memory, write_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from meshnet.firewall import Firewall, Unknown
     from meshnet.firewall.rules import Count
-    from meshnet.state import Ruleset
+    from meshnet.state import ElementKey
 
 _TIMEOUT_S = 30
 _TRIES = 3
@@ -40,28 +42,29 @@ class NftTables:
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
-        self._text, self._digest = _read(memory)
+        self._loaded = read_memory(memory)
 
-    def load(self, ruleset: Ruleset, counts: Mapping[str, Count]) -> None:
+    def load(
+        self, firewall: Firewall, held: Mapping[ElementKey, bytes], counts: Mapping[str, Count]
+    ) -> None:
         """Replace the tables and all that is in them, all at once or not at all.
 
         Args:
+            held: what their sets hold.
             counts: what the counters go on from.
 
         Raises:
             KernelRefusedError: nft or the kernel refused the script.
         """
+        text = render_rules(firewall)
         for _ in range(_TRIES):
-            _nft(["-f", "-"], render_script(ruleset, counts))
+            _nft(["-f", "-"], render_script(text, held, counts))
             digest = _digest("".join(_list_tables()))
-            if ruleset.text != self._text or digest == self._digest:
+            if text != self._loaded.text or digest == self._loaded.listing_sha256:
                 break
             # One text has one listing: somebody changed it in between, or nft was upgraded.
-        self._text, self._digest = ruleset.text, digest
-        document = json.dumps({"text": self._text, "listing_sha256": self._digest})
-        draft = self._memory.with_suffix(".new")
-        draft.write_text(document)
-        os.replace(draft, self._memory)
+        self._loaded = Loaded(firewall, text, digest)
+        write_memory(self._memory, self._loaded)
 
     def delete(self) -> None:
         """Remove the tables.
@@ -71,15 +74,16 @@ class NftTables:
         """
         gone = (f"table {f} {TABLE}\ndelete table {f} {TABLE}\n" for f in FAMILIES)
         _nft(["-f", "-"], "".join(gone))
-        self._text = self._digest = ""
+        self._loaded = NOTHING
         self._memory.unlink(missing_ok=True)
 
-    def read(self) -> str | None:
-        """The text the tables were loaded from; None: there are none; "": not as loaded."""
+    def read(self) -> Firewall | Unknown | None:
+        """What the tables were loaded to do; None: there are none; unknown: not as loaded."""
         listings = _list_tables()
         if not any(listings):
             return None
-        return self._text if _digest("".join(listings)) == self._digest else ""
+        as_loaded = _digest("".join(listings)) == self._loaded.listing_sha256
+        return self._loaded.firewall if as_loaded else UNKNOWN
 
 
 def _list_tables() -> list[str]:
@@ -89,7 +93,8 @@ def _list_tables() -> list[str]:
     elements, too, that it is not to print, which takes 15 ms for 10,000 of them.
     """
     commands = "".join(f"list ruleset {family}\n" for family in FAMILIES)
-    listing = _nft(["--terse", "--stateless", "-f", "-"], commands)
+    # In numbers: a listing must not change with what /etc/protocols says.
+    listing = _nft(["--terse", "--stateless", "--numeric", "-f", "-"], commands)
     return [_cut_out(f"table {family} {TABLE} {{\n", listing) for family in FAMILIES]
 
 
@@ -122,11 +127,3 @@ def _nft(arguments: list[str], script: str) -> str:
 
 def _digest(listing: str) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _read(memory: Path) -> tuple[str, str]:
-    try:
-        document = json.loads(memory.read_text())
-        return str(document["text"]), str(document["listing_sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return "", ""

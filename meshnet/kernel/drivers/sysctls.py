@@ -1,0 +1,61 @@
+"""Settings under /proc/sys: those of the host's links, and the helpers for those of our own."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshnet.kernel.drivers.writing import write_each
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from meshnet.kernel.drivers.namespace import HostNamespace
+    from meshnet.state import KernelState
+    from meshnet.tables import Failure, Op
+
+_PROC_SYS = Path("/proc/sys")
+ALL_IPV6_FORWARDING = "net/ipv6/conf/all/forwarding"
+
+
+def read_sysctl(path: str) -> str:
+    """A setting by its path under /proc/sys; "" if there is none."""
+    with contextlib.suppress(OSError):
+        return (_PROC_SYS / path).read_text().strip()
+    return ""
+
+
+def has_sysctl(path: str) -> bool:
+    """Whether this kernel has a setting."""
+    return (_PROC_SYS / path).exists()
+
+
+def write_sysctl(path: str, value: str) -> None:
+    """Change a setting.
+
+    Raises:
+        OSError: there is none, or the kernel refused.
+    """
+    (_PROC_SYS / path).write_text(value)
+
+
+class SysctlDriver:
+    """`meshnet.kernel.drivers.Driver` of settings that are the host's own."""
+
+    def __init__(self, namespace: HostNamespace) -> None:
+        self._namespace = namespace
+
+    def dump(self, state: KernelState) -> None:
+        """See `meshnet.kernel.drivers.Driver`."""
+        state.sysctls.update((path, read_sysctl(path)) for path in self._paths())
+
+    def _paths(self) -> Iterator[str]:
+        for dev in self._namespace.forwarding_links:
+            yield f"net/ipv4/conf/{dev}/forwarding"
+            yield f"net/ipv6/conf/{dev}/accept_ra"
+        yield ALL_IPV6_FORWARDING
+
+    def write(self, ops: Sequence[Op]) -> list[Failure]:
+        """See `meshnet.kernel.drivers.Driver`."""
+        return write_each(self._namespace, lambda op: write_sysctl(op.key, op.value), ops)

@@ -1,0 +1,129 @@
+"""Looking at what is below the networks: the underlay's address and link, and the ways to peers."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import TYPE_CHECKING
+
+from meshnet.backends import HostLink, Underlay, UnderlayPath
+from meshnet.errors import NotFoundError
+from meshnet.kernel.drivers.links import is_ours
+from meshnet.kernel.drivers.sysctls import ALL_IPV6_FORWARDING, has_sysctl, read_sysctl
+from meshnet.kernel.wire import bulk, links, rtnl
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from meshnet.kernel.capabilities import Capabilities
+    from meshnet.kernel.drivers.namespace import HostNamespace
+    from meshnet.kernel.wire.links import LinkInfo
+    from meshnet.model import IpAddress
+
+_OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
+"""Documentation addresses (RFC 5737, RFC 3849): their route is that of any address outside."""
+
+
+class UnderlayObserver:
+    """Tells how the underlay of a namespace is; writes nothing."""
+
+    def __init__(self, namespace: HostNamespace, capabilities: Capabilities) -> None:
+        self._namespace = namespace
+        self._capabilities = capabilities
+
+    def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
+        """See `meshnet.kernel.Kernel`."""
+        self._namespace.look_at_links()
+        held = self._dump_global_addresses()
+        ip, link = self._find_underlay(held, underlay_ip, underlay_dev)
+        outside = [path.dev for path in self.find_paths(_OUTSIDE).values()]
+        forwarding_links = tuple(sorted({link.name, *outside} - {"lo"}))
+        self._namespace.forwarding_links = forwarding_links
+        listens = read_sysctl(ALL_IPV6_FORWARDING) == "0"
+        return Underlay(
+            ip=ip,
+            dev=link.name,
+            mtu_bytes=link.mtu_bytes,
+            links=self._host_links(held),
+            forwarding_links=forwarding_links,
+            ra_links=tuple(
+                dev
+                for dev in forwarding_links
+                if listens and read_sysctl(f"net/ipv6/conf/{dev}/accept_ra") == "1"
+            ),
+            ipv6=has_sysctl(ALL_IPV6_FORWARDING),
+            strict_rp_filter=read_sysctl("net/ipv4/conf/all/rp_filter") == "1",
+            nexthop_objects=self._capabilities.has_nexthop_objects(),
+            kernel_vxlan=self._capabilities.has_vxlan(),
+        )
+
+    def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:
+        """See `meshnet.kernel.Kernel`."""
+        packed = [a.packed for a in addresses]
+        socket = self._namespace.rtnl
+        answers = socket.ask(bulk.encode_route_lookups(packed, socket.next_sequence))
+        # Thousands of peers are behind a few routes, whose description is the same for all.
+        routes = {answer for answer in answers if isinstance(answer, bytes)}
+        ways = {route: bulk.decode_route_lookup(route) for route in routes}
+        known = self._namespace.by_index.keys()
+        if not known >= {way[0] for way in ways.values() if way is not None}:
+            self._namespace.look_at_links()
+        by_route = {route: self._to_path(way) for route, way in ways.items() if way is not None}
+        found = {}
+        for address, answer in zip(addresses, answers, strict=True):
+            path = by_route.get(answer) if isinstance(answer, bytes) else None
+            if path is not None:
+                found[address] = path
+        return found
+
+    def _to_path(self, way: tuple[int, bool, int]) -> UnderlayPath | None:
+        ifindex, on_link, mtu_bytes = way
+        out = self._namespace.by_index.get(ifindex)
+        return (
+            UnderlayPath(out.name, on_link, mtu_bytes or out.mtu_bytes) if out is not None else None
+        )
+
+    def _host_links(self, held: Iterable[tuple[IpAddress, LinkInfo]]) -> dict[str, HostLink]:
+        addresses: dict[str, set[IpAddress]] = {}
+        for ip, link in held:
+            addresses.setdefault(link.name, set()).add(ip)
+        return {
+            link.name: HostLink(link.mtu_bytes, frozenset(addresses.get(link.name, ())))
+            for link in self._namespace.by_index.values()
+            if not is_ours(link.name)
+        }
+
+    def _dump_global_addresses(self) -> list[tuple[IpAddress, LinkInfo]]:
+        """All addresses of global scope and the links that hold them."""
+        by_index = self._namespace.by_index
+        messages = self._namespace.rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
+        return [
+            (ip_address(info.address), by_index[info.ifindex])
+            for info in links.decode_addresses(messages)
+            if info.ifindex in by_index and info.scope == links.RT_SCOPE_UNIVERSE
+        ]
+
+    def _find_underlay(
+        self,
+        held: list[tuple[IpAddress, LinkInfo]],
+        wanted: IpAddress | None,
+        dev: str | None,
+    ) -> tuple[IpAddress, LinkInfo]:
+        for ip, link in sorted(held, key=lambda item: (item[0] != wanted, item[0].version)):
+            if ip == wanted if dev is None else self._is_or_has_port(link, dev):
+                return ip, link
+        if dev is None:
+            raise NotFoundError(
+                f"underlay address {wanted} is on no link of this host: "
+                "give --underlay-ip an address that `ip addr` shows"
+            )
+        raise NotFoundError(
+            f"link {dev} does not exist or has no global address: "
+            "give --underlay-dev a link that `ip addr` shows with one"
+        )
+
+    def _is_or_has_port(self, link: LinkInfo, dev: str) -> bool:
+        """Whether the link is `dev`, or the bridge that has `dev` for a port, and its addresses."""
+        by_index = self._namespace.by_index
+        return link.name == dev or any(
+            port.name == dev and by_index.get(port.master) is link for port in by_index.values()
+        )
