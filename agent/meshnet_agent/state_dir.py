@@ -2,10 +2,10 @@
 
 The state directory outlives the host's reboots, the run directory does not.
 
-Files are replaced whole (`meshnet.files`), and a record ends with a checksum, so that no damage is
-believed.  A file that cannot be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if that is
-there) and reported, never deleted.  A record that a newer version wrote is no damage: while there
-is one the agent does not start, and touches nothing.
+Files are replaced whole (`meshnet.system.files`), and a record ends with a checksum, so that no
+damage is believed.  A file that cannot be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if
+that is there) and reported, never deleted.  A record that a newer version wrote is not damaged:
+while there is one the agent does not start, and touches nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import structlog
 from meshnet.codec.checksum import checked
 from meshnet.codec.document import BadValueError
 from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
-from meshnet.files import write_whole
+from meshnet.system.files import write_whole
 from meshnet.text import NAME_PATTERN
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from meshnet.errors import (
     UsageError,
     error_classes,
 )
-from meshnet.group import GROUP
+from meshnet.system.group import GROUP
 from meshnet.unix_http import HttpConnection
 
 TYPE_CHECKING = False  # see meshnet.unix_http

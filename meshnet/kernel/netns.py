@@ -10,10 +10,10 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from meshnet import libc
 from meshnet.errors import NotFoundError, PolicyRefusedError
 from meshnet.model import NetnsId
-from meshnet.proc import mounts
+from meshnet.system import libc
+from meshnet.system.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

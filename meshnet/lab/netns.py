@@ -2,7 +2,7 @@
 
 `nsenter` and not ``ip netns exec``: the latter mounts a new /sys over the old one, which costs
 time and hides the cgroup tree from what runs there.  May import only the standard library and
-`meshnet.errors` and `meshnet.libc`; ``meshnet lab exec`` imports it, so nothing slow.
+`meshnet.errors` and `meshnet.system.libc`; ``meshnet lab exec`` imports it, so nothing slow.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet import libc
 from meshnet.errors import KernelRefusedError, NotFoundError, PolicyRefusedError, UsageError
+from meshnet.system import libc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -5,7 +5,7 @@ proc(5)) it names one process for ever, also from another program and hours late
 through a pidfd that was opened *before* the start time was compared, so that none can reach a
 stranger.  Zombies count as gone: whoever started them reaps them.
 
-May import only the standard library, `meshnet.errors` and `meshnet.proc`.
+May import only the standard library, `meshnet.errors` and `meshnet.system.proc`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError
-from meshnet.proc import Stat, read_stat
+from meshnet.system.proc import Stat, read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator

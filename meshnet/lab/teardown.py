@@ -3,8 +3,7 @@
 Trusts only what it can see: processes by ``lab.json`` (pid and start time), by the network
 namespace they live in, and by their parents; namespaces by their names; mounts by
 ``/proc/self/mountinfo``; control groups by the agents' records of their containers.  May import
-only the standard library, `meshnet.errors`, `meshnet.libc`, `meshnet.proc` and the lab's lower
-modules.
+only the standard library, `meshnet.errors`, `meshnet.system` and the lab's lower modules.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet import libc
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
 from meshnet.lab.netns import ETCDS, delete_netns, list_netns, netns_name, netns_path
 from meshnet.lab.poll import wait_until
@@ -38,7 +36,8 @@ from meshnet.lab.state import (
     is_lab_dir,
     removal_order,
 )
-from meshnet.proc import mounts
+from meshnet.system import libc
+from meshnet.system.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

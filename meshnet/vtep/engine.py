@@ -1,6 +1,6 @@
 """What carries packets: what an engine is, and what it works with.
 
-`meshnet.vtep.python_engine` and `meshnet.vtep.native.engine` are the two.
+`meshnet.vtep.python.engine` and `meshnet.vtep.native.engine` are the two.
 
 An engine runs in the process's one thread and stops for nothing but the caller's descriptors: so a
 change of members needs no lock, and no packet ever sees half of one.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from meshnet.vtep.receiver import Receiver
-from meshnet.vtep.sender import Sender
+from meshnet.vtep.python.receiver import Receiver
+from meshnet.vtep.python.sender import Sender
 
 if TYPE_CHECKING:
     from meshnet.vtep.counters import Counters

@@ -180,7 +180,7 @@ def _make_engine(name: str, parts: Parts) -> Engine:
     # Each is imported only where it is wanted: the one in Python needs neither ctypes nor hashlib,
     # and the process is to start within milliseconds.
     if name == "python":
-        from meshnet.vtep.python_engine import PythonEngine
+        from meshnet.vtep.python.engine import PythonEngine
 
         return PythonEngine(parts)
     from meshnet.vtep.native.engine import NativeEngine

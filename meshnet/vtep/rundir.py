@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError
-from meshnet.proc import start_ticks
+from meshnet.system.proc import start_ticks
 
 if TYPE_CHECKING:
     from meshnet.vtep.peers import PeerTable

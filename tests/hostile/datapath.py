@@ -12,7 +12,7 @@ from meshnet.vtep.control import Control
 from meshnet.vtep.counters import Counters
 from meshnet.vtep.peers import Own, PeerTable
 from meshnet.vtep.probe_exchange import ProbeExchange
-from meshnet.vtep.receiver import Receiver
+from meshnet.vtep.python.receiver import Receiver
 from meshnet.vtep.tun import Tun
 from meshnet.vtep.underlay_socket import UnderlaySocket
 from meshnet.wire import probe, virtio, vxlan

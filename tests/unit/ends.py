@@ -18,8 +18,8 @@ from meshnet.vtep.native import library
 from meshnet.vtep.native.engine import NativeEngine
 from meshnet.vtep.peers import Own, PeerTable
 from meshnet.vtep.probe_exchange import ProbeExchange
-from meshnet.vtep.receiver import Receiver
-from meshnet.vtep.sender import Sender
+from meshnet.vtep.python.receiver import Receiver
+from meshnet.vtep.python.sender import Sender
 from meshnet.vtep.tun import Tun
 from meshnet.vtep.underlay_socket import (
     SOL_UDP,

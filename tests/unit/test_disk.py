@@ -13,12 +13,12 @@ import structlog
 
 from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
 from meshnet.errors import PolicyRefusedError
-from meshnet.files import write_whole
 from meshnet.model import EndpointId, NetnsId
 from meshnet.runtime.spec.options import ContainerOptions
 from meshnet.store import Change, Delete, Put, WatchBatch
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import MESH, MESH_ID, NETWORKS, Mirror
+from meshnet.system.files import write_whole
 from meshnet_agent.containers import record as container_record
 from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.mesh.identity import MeshIdentity

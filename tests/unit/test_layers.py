@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 MESHNET = Path(meshnet.__path__[0])
 AGENT = Path(meshnet_agent.__path__[0])
-LOWEST = ("files", "group", "libc", "proc")
-"""Edges that all others may build on."""
-EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep", "arguments", "unix_http", *LOWEST)
+LOWEST = "system"
+"""The edge that all others may build on."""
+EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep", "arguments", "unix_http", LOWEST)
 PURE_FOLDERS = ("runtime/spec/",)
 PURE_IN_EDGES = {
     "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
@@ -131,7 +131,7 @@ def test_the_library_does_not_know_the_agent(name: str) -> None:
 
 @pytest.mark.parametrize("edge", ["store", "kernel", "runtime"])
 def test_edges_do_not_know_each_other(edge: str) -> None:
-    others = tuple(f"meshnet.{other}" for other in EDGES if other not in (edge, *LOWEST))
+    others = tuple(f"meshnet.{other}" for other in EDGES if other not in (edge, LOWEST))
     for name, path in modules(MESHNET / edge).items():
         found = [m for m in imports(path) if m.startswith(others)]
         assert not found, f"{edge}/{name} imports {found}"
@@ -214,7 +214,7 @@ def test_the_client_starts_fast() -> None:
             first = module.split(".")[0]
             allowed = first in sys.stdlib_module_names or module.startswith(
                 (
-                    *("meshnet.errors", "meshnet.cli", "meshnet.arguments", "meshnet.group"),
+                    *("meshnet.errors", "meshnet.cli", "meshnet.arguments", "meshnet.system.group"),
                     "meshnet.unix_http",
                 )
             )
@@ -227,7 +227,7 @@ def test_the_userspace_vtep_is_small() -> None:
     for path in files:
         for module in imports(path):
             allowed = module.split(".")[0] in sys.stdlib_module_names or module.startswith(
-                ("meshnet.errors", "meshnet.wire", "meshnet.vtep", "meshnet.proc")
+                ("meshnet.errors", "meshnet.wire", "meshnet.vtep", "meshnet.system.proc")
             )
             assert allowed, f"{path.name} imports {module}"
 

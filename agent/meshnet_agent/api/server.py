@@ -12,7 +12,7 @@ from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio import serve
 
 from meshnet.errors import UsageError
-from meshnet.group import open_to_group
+from meshnet.system.group import open_to_group
 from meshnet_agent.api.errors import raw_refusal
 from meshnet_agent.api.overload import refuse_clients
 

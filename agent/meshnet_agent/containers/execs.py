@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshnet.errors import NotFoundError, UsageError
-from meshnet.group import open_to_group
 from meshnet.runtime.engine.conmon import (
     ATTACH,
     CONMON_PID,
@@ -27,6 +26,7 @@ from meshnet.runtime.engine.conmon import (
     read_exit,
 )
 from meshnet.runtime.spec.checks import check_process
+from meshnet.system.group import open_to_group
 from meshnet_agent.containers.processes import identify, send, wait_for_end
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshnet.errors import ConflictError
-from meshnet.group import open_to_group
 from meshnet.ports import parse_all_published
 from meshnet.runtime.engine.cgroups import has_unified_io, set_blkio_weight
 from meshnet.runtime.engine.conmon import CONMON_PID, Shim
 from meshnet.runtime.spec.options import NO_NETWORKS, ContainerOptions, shared_with
 from meshnet.runtime.spec.userns import parse_userns
+from meshnet.system.group import open_to_group
 from meshnet_agent.containers.bundle.etc import write_etc
 from meshnet_agent.containers.processes import identify
 from meshnet_agent.containers.record import ContainerEndpoint, ContainerRecord, State

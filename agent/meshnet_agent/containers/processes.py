@@ -9,7 +9,7 @@ import signal
 import trio
 
 from meshnet.errors import NotFoundError, UsageError
-from meshnet.proc import boot_id, start_ticks
+from meshnet.system.proc import boot_id, start_ticks
 from meshnet_agent.containers.record import ProcessId
 
 

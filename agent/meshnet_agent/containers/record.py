@@ -15,10 +15,10 @@ import structlog
 
 from meshnet.codec.checksum import checked, with_checksum
 from meshnet.codec.document import BadValueError
-from meshnet.files import write_whole
 from meshnet.runtime.spec.id_ranges import IdRange  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.spec.mount_points import MountPoint  # noqa: TC001  (msgspec reads it)
 from meshnet.runtime.spec.options import ContainerOptions, shared_with
+from meshnet.system.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

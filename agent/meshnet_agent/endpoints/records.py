@@ -13,8 +13,8 @@ from meshnet.codec.checksum import checked, with_checksum
 from meshnet.codec.document import BadValueError
 from meshnet.codec.endpoints import decode_endpoint, encode_endpoint
 from meshnet.errors import KernelRefusedError
-from meshnet.files import UNFINISHED, write_whole
 from meshnet.kernel.netns import own_netns
+from meshnet.system.files import UNFINISHED, write_whole
 from meshnet_agent.state_dir import DRAFT, RECORD, set_aside
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import trio
 from meshnet.errors import MeshnetError, NotFoundError, PolicyRefusedError
 from meshnet.kernel.netns import find_process, host_netns, netns_id, netns_of, open_netns
 from meshnet.model import ProcessSandbox
-from meshnet.proc import start_ticks
 from meshnet.state import endpoint_link_name
+from meshnet.system.proc import start_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

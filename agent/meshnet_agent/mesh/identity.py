@@ -19,9 +19,9 @@ import structlog
 from meshnet.codec.checksum import checked, with_checksum
 from meshnet.codec.document import BadValueError
 from meshnet.errors import PolicyRefusedError
-from meshnet.files import write_whole
 from meshnet.store import Absent, Put
 from meshnet.store.mirror import MESH_ID
+from meshnet.system.files import write_whole
 from meshnet.text import printable
 from meshnet_agent.state_dir import set_aside
 

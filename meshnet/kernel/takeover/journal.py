@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from meshnet.codec.checksum import checked, with_checksum
 from meshnet.codec.document import BadValueError
 from meshnet.errors import KernelRefusedError
-from meshnet.files import sync, write_whole
 from meshnet.kernel.takeover.contents import Contents, Kind, LinkObject
+from meshnet.system.files import sync, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

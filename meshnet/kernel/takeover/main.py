@@ -30,7 +30,7 @@ from meshnet.kernel.takeover.journal import Journal, JournalDir, Stage
 from meshnet.kernel.takeover.plan import plan_giving_back, plan_taking
 from meshnet.kernel.takeover.standing import stands
 from meshnet.kernel.wire import links
-from meshnet.proc import boot_id
+from meshnet.system.proc import boot_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

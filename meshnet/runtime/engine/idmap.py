@@ -14,9 +14,9 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
-from meshnet import libc
 from meshnet.errors import KernelRefusedError, NotFoundError
-from meshnet.proc import mounts
+from meshnet.system import libc
+from meshnet.system.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet import libc
 from meshnet.errors import KernelRefusedError, NotFoundError
-from meshnet.proc import mounts
+from meshnet.system import libc
+from meshnet.system.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshnet import libc
 from meshnet.errors import KernelRefusedError, MeshnetError, NotFoundError, UsageError
-from meshnet.files import sync
+from meshnet.system import libc
+from meshnet.system.files import sync
 from meshnet.text import check_name
 
 if TYPE_CHECKING:

@@ -23,13 +23,13 @@ from meshnet.errors import (
     MeshnetError,
     UsageError,
 )
-from meshnet.files import sync, sync_filesystem
 from meshnet.runtime.images import oci
 from meshnet.runtime.images.archive import Archive
 from meshnet.runtime.images.layers import unpack
 from meshnet.runtime.images.names import Entry, canonical, find, hex_of, short, tidied
 from meshnet.runtime.images.oci import BadImageError, Descriptor, Digest, Index
 from meshnet.runtime.images.store_dir import OCI_LAYOUT, StoreDir
+from meshnet.system.files import sync, sync_filesystem
 from meshnet.text import check_name
 
 if TYPE_CHECKING:

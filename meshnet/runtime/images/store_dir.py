@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError
-from meshnet.files import write_whole
 from meshnet.runtime.images import oci
 from meshnet.runtime.images.names import Entry, hex_of
 from meshnet.runtime.images.oci import Descriptor, Index
+from meshnet.system.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

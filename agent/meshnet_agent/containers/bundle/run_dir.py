@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meshnet.group import open_to_group
+from meshnet.system.group import open_to_group
 
 if TYPE_CHECKING:
     from pathlib import Path

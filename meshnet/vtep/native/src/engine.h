@@ -33,7 +33,7 @@ struct engine {
     uint64_t not_member, receive_errors;
 
     /* Small packets of one size to one peer, which leave by one send.  They are read into slots, as
-     * in meshnet.vtep.sender; the last slot has room for a super-packet. */
+     * in meshnet.vtep.python.sender; the last slot has room for a super-packet. */
     uint8_t *slots;
     size_t step;
     int slot;

@@ -1,4 +1,4 @@
-/* Inward: from the underlay to the TUN (meshnet.vtep.receiver). */
+/* Inward: from the underlay to the TUN (meshnet.vtep.python.receiver). */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <netinet/udp.h>

@@ -1,4 +1,4 @@
-/* Inward: from the underlay to the TUN (meshnet.vtep.receiver). */
+/* Inward: from the underlay to the TUN (meshnet.vtep.python.receiver). */
 #ifndef MESHNET_INWARD_H
 #define MESHNET_INWARD_H
 

@@ -1,4 +1,4 @@
-/* Outward: from the TUN to the underlay (meshnet.vtep.sender). */
+/* Outward: from the TUN to the underlay (meshnet.vtep.python.sender). */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <netinet/udp.h>

@@ -1,4 +1,4 @@
-/* Outward: from the TUN to the underlay (meshnet.vtep.sender). */
+/* Outward: from the TUN to the underlay (meshnet.vtep.python.sender). */
 #ifndef MESHNET_OUTWARD_H
 #define MESHNET_OUTWARD_H
 

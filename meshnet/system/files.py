@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from meshnet import libc
+from meshnet.system import libc
 
 if TYPE_CHECKING:
     from pathlib import Path

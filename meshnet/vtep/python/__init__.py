@@ -1,0 +1,1 @@
+"""The engine in Python; the one in C is `meshnet.vtep.native`."""
