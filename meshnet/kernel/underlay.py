@@ -9,7 +9,7 @@ from meshnet.backends import HostLink, Underlay, UnderlayPath
 from meshnet.errors import NotFoundError
 from meshnet.kernel.drivers.links import is_ours
 from meshnet.kernel.drivers.sysctls import ALL_IPV6_FORWARDING, has_sysctl, read_sysctl
-from meshnet.kernel.wire import bulk, links, rtnl
+from meshnet.kernel.wire import links, route_lookups, rtnl
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -60,10 +60,10 @@ class UnderlayObserver:
         """See `meshnet.kernel.Kernel`."""
         packed = [a.packed for a in addresses]
         socket = self._namespace.rtnl
-        answers = socket.ask(bulk.encode_route_lookups(packed, socket.next_sequence))
+        answers = socket.ask(route_lookups.encode_route_lookups(packed, socket.next_sequence))
         # Thousands of peers are behind a few routes, whose description is the same for all.
         routes = {answer for answer in answers if isinstance(answer, bytes)}
-        ways = {route: bulk.decode_route_lookup(route) for route in routes}
+        ways = {route: route_lookups.decode_route_lookup(route) for route in routes}
         known = self._namespace.by_index.keys()
         if not known >= {way[0] for way in ways.values() if way is not None}:
             self._namespace.look_at_links()

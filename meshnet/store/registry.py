@@ -10,18 +10,12 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from meshnet.backends import Addressing
-from meshnet.backends.conflicts import find_conflict
-from meshnet.backends.table import addressing_of
 from meshnet.codec.document import BadValueError
 from meshnet.codec.endpoints import decode_endpoint
 from meshnet.codec.hosts import (
-    decode_claim,
-    decode_reservation,
     encode_claim,
     encode_host,
     encode_reservation,
-    subnet_from_key,
 )
 from meshnet.codec.networks import check_network, encode_network
 from meshnet.errors import (
@@ -37,7 +31,6 @@ from meshnet.model import (
     HostId,
     NetworkName,
     Reservation,
-    Reservations,
     Vni,
 )
 from meshnet.store import (
@@ -63,15 +56,21 @@ from meshnet.store.mirror import (
     network_key,
     subnet_key,
 )
+from meshnet.store.registry_rules import (
+    address_of,
+    check_conflicts,
+    claim_conflict,
+    claim_of,
+    free_vni,
+    owned_by,
+    owners_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from meshnet.model import Claim, IpNetwork, MeshSnapshot, Network
-    from meshnet.store import Condition, KeyValue, LeaseId, Store, Write
-
-FIRST_VNI = 4097
-"""Networks that name no VNI get the lowest free one from here on: small ones are for people."""
+    from meshnet.store import Commit, Condition, LeaseId, Store, Write
 
 _TRIES = 64
 _STALE = 3
@@ -135,9 +134,9 @@ class Registry:
             held = next(iter((await self.store.read(key)).items), None)
             if held is None:
                 continue  # it ran out in between
-            if held.lease_id not in granted and _claim_of(held.value) != claim:
+            if held.lease_id not in granted and claim_of(held.value) != claim:
                 await self.store.revoke_lease(lease)
-                raise ConflictError(_claim_conflict(host, claim, held.value, ttl_s))
+                raise ConflictError(claim_conflict(host, claim, held.value, ttl_s))
             # This agent's own, or its before a restart: end the lease, which nobody renews.
             when = [Holds(key, held.value), *unchanged]
             if (await self.store.commit(when, writes)).succeeded:
@@ -223,9 +222,9 @@ class Registry:
         """
         taken = known if known is not None else await self._reservations(network.name)
         for attempt in range(1, _TRIES + 1):
-            mine = _owned(taken, network, version, host)
+            mine = owned_by(taken, network, version, host)
             if mine:
-                return min(mine, key=int_of), 0
+                return min(mine, key=address_of), 0
             if prefer is not None and prefer not in taken and network.is_host_subnet(prefer):
                 subnet = prefer
             else:
@@ -234,29 +233,37 @@ class Registry:
                 subnet = choose_subnet(
                     network, version, taken, random_below=None if orderly else random_below
                 )
-            network_revision = await self._revision_of(network_key(network.name))
-            if not network_revision:
-                raise NotFoundError(f"network {network.name} does not exist (any more)")
-            reservation = Reservation(network=network.name, subnet=subnet, host=host)
-            key = subnet_key(network.name, subnet)
-            done = await self.store.commit(
-                [Absent(key), Unchanged(network_key(network.name), network_revision)],
-                [Put(key, encode_reservation(reservation))],
-            )
+            done = await self._write_reservation(network.name, subnet, host)
             if done.succeeded:
                 return subnet, done.revision
             if attempt == _STALE:
                 taken = await self._reservations(network.name)
             else:
-                held = (await self.store.read(key)).items
-                taken = {**taken, **_owners(network.name, held)}
+                held = (await self.store.read(subnet_key(network.name, subnet))).items
+                taken = {**taken, **owners_of(network.name, held)}
         raise PoolExhaustedError(
             f"network {network.name}: lost the race for a subnet {_TRIES} times: try again"
         )
 
+    async def _write_reservation(
+        self, network: NetworkName, subnet: IpNetwork, host: HostId
+    ) -> Commit:
+        """Reserve a subnet that is free, of a network that is there."""
+        network_revision = await self._revision_of(network_key(network))
+        if not network_revision:
+            raise NotFoundError(f"network {network} does not exist (any more)")
+        reservation = Reservation(network=network, subnet=subnet, host=host)
+        key = subnet_key(network, subnet)
+        # The network's own revision: one that is removed and made anew meanwhile may have other
+        # addresses, and the reservation would outlive the first.
+        return await self.store.commit(
+            [Absent(key), Unchanged(network_key(network), network_revision)],
+            [Put(key, encode_reservation(reservation))],
+        )
+
     async def _reservations(self, network: NetworkName) -> dict[IpNetwork, HostId]:
         listing = await self.store.list_prefix(f"{SUBNETS}{network}/")
-        return _owners(network, listing.items)
+        return owners_of(network, listing.items)
 
     # --- networks -----------------------------------------------------------------------------
 
@@ -275,10 +282,10 @@ class Registry:
             serial = await self._revision_of(NETWORKS_SERIAL)
             snapshot = await self.snapshot()
             used = {n.vni for n in snapshot.networks.values()}
-            chosen = vni if vni is not None else _free_vni(used)
+            chosen = vni if vni is not None else free_vni(used)
             network = build(Vni(chosen))
             check_network(network)
-            _check_conflicts(network, snapshot)
+            check_conflicts(network, snapshot)
             done = await self.store.commit(
                 [Unchanged(NETWORKS_SERIAL, serial), Absent(network_key(network.name))],
                 [
@@ -363,89 +370,3 @@ class Registry:
 def endpoint_key(endpoint: Endpoint) -> str:
     """Key an endpoint is published under."""
     return f"{ENDPOINTS}{endpoint.network}/{endpoint.host}/{endpoint.id}"
-
-
-def int_of(subnet: IpNetwork) -> int:
-    """A subnet's address as a number, to order subnets of one IP version by."""
-    return int(subnet.network_address)
-
-
-def _owners(network: NetworkName, items: Sequence[KeyValue]) -> dict[IpNetwork, HostId]:
-    """Whose subnets the keys of reservations are."""
-    owners = {}
-    for item in items:
-        part = item.key.removeprefix(f"{SUBNETS}{network}/")
-        with contextlib.suppress(BadValueError):
-            subnet = subnet_from_key(part)
-            # A value that cannot be read still holds its subnet: nobody overwrites it.
-            owners[subnet] = HostId("")
-            owners[subnet] = decode_reservation(network, part, item.value).host
-    return owners
-
-
-def _owned(
-    taken: Mapping[IpNetwork, HostId], network: Network, version: int, host: HostId
-) -> list[IpNetwork]:
-    """The subnets that a host owns already."""
-    if isinstance(taken, Reservations):
-        subnets: Iterable[IpNetwork] = taken.of(host)
-    else:
-        subnets = (subnet for subnet, owner in taken.items() if owner == host)
-    return [s for s in subnets if s.version == version and network.is_host_subnet(s)]
-
-
-def _claim_of(held: bytes) -> Claim | None:
-    with contextlib.suppress(BadValueError):
-        return decode_claim(held)
-    return None
-
-
-def _claim_conflict(host: Host, claim: Claim, held: bytes, ttl_s: int) -> str:
-    other = _claim_of(held)
-    where = "an agent whose entry cannot be read"
-    if other is not None:
-        where = f"an agent at underlay address {other.underlay_ip}"
-    held_by = f"host id {host.id} is held by {where}"
-    if other is not None and other.instance == claim.instance:
-        return (
-            f"{held_by} with this state directory, or a copy of it: if this host has moved, try "
-            f"again when that lease has run out (within {ttl_s} s); if it is another machine, give "
-            "it a state directory and a --host-id of its own"
-        )
-    return (
-        f"{held_by}: give this agent another --host-id, or stop that one (if it crashed, its lease "
-        f"runs out within {ttl_s} s)"
-    )
-
-
-def _free_vni(used: set[Vni]) -> int:
-    candidate = FIRST_VNI
-    while candidate in used:
-        candidate += 1
-    return candidate
-
-
-def _check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
-    if network_key(network.name) in snapshot.bad_values:
-        raise ConflictError(
-            f"network {network.name} exists with a value that cannot be read: choose another "
-            "name, or meshnet network rm it first"
-        )
-    if network.name in snapshot.networks:
-        raise ConflictError(
-            f"network {network.name} exists: choose another name, or meshnet network rm it first"
-        )
-    for other in snapshot.networks.values():
-        # On hosts with the kernel's VXLAN; those without it have more such networks, and say so.
-        conflict = find_conflict(network, other, kernel_vxlan=True)
-        if conflict is not None:
-            raise ConflictError(f"{conflict.problem}: {conflict.choose}")
-    if addressing_of(network) is Addressing.POOL:
-        return  # its endpoints are the hosts' neighbours
-    for host in snapshot.hosts.values():
-        for mine in network.subnets:
-            if host.underlay_ip.version == mine.version and host.underlay_ip in mine:
-                raise ConflictError(
-                    f"subnet {mine} contains {host.underlay_ip}, the underlay address of host "
-                    f"{host.id}: choose a CIDR apart from the underlay"
-                )

@@ -25,7 +25,8 @@ from meshnet.lab.netns import netns_path
 from meshnet.model import Host, HostId, MeshSnapshot, Network, NetworkName, Reservations, Vni
 from meshnet.modes import Mode
 from meshnet.plan import LocalView
-from meshnet_agent.dataplane.passes import Passes, PassInput
+from meshnet_agent.dataplane.pass_values import PassInput
+from meshnet_agent.dataplane.passes import Passes
 from tests.bench.classic import OWN_IP, host_namespace, program_by_hand, remotes
 from tests.bench.common import at_most, median_of, median_ratio
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from meshnet.model import IpNetwork
     from meshnet.tables import Failure, Op
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
     from tests.bench.common import Measure, Run
 
 ROUNDS = 3

@@ -8,7 +8,7 @@ from ipaddress import ip_interface
 from typing import TYPE_CHECKING
 
 from meshnet.kernel.events import EventFilter, nftables_concerns_us
-from meshnet.kernel.wire import bulk, links, rtnl
+from meshnet.kernel.wire import bulk, links, route_lookups, rtnl
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     FdbKey,
@@ -168,7 +168,7 @@ def _send(source: rtnl.RtnlSocket) -> None:
 def _look_up(source: rtnl.RtnlSocket) -> None:
     for answer in source.ask([SAMPLES[1]]):
         if isinstance(answer, bytes):
-            bulk.decode_route_lookup(answer)
+            route_lookups.decode_route_lookup(answer)
         else:
             assert str(answer)
 

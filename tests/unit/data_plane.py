@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from meshnet_agent.dataplane.passes import PassResult
+from meshnet_agent.dataplane.pass_values import PassResult
 
 
 @dataclass

@@ -27,7 +27,7 @@ from meshnet.model import AddressRange, EndpointId, MeshSnapshot, NetworkName
 from meshnet.modes import Mode
 from meshnet.ports import parse_all_published
 from meshnet.state import Link, LinkKind
-from meshnet_agent.dataplane.passes import PassResult
+from meshnet_agent.dataplane.pass_values import PassResult
 from meshnet_agent.endpoints.addresses.subnet import HostAddresses, SubnetAddresses
 from meshnet_agent.endpoints.attach import Attacher
 from meshnet_agent.endpoints.directory import EndpointDirectory

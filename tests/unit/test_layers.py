@@ -26,6 +26,7 @@ EDGES = ("store", "kernel", "lab", "cli", "runtime", "vtep", "arguments", "unix_
 PURE_FOLDERS = ("runtime/spec/",)
 PURE_IN_EDGES = {
     "store/__init__.py", "store/addresses.py", "store/mirror.py", "store/registry.py",
+    "store/registry_rules.py",
     "kernel/ordering.py",
     "runtime/images/oci.py", "runtime/images/names.py",
 }  # fmt: skip

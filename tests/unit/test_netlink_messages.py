@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet.kernel.wire import bulk, links, rtnl
+from meshnet.kernel.wire import bulk, links, route_lookups, rtnl
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     NEXTHOP_ID_LAST,
@@ -236,7 +236,7 @@ def test_vxlan_devices(local: bytes) -> None:
 
 @given(addresses)
 def test_route_lookups(address: bytes) -> None:
-    (asked,) = bulk.encode_route_lookups([address], 7)
+    (asked,) = route_lookups.encode_route_lookups([address], 7)
     found = header(asked)
     assert (found.kind, found.sequence) == (rtnl.RTM_GETROUTE, 7)
     assert rtnl.parse_attrs(asked, 28, len(asked)) == {bulk.RTA_DST: address}
@@ -244,7 +244,7 @@ def test_route_lookups(address: bytes) -> None:
 
 def test_answers_to_route_lookups() -> None:
     body = rtnl.RTMSG.pack(2, 24, 0, 0, 254, 2, 0, bulk.RTN_UNICAST, 0) + u32(bulk.RTA_OIF, 3)
-    metrics = rtnl.attr(bulk.RTA_METRICS, u32(bulk.RTAX_MTU, 1400))
+    metrics = rtnl.attr(bulk.RTA_METRICS, u32(route_lookups.RTAX_MTU, 1400))
     gateway = rtnl.attr(bulk.RTA_GATEWAY, bytes(4))
     unreachable = rtnl.RTMSG.pack(2, 24, 0, 0, 254, 2, 0, bulk.RTN_UNREACHABLE, 0)
     for answer, expected in (
@@ -254,7 +254,7 @@ def test_answers_to_route_lookups() -> None:
         (unreachable, None),
         (body[:12], None),
     ):
-        assert bulk.decode_route_lookup(answer) == expected
+        assert route_lookups.decode_route_lookup(answer) == expected
 
 
 # --- garbage -------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ DECODERS: list[Callable[[Body], object]] = [
     links.decode_link,
     lambda body: list(links.decode_addresses([body])),
     lambda body: bulk.decode_routes([body], {}),
-    lambda body: bulk.decode_route_lookup(body[0][body[1] : body[2]]),
+    lambda body: route_lookups.decode_route_lookup(body[0][body[1] : body[2]]),
     lambda body: bulk.decode_neighbours([body], DEV, IFINDEX),
     lambda body: bulk.decode_fdb([body], DEV, IFINDEX),
     lambda body: bulk.decode_nexthops([body], {}),

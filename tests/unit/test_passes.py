@@ -17,7 +17,8 @@ from meshnet.modes import Mode
 from meshnet.plan import LocalView
 from meshnet.state import Nexthop
 from meshnet.tables import Table
-from meshnet_agent.dataplane.passes import HostView, PartInput, Passes, PassInput, PassResult
+from meshnet_agent.dataplane.pass_values import HostView, PartInput, PassInput, PassResult
+from meshnet_agent.dataplane.passes import Passes
 from tests.values import IPV4, IPV6, ME, make_network, make_snapshot, underlay_ip
 
 if TYPE_CHECKING:

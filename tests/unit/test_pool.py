@@ -37,7 +37,7 @@ from meshnet.store.addresses import SET_ASIDE_S, address_key, hold_addresses, li
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ADDRESSES, network_key, printable_key
 from meshnet.store.registry import Registry
-from meshnet_agent.dataplane.passes import PassResult
+from meshnet_agent.dataplane.pass_values import PassResult
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
 from meshnet_agent.endpoints.request import ReadyNetwork
 from tests.unit.mesh import CountedDirty, MemoryProber, until

@@ -26,7 +26,8 @@ from meshnet.modes import Mode
 from meshnet.store import Delete, Put
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import ALIVE, HOSTS, NETWORKS, SUBNETS, host_key, subnet_key
-from meshnet.store.registry import FIRST_VNI, Registry, endpoint_key
+from meshnet.store.registry import Registry, endpoint_key
+from meshnet.store.registry_rules import FIRST_VNI
 from tests.values import IPV4, IPV6, make_endpoint, make_network, underlay_ip
 
 if TYPE_CHECKING:

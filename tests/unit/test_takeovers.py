@@ -11,7 +11,7 @@ import trio
 from meshnet.errors import ConflictError, KernelRefusedError, PolicyRefusedError
 from meshnet.model import MeshSnapshot
 from meshnet.modes import Mode
-from meshnet_agent.dataplane.passes import PassResult
+from meshnet_agent.dataplane.pass_values import PassResult
 from meshnet_agent.dataplane.takeovers import Takeovers
 from tests.unit.mesh import CountedDirty, MemoryTakeovers
 from tests.values import make_network, make_snapshot, make_underlay

@@ -13,7 +13,7 @@ import trio
 from meshnet.backends.table import backend_of
 from meshnet.errors import NotFoundError
 from meshnet.model import NetworkName
-from meshnet_agent.dataplane.passes import PassResult
+from meshnet_agent.dataplane.pass_values import PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

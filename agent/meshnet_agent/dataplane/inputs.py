@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.backends.table import backend_of
 from meshnet.plan import LocalView, probed_peers
-from meshnet_agent.dataplane.passes import HostView, PartInput, PassInput
+from meshnet_agent.dataplane.pass_values import HostView, PartInput, PassInput
 from meshnet_agent.mesh.view import MeshListener
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from meshnet.store.mirror import Changes
     from meshnet_agent.dataplane.dirty import Dirty
     from meshnet_agent.dataplane.fallback import Fallback, Pair
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
     from meshnet_agent.dataplane.takeovers import Takeovers
     from meshnet_agent.endpoints.addresses.pool import PoolAddresses
     from meshnet_agent.endpoints.surroundings import OwnEndpoints

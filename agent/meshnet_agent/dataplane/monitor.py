@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from meshnet.kernel import Kernel
     from meshnet.kernel.events import EventFilter
     from meshnet_agent.dataplane.dirty import Dirty
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
     from meshnet_agent.mesh.view import MeshView
     from meshnet_agent.tasks.worker import Worker
 

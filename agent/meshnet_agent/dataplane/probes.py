@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from meshnet_agent.dataplane.dirty import Dirty
     from meshnet_agent.dataplane.fallback import Fallback, Pair, Probe
     from meshnet_agent.dataplane.inputs import PassInputs, Target
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
 
 _log = structlog.get_logger()
 _TICK_S = 0.1

@@ -17,7 +17,8 @@ import trio
 
 from meshnet.errors import KernelRefusedError, MeshnetError
 from meshnet.tables import Table
-from meshnet_agent.dataplane.passes import Passes, PassResult
+from meshnet_agent.dataplane.pass_values import PassResult
+from meshnet_agent.dataplane.passes import Passes
 from meshnet_agent.tasks.backoff import Backoff
 from meshnet_agent.tasks.broadcast import Broadcast
 

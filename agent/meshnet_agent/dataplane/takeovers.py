@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from meshnet.backends import Underlay
     from meshnet.model import IpAddress, MeshSnapshot, Network, NetworkName
     from meshnet_agent.dataplane.dirty import Dirty
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
     from meshnet_agent.mesh.view import MeshView
 
 _log = structlog.get_logger()

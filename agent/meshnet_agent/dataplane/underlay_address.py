@@ -9,7 +9,7 @@ import structlog
 
 if TYPE_CHECKING:
     from meshnet.store import Store
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
     from meshnet_agent.mesh.membership import Membership
 
 _log = structlog.get_logger()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
 
 
 class DataplaneView(Protocol):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from meshnet.model import Endpoint, EndpointId, MeshSnapshot, NetworkName
     from meshnet.store.mirror import Changes
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
     from meshnet_agent.endpoints.addresses.subnet import Addresses
     from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.links import EndpointLinks

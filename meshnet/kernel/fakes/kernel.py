@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import os
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from meshnet.backends import HostLink, Underlay, UnderlayPath
 from meshnet.errors import NotFoundError
 from meshnet.kernel.elements import WiredElements
+from meshnet.kernel.fakes.faults import Faults, RefusedError
 from meshnet.kernel.ordering import carry_out
 from meshnet.state import KernelState, Link, LinkKind
 from meshnet.tables import Failure, Op, Table
@@ -42,22 +42,6 @@ _LINK_DEFAULTS = {
 }
 
 
-class _Refused(Exception):  # noqa: N818  (a fact about one request, not an error of ours)
-    """The kernel's errno for one request."""
-
-    def __init__(self, code: int, message: str = "") -> None:
-        super().__init__(f"{os.strerror(code)} ({message})" if message else os.strerror(code))
-        self.code = code
-
-
-class _Fault(NamedTuple):
-    """The operation to fail: the `left`-th from now on, of `table` or of any."""
-
-    table: Table | None
-    left: int
-    code: int
-
-
 @dataclass
 class Foreign:
     """What belongs to others and stands where something of ours could.
@@ -73,7 +57,7 @@ class Foreign:
     routes: set[RouteKey] = field(default_factory=set)
 
 
-class MemoryKernel:
+class MemoryKernel(Faults):
     """`meshnet.kernel.Kernel` in memory.
 
     Args:
@@ -105,7 +89,7 @@ class MemoryKernel:
         self.underlay_mtu_bytes = mtu_bytes
         self.host_links = {dev: HostLink(mtu_bytes, frozenset(underlay_ips))}
         self._nexthop_objects = nexthop_objects
-        self._faults: list[_Fault] = []
+        super().__init__()
         self._indices: dict[str, int] = {}
         self._next_index = itertools.count(2)  # 1 is the loopback link's
         self._state = KernelState(
@@ -167,20 +151,6 @@ class MemoryKernel:
         """See `meshnet.kernel.Kernel`."""
         return carry_out(ops, self._write_run, on_written)
 
-    def fail_next(self, table: Table | None = None, *, nth: int = 1, code: int = 105) -> None:
-        """Fault injection: refuse one operation to come, with errno `code` (105: ENOBUFS).
-
-        Args:
-            table: count operations on this table; None: all.
-            nth: 1 refuses the next one.
-        """
-        self._faults.append(_Fault(table, nth, code))
-
-    @property
-    def faults_left(self) -> int:
-        """Operations that were to be refused and were not met yet."""
-        return len(self._faults)
-
     def by_hand(self, table: Table, key: Any, value: Any) -> None:  # noqa: ANN401
         """Set an object (or with None delete it) as another program would; then notify.
 
@@ -198,24 +168,11 @@ class MemoryKernel:
         for op in ops:
             self.writes += 1
             try:
-                self._meet_faults(op.table)
+                self.meet(op.table)
                 self._write(op)
-            except _Refused as refused:
+            except RefusedError as refused:
                 failures.append(Failure(op, refused.code, str(refused)))
         return failures
-
-    def _meet_faults(self, table: Table) -> None:
-        left, met = [], None
-        for fault in self._faults:
-            if fault.table not in (None, table):
-                left.append(fault)
-            elif fault.left > 1:
-                left.append(fault._replace(left=fault.left - 1))
-            else:
-                met = fault
-        self._faults = left
-        if met is not None:
-            raise _Refused(met.code, "as the test wants")
 
     def _write(self, op: Op) -> None:
         state, key, value = self._state, op.key, op.value
@@ -258,20 +215,20 @@ class MemoryKernel:
 
     def _set_element(self, key: ElementKey, value: bytes) -> None:
         if self._state.firewall is None:
-            raise _Refused(errno.ENOENT)
+            raise RefusedError(errno.ENOENT)
         self._state.elements[key] = value
 
     def _set_link(self, name: str, link: Link) -> None:
         if name in self.foreign.links:
-            raise _Refused(errno.EEXIST)
+            raise RefusedError(errno.EEXIST)
         links = self._state.links
         if link.master and link.master not in links:
-            raise _Refused(errno.ENODEV, f"no link {link.master}")
+            raise RefusedError(errno.ENODEV, f"no link {link.master}")
         if link.parent and link.parent not in self.host_links:
-            raise _Refused(errno.ENODEV, f"no link {link.parent}")
+            raise RefusedError(errno.ENODEV, f"no link {link.parent}")
         now = links.get(name)
         if now is None and link.kind is LinkKind.VETH:
-            raise _Refused(errno.ENODEV, "the other end is in a namespace")
+            raise RefusedError(errno.ENODEV, "the other end is in a namespace")
         known = _LINK_DEFAULTS if now is None else {(f, k): v for f, k, v in now.sysctls}
         settings = known | {(f, k): v for f, k, v in link.sysctls}
         links[name] = link._replace(
@@ -292,7 +249,7 @@ class MemoryKernel:
     def write_elements(self, ops: Sequence[Op]) -> None:
         """For `MemoryWiring`: elements of an endpoint; without tables there is nothing to do."""
         for op in ops:
-            with contextlib.suppress(_Refused):
+            with contextlib.suppress(RefusedError):
                 self._write(op)
 
     def add_endpoint_link(self, name: str, link: Link) -> None:
@@ -333,9 +290,9 @@ class MemoryKernel:
     def _need_link(self, dev: str, *, up: bool = False) -> None:
         link = self._state.links.get(dev)
         if link is None and dev != self.underlay_dev:
-            raise _Refused(errno.ENODEV)
+            raise RefusedError(errno.ENODEV)
         if up and link is not None and not link.up:
-            raise _Refused(errno.ENETDOWN, "Nexthop device is not up")
+            raise RefusedError(errno.ENETDOWN, "Nexthop device is not up")
 
     def _set_on_link(self, table: dict[Any, Any], key: Any, value: Any) -> None:  # noqa: ANN401
         self._need_link(key.dev)
@@ -347,7 +304,7 @@ class MemoryKernel:
     def _add_address(self, key: AddressKey) -> None:
         self._need_link(key.dev)
         if key in self._state.addresses:
-            raise _Refused(errno.EEXIST)
+            raise RefusedError(errno.EEXIST)
         self._state.addresses[key] = True
 
     def _delete_address(self, key: AddressKey) -> None:
@@ -362,11 +319,11 @@ class MemoryKernel:
 
     def _set_nexthop(self, nexthop_id: int, nexthop: Nexthop, *, exists: bool) -> None:
         if not self._nexthop_objects:
-            raise _Refused(errno.EOPNOTSUPP)
+            raise RefusedError(errno.EOPNOTSUPP)
         if nexthop_id in self.foreign.nexthops or (
             not exists and nexthop_id in self._state.nexthops
         ):
-            raise _Refused(errno.EEXIST)
+            raise RefusedError(errno.EEXIST)
         self._need_link(nexthop.dev, up=True)
         self._state.nexthops[nexthop_id] = nexthop
 
@@ -382,23 +339,23 @@ class MemoryKernel:
     def _set_route(self, key: RouteKey, route: Route, *, exists: bool) -> None:
         state = self._state
         if key in self.foreign.routes or (not exists and key in state.routes):
-            raise _Refused(errno.EEXIST)
+            raise RefusedError(errno.EEXIST)
         nexthop = route.via
         if route.nexthop_id:
             nexthop = state.nexthops.get(route.nexthop_id)
             if nexthop is None:
-                raise _Refused(errno.EINVAL, "Nexthop id does not exist")
+                raise RefusedError(errno.EINVAL, "Nexthop id does not exist")
         elif nexthop is not None:
             self._need_link(nexthop.dev, up=True)
         if nexthop is not None:
             if nexthop.gateway and len(nexthop.gateway) != len(key.prefix):
-                raise _Refused(errno.EINVAL, "Nexthop has another address family")
+                raise RefusedError(errno.EINVAL, "Nexthop has another address family")
             if route.source and not any(a.address == route.source for a in state.addresses):
-                raise _Refused(errno.EINVAL, "Invalid prefsrc address")
+                raise RefusedError(errno.EINVAL, "Invalid prefsrc address")
         state.routes[key] = route
 
 
 def _pop(table: dict[Any, Any], key: Any, code: int) -> None:  # noqa: ANN401
     if key not in table:
-        raise _Refused(code)
+        raise RefusedError(code)
     del table[key]

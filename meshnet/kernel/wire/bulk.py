@@ -66,7 +66,7 @@ def family_of(address: PackedIp) -> int:
     return _FAMILY[len(address)]
 
 
-def _shapes(layout: str) -> dict[int, struct.Struct]:
+def shapes(layout: str) -> dict[int, struct.Struct]:
     """Whole messages, by the length of the address that is ``{n}`` in the layout of the body."""
     return {n: struct.Struct(f"=IHHII{layout.format(n=n)}") for n in (4, 16)}
 
@@ -78,9 +78,9 @@ def _head(length: int, kind: int) -> int:
 
 # --- neighbours and FDB entries: one message type, two families (linux/neighbour.h) ------------
 
-_NEIGHBOUR = _shapes("BxxxiHBB HH{n}s HH6sxx HHBxxx")
-_NEIGHBOUR_NAME = _shapes("BxxxiHBB HH{n}s")
-_FDB = _shapes("BxxxiHBB HH6sxx HH{n}s")
+_NEIGHBOUR = shapes("BxxxiHBB HH{n}s HH6sxx HHBxxx")
+_NEIGHBOUR_NAME = shapes("BxxxiHBB HH{n}s")
+_FDB = shapes("BxxxiHBB HH6sxx HH{n}s")
 _FDB_NAME = struct.Struct("=IHHIIBxxxiHBBHH6sxx")
 _MAC_HEAD = _head(10, NDA_LLADDR)
 _NEIGHBOUR_DUMP = {
@@ -195,7 +195,7 @@ def decode_fdb(bodies: Iterable[Body], dev: str, ifindex: int) -> dict[FdbKey, P
 
 # --- nexthop objects (linux/nexthop.h) ---------------------------------------------------------
 
-_NEXTHOP = _shapes("BBBxI HHI HHI HH{n}s")
+_NEXTHOP = shapes("BBBxI HHI HHI HH{n}s")
 _NEXTHOP_NAME = struct.Struct("=IHHIIBBBxIHHI")
 _NEXTHOP_DUMP = {
     socket.AF_INET: (struct.Struct("=8xIIIII4s"), _head(8, NHA_GATEWAY)),
@@ -275,7 +275,7 @@ def decode_nexthops(
 
 # --- routes (linux/rtnetlink.h) ----------------------------------------------------------------
 
-_ROUTE = _shapes("8BI HH{n}s HHI")
+_ROUTE = shapes("8BI HH{n}s HHI")
 _NUMBER = struct.Struct("=HHI")
 _ROUTE_DUMP4 = struct.Struct("=12xI4xI4sI4sII")
 _ROUTE_DUMP6 = struct.Struct("=12xI4xI16sI16sIIII")
@@ -379,37 +379,3 @@ def _decode_way(kind: int, attrs: Mapping[int, bytes], names: Mapping[int, str])
         if dev or RTA_GATEWAY in attrs:
             return Route(0, source, Nexthop(dev, attrs.get(RTA_GATEWAY, b"")))
     return Route(FOREIGN_NEXTHOP, source)
-
-
-# --- the way to an underlay address ------------------------------------------------------------
-
-RTM_F_FIB_MATCH = 0x2000
-RTAX_MTU = 2
-_ROUTE_LOOKUP = _shapes("8BI HH{n}s")
-
-
-def encode_route_lookups(addresses: Iterable[PackedIp], first: int) -> list[bytes]:
-    """Ask which routes the kernel would take; the answers are the routes as configured."""
-    messages = []
-    for sequence, address in enumerate(addresses, first):
-        size = len(address)
-        shape = _ROUTE_LOOKUP[size]
-        messages.append(shape.pack(
-            shape.size, rtnl.RTM_GETROUTE, rtnl.NLM_F_REQUEST, sequence, 0,
-            _FAMILY[size], size * 8, 0, 0, 0, 0, 0, 0, RTM_F_FIB_MATCH,
-            4 + size, RTA_DST, address,
-        ))  # fmt: skip
-    return messages
-
-
-def decode_route_lookup(data: bytes) -> tuple[int, bool, int] | None:
-    """Output ifindex, whether there is no gateway, MTU metric (0: none); None: no way to go."""
-    if len(data) < rtnl.RTMSG.size:
-        return None
-    kind = rtnl.RTMSG.unpack_from(data)[7]
-    attrs = rtnl.parse_attrs(data, 12, len(data))
-    if kind != RTN_UNICAST or RTA_OIF not in attrs:
-        return None
-    metrics = attrs.get(RTA_METRICS, b"")
-    mtu_bytes = rtnl.number_in(rtnl.parse_attrs(metrics, 0, len(metrics)), RTAX_MTU)
-    return rtnl.number_in(attrs, RTA_OIF), RTA_GATEWAY not in attrs, mtu_bytes

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from meshnet.store import Store
     from meshnet.store.mirror import Changes
     from meshnet_agent.dataplane.dirty import Dirty
-    from meshnet_agent.dataplane.passes import PassResult
+    from meshnet_agent.dataplane.pass_values import PassResult
     from meshnet_agent.endpoints.request import ReadyNetwork
     from meshnet_agent.endpoints.surroundings import OwnEndpoints
     from meshnet_agent.mesh.view import MeshView
