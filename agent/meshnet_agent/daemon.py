@@ -107,8 +107,8 @@ class Parts:
 
 def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     """Make all parts, and tell each whom to listen to; nothing runs yet."""
-    host = Host(id=HostId(config.host_id), underlay_ip=edges.underlay_ip, datapath=edges.datapath)
-    claim = Claim(instance=edges.state_dir.instance, underlay_ip=edges.underlay_ip)
+    claimant = _claimant(config, edges)
+    host = claimant.host
     dirty, right_of_way = Dirty(), RightOfWay()
     registry = Registry(edges.store)
     identity = MeshIdentity(edges.store, edges.state_dir.mesh)
@@ -118,28 +118,17 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     endpoints = EndpointDirectory(records, host.id)
     edges.event_filter.expects_endpoint = endpoints.expects_link
     pool = PoolAddresses(edges.store, host.id, edges.prober, follower, endpoints, dirty)
-    membership = Membership(
-        registry,
-        identity,
-        Claimant(host=host, claim=claim, ttl_s=config.lease_ttl_s),
-        dirty,
-        endpoints,
-    )
+    membership = Membership(registry, identity, claimant, dirty, endpoints)
     takeovers = Takeovers(edges.takeovers, follower, dirty)
     fallback = Fallback(secrets.randbits(62), trio.current_time())
-    inputs = PassInputs(
-        follower,
-        liveness,
-        LocalParts(
-            membership=membership,
-            endpoints=endpoints,
-            pool=pool,
-            takeovers=takeovers,
-            fallback=fallback,
-        ),
-        dirty,
-        config.underlay_dev,
+    local = LocalParts(
+        membership=membership,
+        endpoints=endpoints,
+        pool=pool,
+        takeovers=takeovers,
+        fallback=fallback,
     )
+    inputs = PassInputs(follower, liveness, local, dirty, config.underlay_dev)
     reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
     probes = Probes(edges.vteps, inputs, fallback, dirty)
     monitor = Monitor(edges.kernel, edges.event_filter, follower)
@@ -177,6 +166,15 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         reconciler=reconciler,
         probes=probes,
         monitor=monitor,
+    )
+
+
+def _claimant(config: AgentConfig, edges: Edges) -> Claimant:
+    ip = edges.underlay_ip
+    return Claimant(
+        host=Host(id=HostId(config.host_id), underlay_ip=ip, datapath=edges.datapath),
+        claim=Claim(instance=edges.state_dir.instance, underlay_ip=ip),
+        ttl_s=config.lease_ttl_s,
     )
 
 

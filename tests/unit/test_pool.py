@@ -253,10 +253,10 @@ async def test_an_address_that_an_outsider_has(
     taken = ip_address("10.9.8.1")
     one.prober.answers[taken] = two.prober.answers[taken] = mac
     assert await one.attach(1) == ["10.9.8.4/16", "fd09::1/64"]
-    assert one.pool.set_aside == [(network.name, taken, mac)]
+    assert one.pool.report().set_aside == [(network.name, taken, mac)]
     assert (await wire.holders())["10.9.8.1"] == AddressHolder(HostId(""), held_by=mac)
     await two.pool.load()
-    assert two.pool.set_aside == [(network.name, taken, mac)]
+    assert two.pool.report().set_aside == [(network.name, taken, mac)]
     with pytest.raises(ConflictError, match=mac.hex(":")):
         await two.attach(2, "10.9.8.1")
     # It is tried again once the lease has run out.
@@ -275,7 +275,7 @@ async def test_an_address_that_is_asked_for_and_answered(
     one.prober.answers[wanted] = OUTSIDER
     with pytest.raises(ConflictError, match="0a:00:00:00:00:01"):
         await one.attach(1, str(wanted))
-    assert one.pool.set_aside == [(network.name, wanted, OUTSIDER)]
+    assert one.pool.report().set_aside == [(network.name, wanted, OUTSIDER)]
 
 
 async def test_somebody_who_answers_for_everything(autojump_clock: MockClock, wire: Wire) -> None:
@@ -402,7 +402,7 @@ async def test_hostile_keys(autojump_clock: MockClock, wire: Wire) -> None:
     nonsense = f"{ADDRESSES}phys/x\n"
     await wire.store.commit([], [Put(first, b"{"), Put(nonsense, b'{"v":1,"host":"h1"}')])
     assert await one.attach(1) == ["10.9.8.4/16"]  # whoever it is keeps it
-    assert one.pool.bad_values.keys() == {first, printable_key(nonsense)}
+    assert one.pool.report().bad_values.keys() == {first, printable_key(nonsense)}
     with pytest.raises(ConflictError, match="cannot be read"):
         await one.attach(2, "10.9.8.1")
     listing = await list_pool(wire.store, network)
@@ -424,8 +424,8 @@ async def test_what_the_store_lost_is_taken_again(autojump_clock: MockClock, wir
     assert await two.attach(9) == ["10.9.8.1/16"]
     async with one.running():
         one.pool.refresh()
-        await until(lambda: bool(one.pool.errors(network.name)), "the conflict is told")
-    assert "host h2 holds" in one.pool.errors(network.name)[0]
+        await until(lambda: bool(one.pool.report().errors[network.name]), "the conflict is told")
+    assert "host h2 holds" in one.pool.report().errors[network.name][0]
     assert (await wire.holders())["10.9.8.4"] == AddressHolder(one.host, f"{2:012x}")
 
 
@@ -455,9 +455,9 @@ async def test_no_address_for_the_host_itself(autojump_clock: MockClock, wire: W
     one.prober.error = KernelRefusedError("link eth0 is down")
     async with one.running():
         one.passed()
-        await until(lambda: bool(one.pool.errors(network.name)), "it is told")
-        assert "eth0 is down" in one.pool.errors(network.name)[0]
+        await until(lambda: bool(one.pool.report().errors.get(network.name)), "it is told")
+        assert "eth0 is down" in one.pool.report().errors[network.name][0]
         one.prober.error = None
         one.passed()
         await until(lambda: bool(one.pool.host_addresses), "the host has an address")
-        assert one.pool.errors(network.name) == []
+        assert one.pool.report().errors[network.name] == []

@@ -245,7 +245,7 @@ async def test_held_again_after_a_restart(host: FakePorts, autojump_clock: MockC
     ports = PublishedPorts(host, FakeDataPlane())
     await ports.take_over(replace(WEB, published=parse_all_published(["80-81:80-81"])))
     assert len(host.held) == 3
-    assert ports.notes() == [
+    assert ports.report() == [
         "port 80/tcp is published for endpoint e-0123 of network prod, whose packets it gets, and "
         "was taken by process nginx (pid 12) while no agent ran: stop that, or unpublish the port"
     ]
@@ -254,12 +254,12 @@ async def test_held_again_after_a_restart(host: FakePorts, autojump_clock: MockC
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ports.run)
         await trio.sleep(60)
-        assert len(ports.notes()) == 1
+        assert len(ports.report()) == 1
         host.others.clear()
         # To look at the status changes nothing: it may be asked for by anybody, at any time.
-        assert len(ports.notes()) == 1
+        assert len(ports.report()) == 1
         assert len(host.held) == 3
-        await until(lambda: ports.notes() == [], "the port is held")
+        await until(lambda: ports.report() == [], "the port is held")
         assert len(host.held) == 4
         nursery.cancel_scope.cancel()
 

@@ -5,7 +5,7 @@ Documents are built from these reports alone, so that nothing changes while they
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -13,35 +13,30 @@ import trio
 from meshnet.backends.table import backend_of
 from meshnet.errors import NotFoundError
 from meshnet.model import NetworkName
-from meshnet_agent.dataplane.pass_values import PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from meshnet.backends import Underlay
-    from meshnet.errors import MeshnetError
     from meshnet.kernel import Wiring
     from meshnet.kernel.vteps import VtepProcesses
     from meshnet.model import (
         Endpoint,
-        EndpointId,
-        Host,
         HostId,
-        IpAddress,
         IpNetwork,
         MeshSnapshot,
         Network,
     )
     from meshnet.plan import NetworkOutcome
     from meshnet_agent.containers.runtime import RuntimeProvider
-    from meshnet_agent.dataplane.fallback import Fall, Fallback, Pair, Statistics
-    from meshnet_agent.dataplane.reconciler import Reconciler
-    from meshnet_agent.endpoints.addresses.pool import PoolAddresses
-    from meshnet_agent.endpoints.directory import EndpointDirectory
+    from meshnet_agent.dataplane.fallback import Fall, Fallback, FallbackReport, Pair
+    from meshnet_agent.dataplane.reconciler import PassesReport, Reconciler
+    from meshnet_agent.endpoints.addresses.pool import PoolAddresses, PoolReport
+    from meshnet_agent.endpoints.directory import EndpointDirectory, EndpointsReport
     from meshnet_agent.endpoints.published_ports import PublishedPorts
-    from meshnet_agent.mesh.follower import Follower
+    from meshnet_agent.mesh.follower import Follower, StoreReport
     from meshnet_agent.mesh.liveness import Liveness
-    from meshnet_agent.mesh.membership import Membership
+    from meshnet_agent.mesh.membership import Membership, MembershipReport
     from meshnet_agent.tasks.worker import Worker
 
 _SLICE = 500
@@ -96,101 +91,25 @@ class PathsReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoreReport:
-    """How the store is heard.
-
-    Attributes:
-        connected: the watch runs.
-        lag_s: seconds since it was last heard of.
-        error: why the watch does not run.
-        lease_ok: this host's lease was renewed.
-        refusals: networks without a subnet for this host, and why.
-        dead: hosts without a lease.
-    """
-
-    connected: bool
-    lag_s: float
-    error: str | None
-    lease_ok: bool
-    refusals: Mapping[NetworkName, MeshnetError]
-    dead: Collection[HostId]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassesReport:
-    """What the reconciler did (`meshnet_agent.dataplane.reconciler.Reconciler`)."""
-
-    result: PassResult = field(default_factory=PassResult)
-    blocked: str | None = None
-    in_sync: bool = True
-    pending: int = 0
-    passes: int = 0
-    full_passes: int = 0
-    writes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointsReport:
-    """This host's endpoints.
-
-    Attributes:
-        unhealed: those whose link is gone for good, and why.
-        unreadable: ids of those whose record could not be read.
-        port_notes: what an operator should know of published ports.
-    """
-
-    all: Sequence[Endpoint]
-    unhealed: Mapping[EndpointId, str]
-    unreadable: Collection[str]
-    port_notes: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolReport:
-    """Addresses of underlay networks.
-
-    Attributes:
-        errors: by network.
-        set_aside: addresses that a machine outside the mesh has, with its MAC.
-        bad_values: keys of the store whose value cannot be used, and why.
-    """
-
-    errors: Mapping[NetworkName, Sequence[str]]
-    set_aside: Sequence[tuple[NetworkName, IpAddress, bytes]]
-    bad_values: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbesReport:
-    """What the probes found.
-
-    Attributes:
-        falls: peers in fallback.
-        now: the time that `Fall.since` counts in.
-        statistics: of networks with a fallback.
-    """
-
-    falls: Mapping[Pair, Fall]
-    now: float
-    statistics: Mapping[NetworkName, Statistics]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusReport:
     """All that ``meshnet status`` shows.
 
     Attributes:
+        dead: hosts without a lease.
+        port_notes: what an operator should know of published ports.
         drops: packets that this host's firewall dropped, by reason.
         passed_over: OCI runtimes that cannot run here, and why.
     """
 
-    host: Host
     snapshot: MeshSnapshot
     store: StoreReport
+    membership: MembershipReport
+    dead: Collection[HostId]
     passes: PassesReport
     endpoints: EndpointsReport
+    port_notes: Sequence[str]
     pool: PoolReport
-    probes: ProbesReport
+    fallback: FallbackReport
     drops: Mapping[str, int]
     passed_over: Mapping[str, str]
 
@@ -298,53 +217,17 @@ class Reports:
         # From here on nothing is waited for: what is shown is of one moment.
         snapshot = self._follower.snapshot
         return StatusReport(
-            host=self._membership.host,
             snapshot=snapshot,
-            store=self._store(),
-            passes=self._passes(),
-            endpoints=EndpointsReport(
-                all=self._endpoints.all,
-                unhealed=self._endpoints.unhealed,
-                unreadable=self._endpoints.unreadable,
-                port_notes=self._ports.notes(),
-            ),
-            pool=PoolReport(
-                errors={name: self._pool.errors(name) for name in snapshot.networks},
-                set_aside=self._pool.set_aside,
-                bad_values=self._pool.bad_values,
-            ),
-            probes=ProbesReport(
-                falls=self._fallback.falls,
-                now=trio.current_time(),
-                statistics={
-                    network.name: self._fallback.statistics(network.name)
-                    for network in snapshot.networks.values()
-                    if network.fallback
-                },
-            ),
+            store=self._follower.report(),
+            membership=self._membership.report(),
+            dead=self._liveness.dead_for_s().keys(),
+            passes=self._reconciler.report(),
+            endpoints=self._endpoints.report(),
+            port_notes=self._ports.report(),
+            pool=self._pool.report(),
+            fallback=self._fallback.report(trio.current_time()),
             drops=drops,
             passed_over=self._runtime.report(),
-        )
-
-    def _store(self) -> StoreReport:
-        return StoreReport(
-            connected=self._follower.connected,
-            lag_s=self._follower.lag_s,
-            error=self._follower.error,
-            lease_ok=self._membership.lease_ok,
-            refusals=self._membership.errors,
-            dead=self._liveness.dead_for_s().keys(),
-        )
-
-    def _passes(self) -> PassesReport:
-        return PassesReport(
-            result=self._reconciler.result,
-            blocked=self._reconciler.blocked,
-            in_sync=self._reconciler.in_sync,
-            pending=self._reconciler.pending,
-            passes=self._reconciler.passes,
-            full_passes=self._reconciler.full_passes,
-            writes=self._reconciler.writes,
         )
 
 

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
     from meshnet.model import MeshSnapshot, Network, NetworkName
     from meshnet.tables import Failure
-    from meshnet_agent.api.reports import PassesReport, ProbesReport, StatusReport
-    from meshnet_agent.dataplane.fallback import Statistics
+    from meshnet_agent.api.reports import StatusReport
+    from meshnet_agent.dataplane.fallback import FallbackReport, Statistics
+    from meshnet_agent.dataplane.reconciler import PassesReport
 
 _SHOWN_ERRORS = 20
 _SHOWN_HOSTS = 5
@@ -45,13 +46,13 @@ _NO_NEXTHOP_OBJECTS = (
 
 def status_document(report: StatusReport) -> StatusDocument:
     """The document of how a host is doing."""
-    snapshot, store = report.snapshot, report.store
+    snapshot, store, host = report.snapshot, report.store, report.membership.host
     per_network, other = _sort_failures(report.passes.result.failures, snapshot)
     bad_values = {**snapshot.bad_values, **report.pool.bad_values}
     return StatusDocument(
-        host=StatusHostDocument(id=report.host.id, underlay_ip=str(report.host.underlay_ip)),
+        host=StatusHostDocument(id=host.id, underlay_ip=str(host.underlay_ip)),
         store=StoreDocument(
-            connected=store.connected and store.lease_ok,
+            connected=store.connected and report.membership.lease_ok,
             revision=snapshot.revision,
             lag_s=round(store.lag_s, 3),
             error=store.error,
@@ -83,16 +84,16 @@ def _network_document(
     outcome = report.passes.result.networks.get(network.name) or NetworkOutcome()
     mine = [e for e in report.endpoints.all if e.network == network.name]
     unhealed = report.endpoints.unhealed
-    refusal = report.store.refusals.get(network.name)
+    refusal = report.membership.refusals.get(network.name)
     errors = [
         *([str(refusal)] if refusal is not None else []),
         *outcome.errors,
         *_some(list(outcome.peer_errors.values())),
         *_some([str(f) for f in failures]),
-        *report.pool.errors[network.name],
+        *report.pool.errors.get(network.name, ()),
         *(f"endpoint {e.name}: {unhealed[e.id]}" for e in mine if e.id in unhealed),
     ]
-    statistics = report.probes.statistics.get(network.name)
+    found = report.fallback
     return NetworkStatusDocument(
         name=network.name,
         mode=network.mode,
@@ -101,17 +102,17 @@ def _network_document(
         in_sync=report.passes.in_sync and outcome.plan is not None and not errors,
         pending=report.passes.pending,
         errors=errors,
-        fallen=_fallen_documents(network, report.probes),
-        probes=_probes_document(statistics) if statistics is not None else None,
+        fallen=_fallen_documents(network, found),
+        probes=_probes_document(found.of(network.name)) if network.fallback else None,
     )
 
 
-def _fallen_documents(network: Network, probes: ProbesReport) -> list[FallenDocument]:
+def _fallen_documents(network: Network, found: FallbackReport) -> list[FallenDocument]:
     if not network.fallback:
         return []
     return [
-        FallenDocument(host=host, why=fall.why, since_s=round(probes.now - fall.since, 1))
-        for (name, host), fall in sorted(probes.falls.items())
+        FallenDocument(host=host, why=fall.why, since_s=round(found.now - fall.since, 1))
+        for (name, host), fall in sorted(found.falls.items())
         if name == network.name
     ]
 
@@ -140,9 +141,9 @@ def _kernel_document(passes: PassesReport) -> KernelDocument:
 
 def _notes(report: StatusReport) -> list[str]:
     """What an operator should know, and is not an error."""
-    notes = list(report.endpoints.port_notes)
+    notes = list(report.port_notes)
     notes += [f"{name} runs no containers here: {why}" for name, why in report.passed_over.items()]
-    dead = sorted(report.store.dead)
+    dead = sorted(report.dead)
     if dead:
         some = ", ".join(dead[:_SHOWN_HOSTS]) + (", …" if len(dead) > _SHOWN_HOSTS else "")
         notes.append(f"no agent runs on {some}, or it does not reach etcd: see meshnet hosts")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from meshnet.model import HostId, NetworkName
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
 Pair = tuple[NetworkName, HostId]
 
@@ -107,6 +107,25 @@ class _Sent(NamedTuple):
     pair: Pair
     kind: ProbeKind
     at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackReport:
+    """What the probes found.
+
+    Attributes:
+        falls: peers in fallback.
+        now: the time that `Fall.since` counts in.
+        statistics: of networks whose peers were probed.
+    """
+
+    falls: Mapping[Pair, Fall]
+    now: float
+    statistics: Mapping[NetworkName, Statistics]
+
+    def of(self, network: NetworkName) -> Statistics:
+        """What the probes of one network came to."""
+        return self.statistics.get(network, Statistics(0, 0, None, None))
 
 
 class Fallback:
@@ -283,6 +302,14 @@ class Fallback:
             peer.good_since is not None
             and now - peer.good_since >= fall.healthy_s
             and answered >= HEALTHY_PROBES
+        )
+
+    def report(self, now: float) -> FallbackReport:
+        """Who is in fallback, and what the probes came to."""
+        return FallbackReport(
+            falls=dict(self.falls),
+            now=now,
+            statistics={network: self.statistics(network) for network in self._counts},
         )
 
     def statistics(self, network: NetworkName) -> Statistics:

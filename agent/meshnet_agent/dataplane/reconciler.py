@@ -9,7 +9,7 @@ alone.  All passes run in the kernel's thread, so that the event loop stays free
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
@@ -42,6 +42,19 @@ _RETRY_S = (0.5, 30.0)
 """Longest first and last pause before failed operations are tried again."""
 _BATCH_HOSTS = 100
 _LOGGED_FAILURES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassesReport:
+    """What passes came to (see the attributes of `Reconciler`)."""
+
+    result: PassResult = field(default_factory=PassResult)
+    blocked: str | None = None
+    in_sync: bool = True
+    pending: int = 0
+    passes: int = 0
+    full_passes: int = 0
+    writes: int = 0
 
 
 class Reconciler:
@@ -105,6 +118,18 @@ class Reconciler:
         that changed, and operations that failed and wait to be tried again."""
         due = max(self._runner.progress.left, self._running or self._dirty.everything)
         return due + self._dirty.hosts + len(self.result.failures)
+
+    def report(self) -> PassesReport:
+        """What passes came to, now."""
+        return PassesReport(
+            result=self.result,
+            blocked=self.blocked,
+            in_sync=self.in_sync,
+            pending=self.pending,
+            passes=self.passes,
+            full_passes=self.full_passes,
+            writes=self.writes,
+        )
 
     async def wait_for_pass(self) -> None:
         """See `DataplaneView`."""

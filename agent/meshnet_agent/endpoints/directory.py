@@ -8,6 +8,7 @@ makes of the kernel what is recorded.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -19,10 +20,24 @@ from meshnet_agent.endpoints.sandbox import select_of_process
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 
     from meshnet.model import Endpoint, HostId, IpNetwork, NetnsId, NetworkName
     from meshnet_agent.endpoints.records import EndpointRecords
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointsReport:
+    """This host's endpoints.
+
+    Attributes:
+        unhealed: those whose link is gone for good, and why.
+        unreadable: ids of those whose record could not be read.
+    """
+
+    all: Sequence[Endpoint]
+    unhealed: Mapping[EndpointId, str]
+    unreadable: Collection[str]
 
 
 class EndpointDirectory:
@@ -112,6 +127,12 @@ class EndpointDirectory:
             KernelRefusedError: the disk refused to be read.
         """
         return self._records.ids()
+
+    def report(self) -> EndpointsReport:
+        """This host's endpoints, now."""
+        return EndpointsReport(
+            all=self.all, unhealed=dict(self.unhealed), unreadable=frozenset(self.unreadable)
+        )
 
     # --- writing ------------------------------------------------------------------------------
 

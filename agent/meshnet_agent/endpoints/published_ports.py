@@ -244,7 +244,7 @@ class PublishedPorts:
         except OSError as error:
             _log.warning("old UDP flows go on", endpoint=endpoint.name, reason=str(error))
 
-    def notes(self) -> list[str]:
+    def report(self) -> list[str]:
         """What an operator should know: ports that a process took while the agent was away."""
         return [
             f"port {_describe(binding)} is published for {_name(self._owners[binding])}, whose "

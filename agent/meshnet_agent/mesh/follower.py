@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -32,6 +33,21 @@ _RETURNS_A_SECOND, _LISTINGS_A_SECOND = 1000, 200
 (docs/design/etcd-load.md)."""
 _SLICE_KEYS = 100
 """Keys that are decoded without letting others run: 1 ms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreReport:
+    """How the store is heard.
+
+    Attributes:
+        connected: the watch runs.
+        lag_s: seconds since it was last heard of.
+        error: why the watch does not run.
+    """
+
+    connected: bool
+    lag_s: float
+    error: str | None
 
 
 class Follower:
@@ -65,6 +81,10 @@ class Follower:
     def lag_s(self) -> float:
         """Seconds since the store was last heard of; small while connected."""
         return trio.current_time() - self._heard_at
+
+    def report(self) -> StoreReport:
+        """How the store is heard now."""
+        return StoreReport(connected=self.connected, lag_s=self.lag_s, error=self.error)
 
     async def check_store(self) -> None:
         """See `MeshView`."""

@@ -29,7 +29,7 @@ from meshnet_agent.tasks.broadcast import Broadcast
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from meshnet.model import Claim, Host, IpNetwork, MeshSnapshot, Network, NetworkName
     from meshnet.store import LeaseId
@@ -57,6 +57,20 @@ class Claimant:
     host: Host
     claim: Claim
     ttl_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipReport:
+    """This host's part in the mesh.
+
+    Attributes:
+        lease_ok: this host's lease was renewed.
+        refusals: networks without a subnet for this host, and why.
+    """
+
+    host: Host
+    lease_ok: bool
+    refusals: Mapping[NetworkName, MeshnetError]
 
 
 class StoreGuard(Protocol):
@@ -207,6 +221,10 @@ class Membership(MeshListener):
             name not in self.subnets and name not in self.errors for name in self._snapshot.networks
         ):
             await self._progress.wait()
+
+    def report(self) -> MembershipReport:
+        """This host's part in the mesh, now."""
+        return MembershipReport(host=self.host, lease_ok=self.lease_ok, refusals=dict(self.errors))
 
     def move(self, host: Host) -> None:
         """Publish this host anew: its underlay address is another."""

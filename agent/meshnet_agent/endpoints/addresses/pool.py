@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from dataclasses import dataclass
 from ipaddress import ip_interface
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ from meshnet_agent.tasks.backoff import Backoff
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Mapping
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
     from meshnet.backends import HostLink
     from meshnet.kernel.address_probe import AddressProber
@@ -67,6 +68,21 @@ _DELAYS_S = (0.2, 10.0)
 _REFRESH_S, _REFRESH_ASIDE_S = 600.0, 60.0
 """Time after which pools are listed again; sooner while something is set aside, so that ``status``
 does not name it for long after."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolReport:
+    """Addresses of underlay networks.
+
+    Attributes:
+        errors: by network.
+        set_aside: addresses that a machine outside the mesh has, with its MAC.
+        bad_values: keys of the store whose value cannot be used, and why.
+    """
+
+    errors: Mapping[NetworkName, Sequence[str]]
+    set_aside: Sequence[tuple[NetworkName, IpAddress, bytes]]
+    bad_values: Mapping[str, str]
 
 
 class PoolAddresses(MeshListener):
@@ -104,24 +120,21 @@ class PoolAddresses(MeshListener):
 
     # --- for status ---------------------------------------------------------------------------
 
-    @property
-    def set_aside(self) -> list[tuple[NetworkName, IpAddress, bytes]]:
-        """Addresses that somebody outside the mesh answered for, and the MAC that did."""
+    def report(self) -> PoolReport:
+        """The addresses of underlay networks, now."""
+        return PoolReport(
+            errors={name: pool.errors for name, pool in self._pools.items()},
+            set_aside=self._set_aside_now(),
+            bad_values={k: why for p in self._pools.values() for k, why in p.bad_values.items()},
+        )
+
+    def _set_aside_now(self) -> list[tuple[NetworkName, IpAddress, bytes]]:
         return [
             (name, address, holder.held_by)
             for name, pool in self._pools.items()
             for address, holder in pool.holders.items()
             if holder.held_by
         ]
-
-    @property
-    def bad_values(self) -> dict[str, str]:
-        """Keys of pools that cannot be used, and why."""
-        return {key: why for pool in self._pools.values() for key, why in pool.bad_values.items()}
-
-    def errors(self, network: NetworkName) -> list[str]:
-        """What is wrong with this host's addresses of a network."""
-        return self._pools[network].errors if network in self._pools else []
 
     # --- for attach and detach ----------------------------------------------------------------
 
@@ -259,7 +272,7 @@ class PoolAddresses(MeshListener):
         """Give back what is not needed, after every change and at times, for ever."""
         backoff = Backoff(*_DELAYS_S)
         while True:
-            wait_s = _REFRESH_ASIDE_S if self.set_aside else _REFRESH_S
+            wait_s = _REFRESH_ASIDE_S if self._set_aside_now() else _REFRESH_S
             with trio.move_on_after(wait_s * random.uniform(0.9, 1.1)) as waiting:
                 await self._look.wait()
             if waiting.cancelled_caught:
