@@ -103,21 +103,21 @@ class Parts:
     reconciler: Reconciler
     probes: Probes
     monitor: Monitor
+    inputs: PassInputs
 
 
 def make_parts(config: AgentConfig, edges: Edges) -> Parts:
-    """Make all parts, and tell each whom to listen to; nothing runs yet."""
+    """Make all parts; nothing runs yet."""
     claimant = _claimant(config, edges)
-    host = claimant.host
+    host = claimant.host.id
     dirty, right_of_way = Dirty(), RightOfWay()
     registry = Registry(edges.store)
     identity = MeshIdentity(edges.store, edges.state_dir.mesh)
     follower = Follower(edges.store, identity, right_of_way)
     liveness = Liveness(follower, config.grace_s)
     records = EndpointRecords(edges.state_dir.endpoints)
-    endpoints = EndpointDirectory(records, host.id)
-    edges.event_filter.expects_endpoint = endpoints.expects_link
-    pool = PoolAddresses(edges.store, host.id, edges.prober, follower, endpoints, dirty)
+    endpoints = EndpointDirectory(records, host)
+    pool = PoolAddresses(edges.store, host, edges.prober, follower, endpoints, dirty)
     membership = Membership(registry, identity, claimant, dirty, endpoints)
     takeovers = Takeovers(edges.takeovers, follower, dirty)
     fallback = Fallback(secrets.randbits(62), trio.current_time())
@@ -132,19 +132,14 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
     probes = Probes(edges.vteps, inputs, fallback, dirty)
     monitor = Monitor(edges.kernel, edges.event_filter, follower)
-    publisher = Publisher(registry, follower, endpoints, host.id)
-    presence = Presence(host.id, publisher, pool)
+    publisher = Publisher(registry, follower, endpoints, host)
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
     links = EndpointLinks(edges.wiring, records)
     ports = PublishedPorts(edges.host_ports, reconciler)
     addresses = HostAddresses(SubnetAddresses(endpoints), pool)
     keeper = Keeper(endpoints, Sandboxes(edges.wiring), links, ports, addresses, networks)
     attacher = Attacher(endpoints, keeper, links, ports, addresses, networks, right_of_way)
-    follower.tell(liveness, membership, keeper, presence, pool, inputs, probes)
-    reconciler.tell(
-        UnderlayAddress(edges.store, membership), monitor, pool, takeovers, keeper, probes
-    )
-    return Parts(
+    parts = Parts(
         edges=edges,
         readiness=Readiness(),
         dirty=dirty,
@@ -166,6 +161,34 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         reconciler=reconciler,
         probes=probes,
         monitor=monitor,
+        inputs=inputs,
+    )
+    _introduce(parts)
+    return parts
+
+
+def _introduce(parts: Parts) -> None:
+    """Tell the parts that hear of changes whom to tell, in this order.
+
+    Liveness comes first: the inputs of passes ask it who has expired.
+    """
+    parts.edges.event_filter.expects_endpoint = parts.endpoints.expects_link
+    parts.follower.tell(
+        parts.liveness,
+        parts.membership,
+        parts.keeper,
+        Presence(parts.membership.host.id, parts.publisher, parts.pool),
+        parts.pool,
+        parts.inputs,
+        parts.probes,
+    )
+    parts.reconciler.tell(
+        UnderlayAddress(parts.edges.store, parts.membership),
+        parts.monitor,
+        parts.pool,
+        parts.takeovers,
+        parts.keeper,
+        parts.probes,
     )
 
 
