@@ -136,7 +136,7 @@ def check_pool_address(
     """
     if wanted.version not in {s.version for s in network.subnets}:
         raise UsageError(
-            f"address {wanted} is IPv{wanted.version}, network {network.name} has "
+            f"address {wanted} is IPv{wanted.version}, but network {network.name} has only "
             f"{', '.join(map(str, network.subnets))}: choose one within it"
         )
     pool = pool_range(network, wanted.version)
@@ -147,7 +147,7 @@ def check_pool_address(
         )
     if wanted in excluded:
         raise UsageError(
-            f"address {wanted} is a gateway's or a host's of network {network.name}: choose "
+            f"address {wanted} belongs to a gateway or a host of network {network.name}: choose "
             "another, or leave --ip out"
         )
 

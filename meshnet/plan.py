@@ -244,7 +244,7 @@ def _plan_network(
         return NetworkOutcome(errors=(blocked.reason,), refused=blocked.refused)
     subnets = local.subnets.get(network.name, ())
     if not subnets:
-        return NetworkOutcome(errors=("this host has no subnet of it yet",))
+        return NetworkOutcome(errors=("this host has no subnet of this network yet",))
     held = snapshot.reservations.get(network.name, Reservations())
     peers, errors = _peers(network, snapshot, local, held.hosts)
     endpoints = [e for e in local.endpoints if e.network == network.name]
@@ -282,7 +282,7 @@ def _narrowest(peers: Iterable[Peer], underlay: Underlay) -> int:
 def _stranded(endpoints: Sequence[Endpoint], subnets: Sequence[IpNetwork]) -> list[str]:
     """Endpoints whose subnet was given to another host while this one was away."""
     return [
-        f"endpoint {e.name} has {a}, which is in none of this host's subnets any more: detach and "
+        f"endpoint {e.name} has {a}, which is no longer in a subnet of this host: detach and "
         "attach it again"
         for e in endpoints
         for a in e.addresses
@@ -304,13 +304,15 @@ def _peers(
         host = snapshot.hosts.get(owner)
         if host is None:
             owned = ", ".join(map(str, subnets))
-            errors[owner] = f"subnet {owned} belongs to host {owner}, which has no entry"
+            errors[owner] = f"subnet {owned} belongs to host {owner}, which has no entry in etcd"
             continue
         good = subnets
         if not all(map(network.is_host_subnet, subnets)):
             good = tuple(s for s in subnets if network.is_host_subnet(s))
             bad = ", ".join(str(s) for s in subnets if s not in good)
-            errors[owner] = f"subnet {bad} of host {owner} is none of network {network.name}"
+            errors[owner] = (
+                f"subnet {bad} of host {owner} is not a host subnet of network {network.name}"
+            )
         if good:
             peers.append(Peer(host, good))
     return peers, errors

@@ -69,8 +69,8 @@ def bindings_of(endpoint: Endpoint, port: PublishedPort) -> list[Binding]:
         return [Binding(port.protocol, _ANY[v], port.host_port) for v in versions]
     if port.host_ip.version not in versions:
         raise UsageError(
-            f"port {port} is at an IPv{port.host_ip.version} address, and network "
-            f"{endpoint.network} has none of that version: give another, or none"
+            f"port {port} is at an IPv{port.host_ip.version} address, but network "
+            f"{endpoint.network} has no IPv{port.host_ip.version}: give another address, or none"
         )
     return [Binding(port.protocol, port.host_ip, port.host_port)]
 
@@ -83,7 +83,7 @@ def parse_published(text: str) -> tuple[PublishedPort, ...]:
     """
     found = _SPEC.fullmatch(text)
     if found is None:
-        raise _bad(text, "it is not of that form")
+        raise _bad(text, "it does not have the right form")
     protocol = _protocol(text, found["protocol"])
     ports = _ports(text, found["port"], least=1)
     count = len(ports)
@@ -92,7 +92,7 @@ def parse_published(text: str) -> tuple[PublishedPort, ...]:
     if hosts == [ANY_PORT]:
         hosts *= count
     if len(hosts) != count:
-        raise _bad(text, f"{len(hosts)} ports of the host are not {count} of the endpoint")
+        raise _bad(text, f"{len(hosts)} ports of the host do not match {count} of the endpoint")
     address = None if found["ip"] is None else _host_address(text, found["ip"])
     return tuple(PublishedPort(protocol, h, p, address) for h, p in zip(hosts, ports, strict=True))
 
@@ -118,8 +118,8 @@ def check_count(ports: Sized) -> None:
     """
     if len(ports) > MAX_PUBLISHED:
         raise UsageError(
-            f"{len(ports)} published ports are more than an endpoint may have: publish "
-            f"{MAX_PUBLISHED} at most"
+            f"{len(ports)} published ports are more than an endpoint may have: publish at most "
+            f"{MAX_PUBLISHED}"
         )
 
 
@@ -146,7 +146,7 @@ def _protocol(text: str, name: str | None) -> Protocol:
 def _ports(text: str, words: str, *, least: int) -> list[int]:
     found = _RANGE.fullmatch(words)
     if found is None:
-        raise _bad(text, f"{words!r} is not a port, nor a range of ports")
+        raise _bad(text, f"{words!r} is neither a port nor a range of ports")
     first, last = int(found[1]), int(found[2] or found[1])
     if not (least <= first <= last <= 65535) or (first == ANY_PORT and last):
         raise _bad(text, f"{words} is not within 1 to 65535")
@@ -162,9 +162,9 @@ def _host_address(text: str, words: str) -> IpAddress:
     if bracketed != (address.version == 6):
         raise _bad(text, "brackets are for IPv6 addresses")
     if address.is_unspecified:
-        raise _bad(text, f"{address} would be all addresses: leave it out")
+        raise _bad(text, f"{address} means all addresses: leave it out")
     if address.version == 6 and address.is_loopback:
-        raise _bad(text, "Linux does not translate what is for ::1: publish at 127.0.0.1")
+        raise _bad(text, "Linux does not translate packets to ::1: publish at 127.0.0.1")
     mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
     if address.is_multicast or mapped or (address.version == 6 and address.is_link_local):
         raise _bad(text, f"{address} cannot be published at")

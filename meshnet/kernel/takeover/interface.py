@@ -122,7 +122,7 @@ class Interfaces:
         if name.startswith(LINK_PREFIX) and name[len(LINK_PREFIX) :][:1] in "bepsuv":
             return "it is one of meshnet's own"
         if len(link.mac) != 6 or name == "lo":
-            return "it is no Ethernet link"
+            return "it is not an Ethernet link"
         if not link.up:
             return "it is down: set it up"
         if link.master:
