@@ -1,4 +1,4 @@
-"""What the modes with endpoints on the physical network have in common."""
+"""What the modes with endpoints on the physical network share."""
 
 from __future__ import annotations
 

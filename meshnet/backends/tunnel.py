@@ -118,7 +118,8 @@ def direct_nexthop(host: Host, subnet: IpNetwork, underlay: Underlay) -> Nexthop
     if path is None or not path.on_link:
         return None
     if host.underlay_ip.version != subnet.version:
-        return None  # linux/nexthop.h: a nexthop has one family, and IPv6 has no IPv4 gateways
+        # A nexthop object has one family (linux/nexthop.h), and its gateway is of that family.
+        return None
     return Nexthop(path.dev, host.underlay_ip.packed)
 
 
