@@ -2,8 +2,7 @@
 
 With one request for each object, a general library takes half a millisecond of Python each.  Here
 hundreds of messages go in one ``send``, and only an empty one at the end asks for an
-acknowledgement: the kernel reports failures by sequence number anyway
-(docs/design/bulk-netlink.md).
+acknowledgement: the kernel reports failures anyway (docs/design/bulk-netlink.md).
 
 Host byte order unless stated otherwise.  linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h,
 linux/nexthop.h, linux/if_link.h.  Imports no third-party library.
@@ -272,10 +271,7 @@ class RtnlSocket:
         )
 
     def send_packed(self, messages: Sequence[bytes]) -> dict[int, KernelError]:
-        """Send whole messages, numbered from `next_sequence` on; returns the errors by index.
-
-        They go in batches; the answers to one batch are read before the next is sent.
-        """
+        """Send whole messages, numbered from `next_sequence` on; returns the errors by index."""
         base = self.next_sequence
         errors: dict[int, KernelError] = {}
         for first in range(0, len(messages), BATCH_MESSAGES):
