@@ -1,4 +1,4 @@
-"""The errors of meshnet, and what each means to a caller.
+"""The errors of meshnet, and what each tells a caller.
 
 Every error a user can meet is a `MeshnetError`.  Its class fixes the exit status of the command
 line (docs/cli.md) and says whether trying again may help; its message is one line that names the
@@ -47,7 +47,7 @@ class NotFoundError(MeshnetError):
 
 
 class ConflictError(MeshnetError):
-    """What was asked for exists already, is taken, or is still in use."""
+    """The object exists already, is taken, or is still in use."""
 
     exit_status = 5
 
@@ -78,5 +78,5 @@ class PolicyRefusedError(MeshnetError):
 
 
 def error_classes() -> dict[str, type[MeshnetError]]:
-    """Every concrete error class by name: how the API's error documents are turned back."""
+    """Every concrete error class by name: turns the API's error documents back into errors."""
     return {cls.__name__: cls for cls in MeshnetError.__subclasses__()}

@@ -1,13 +1,13 @@
 """Address management: a host's subnet from a network, an endpoint's address from a subnet.
 
-On a network that sits on the physical one, endpoints of all hosts have addresses from one pool: the
-network's range, or its whole CIDR, less what belongs to routers and hosts.
+On the physical network, endpoints of all hosts share one pool: the network's range, or its whole
+CIDR, without the addresses of routers and hosts.
 
-Within a host's subnet the first address is the gateway.  IPv4: the subnet's own address and the
-broadcast address are never given out.  IPv6: the subnet-router anycast address (RFC 4291 §2.6.1)
-is never given out.
+Within a host's subnet the first address is the gateway.  Never given out are, for IPv4, the
+subnet's own address and the broadcast address; for IPv6, the subnet-router anycast address (RFC
+4291 §2.6.1).
 
-Pure: the caller brings what is taken; nothing is remembered here but the order of release.
+Pure: the caller says which are taken; only the order of release is remembered here.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ if TYPE_CHECKING:
     from meshnet.model import IpAddress, IpNetwork, Network
 
 MAX_SUBNET_BITS = 32
-"""At most 2^32 host subnets a network: VTEP MACs hold 32 bits of the subnet."""
+"""At most 2^32 host subnets for each network: VTEP MACs hold 32 bits of the subnet."""
 
 MAX_POOL_ADDRESSES = 1 << 32
-"""Of an underlay network: MACs of endpoints hold 32 bits of the address."""
+"""Most addresses of an underlay network: MACs of endpoints hold 32 bits of the address."""
 
 COOLDOWN = 64
 """A freed address is given out again only after this many others were freed, while any is left."""
 
 _PROBES = 64
+"""Random tries before a search in order: with half of a pool taken, one in 2^64 comes to that."""
 
 
 def gateway_of(subnet: IpNetwork) -> IpAddress:
-    """The gateway: first address after the subnet's own."""
+    """The gateway: the first address after the subnet's own."""
     return subnet.network_address + 1
 
 
@@ -76,9 +77,9 @@ def choose_subnet(
     """Choose a free host subnet of the network's CIDR of an IP version.
 
     Args:
-        taken: the reserved subnets; others than host subnets do not count.
-        random_below: a random number in [0, n): choose any free subnet, so that many hosts that
-            choose at once hardly choose the same.  None: the lowest.
+        taken: the reserved subnets; any that is not a host subnet does not count.
+        random_below: returns a random number in [0, n): choose any free subnet, so that hosts that
+            choose at the same time seldom choose the same.  None: choose the lowest.
 
     Raises:
         PoolExhaustedError: every subnet is reserved.
@@ -90,13 +91,13 @@ def choose_subnet(
     base = int(cidr.network_address)
     start = 0
     if random_below is not None:
-        # Unless nearly all are taken, one of these is free, and equally likely any.
+        # Unless nearly all are taken, one of these is free, and each is equally likely.
         for _ in range(_PROBES):
             start = random_below(count)
             subnet = type(cidr)((base + start * step, prefix))
             if subnet not in taken:
                 return subnet
-    # As numbers: to make 65,536 networks takes 0.1 s.
+    # As numbers: making 65,536 network objects takes 0.1 s.
     used = {int(s.network_address) for s in taken if s.version == version and s.prefixlen == prefix}
     for index in chain(range(start, count), range(start)):
         if base + index * step not in used:
@@ -108,13 +109,13 @@ def choose_subnet(
 
 
 def pool_range(network: Network, version: int) -> AddressRange:
-    """What endpoints' addresses of an IP version are taken from, on an underlay network.
+    """The pool of endpoints' addresses of an IP version, on an underlay network.
 
     At most 2^32 addresses: an endpoint's MAC has 32 bits of its address.
     """
     cidr = next(s for s in network.subnets if s.version == version)
     make = _address_type(cidr)
-    # The CIDR's own address is its routers' anycast one in IPv6 (RFC 4291 §2.6.1).
+    # In IPv6 the CIDR's own address is its routers' anycast address (RFC 4291 §2.6.1).
     first = int(cidr.network_address) + 1
     last = int(cidr.broadcast_address) - (1 if version == 4 else 0)
     for addresses in network.ranges:
@@ -136,7 +137,7 @@ def check_pool_address(
     """
     if wanted.version not in {s.version for s in network.subnets}:
         raise UsageError(
-            f"address {wanted} is IPv{wanted.version}, network {network.name} has "
+            f"address {wanted} is IPv{wanted.version}, but network {network.name} has only "
             f"{', '.join(map(str, network.subnets))}: choose one within it"
         )
     pool = pool_range(network, wanted.version)
@@ -147,7 +148,7 @@ def check_pool_address(
         )
     if wanted in excluded:
         raise UsageError(
-            f"address {wanted} is a gateway's or a host's of network {network.name}: choose "
+            f"address {wanted} belongs to a gateway or a host of network {network.name}: choose "
             "another, or leave --ip out"
         )
 
@@ -163,11 +164,11 @@ def choose_address(
 
     Args:
         taken: addresses that are held or excluded.
-        random_below: a random number in [0, n): choose any free address, so that hosts that choose
-            at once hardly choose the same.  None: the lowest.
+        random_below: returns a random number in [0, n): choose any free address, so that hosts that
+            choose at the same time seldom choose the same.  None: choose the lowest.
 
     Raises:
-        PoolExhaustedError: none is free.
+        PoolExhaustedError: no address is free.
     """
     pool = pool_range(network, version)
     make = _address_type(pool.first)
@@ -193,9 +194,8 @@ def choose_address(
 class AddressPool:
     """The addresses of one subnet, on the host that owns it.
 
-    The lowest free address is given out; one that was freed rests until `COOLDOWN` others were
-    freed after it or nothing else is left, so that a late packet for its last holder does not
-    reach the next.
+    The lowest free address is given out.  A freed one rests until `COOLDOWN` others were freed
+    after it, or no other is left, so that late packets for its last holder do not reach the next.
     """
 
     def __init__(self, network: str, subnet: IpNetwork, in_use: Collection[IpAddress] = ()) -> None:
@@ -208,7 +208,7 @@ class AddressPool:
         """Give out `wanted`, or the lowest address that is free and rested.
 
         Raises:
-            UsageError: `wanted` is not an address endpoints of this subnet may have.
+            UsageError: `wanted` is not an address that an endpoint in this subnet may have.
             ConflictError: `wanted` is in use.
             PoolExhaustedError: no address is left.
         """
@@ -252,7 +252,7 @@ class AddressPool:
 
     def _lowest(self) -> IpAddress:
         first, last = self._bounds()
-        # Not ip_address(): it takes any number below 2^32 for IPv4.
+        # Not ip_address(), which takes any number below 2^32 for an IPv4 address.
         make = _address_type(self.subnet)
         # Among len(used) + len(resting) + 1 candidates at least one is free, so this is short.
         for number in range(first, last + 1):

@@ -1,7 +1,7 @@
 """The domain: networks, hosts, subnets, endpoints, and the snapshot of a mesh.
 
 Values only: what the agents agree on through the store (see `meshnet.codec` for its JSON) and what
-one agent knows of itself.  Terms are those of docs/architecture.md.
+one agent knows of itself.  docs/architecture.md explains the terms.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -42,9 +42,9 @@ Vni = NewType("Vni", int)
 VXLAN_PORT = 4789
 """UDP port of VXLAN (RFC 7348 §8.1)."""
 DEFAULT_HOST_PREFIX = 24
-"""Of one host's IPv4 subnet."""
+"""Prefix length of one host's IPv4 subnet."""
 DEFAULT_HOST_PREFIX6 = 64
-"""Of one host's IPv6 subnet."""
+"""Prefix length of one host's IPv6 subnet."""
 
 
 class Datapath(StrEnum):
@@ -79,20 +79,20 @@ class Network:
     """A named container network.
 
     Attributes:
-        subnets: its CIDRs, at most one a family, IPv4 first.
+        subnets: its CIDRs, at most one for each IP version, IPv4 first.
         host_prefix: prefix length of one host's IPv4 subnet.
         host_prefix6: prefix length of one host's IPv6 subnet.
         port: UDP destination port of the tunnel.
         mtu_bytes: MTU of endpoints; None: the underlay's less the encapsulation's overhead.
         direct_routing: reach on-link peers by a plain route, without encapsulation.
-        fallback: peers that VXLAN does not reach are sent to by the userspace VTEP, which listens
-            at a port of its own (`meshnet.backends.udp.userspace_port`).
-        parent: link of each host that is on the physical network, if endpoints are.
-        ranges: what the addresses of endpoints on the physical network are taken from, at most one
-            an IP version; an IP version without one has its whole CIDR.
-        gateways: routers of the physical network, at most one an IP version.
-        internal: endpoints have no way out of the network.
-        host_access: a host reaches its own endpoints, where the mode by itself forbids it.
+        fallback: packets to peers that VXLAN does not reach go through the userspace VTEP, which
+            listens at a different port (`meshnet.backends.udp.userspace_port`).
+        parent: each host's link on the physical network, if endpoints are on that network.
+        ranges: pools for the addresses of endpoints on the physical network, at most one for each
+            IP version; an IP version without a range uses its whole CIDR.
+        gateways: routers of the physical network, at most one for each IP version.
+        internal: endpoints cannot reach anything outside the network.
+        host_access: a host reaches its own endpoints, in a mode that would not let it.
     """
 
     name: NetworkName
@@ -119,7 +119,7 @@ class Network:
         """Whether `subnet` is one of those that the network's CIDRs are cut into."""
         if subnet.prefixlen != self.host_prefix_of(subnet.version):
             return False
-        # Not `subnet_of`, which takes ten times as long: a pass asks for every peer.
+        # Not `subnet_of`, which takes ten times as long: a pass calls this for every peer.
         version, first = subnet.version, int(subnet.network_address)
         for cidr in self.subnets:
             if cidr.version == version:
@@ -129,7 +129,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What a host publishes of itself; it outlives the host's lease."""
+    """What a host publishes about itself; the entry outlives the host's lease."""
 
     id: HostId
     underlay_ip: IpAddress
@@ -138,7 +138,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """`host` owns `subnet` of `network`, until it is removed on purpose."""
+    """`host` owns `subnet` of `network`, until somebody removes the reservation on purpose."""
 
     network: NetworkName
     subnet: IpNetwork
@@ -150,7 +150,7 @@ def _by_address(subnet: IpNetwork) -> tuple[int, int]:
 
 
 class Reservations(Mapping[IpNetwork, HostId]):
-    """Who owns which subnet of one network, looked up either way in constant time."""
+    """The owners of one network's subnets, looked up by host or by subnet in constant time."""
 
     __slots__ = ("_owners", "_subnets")
 
@@ -171,7 +171,7 @@ class Reservations(Mapping[IpNetwork, HostId]):
 
     @property
     def hosts(self) -> KeysView[HostId]:
-        """The hosts that own something."""
+        """The hosts that own a subnet."""
         return self._subnets.keys()
 
     def of(self, host: HostId) -> tuple[IpNetwork, ...]:
@@ -179,20 +179,20 @@ class Reservations(Mapping[IpNetwork, HostId]):
         return self._subnets.get(host, ())
 
     def put(self, subnet: IpNetwork, host: HostId) -> HostId | None:
-        """Give a subnet to a host; returns whose it was."""
+        """Give a subnet to a host; returns the owner before."""
         before = self._owners.get(subnet)
         if before != host:
             if before is not None:
                 self.remove(subnet)
             self._owners[subnet] = host
             owned = self._subnets.get(host, ())
-            # Not sorted anew: a host may own all of a large network.
+            # Inserted rather than sorted again: one host may own all of a large network.
             at = bisect(owned, _by_address(subnet), key=_by_address)
             self._subnets[host] = (*owned[:at], subnet, *owned[at:])
         return before
 
     def remove(self, subnet: IpNetwork) -> HostId | None:
-        """Free a subnet; returns whose it was."""
+        """Free a subnet; returns the owner before."""
         host = self._owners.pop(subnet, None)
         if host is not None:
             left = tuple(s for s in self._subnets[host] if s != subnet)
@@ -203,7 +203,7 @@ class Reservations(Mapping[IpNetwork, HostId]):
         return host
 
     def assign(self, host: HostId, subnets: tuple[IpNetwork, ...]) -> None:
-        """Make `subnets` all that a host owns, whoever owned them before."""
+        """Make `subnets` the only ones that a host owns, whoever owned them before."""
         for subnet in self.of(host):
             if subnet not in subnets:
                 self.remove(subnet)
@@ -211,7 +211,7 @@ class Reservations(Mapping[IpNetwork, HostId]):
             self.put(subnet, host)
 
     def copy(self) -> Self:
-        """The same in tables of its own."""
+        """A copy that shares no table with this one."""
         made = type(self)()
         made._owners = dict(self._owners)
         made._subnets = dict(self._subnets)
@@ -220,11 +220,11 @@ class Reservations(Mapping[IpNetwork, HostId]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """Who runs as a host id right now: the value of the key under the host's lease.
+    """The agent that runs as a host id right now: the value of the key under the host's lease.
 
     Attributes:
         instance: random name of the agent's state directory; a restarted agent keeps it.
-        underlay_ip: where that agent is: a copy of its state directory is elsewhere.
+        underlay_ip: that agent's: tells it from an agent on a copy of its state directory.
     """
 
     instance: str
@@ -232,11 +232,11 @@ class Claim:
 
 
 class AddressHolder(NamedTuple):
-    """Who has an address of an underlay network's pool.
+    """The holder of an address of an underlay network's pool.
 
     Attributes:
-        host: the host that took it; "": nobody of the mesh.
-        endpoint: which of its endpoints; "": the host itself, or nobody of the mesh.
+        host: the host that took it; "": a machine outside the mesh.
+        endpoint: that host's endpoint; "": the host itself, or a machine outside the mesh.
         held_by: MAC of the machine outside the mesh that answered for it; b"": none did.
     """
 
@@ -272,12 +272,12 @@ class PublishedPort(NamedTuple):
 
 
 class NetnsId(NamedTuple):
-    """A network namespace, told from all others alive: its file in nsfs (namespaces(7)).
+    """Identifies a network namespace among all that exist: its file in nsfs (namespaces(7)).
 
     Never a path through a pid, which may lead to another namespace tomorrow.
 
     Attributes:
-        device: 0: not known, as in what versions before this field wrote.
+        device: 0: unknown, as in records of versions before this field.
     """
 
     device: int
@@ -298,7 +298,7 @@ class ProcessSandbox:
 
     @property
     def label(self) -> str:
-        """What an endpoint is named by whose creator gives it no name."""
+        """Default name of an endpoint."""
         return f"pid{self.pid}"
 
     def __str__(self) -> str:
@@ -306,7 +306,7 @@ class ProcessSandbox:
 
 
 Sandbox = ProcessSandbox
-"""What an endpoint lives in: a network namespace, and the reason why that lives."""
+"""What an endpoint lives in: a network namespace, and what keeps that alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,11 +314,11 @@ class Endpoint:
     """One attachment of one network namespace to one network.
 
     Attributes:
-        addresses: its addresses with the prefix length of what is on-link, IPv4 first.
+        addresses: its addresses with their on-link prefix lengths, IPv4 first.
         gateways: at most one for each address, IPv4 first.
         default_route: whether the namespace's default route leads through it.
         published: ports of its host that lead to it.
-        parent: link of its host that its own is a macvlan of; None: its own is a veth's end.
+        parent: the host's link that its macvlan is on; None: its link is one end of a veth pair.
     """
 
     id: EndpointId
@@ -343,9 +343,9 @@ class MeshSnapshot:
     Attributes:
         reservations: by network, who owns each subnet.
         alive: hosts whose lease has not run out.
-        bad_values: keys that were skipped because their value is unusable.
-        holes: those of them of which not even an earlier value is known: what they stand for may
-            exist, so nothing may be deleted for not being in the snapshot.
+        bad_values: keys that were skipped because their value is unusable, and why.
+        holes: those of them without a known earlier value.  What they stand for may exist, so
+            nothing may be deleted merely because it is missing from the snapshot.
     """
 
     revision: int = 0
@@ -357,7 +357,7 @@ class MeshSnapshot:
     holes: frozenset[str] = frozenset()
 
     def subnets_of(self, host: HostId, network: NetworkName) -> tuple[IpNetwork, ...]:
-        """The subnets `host` owns in `network`, IPv4 first; what cannot be one is left out."""
+        """The subnets `host` owns in `network`, IPv4 first, without any that do not fit it."""
         known = self.networks.get(network)
         reservations = self.reservations.get(network)
         if known is None or reservations is None:
@@ -365,6 +365,6 @@ class MeshSnapshot:
         return tuple(s for s in reservations.of(host) if known.is_host_subnet(s))
 
     def reserved_by(self, host: HostId) -> dict[NetworkName, tuple[IpNetwork, ...]]:
-        """All that a host owns, by network."""
+        """All subnets that a host owns, by network."""
         owned = {name: held.of(host) for name, held in self.reservations.items()}
         return {name: subnets for name, subnets in owned.items() if subnets}

@@ -1,7 +1,7 @@
-"""The modes that a network may have: their names and nothing else.
+"""The names of the modes that a network may have.
 
-What each of them does is its backend's (`meshnet.backends.table`).  A module of its own, so that
-the client, which must start fast, can offer them.
+A mode's backend says what the mode does (`meshnet.backends.table`).  The names are in a separate
+module because the client offers them, and must start fast.
 """
 
 from __future__ import annotations
@@ -20,4 +20,4 @@ class Mode(StrEnum):
 
 
 DEFAULT_MODE = next(iter(Mode))
-"""Of a network whose creator names none: the first."""
+"""Mode of a network whose creator names none: the first."""

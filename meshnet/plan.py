@@ -1,7 +1,7 @@
 """From what the mesh agreed on to what this host's kernel should hold.
 
-Pure: imports no socket, file, clock or trio.  The reconciler brings a snapshot of the store, what
-the agent knows of itself and what the kernel says of the underlay; nothing else decides.
+Pure: imports no socket, file, clock or trio.  The plan depends on nothing but its arguments: a
+snapshot of the store, what the agent knows of itself, and what the kernel says of the underlay.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class LocalView:
 
     Attributes:
         subnets: the subnets it holds reservations for.
-        addresses: its own addresses of underlay networks' pools, at most one an IP version.
-        takeovers: of networks that take their parent over, why that is not done; "": it is; not
-            there: that is under way.
+        addresses: its own addresses from underlay networks' pools, at most one for each IP version.
+        takeovers: for networks that take their parent over, why that failed; "": it is done; a
+            missing network: it is under way.
         expired: hosts dead for longer than the grace period.
-        fallen: peers that are sent to by a network's fallback.
+        fallen: peers that a network reaches by its fallback now.
     """
 
     host: HostId
@@ -55,7 +55,7 @@ class LocalView:
     fallen: frozenset[tuple[NetworkName, HostId]] = frozenset()
 
     def fallen_in(self, network: NetworkName) -> frozenset[HostId]:
-        """Peers that are sent to by the fallback of one network."""
+        """Peers that one network reaches by its fallback now."""
         return frozenset(host for name, host in self.fallen if name == network)
 
 
@@ -64,12 +64,12 @@ class NetworkOutcome:
     """How one network came out.
 
     Attributes:
-        plan: None when this host has no part in it (yet).
-        peers: other hosts that have a subnet of it.
-        peer_errors: those of them that cannot be had on this host, and why.
-        path_mtu_bytes: of the narrowest path that the MTU of its endpoints allows for; 0: the
-            network has an MTU of its own.
-        refused: whether it cannot be had on this host as things are.
+        plan: None: this host does not take part in it (yet).
+        peers: how many other hosts have a subnet of it.
+        peer_errors: those of them that this host cannot reach, and why.
+        path_mtu_bytes: of the narrowest path, which decides its endpoints' MTU; 0: the network
+            itself has a fixed MTU.
+        refused: whether it will not work on this host until something changes.
     """
 
     plan: NetworkPlan | None = None
@@ -94,7 +94,7 @@ class HostsPlan:
 
     Attributes:
         peers: by network, how many of them have a subnet of it.
-        errors: by network, those that cannot be had on this host, and why.
+        errors: by network, those of them that this host cannot reach, and why.
     """
 
     state: KernelState
@@ -108,11 +108,12 @@ def plan_mesh(
     """The kernel state this host should have.
 
     Args:
-        ids: names nexthop objects; it has adopted the kernel's before.
+        ids: names nexthop objects; it must have adopted the kernel's.
     """
     state = KernelState()
     outcomes: dict[NetworkName, NetworkOutcome] = {}
     guarded: list[FirewallNetwork] = []
+    # Oldest first: of two that exclude each other every host refuses the same one.
     for network in snapshot.networks.values():
         conflict = _find_conflict(network, outcomes, snapshot, underlay)
         if conflict is not None:
@@ -137,10 +138,10 @@ def plan_hosts(
     outcomes: Mapping[NetworkName, NetworkOutcome],
     hosts: Collection[HostId],
 ) -> HostsPlan:
-    """The part of `plan_mesh` that some other hosts make, at the cost of those hosts.
+    """The part of `plan_mesh` that some other hosts account for, at the cost of those hosts alone.
 
     Args:
-        outcomes: of `plan_mesh`, for the same networks, subnets and underlay.
+        outcomes: from `plan_mesh`, for the same networks, subnets and underlay.
     """
     state = KernelState()
     counts: dict[NetworkName, int] = {}
@@ -170,7 +171,7 @@ def probed_peers(
     local: LocalView,
     underlay: Underlay,
 ) -> dict[HostId, Peer]:
-    """The peers that may need a network's fallback: others need no probes."""
+    """The peers that may need a network's fallback; the others need no probes."""
     if not network.fallback:
         return {}
     backend = backend_of(network).on(underlay)
@@ -182,7 +183,10 @@ def probed_peers(
 def fallen_peers(
     snapshot: MeshSnapshot, actual: KernelState
 ) -> frozenset[tuple[NetworkName, HostId]]:
-    """The peers that a kernel sends to by the fallback, as its routes say."""
+    """The peers that a kernel reaches by the fallback, as its routes say.
+
+    So a restarted agent goes on where the last one was.
+    """
     networks = {
         backend_of(n).userspace_vtep(n): n.name for n in snapshot.networks.values() if n.fallback
     }
@@ -202,9 +206,9 @@ def fallen_peers(
 def _find_conflict(
     network: Network, earlier: Iterable[NetworkName], snapshot: MeshSnapshot, underlay: Underlay
 ) -> str | None:
-    """Why a network cannot be had beside an older one.
+    """Why a network excludes an older one, and is refused; None: it excludes none.
 
-    `meshnet.store.registry` lets no such network come into being; somebody else may.
+    `meshnet.store.registry` never creates two of that kind, but other writers of etcd may.
     """
     for name in earlier:
         conflict = find_conflict(
@@ -216,7 +220,7 @@ def _find_conflict(
 
 
 def plan_takeovers(snapshot: MeshSnapshot, underlay: Underlay) -> dict[str, Network]:
-    """The bridges that should take links of this host over, and the networks that they are for."""
+    """The bridges that should take links of this host over, and the network of each."""
     names = list(snapshot.networks)
     bridges = {}
     for number, network in enumerate(snapshot.networks.values()):
@@ -244,7 +248,7 @@ def _plan_network(
         return NetworkOutcome(errors=(blocked.reason,), refused=blocked.refused)
     subnets = local.subnets.get(network.name, ())
     if not subnets:
-        return NetworkOutcome(errors=("this host has no subnet of it yet",))
+        return NetworkOutcome(errors=("this host has no subnet of this network yet",))
     held = snapshot.reservations.get(network.name, Reservations())
     peers, errors = _peers(network, snapshot, local, held.hosts)
     endpoints = [e for e in local.endpoints if e.network == network.name]
@@ -282,7 +286,7 @@ def _narrowest(peers: Iterable[Peer], underlay: Underlay) -> int:
 def _stranded(endpoints: Sequence[Endpoint], subnets: Sequence[IpNetwork]) -> list[str]:
     """Endpoints whose subnet was given to another host while this one was away."""
     return [
-        f"endpoint {e.name} has {a}, which is in none of this host's subnets any more: detach and "
+        f"endpoint {e.name} has {a}, which is no longer in a subnet of this host: detach and "
         "attach it again"
         for e in endpoints
         for a in e.addresses
@@ -293,7 +297,7 @@ def _stranded(endpoints: Sequence[Endpoint], subnets: Sequence[IpNetwork]) -> li
 def _peers(
     network: Network, snapshot: MeshSnapshot, local: LocalView, hosts: Iterable[HostId]
 ) -> tuple[list[Peer], dict[HostId, str]]:
-    """Those of `hosts` that are others and have usable subnets of the network."""
+    """Those of `hosts` that are not this one and have usable subnets of the network."""
     peers: list[Peer] = []
     errors: dict[HostId, str] = {}
     held = snapshot.reservations.get(network.name, Reservations())
@@ -304,27 +308,30 @@ def _peers(
         host = snapshot.hosts.get(owner)
         if host is None:
             owned = ", ".join(map(str, subnets))
-            errors[owner] = f"subnet {owned} belongs to host {owner}, which has no entry"
+            errors[owner] = f"subnet {owned} belongs to host {owner}, which has no entry in etcd"
             continue
         good = subnets
         if not all(map(network.is_host_subnet, subnets)):
             good = tuple(s for s in subnets if network.is_host_subnet(s))
             bad = ", ".join(str(s) for s in subnets if s not in good)
-            errors[owner] = f"subnet {bad} of host {owner} is none of network {network.name}"
+            errors[owner] = (
+                f"subnet {bad} of host {owner} is not a host subnet of network {network.name}"
+            )
         if good:
             peers.append(Peer(host, good))
     return peers, errors
 
 
 def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:
-    """Forwarding on the links that packets to and from outside the networks cross.
+    """Switch forwarding on for the links that packets to and from outside the networks cross.
 
-    IPv6 has one switch for the whole host, and a host that forwards stops listening to router
-    advertisements unless ``accept_ra`` is 2: a default route learned so must not vanish.
+    IPv6 has one switch for the whole host.  A host that forwards ignores router advertisements
+    unless ``accept_ra`` is 2, and the host's default route may come from one.
     """
     for dev in underlay.forwarding_links:
         state.sysctls[f"net/ipv4/conf/{dev}/forwarding"] = "1"
     if any(s.version == 6 for n in snapshot.networks.values() for s in n.subnets) and underlay.ipv6:
+        # First: between the two writes the host must not lose that route.
         for dev in underlay.ra_links:
             state.sysctls[f"net/ipv6/conf/{dev}/accept_ra"] = "2"
         state.sysctls["net/ipv6/conf/all/forwarding"] = "1"

@@ -1,7 +1,7 @@
-"""Published ports: reading them as people write them, and telling which are in each other's way.
+"""Published ports: reading them as people write them, and telling which exclude each other.
 
 The text is Docker's: ``[[IP:][HOST]:]CONTAINER[/tcp|udp]``, where a port may be a range.  An IPv6
-address is in brackets.  What `PublishedPort` prints is read back as the same.
+address is in brackets.  What `PublishedPort` prints reads back as the same value.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from meshnet.model import Endpoint, IpAddress
 
 ANY_PORT = 0
-"""As `host_port`: whichever is free, to be chosen before the port is published."""
+"""As `host_port`: any free port, chosen before publishing."""
 MAX_PUBLISHED = 256
-"""Ports of one endpoint: its record stays well below the most that the store's reader takes."""
+"""For each endpoint: keeps its record well below the largest that the store's reader accepts."""
 
 _SPEC = re.compile(
     r"(?:(?:(?P<ip>\[[^\]]*\]|[^][:/]*):)?(?P<host>[0-9-]*):)?(?P<port>[0-9-]+)"
@@ -38,7 +38,7 @@ class Binding(NamedTuple):
     """What a published port takes of its host in one IP version.
 
     Attributes:
-        address: the unspecified one stands for all of its IP version.
+        address: the unspecified address stands for all of its IP version.
     """
 
     protocol: Protocol
@@ -46,7 +46,7 @@ class Binding(NamedTuple):
     port: int
 
     def overlaps(self, other: Binding) -> bool:
-        """Whether a packet may be for both."""
+        """Whether one packet may be for both."""
         return (
             (self.protocol, self.port) == (other.protocol, other.port)
             and self.address.version == other.address.version
@@ -59,7 +59,7 @@ class Binding(NamedTuple):
 
 
 def bindings_of(endpoint: Endpoint, port: PublishedPort) -> list[Binding]:
-    """What a published port takes: of each IP version that the endpoint has, unless it names one.
+    """What a published port takes, in each IP version that the endpoint has, or in that it names.
 
     Raises:
         UsageError: the endpoint has no address of the IP version that the port names.
@@ -69,8 +69,8 @@ def bindings_of(endpoint: Endpoint, port: PublishedPort) -> list[Binding]:
         return [Binding(port.protocol, _ANY[v], port.host_port) for v in versions]
     if port.host_ip.version not in versions:
         raise UsageError(
-            f"port {port} is at an IPv{port.host_ip.version} address, and network "
-            f"{endpoint.network} has none of that version: give another, or none"
+            f"port {port} is at an IPv{port.host_ip.version} address, but network "
+            f"{endpoint.network} has no IPv{port.host_ip.version}: give another address, or none"
         )
     return [Binding(port.protocol, port.host_ip, port.host_port)]
 
@@ -79,11 +79,11 @@ def parse_published(text: str) -> tuple[PublishedPort, ...]:
     """The ports that a text such as ``8080:80``, ``[fd00::7]:5353:53/udp`` or ``80-89`` stands for.
 
     Raises:
-        UsageError: it stands for none.
+        UsageError: it does not stand for any.
     """
     found = _SPEC.fullmatch(text)
     if found is None:
-        raise _bad(text, "it is not of that form")
+        raise _bad(text, "it does not have the right form")
     protocol = _protocol(text, found["protocol"])
     ports = _ports(text, found["port"], least=1)
     count = len(ports)
@@ -92,16 +92,16 @@ def parse_published(text: str) -> tuple[PublishedPort, ...]:
     if hosts == [ANY_PORT]:
         hosts *= count
     if len(hosts) != count:
-        raise _bad(text, f"{len(hosts)} ports of the host are not {count} of the endpoint")
+        raise _bad(text, f"{len(hosts)} ports of the host do not match {count} of the endpoint")
     address = None if found["ip"] is None else _host_address(text, found["ip"])
     return tuple(PublishedPort(protocol, h, p, address) for h, p in zip(hosts, ports, strict=True))
 
 
 def parse_all_published(texts: Iterable[str]) -> tuple[PublishedPort, ...]:
-    """The ports that several texts stand for (`parse_published`), each once, in their order.
+    """The ports that several texts stand for (`parse_published`), in order, without repetitions.
 
     Raises:
-        UsageError: one stands for none.
+        UsageError: one of them does not stand for any.
     """
     ports: dict[PublishedPort, None] = {}
     for text in texts:
@@ -118,21 +118,22 @@ def check_count(ports: Sized) -> None:
     """
     if len(ports) > MAX_PUBLISHED:
         raise UsageError(
-            f"{len(ports)} published ports are more than an endpoint may have: publish "
-            f"{MAX_PUBLISHED} at most"
+            f"{len(ports)} published ports are more than an endpoint may have: publish at most "
+            f"{MAX_PUBLISHED}"
         )
 
 
 def select_published(published: Collection[PublishedPort], text: str) -> list[PublishedPort]:
-    """Those of some published ports that a text names: all that was published, or the host's port.
+    """Those of some published ports that a text names, in full or by the host's port alone.
 
     Raises:
-        UsageError: it names none that could be published.
+        UsageError: it does not name a port that could be published.
     """
     named = parse_published(text)
     if any(port.host_port or port.host_ip for port in named):
         return [p for p in published if p in named]
-    keys = {(port.protocol, port.port) for port in named}  # alone it is the host's port here
+    # A lone number parses as the endpoint's port, but whoever unpublishes means the host's.
+    keys = {(port.protocol, port.port) for port in named}
     return [p for p in published if (p.protocol, p.host_port) in keys]
 
 
@@ -146,8 +147,9 @@ def _protocol(text: str, name: str | None) -> Protocol:
 def _ports(text: str, words: str, *, least: int) -> list[int]:
     found = _RANGE.fullmatch(words)
     if found is None:
-        raise _bad(text, f"{words!r} is not a port, nor a range of ports")
+        raise _bad(text, f"{words!r} is neither a port nor a range of ports")
     first, last = int(found[1]), int(found[2] or found[1])
+    # 0 alone means any free port; a range that begins with it means nothing.
     if not (least <= first <= last <= 65535) or (first == ANY_PORT and last):
         raise _bad(text, f"{words} is not within 1 to 65535")
     return list(range(first, last + 1))
@@ -162,10 +164,11 @@ def _host_address(text: str, words: str) -> IpAddress:
     if bracketed != (address.version == 6):
         raise _bad(text, "brackets are for IPv6 addresses")
     if address.is_unspecified:
-        raise _bad(text, f"{address} would be all addresses: leave it out")
+        raise _bad(text, f"{address} means all addresses: leave it out")
     if address.version == 6 and address.is_loopback:
-        raise _bad(text, "Linux does not translate what is for ::1: publish at 127.0.0.1")
+        raise _bad(text, "Linux does not translate packets to ::1: publish at 127.0.0.1")
     mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
+    # Link-local: the text has no scope, and an address that several links may have needs one.
     if address.is_multicast or mapped or (address.version == 6 and address.is_link_local):
         raise _bad(text, f"{address} cannot be published at")
     return address

@@ -1,9 +1,9 @@
 """Kernel state as values: what a host should hold, and what a dump says it holds.
 
-Both sides have one shape, so `meshnet.diff` compares tables without knowing what they mean.
-Addresses and MACs of the big tables are packed bytes in network byte order: with 10,000 peers
-there are 40,000 of them, and an ``ipaddress`` object costs as much as the rest of decoding a
-message.  Interfaces go by name; the edge knows their indices.
+Both have the same shape, so `meshnet.diff` compares tables without knowing what they mean.
+Addresses and MACs of the big tables are packed bytes in network byte order: 10,000 peers have
+40,000 of them, and an ``ipaddress`` object costs as much as the rest of decoding a message.
+Interfaces go by name; the edge knows their indices.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -25,7 +25,7 @@ PackedIp = bytes
 """An IPv4 (4 bytes) or IPv6 (16 bytes) address in network byte order."""
 
 LINK_PREFIX = "mn"
-"""Every link of ours has a name that starts so."""
+"""Prefix of the names of all our links."""
 
 NETWORK_LINK = re.compile(LINK_PREFIX + r"[bsuv][0-9]+")
 """Names of a network's own links: ``mnb4097``, its bridge, ``mnv4097``, its VXLAN device,
@@ -33,14 +33,14 @@ NETWORK_LINK = re.compile(LINK_PREFIX + r"[bsuv][0-9]+")
 endpoints."""
 
 TUN_LINK = re.compile(LINK_PREFIX + r"u[0-9]+")
-"""Names of the TUNs among them."""
+"""Names of the TUNs among these."""
 
 ENDPOINT_LINK = re.compile(LINK_PREFIX + r"e[0-9a-f]{12}")
 """Names of the host-side links of endpoints."""
 
 
 def endpoint_link_name(endpoint_id: str) -> str:
-    """Name of the host-side link of an endpoint: 15 characters, the most a link may have."""
+    """Name of the host-side link of an endpoint: 15 characters, as many as the kernel allows."""
     return f"{LINK_PREFIX}e{endpoint_id}"
 
 
@@ -53,7 +53,7 @@ NEXTHOP_ID_LAST = 0x6DFF_FFFF
 
 
 class LinkKind(IntEnum):
-    """The kinds of links we make in a host's namespace."""
+    """The kinds of links that we make in a host's namespace."""
 
     VXLAN = 1
     BRIDGE = 2
@@ -65,7 +65,7 @@ class LinkKind(IntEnum):
 class Vxlan(NamedTuple):
     """Parameters of a VTEP.
 
-    A change of any needs a new VXLAN device, or for a TUN a new process.
+    To change one takes a new VXLAN device, or for a TUN a new process.
     """
 
     vni: int
@@ -81,12 +81,12 @@ class Link(NamedTuple):
         mac: 6 bytes; None: any (a dump always fills it in, a desired veth leaves it open).  Of a
             TUN: the VTEP's, which its process writes into frames.
         master: name of the bridge it is a port of, or "".
-        vxlan: of a VXLAN device; of a TUN, as its process serves it, None while there is none.
-        sysctls: per-interface settings, as ("ipv4", "forwarding", "1"); a dump has more of them
-            than are desired.
+        vxlan: of a VXLAN device; of a TUN, as its process serves it, None while no process does.
+        sysctls: per-interface settings, such as ("ipv4", "forwarding", "1"); a dump has more of
+            them than are desired.
         parent: of a macvlan: name of the link that it is on; "" if that is gone.
-        hairpin: of a port of a bridge: whether it gets back what came from it
-            (`meshnet.kernel.wire.links.encode_hairpin`).
+        hairpin: of a port of a bridge: whether the bridge may send a packet back to the port it
+            came from (`meshnet.kernel.wire.links.encode_hairpin`).
     """
 
     kind: LinkKind
@@ -123,20 +123,20 @@ class FdbKey(NamedTuple):
 
 
 class MemberKey(NamedTuple):
-    """A member of the network that a userspace VTEP talks to, by its underlay address."""
+    """A host that a userspace VTEP exchanges packets with, by its underlay address."""
 
     dev: str
     underlay_ip: PackedIp
 
 
 class Member(NamedTuple):
-    """What a userspace VTEP knows of a member.
+    """What a userspace VTEP knows about a member.
 
     Attributes:
         mac: of the member's VTEP.
-        subnets: what is behind it, as packed prefix and length, IPv4 first.
+        subnets: subnets behind it, as packed prefix and length, IPv4 first.
         port: UDP port of its VTEP.
-        offload: whether it takes unfinished inner checksums (`meshnet.wire.vxlan`).
+        offload: whether it accepts unfinished inner checksums (`meshnet.wire.vxlan`).
     """
 
     mac: bytes
@@ -146,9 +146,9 @@ class Member(NamedTuple):
 
 
 class Nexthop(NamedTuple):
-    """A way to go: `gateway` is taken to be on the link `dev` (``RTNH_F_ONLINK``).
+    """A gateway on a link: the kernel takes it to be there, without a look-up (``RTNH_F_ONLINK``).
 
-    In `Route.via` a gateway of b"" is none: the link itself.
+    In `Route.via` the gateway may be b"": packets go to the link itself.
     """
 
     dev: str
@@ -156,9 +156,9 @@ class Nexthop(NamedTuple):
 
 
 class ElementKey(NamedTuple):
-    """An element of a named set of our nftables tables; its value is b"", or what a map leads to.
+    """An element of a named set of our nftables tables; its value is b"", or of a map its target.
 
-    Both as the kernel has them (`meshnet.firewall.elements`).
+    Key and value are the kernel's bytes (`meshnet.firewall.elements`).
     """
 
     set_name: str
@@ -166,7 +166,7 @@ class ElementKey(NamedTuple):
 
 
 class Ruleset(NamedTuple):
-    """What it takes to load our nftables tables: what they do, and what their sets then hold."""
+    """All that loading our nftables tables takes: what they do, and the elements of their sets."""
 
     firewall: Firewall | Unknown
     elements: Mapping[ElementKey, bytes]
@@ -176,8 +176,8 @@ class RouteKey(NamedTuple):
     """Destination of a route of ours in the main table.
 
     Attributes:
-        metric: None: that of all that we make, 0 (IPv6: 1024); a number: of one that somebody made
-            by hand with our protocol number, which no state wants.
+        metric: None: the one that all our routes have, 0 (IPv6: 1024).  A number: somebody else
+            made the route, with our protocol number; no desired state has one.
     """
 
     prefix: PackedIp
@@ -186,13 +186,13 @@ class RouteKey(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Where a route leads: through a nexthop object, by a gateway of its own, or nowhere.
+    """The target of a route: a nexthop object, a gateway or link named in the route, or nothing.
 
     Attributes:
         nexthop_id: the nexthop object, or 0.
         source: preferred source address of the host's own packets, or b"".
-        via: the gateway, on kernels without nexthop objects, or the TUN of a userspace VTEP; a
-            route with neither is ``unreachable``.
+        via: the gateway, on kernels without nexthop objects, or the TUN of a userspace VTEP.  A
+            route with neither a nexthop object nor this is ``unreachable``.
     """
 
     nexthop_id: int
@@ -209,8 +209,8 @@ class KernelState:
         nexthops: by nexthop id.
         foreign_nexthop_ids: ids in our range that belong to someone else (dumps only).
         sysctls: by path under /proc/sys, for interfaces that are not ours.
-        firewall: our nftables tables without the elements of their named sets; None: there are
-            none; unknown: they are not as we left them.
+        firewall: our nftables tables without the elements of their named sets; None: they do not
+            exist; unknown: they are not as we left them.
         elements: of the named sets.
     """
 
@@ -227,7 +227,7 @@ class KernelState:
     foreign_nexthop_ids: frozenset[int] = frozenset()
 
     def copy(self) -> KernelState:
-        """The same state in tables of its own."""
+        """A copy that shares no table with this one."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         own: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in values}
         return KernelState(**own)

@@ -1,7 +1,7 @@
-"""The tables of the kernel, each specified once: what is in it, what it needs, how it is called.
+"""The tables of the kernel, each specified once: what it holds, what it needs, what it is called.
 
-Nothing else names a table but what plans it (a backend), what dumps and writes it (a driver of
-`meshnet.kernel.drivers`) and the fake kernel, which does what Linux does of its own accord.
+Otherwise a table is named only by the backend that plans it, by the driver that dumps and writes it
+(`meshnet.kernel.drivers`), and by the fake kernel, which imitates what Linux does by itself.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -50,7 +50,7 @@ def _needs_link(_desired: KernelState, key: Any, _value: object) -> Needs:  # no
 
 @functools.lru_cache
 def _on_link(dev: str) -> Needs:
-    """What all objects on a link need: one tuple for the thousands of them."""
+    """What every object on a link needs: one tuple, shared by the thousands of them."""
     return ((Table.LINK, dev),)
 
 
@@ -62,12 +62,13 @@ def _needs_peer(desired: KernelState, _key: object, nexthop: Nexthop) -> Needs:
     neighbour = NeighbourKey(dev, gateway)
     mac = desired.neighbours.get(neighbour)
     if mac is None:
+        # A gateway on the underlay (direct routing): the kernel resolves it by itself.
         return _on_link(dev)
     return (*_on_link(dev), (Table.NEIGHBOUR, neighbour), (Table.FDB, FdbKey(dev, mac)))
 
 
 def _needs_way(desired: KernelState, key: RouteKey, route: Route) -> Needs:
-    """A route is useless without its nexthop object, or what that of its own gateway would need."""
+    """A route is useless without its nexthop object, or without what its gateway needs."""
     if route.nexthop_id:
         return ((Table.NEXTHOP, route.nexthop_id),)
     return _needs_peer(desired, key, route.via) if route.via is not None else ()
@@ -119,12 +120,12 @@ def link_matches(desired: Link, actual: Link) -> bool:
 
 
 def _bridges_first(links: Mapping[str, Link]) -> Iterable[tuple[str, Link]]:
-    """Bridges before their ports."""
+    """Bridges before their ports; by name, so that two passes write in the same order."""
     return sorted(links.items(), key=lambda item: (bool(item[1].master), item[0]))
 
 
 def _is_endpoints(link: Link) -> bool:
-    """Half of a veth pair is in a namespace: the endpoint's owner makes and deletes it."""
+    """A veth pair is half in a namespace: the endpoint's owner makes and deletes it."""
     return link.kind is LinkKind.VETH
 
 
@@ -161,22 +162,21 @@ def _route(key: RouteKey) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableSpec:
-    """What there is to know of a table.
+    """All that the generic code knows about a table.
 
     Attributes:
-        rows: name of the field of `KernelState` that is the table; its type says what keys and
-            values are.
+        rows: name of the table's field in `KernelState`; its type gives keys and values.
         word: what people call one object.
-        describe: which one it is, from its key.
-        needs: of a desired object, those that it is useless without: if writing one of them failed,
-            it is not tried.  They are of other tables; only a link may need a link.
-        left: the rows that are left in a state when the kernel has removed some links.
+        describe: names one object, given its key.
+        needs: given a desired object, those that it is useless without: if writing one of them
+            failed, it is not tried.  They are in other tables; only a link may need a link.
+        left: the rows that remain in a state when the kernel has removed some links.
         in_order: desired rows in the order to write them in; None: any.
         matches: whether an object is as desired although their values differ; None: never.
-        made_elsewhere: whether somebody else makes and deletes an object; None: none is.
+        made_elsewhere: whether somebody else makes and deletes an object; None: nobody does.
         lasting: every object is there already and stays: it is never created or deleted.
-        hands_over: deletions come before all else, and go with the rest in one step: what one
-            object had may be another's now.
+        hands_over: deletions come before the other writes and go out with them in one step, since
+            one object may take over what another had.
     """
 
     rows: str
@@ -194,19 +194,20 @@ class TableSpec:
 class Table(IntEnum):
     """The kinds of kernel objects, in the order they are created.
 
-    The firewall is a value and not rows: one object, which is written with the elements that are in
-    its sets.
+    The firewall is not a table of rows but one value, which is written together with the elements
+    of its sets.
     """
 
     spec: TableSpec
 
     def __new__(cls, number: int, spec: TableSpec) -> Table:
-        """One kind: its place in the order and what there is to know of it."""
+        """One kind: its place in the order, and its specification."""
         table = int.__new__(cls, number)
         table._value_ = number
         table.spec = spec
         return table
 
+    # Rules and elements first: no link carries a packet before they are there.
     FIREWALL = 0, TableSpec(rows="firewall", word="firewall")
     ELEMENT = 1, TableSpec(rows="elements", word="element", describe=_element)
     SYSCTL = 2, TableSpec(rows="sysctls", word="sysctl", lasting=True)
@@ -217,7 +218,7 @@ class Table(IntEnum):
             word="link",
             needs=_needs_master,
             left=_other_links,
-            in_order=_bridges_first,
+            in_order=_bridges_first,  # a port needs its bridge
             matches=link_matches,
             made_elsewhere=_is_endpoints,
         ),
@@ -260,6 +261,7 @@ class Table(IntEnum):
             describe=_member,
             needs=_needs_link,
             left=_on_other_links,
+            # A subnet belongs to one member at a time, and the process takes an update in one go.
             hands_over=True,
         ),
     )
@@ -302,8 +304,8 @@ class Op(NamedTuple):
 
     Attributes:
         value: what to set the object to; None deletes it.
-        exists: whether the kernel holds an object of ours with this key: a creation that meets
-            somebody else's object must fail rather than replace it.
+        exists: whether the kernel holds an object of ours with this key.  If not, a creation that
+            meets somebody else's object must fail rather than replace it.
         needs: see `TableSpec`.
     """
 
@@ -319,7 +321,7 @@ class Op(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An operation the kernel refused (`errno` and its message) or that was not tried (0)."""
+    """An operation that the kernel refused (its errno and message) or that was not tried (0)."""
 
     op: Op
     errno: int

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 """The pattern of a name of a network, a host, an endpoint or a container."""
 NAME_PATTERN = re.compile(NAME)
+# IFNAMSIZ is 16 with the final NUL; the kernel refuses "." and ".." (dev_valid_name).
 IFNAME_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,15}")
 
 
 def printable(text: str, most: int) -> str:
-    """Text that a terminal, a log and a JSON document can take: cut, and escaped where need be."""
+    """Text that is safe in a terminal, a log and a JSON document: cut, and escaped where needed.
+
+    Args:
+        most: characters to keep.
+    """
     shown = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]
     )
@@ -32,12 +37,12 @@ def check_name(kind: str, name: str) -> None:
     """Refuse a name that could not be a key, a file name and a word on a command line.
 
     Raises:
-        UsageError: the name has other characters than letters, digits, ``_``, ``.`` and ``-``,
-            does not start with a letter or digit, or is longer than 63.
+        UsageError: the name contains something other than letters, digits, ``_``, ``.`` and ``-``,
+            does not start with a letter or digit, or is longer than 63 characters.
     """
     if not NAME_PATTERN.fullmatch(name):
         raise UsageError(
-            f"{kind} name {name[:80]!r} is not usable: take 1 to 63 letters, digits, '_', '.' or "
+            f"{kind} name {name[:80]!r} is not usable: use 1 to 63 letters, digits, '_', '.' or "
             "'-', starting with a letter or digit"
         )
 
@@ -50,7 +55,7 @@ def parse_network(text: str) -> IpNetwork:
             takes any text for a scope.
     """
     if "%" in text:
-        raise ValueError(f"{text!r} has a scope, which a network cannot have")
+        raise ValueError(f"{text!r} has a scope, and a network cannot have one")
     return ip_network(text)
 
 
@@ -61,5 +66,5 @@ def parse_address(text: str) -> IpAddress:
         ValueError: not an address, or an IPv6 scope in it.
     """
     if "%" in text:
-        raise ValueError(f"{text!r} has a scope, which is of no use here")
+        raise ValueError(f"{text!r} has a scope, which cannot be used here")
     return ip_address(text)

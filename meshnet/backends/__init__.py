@@ -1,10 +1,10 @@
-"""The modes of a network: one file a mode, with all that is its own.
+"""The modes of a network: one file for each, with all that concerns that mode alone.
 
-A backend says how a mode's endpoints get their addresses, which settings it has and how they are
-checked, how its links are called and which UDP ports it wants.  And it adds a network's objects to
-a `KernelState`, in two parts: what this host has of its own, and what each other host adds.  No
-peer's objects depend on another peer, so that one host's change is planned alone.  A backend does
-no I/O and remembers nothing.
+A backend says how a mode's endpoints get their addresses, which settings it has and how to check
+them, what its links are called and which UDP ports it wants.  And it adds a network's objects to a
+`KernelState`, in two parts: this host's own, and those that each other host adds.  No peer's
+objects depend on another peer, so one host's change can be planned alone.  A backend does no I/O
+and remembers nothing.
 
 `meshnet.backends.table` finds a network's backend.
 
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from meshnet.modes import Mode
 
 _LEAST_ADDRESSES = 4
-"""Of a network that is not cut into host subnets: its own, the gateway's, one, the broadcast."""
+"""Of a CIDR that is not cut into host subnets: its own, a gateway, one endpoint, the broadcast."""
 
 
 class UnderlayPath(NamedTuple):
     """How this host's kernel reaches an underlay address (``RTM_GETROUTE``).
 
     Attributes:
-        on_link: without a gateway in between.
-        mtu_bytes: MTU of the route, or of `dev` where the route has none of its own.
+        on_link: whether there is no gateway in between.
+        mtu_bytes: MTU of the route, or of `dev` where the route sets none.
     """
 
     dev: str
@@ -56,10 +56,10 @@ class UnderlayPath(NamedTuple):
 
 
 class HostLink(NamedTuple):
-    """A link of this host that is not ours, as endpoints of an underlay network hang on.
+    """A link of this host that is not ours; endpoints of an underlay network may hang on it.
 
     Attributes:
-        addresses: of global scope.
+        addresses: its addresses of global scope.
     """
 
     mtu_bytes: int
@@ -71,12 +71,12 @@ class Underlay:
     """What this host's kernel says of the underlay.
 
     Attributes:
-        ip: the address tunnels start from; `dev` holds it.
+        ip: the address that tunnels start from; `dev` holds it.
         links: by name, those that are not ours.
-        paths: by peer address; a peer the kernel has no route to is missing.
+        paths: by peer address; a peer that the kernel has no route to is missing.
         forwarding_links: links that packets to and from outside the network cross.
-        ra_links: links whose default route may come from router advertisements, which a router
-            only listens to when told so (``accept_ra=2``).
+        ra_links: links whose default route may come from router advertisements; a host that
+            forwards heeds those only with ``accept_ra=2``.
         ipv6: whether the kernel has IPv6 at all.
         strict_rp_filter: whether ``net.ipv4.conf.all.rp_filter`` is 1.
         kernel_vxlan: whether the kernel has VXLAN, and may use it.
@@ -105,20 +105,20 @@ class Peer(NamedTuple):
 
 @dataclass(slots=True)
 class NexthopIds:
-    """Which id each nexthop object has: kept while it lives, lowest free for a new one."""
+    """The id of each nexthop object: kept while it lives, the lowest free one if it is new."""
 
     _ids: dict[Nexthop, int] = field(default_factory=dict)
     _used: set[int] = field(default_factory=set)
     _next: int = NEXTHOP_ID_FIRST
 
     def adopt(self, actual: Mapping[int, Nexthop], foreign: Collection[int]) -> None:
-        """Start over from what the kernel holds: ours by id, and ids of others to keep off."""
+        """Start over from what the kernel holds: our objects by id, and ids that others have."""
         self._ids = {nexthop: i for i, nexthop in actual.items()}
         self._used = {*actual, *foreign}
         self._next = NEXTHOP_ID_FIRST
 
     def id_of(self, nexthop: Nexthop) -> int:
-        """The id of a nexthop, a new one if it has none.
+        """The id of a nexthop; one without an id gets a new one.
 
         Raises:
             OverflowError: all 2^24 ids are in use.
@@ -142,9 +142,9 @@ class NetworkInput:
     Attributes:
         subnets: this host's own subnets of the network.
         endpoints: this host's endpoints on the network.
-        host_addresses: this host's own addresses of the network's pool, if it has any.
-        path_mtu_bytes: of the narrowest path to a peer, or of the underlay link without peers.
-        fallen: peers that are sent to by the fallback, if the network has one.
+        host_addresses: this host's own addresses from the network's pool, if it has any.
+        path_mtu_bytes: MTU of the narrowest path to a peer; without peers, of the underlay link.
+        fallen: peers that are reached by the fallback now, if the network has one.
     """
 
     network: Network
@@ -163,11 +163,11 @@ class NetworkPlan:
     Attributes:
         mtu_bytes: MTU of its endpoints on this host.
         uplink: link of the host that endpoints hang on.
-        endpoint_link: what hangs there: the host's end of a veth pair, a port of the bridge
-            `uplink`, or a macvlan on the link `uplink`.
-        firewall: what the firewall looks at; None: nothing, as packets cross no link of ours.
+        endpoint_link: kind of an endpoint's link: a veth pair, whose host's end is a port of the
+            bridge `uplink`, or a macvlan on the link `uplink`.
+        firewall: what the firewall checks; None: nothing, as packets cross no link of ours.
         gso_max_bytes: the largest super-packet that endpoints should send; None: any.
-        errors: settings that cannot be had on this host, in words.
+        errors: settings that this host cannot follow, in words.
     """
 
     mtu_bytes: int
@@ -182,15 +182,15 @@ class Addressing(Enum):
     """How the hosts share a network's addresses."""
 
     SUBNETS = "subnets"
-    """Each host reserves a subnet of its own; other hosts' are reached by it."""
+    """Each host reserves a subnet, by which other hosts reach its endpoints."""
     POOL = "pool"
-    """Endpoints of all hosts are on the physical network, and have addresses of one pool."""
+    """Endpoints of all hosts are on the physical network, with addresses from one pool."""
     WHOLE = "whole"
-    """Every host has all of them for itself: no packet leaves for another host."""
+    """Every host uses all of them: no packet goes to another host."""
 
 
 class Setting(StrEnum):
-    """A setting of a network that not every mode has: how messages name it."""
+    """A setting of a network that not every mode has, as messages name it."""
 
     FALLBACK = "fallback"
     DIRECT_ROUTING = "direct routing"
@@ -207,9 +207,9 @@ class LinkNames(NamedTuple):
     """Names of the links that a network may have on a host, whether or not they exist.
 
     Attributes:
-        local: by which the host and its endpoints reach each other.
-        tunnels: by which packets go to other hosts.
-        parents: the host's own that endpoints hang on; they may come and go.
+        local: links by which the host and its endpoints reach each other.
+        tunnels: links by which packets go to other hosts.
+        parents: the host's own links that endpoints hang on; they may come and go.
     """
 
     local: tuple[str, ...] = ()
@@ -218,7 +218,7 @@ class LinkNames(NamedTuple):
 
     @property
     def ours(self) -> tuple[str, ...]:
-        """Those that we make."""
+        """Names of the links that we make."""
         return self.local + self.tunnels
 
 
@@ -226,8 +226,8 @@ class TunnelPorts(NamedTuple):
     """UDP ports that a network wants on a host.
 
     Attributes:
-        exclusive: those that no other network may have, as of userspace VTEPs.
-        shared: those of the kernel's VXLAN, which tells its networks apart by VNI.
+        exclusive: ports that no other network may have, such as a userspace VTEP's.
+        shared: ports of the kernel's VXLAN, which tells its networks apart by VNI.
     """
 
     exclusive: frozenset[int] = frozenset()
@@ -238,7 +238,7 @@ class Blocked(NamedTuple):
     """Why a network is not up on a host.
 
     Attributes:
-        refused: it will not be, as things are; else that is under way.
+        refused: whether that takes a change to mend; False: it is under way.
     """
 
     reason: str
@@ -248,12 +248,13 @@ class Blocked(NamedTuple):
 class Backend(ABC):
     """A mode.
 
-    What most modes do not have is answered here, so that a mode's file says what it has.
+    The defaults here are those of a mode without the feature, so a mode's file tells only what it
+    has.
 
     Attributes:
-        mode: the one that it is for.
+        mode: the mode that it implements.
         addressing: how the hosts share a network's addresses.
-        settings: those that its networks may have, of those that not every mode has.
+        settings: settings that its networks may have, besides those that every mode has.
     """
 
     mode: ClassVar[Mode]
@@ -261,7 +262,7 @@ class Backend(ABC):
     settings: ClassVar[frozenset[Setting]] = frozenset()
 
     def check_cidr(self, cidr: IpNetwork, host_prefix: int) -> None:
-        """Refuse a CIDR that has no room.
+        """Refuse a CIDR that is too small.
 
         Args:
             host_prefix: prefix length of one host's subnet, where hosts have one.
@@ -273,7 +274,7 @@ class Backend(ABC):
             raise UsageError(f"{cidr} has no room for endpoints: choose a shorter prefix")
 
     def check(self, network: Network) -> None:
-        """Refuse a network that cannot work in this mode; it has no setting of other modes.
+        """Refuse a network that cannot work in this mode; settings of other modes were refused.
 
         Raises:
             UsageError: a setting does not fit the others, or one is missing.
@@ -282,28 +283,28 @@ class Backend(ABC):
 
     @abstractmethod
     def link_names(self, network: Network) -> LinkNames:
-        """How the network's links are called."""
+        """What the network's links are called."""
 
     @abstractmethod
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
-        """Add what this host has of the network, whatever peers there are, to `state`."""
+        """Add to `state` what this host has of the network, whoever its peers are."""
 
     def plan_peers(
         self, wanted: NetworkInput, peers: Sequence[Peer], state: KernelState, ids: NexthopIds
     ) -> dict[HostId, str]:
-        """Add what leads to some peers to `state`; `ids` names nexthop objects.
+        """Add to `state` what leads to some peers; `ids` names nexthop objects.
 
         Returns:
-            Peers that cannot be had on this host, and why.
+            Peers that this host cannot reach, and why.
         """
         return {}
 
     def on(self, underlay: Underlay) -> Backend:
-        """The backend that carries this mode's networks on a host such as this."""
+        """The backend that carries this mode's networks on a host with such an underlay."""
         return self
 
     def blocked(self, network: Network, underlay: Underlay, takeover: str | None) -> Blocked | None:
-        """Why the network is not up on this host; None: nothing keeps it from being.
+        """Why the network is not up on this host; None: nothing prevents it.
 
         Args:
             takeover: why the network's parent is not taken over; "": it is; None: under way.
@@ -315,14 +316,14 @@ class Backend(ABC):
         return None
 
     def default_port(self, vni: Vni) -> int:
-        """UDP port of a network whose creator names none."""
+        """UDP port of a network whose creator chooses none."""
         return VXLAN_PORT
 
     def ports(self, network: Network, *, kernel_vxlan: bool) -> TunnelPorts:
         """The UDP ports that the network wants on a host.
 
         Args:
-            kernel_vxlan: on one whose kernel has VXLAN.
+            kernel_vxlan: whether the host's kernel has VXLAN.
         """
         return TunnelPorts()
 
@@ -339,13 +340,13 @@ class Backend(ABC):
         return None
 
     def path_to(self, network: Network, peer: Peer, underlay: Underlay, *, fallen: bool) -> str:
-        """What the way by which packets to a peer leave this host is called.
+        """The name of the path by which packets to a peer leave this host.
 
         Args:
-            fallen: the peer is sent to by the fallback.
+            fallen: whether the peer is reached by the fallback now.
         """
         return self.mode
 
     def may_fall(self, network: Network, peer: Peer, underlay: Underlay) -> bool:
-        """Whether a peer may need the network's fallback: others need no probes."""
+        """Whether a peer may need the network's fallback, and so is probed."""
         return False

@@ -1,11 +1,11 @@
-"""``bridge``: a network of this host only, as Docker's default one.
+"""``bridge``: a network of this host only, like Docker's default one.
 
 ::
 
     endpoint eth0 ── mne… ┐
     endpoint eth0 ── mne… ┴ mnb<VNI> 172.30.0.1 ──(routing, masquerade)── the host's own links
 
-Every host has the network's whole CIDR for itself; no packet of it reaches another host.
+Every host uses the network's whole CIDR; none of its packets reaches another host.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BridgeBackend(Backend):
-    """The mode (see `meshnet.backends.Backend`); no other host has a part of its networks."""
+    """The mode (see `meshnet.backends.Backend`); its networks do not reach other hosts."""
 
     mode = Mode.BRIDGE
     addressing = Addressing.WHOLE

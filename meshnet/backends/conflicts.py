@@ -1,4 +1,4 @@
-"""Which networks cannot be had beside each other on a host."""
+"""Which networks exclude each other on a host."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _REMOVE = "remove this network"
 
 
 class Conflict(NamedTuple):
-    """Why a network cannot be had beside another.
+    """Why a host cannot have two networks at once.
 
     Attributes:
         problem: what both of them want.
-        choose: what its creator does about it.
-        mend: what is done about it once the network exists.
+        choose: the remedy while the network is being created.
+        mend: the remedy once the network exists.
     """
 
     problem: str
@@ -27,10 +27,10 @@ class Conflict(NamedTuple):
 
 
 def find_conflict(network: Network, other: Network, *, kernel_vxlan: bool) -> Conflict | None:
-    """Why a network cannot be had beside an older one; None: it can.
+    """Why a host cannot have a network beside an older one; None: it can.
 
     Args:
-        kernel_vxlan: on a host whose kernel has VXLAN.
+        kernel_vxlan: whether the host's kernel has VXLAN.
     """
     if other.vni == network.vni:
         return Conflict(
@@ -41,10 +41,10 @@ def find_conflict(network: Network, other: Network, *, kernel_vxlan: bool) -> Co
     if taken is not None:
         option = backend_of(network).option_of_port(network, taken)
         return Conflict(
-            f"UDP port {taken} is network {other.name}'s, and a userspace VTEP needs one of its "
-            "own",
+            f"UDP port {taken} is network {other.name}'s, and a userspace VTEP cannot share its "
+            "port",
             f"choose another {option}",
-            f"create this network anew with another {option}",
+            f"create this network again with another {option}",
         )
     if _want_one_link(network, other):
         return Conflict(
@@ -61,7 +61,7 @@ def find_conflict(network: Network, other: Network, *, kernel_vxlan: bool) -> Co
 
 
 def _find_taken_port(one: Network, other: Network, *, kernel_vxlan: bool) -> int | None:
-    """A UDP port that both networks want on a host, and one of them for itself."""
+    """A UDP port that both networks want on a host, at least one of them exclusively."""
     mine = backend_of(one).ports(one, kernel_vxlan=kernel_vxlan)
     theirs = backend_of(other).ports(other, kernel_vxlan=kernel_vxlan)
     taken = mine.exclusive & (theirs.exclusive | theirs.shared) | mine.shared & theirs.exclusive
@@ -69,7 +69,8 @@ def _find_taken_port(one: Network, other: Network, *, kernel_vxlan: bool) -> int
 
 
 def _want_one_link(one: Network, other: Network) -> bool:
-    """Whether the two want one link of the hosts, and one of them the whole of it."""
+    """Whether both want the same link of the hosts, and one of them all of it."""
     if one.parent is None or one.parent != other.parent:
         return False
+    # Macvlans share a parent; a link that became a port of a bridge cannot also carry macvlans.
     return any(backend_of(n).takeover_bridge(n) is not None for n in (one, other))

@@ -1,18 +1,18 @@
-"""``macvlan``: endpoints on the physical network, each with a MAC and an address of its own there.
+"""``macvlan``: endpoints on the physical network, each with its own MAC and address there.
 
 ::
 
     endpoint eth0 (macvlan) ─┐
     endpoint eth0 (macvlan) ─┴── the host's link on the physical network ── switch ── gateway
 
-A macvlan is made on the host's link, right into the endpoint's namespace; nothing of it is in the
-host's own, and no packet of it passes through the host's routing or its firewall.  Between hosts
-the physical network carries packets as they are.
+A macvlan is made on the host's link, directly in the endpoint's namespace.  The host's namespace
+has nothing of it, and its packets pass through neither the host's routing nor its firewall.
+Between hosts the physical network carries packets as they are.
 
-What a macvlan sends never reaches the link that it is on, nor the other way round: a host and its
-own endpoints do not hear each other.  With ``host_access`` the host has a macvlan, too,
-``mns<VNI>``, with an address of the pool, and a route to each of its own endpoints by it: macvlans
-in bridge mode do hear each other.  That address is what the host has for its own endpoints.
+A macvlan and the link that it is on do not hear each other, so neither do a host and its own
+endpoints.  With ``host_access`` the host has a macvlan, too, ``mns<VNI>``, with an address from the
+pool and a route to each of its own endpoints: macvlans in bridge mode do hear each other.  Its own
+endpoints reach the host at that address.
 
 linux/if_link.h (IFLA_MACVLAN_MODE), drivers/net/macvlan.c.
 """
@@ -46,11 +46,11 @@ class MacvlanBackend(PhysicalBackend):
     settings = PhysicalBackend.settings | {Setting.HOST_ACCESS}
 
     def link_names(self, network: Network) -> LinkNames:
-        """The host's own macvlan, on the host's link."""
+        """The host's own macvlan, and the link that it is on."""
         return LinkNames(local=(shim_name(network),), parents=(network.parent or "",))
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
-        """Nothing, or with ``host_access`` the host's own macvlan and the routes by it."""
+        """Nothing, or with ``host_access`` the host's own macvlan and the routes through it."""
         network = wanted.network
         parent = network.parent or ""
         mtu_bytes, errors = endpoint_mtu(wanted, parent)
@@ -68,8 +68,9 @@ MACVLAN = MacvlanBackend()
 
 
 def _plan_shim(wanted: NetworkInput, parent: str, mtu_bytes: int, state: KernelState) -> None:
-    """The host's own macvlan, and a route by it to each endpoint of an IP version it has."""
+    """The host's own macvlan, and a route through it to each endpoint of an IP version it has."""
     shim = shim_name(wanted.network)
+    # As for a tunnel: no route_localnet, no link-local address of the kernel's making.
     settings = [
         setting
         for setting in link_sysctls(wanted.network.subnets, wanted.underlay, mtu_bytes, tunnel=True)
@@ -79,12 +80,13 @@ def _plan_shim(wanted: NetworkInput, parent: str, mtu_bytes: int, state: KernelS
         LinkKind.MACVLAN,
         mtu_bytes,
         endpoint_mac(wanted.host_addresses[0]),
-        # It hears who asks for the host's other addresses, and answers for its own alone; nobody
-        # is routed from there.
+        # It is on the physical network, as the host's link is: without arp_ignore it would answer
+        # for the host's other addresses, too, and with forwarding it would route for others.
         sysctls=(("ipv4", "arp_ignore", "1"), ("ipv4", "forwarding", "0"), *settings),
         parent=parent,
     )
     sources = {a.version: a.packed for a in wanted.host_addresses}
+    # /32 and /128: any shorter, and the kernel would make a route to the whole CIDR through here.
     for address in wanted.host_addresses:
         state.addresses[AddressKey(shim, address.packed, address.max_prefixlen)] = True
     for endpoint in wanted.endpoints:

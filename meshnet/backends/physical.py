@@ -1,4 +1,4 @@
-"""What the modes with endpoints on the physical network have in common."""
+"""What the modes with endpoints on the physical network share."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ if TYPE_CHECKING:
 
 
 class PhysicalBackend(Backend):
-    """A mode with endpoints on the physical network, which leads to other hosts' by itself."""
+    """A mode with endpoints on the physical network, which reaches other hosts' by itself."""
 
     addressing = Addressing.POOL
     settings = frozenset({Setting.PARENT, Setting.RANGE, Setting.GATEWAY})
 
     def check(self, network: Network) -> None:
-        """Refuse a network without a parent, and gateways and ranges that are not within it."""
+        """Refuse a missing parent, and gateways and ranges outside the network's CIDRs."""
         _check_parent(network)
         for setting, versions in (
             (Setting.RANGE, [r.version for r in network.ranges]),
             (Setting.GATEWAY, [g.version for g in network.gateways]),
         ):
             if len(versions) > len(set(versions)):
-                raise UsageError(f"network {network.name} has two of {setting} for one IP version")
+                raise UsageError(
+                    f"network {network.name} has more than one {setting} for an IP version: give "
+                    "at most one for each"
+                )
         _check_gateways(network)
         _check_ranges(network)
 
@@ -38,30 +41,30 @@ class PhysicalBackend(Backend):
 
 
 def missing_parent(network: Network, underlay: Underlay) -> str | None:
-    """Why this host, not being on the physical network, cannot have a part in a network."""
+    """Why this host cannot take part in a network: it is not on the physical network."""
     if network.parent in underlay.links:
         return None
     return (
-        f"link {network.parent}, its --parent, does not exist on this host: make it, or give the "
-        "host's link on the physical network that name"
+        f"link {network.parent}, its --parent, does not exist on this host: create it, or give "
+        "that name to the host's link on the physical network"
     )
 
 
 def endpoint_mtu(wanted: NetworkInput, uplink: str) -> tuple[int, tuple[str, ...]]:
-    """MTU of endpoints on a link of the host, and what is wrong with it, in words."""
+    """MTU of endpoints on a link of the host, and any problem with it, in words."""
     wanted_bytes, link_bytes = wanted.network.mtu_bytes, wanted.underlay.links[uplink].mtu_bytes
     if wanted_bytes is None or wanted_bytes <= link_bytes:
         return wanted_bytes or link_bytes, ()
     problem = (
-        f"MTU {wanted_bytes} is more than the {link_bytes} of link {uplink}: raise that, or create "
-        "the network with a smaller --mtu"
+        f"MTU {wanted_bytes} is larger than the {link_bytes} of link {uplink}: raise the link's, "
+        "or create the network with a smaller --mtu"
     )
     return link_bytes, (problem,)
 
 
 def _check_parent(network: Network) -> None:
     if network.parent is None or not IFNAME_PATTERN.fullmatch(network.parent):
-        reason = f"{network.parent!r} is no name of a link" if network.parent else "none is given"
+        reason = f"{network.parent!r} is not a link name" if network.parent else "none is given"
         raise UsageError(
             f"mode {network.mode} needs --parent, the hosts' link on the physical network, such as "
             f"eth0: {reason}"

@@ -1,6 +1,6 @@
-"""The bridge of ours that endpoints hang on, and that the host routes their packets by.
+"""Our bridge that endpoints hang on, and through which the host routes their packets.
 
-A backend with a tunnel plans that beside it (`meshnet.backends.tunnel`).
+A backend with a tunnel adds that (`meshnet.backends.tunnel`).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def plan_bridge(
     for subnet in wanted.subnets:
         state.addresses[AddressKey(bridge, gateway_of(subnet).packed, subnet.prefixlen)] = True
     for endpoint in wanted.endpoints:
+        # No MAC: nothing refers to the host's end, and the kernel's random one will do.
         state.links[endpoint_link_name(endpoint.id)] = Link(
             LinkKind.VETH, endpoint.mtu_bytes, None, master=bridge, hairpin=True
         )
@@ -74,21 +75,23 @@ def link_sysctls(
     """Per-interface settings.
 
     ``rp_filter`` must not be strict: with direct routing a peer's packets may arrive by the tunnel
-    while the route back is direct.  It is off, but loose where the host's own setting, of which the
-    larger one counts, is strict.  Without an IPv6 subnet IPv6 is off on the link.
+    while the route back is direct.  It is off, unless the host's own setting is strict: the kernel
+    uses the larger of the two, and loose (2) outranks strict (1).  Without an IPv6 subnet IPv6 is
+    off on the link.
 
-    ``route_localnet`` is for answers to 127.0.0.1, which published ports are reached at, too; the
-    firewall drops what else comes to that address.
+    ``route_localnet`` lets answers reach 127.0.0.1, where published ports can be reached, too.  The
+    firewall drops everything else that comes to that address.
     """
     rp_filter = "2" if underlay.strict_rp_filter else "0"
     settings = [("ipv4", "forwarding", "1"), ("ipv4", "rp_filter", rp_filter)]
     if not tunnel:
         settings.append(("ipv4", "route_localnet", "1"))
-    # Below its smallest MTU the kernel gives a link no IPv6, nor settings for it.
+    # On a link with an MTU below IPv6's minimum these settings do not exist.
     if underlay.ipv6 and mtu >= MINIMUM_MTU_BYTES[6]:
         if any(s.version == 6 for s in subnets):
             settings += [("ipv6", "accept_dad", "0"), ("ipv6", "accept_ra", "0")]
             if tunnel:
+                # No link-local address: peers' gateways are such addresses, made of their MACs.
                 settings.append(("ipv6", "addr_gen_mode", "1"))
             settings.append(("ipv6", "disable_ipv6", "0"))
         else:

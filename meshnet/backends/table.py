@@ -1,4 +1,4 @@
-"""Which backend a mode has: the one table of all modes, and what is asked of it as a whole."""
+"""The backend of each mode: the one table of all modes, and questions to it as a whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BACKENDS: Mapping[Mode, Backend] = {
 
 
 def backend_of(network: Network) -> Backend:
-    """The backend of a network's mode; see `Backend.on` for what carries it on one host."""
+    """The backend of a network's mode; on one host another may carry it (`Backend.on`)."""
     return BACKENDS[network.mode]
 
 
@@ -36,7 +36,7 @@ def addressing_of(network: Network) -> Addressing:
 
 
 def check_mode(network: Network) -> None:
-    """Refuse what a network's mode does not have, and what it cannot do without.
+    """Refuse settings that a network's mode does not have, and the lack of those that it needs.
 
     Raises:
         UsageError: says which setting, and which modes have it.
@@ -65,6 +65,6 @@ def check_setting(mode: Mode, setting: Setting) -> None:
     having = [str(m) for m, backend in BACKENDS.items() if setting in backend.settings]
     *first, last = having
     modes = f"modes {', '.join(first)} and {last}" if first else f"mode {last}"
-    # Where a host reaches its endpoints anyway, nothing is missing.
+    # In every other mode a host reaches its endpoints anyway: "has no" would sound like a lack.
     lacks = "needs" if setting is Setting.HOST_ACCESS else "has"
     raise UsageError(f"mode {mode} {lacks} no {setting}: it is for {modes}")

@@ -1,4 +1,4 @@
-"""What the modes with a tunnel have in common: a subnet of each host, and routes to others'."""
+"""What the modes with a tunnel share: each host has a subnet, and routes to the others'."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from meshnet.state import KernelState, LinkKind, PackedIp
 
 DIRECT = "direct"
-"""What the way to a peer without a tunnel is called."""
+"""Name of the path to a peer without a tunnel."""
 
 
 class TunnelBackend(Backend):
-    """A mode with a tunnel; on-link peers may be reached without it."""
+    """A mode with a tunnel; packets to on-link peers may bypass it."""
 
     addressing = Addressing.SUBNETS
     settings = frozenset(
@@ -33,7 +33,7 @@ class TunnelBackend(Backend):
     )
 
     def check_cidr(self, cidr: IpNetwork, host_prefix: int) -> None:
-        """Refuse one that host subnets do not fit into."""
+        """Refuse a CIDR that host subnets do not fit into."""
         check_host_prefix(cidr, host_prefix)
 
     def path_to(self, network: Network, peer: Peer, underlay: Underlay, *, fallen: bool) -> str:
@@ -42,10 +42,14 @@ class TunnelBackend(Backend):
 
 
 def overlay_mtu(wanted: NetworkInput) -> tuple[int, tuple[str, ...]]:
-    """The network's own MTU, or what the narrowest path to a peer leaves; and what is wrong."""
+    """MTU of endpoints, and any problem with it, in words.
+
+    It is the network's own, or what the narrowest path to a peer leaves after encapsulation.
+    """
     network, underlay = wanted.network, wanted.underlay
     if network.mtu_bytes is not None:
         return network.mtu_bytes, ()
+    # One MTU serves both versions of a dual-stack network, and IPv6 needs the larger minimum.
     inner = max(s.version for s in network.subnets)
     try:
         return overlay_mtu_bytes(wanted.path_mtu_bytes, underlay.ip.version, inner), ()
@@ -54,7 +58,7 @@ def overlay_mtu(wanted: NetworkInput) -> tuple[int, tuple[str, ...]]:
 
 
 def vtep_link(wanted: NetworkInput, kind: LinkKind, mtu_bytes: int, port: int) -> Link:
-    """The link that this host's VTEP of the network is, at a UDP port."""
+    """The link of this host's VTEP of the network, at a UDP port."""
     network, underlay = wanted.network, wanted.underlay
     return Link(
         kind,
@@ -66,7 +70,10 @@ def vtep_link(wanted: NetworkInput, kind: LinkKind, mtu_bytes: int, port: int) -
 
 
 def others_cidrs(wanted: NetworkInput) -> list[IpNetwork]:
-    """The network's CIDRs that other hosts have a part of, of IP versions that this host has."""
+    """The network's CIDRs that other hosts share, of the IP versions that this host has.
+
+    A CIDR that is this host's subnet as a whole has no room for another host.
+    """
     versions = {s.version for s in wanted.subnets}
     return [
         cidr
@@ -81,8 +88,9 @@ def sources(wanted: NetworkInput) -> dict[int, PackedIp]:
 
 
 def admit_members(peers: Iterable[Peer], underlay: Underlay, state: KernelState) -> None:
-    """Have tunnel packets accepted of every host that has a part in a network."""
+    """Accept tunnel packets from every host that takes part in a network."""
     for peer in peers:
+        # Also peers that are reached directly: whether they use the tunnel back is their choice.
         if peer.host.underlay_ip.version == underlay.ip.version:
             state.elements[member(peer.host.underlay_ip)] = b""
 
@@ -105,12 +113,13 @@ def add_route(
 
 
 def direct_nexthop(host: Host, subnet: IpNetwork, underlay: Underlay) -> Nexthop | None:
-    """The nexthop on the underlay, if the peer can be reached by it without a tunnel."""
+    """The nexthop on the underlay, if the peer can be reached without a tunnel."""
     path = underlay.paths.get(host.underlay_ip)
     if path is None or not path.on_link:
         return None
     if host.underlay_ip.version != subnet.version:
-        return None  # linux/nexthop.h: a nexthop has one family, and IPv6 has no IPv4 gateways
+        # A nexthop object has one family (linux/nexthop.h), and its gateway is of that family.
+        return None
     return Nexthop(path.dev, host.underlay_ip.packed)
 
 
@@ -122,7 +131,7 @@ def is_direct(network: Network, peer: Peer, underlay: Underlay) -> bool:
 
 
 def is_self(host: Host, underlay: Underlay) -> str | None:
-    """Why a peer that has this host's own address cannot be had."""
+    """Why a peer with this host's own underlay address cannot be reached; None: it has another."""
     if host.underlay_ip != underlay.ip:
         return None
     return (
@@ -132,12 +141,12 @@ def is_self(host: Host, underlay: Underlay) -> str | None:
 
 
 def is_of_other_version(host: Host, underlay: Underlay) -> str | None:
-    """Why a peer whose underlay address is of another IP version cannot be had by a tunnel."""
+    """Why no tunnel leads to a peer whose underlay address is of another IP version."""
     if host.underlay_ip.version == underlay.ip.version:
         return None
     return (
         f"host {host.id} has underlay address {host.underlay_ip}, this host {underlay.ip}: give "
-        "both agents addresses of one IP version"
+        "both agents addresses of the same IP version"
     )
 
 

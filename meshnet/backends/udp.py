@@ -1,23 +1,24 @@
-"""``udp``: VXLAN's wire format by a process, for hosts and underlays without the kernel's.
+"""``udp``: VXLAN's wire format in a process, where kernel or underlay does not carry VXLAN.
 
 ::
 
     endpoint eth0 ── mne… ┐
     endpoint eth0 ── mne… ┴ mnb<VNI> 10.42.1.1 ──(routing)── mnu<VNI> ── process ── UDP ── underlay
 
-The TUN ``mnu<VNI>`` is served by a process of its own (`meshnet.vtep`), which outlives the agent.
-One route for each of the network's CIDRs leads there, and the process knows which host has which
-subnet: for each remote host it has one member.  On the wire it is a VTEP like any other, so a host
-that uses it and hosts with kernel VXLAN share one network.
+A separate process (`meshnet.vtep`) serves the TUN ``mnu<VNI>`` and outlives the agent.  One route
+for each of the network's CIDRs leads there, and the process knows which host has which subnet: it
+has one member for each remote host.  On the wire it is a VTEP like any other, so hosts that use it
+and hosts with kernel VXLAN can share a network.
 
-The routes name the device and no nexthop object: the kernel removes those from a device that loses
-its carrier, as a TUN does when its process ends (docs/design/userspace-vtep.md).
+The routes name the device rather than a nexthop object: the kernel removes nexthop objects, with
+their routes, from a device that loses its carrier, as a TUN does when its process ends
+(docs/design/userspace-vtep.md).
 
-Endpoints are told to send super-packets of a size that is one send of the process
+Endpoints send super-packets no larger than what the process can pass on in one send
 (`NetworkPlan.gso_max_bytes`).
 
 With ``direct_routing`` a peer whose underlay address is on-link gets a nexthop on the underlay link
-and is no member.
+and is not a member.
 """
 
 from __future__ import annotations
@@ -60,16 +61,16 @@ def tun_name(network: Network) -> str:
 
 
 def userspace_port(vni: Vni) -> int:
-    """UDP port of a network's userspace VTEP that nobody chose one for, from 20000 to 29999.
+    """Default UDP port of a network's userspace VTEP, from 20000 to 29999.
 
-    The kernel tells its VXLAN networks apart by VNI; a userspace VTEP serves one and has a port of
-    its own.
+    The kernel's VXLAN tells its networks apart by VNI, at one port.  A userspace VTEP serves a
+    single network and cannot share its port.
     """
     return 20000 + vni % 10000
 
 
 def plan_tun(wanted: NetworkInput, mtu_bytes: int, port: int, state: KernelState) -> None:
-    """Add the TUN, served by a process at a UDP port, to `state`."""
+    """Add to `state` the TUN, served by a process at a UDP port."""
     state.links[tun_name(wanted.network)] = vtep_link(wanted, LinkKind.TUN, mtu_bytes, port)
 
 
@@ -82,10 +83,10 @@ def plan_member(
     offload: bool,
     state: KernelState,
 ) -> str | None:
-    """Add a peer to the members; returns why it cannot be one.
+    """Add a peer to the members; returns why it cannot be one, or None.
 
-    Of two at one underlay address the first is: peers come in the order of their names, so that it
-    is the same one in every pass.
+    Of two peers at one underlay address the first becomes a member.  Peers come in the order of
+    their hosts' names, so it is the same one in every pass.
     """
     host = peer.host
     key = MemberKey(tun_name(wanted.network), host.underlay_ip.packed)
@@ -102,12 +103,12 @@ def plan_member(
 
 
 def by_name(peers: Iterable[Peer]) -> list[Peer]:
-    """Peers in the order of their hosts' names."""
+    """Peers in the order of their hosts' names: see `plan_member` for why that matters."""
     return sorted(peers, key=lambda peer: peer.host.id)
 
 
 class UdpBackend(TunnelBackend):
-    """The mode (see `meshnet.backends.Backend`); also for ``vxlan`` where the kernel has none."""
+    """The mode (see `meshnet.backends.Backend`); also carries ``vxlan`` where the kernel cannot."""
 
     mode = Mode.UDP
 
@@ -116,7 +117,7 @@ class UdpBackend(TunnelBackend):
         return LinkNames(local=(bridge_name(network),), tunnels=(tun_name(network),))
 
     def default_port(self, vni: Vni) -> int:
-        """One of its own."""
+        """A port that follows from the VNI, so that networks seldom meet."""
         return userspace_port(vni)
 
     def ports(self, network: Network, *, kernel_vxlan: bool) -> TunnelPorts:
@@ -128,11 +129,11 @@ class UdpBackend(TunnelBackend):
         return tun_name(network)
 
     def datapath_of(self, host: Host) -> Datapath | None:
-        """Whatever the host's kernel has."""
+        """Always the process, even if the host's kernel has VXLAN."""
         return Datapath.USERSPACE
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
-        """Bridge, gateway addresses, TUN and its process, and the routes there."""
+        """Bridge, gateway addresses, TUN and its process, and the routes to it."""
         network = wanted.network
         dev = tun_name(network)
         mtu_bytes, errors = overlay_mtu(wanted)
@@ -140,7 +141,7 @@ class UdpBackend(TunnelBackend):
         plan_tun(wanted, mtu_bytes, network.port, state)
         by_version = sources(wanted)
         for cidr in others_cidrs(wanted):
-            # The process answers "unreachable" for what nobody owns.
+            # No ``unreachable`` route as with VXLAN: the process answers for subnets without owner.
             source = by_version[cidr.version]
             state.routes[route_key(cidr)] = Route(0, source, Nexthop(dev, b""))
         return replace(plan, gso_max_bytes=gso_max_bytes(mtu_bytes), errors=errors)
@@ -169,6 +170,7 @@ class UdpBackend(TunnelBackend):
                     behind.append(subnet)
             if not behind:
                 continue
+            # Only userspace VTEPs accept unfinished checksums.
             offload = network.mode is self.mode or host.datapath is Datapath.USERSPACE
             problem = plan_member(wanted, peer, behind, network.port, offload=offload, state=state)
             if problem is not None:

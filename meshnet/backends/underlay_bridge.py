@@ -1,4 +1,4 @@
-"""``underlay-bridge``: endpoints on the physical network, by a bridge in the host's link's place.
+"""``underlay-bridge``: endpoints on the physical network, on a bridge over the host's link.
 
 ::
 
@@ -7,9 +7,9 @@
 
 The bridge has taken the host's link over (`meshnet.kernel.takeover`,
 docs/design/underlay-bridge.md): it has the link's MAC, addresses and routes, and the link is one of
-its ports.  So host and endpoints are neighbours on it, and of all other machines.  That is done
-before anything is planned here, and nothing of it is compared by `meshnet.diff`: what is on the
-bridge is the host's.
+its ports.  So the host, its endpoints and all other machines are neighbours.  The takeover comes
+before any plan here, and `meshnet.diff` does not compare the bridge, which belongs to the host: a
+pass must never delete the host's own addresses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class UnderlayBridgeBackend(PhysicalBackend):
     mode = Mode.UNDERLAY_BRIDGE
 
     def link_names(self, network: Network) -> LinkNames:
-        """None of ours: the bridge is the host's link now, and its link a port of that."""
+        """None of ours: the bridge is the host's link now, and the former link is its port."""
         return LinkNames(parents=(network.parent or "", self.takeover_bridge(network)))
 
     def takeover_bridge(self, network: Network) -> str:
@@ -43,12 +43,13 @@ class UnderlayBridgeBackend(PhysicalBackend):
         return f"mnp{network.vni}"
 
     def blocked(self, network: Network, underlay: Underlay, takeover: str | None) -> Blocked | None:
-        """Refused also if the takeover failed; until it is done the network is not up."""
+        """Also refused if the takeover failed; not up until it is done."""
         blocked = super().blocked(network, underlay, takeover)
         if blocked is not None:
             return blocked
         if takeover:
             return Blocked(takeover, refused=True)
+        # Both: the agent's word may be older than what somebody did to the bridge since.
         if takeover is None or self.takeover_bridge(network) not in underlay.links:
             return Blocked(f"link {network.parent} is being taken over", refused=False)
         return None

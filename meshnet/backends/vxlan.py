@@ -1,4 +1,4 @@
-"""``vxlan``: one VXLAN device and one bridge a network, one route a remote host.
+"""``vxlan``: one VXLAN device and one bridge for each network, one route for each remote host.
 
 ::
 
@@ -6,21 +6,21 @@
     endpoint eth0 ── mne… ┴ mnb<VNI> 10.42.1.1 ──(routing)── mnv<VNI> ── UDP ── underlay
 
 The cost in kernel objects, for each remote host and IP version: one nexthop object, one route
-through it, one permanent neighbour; and one FDB entry a host.  Endpoints of other hosts cost
+through it, one permanent neighbour; and for each host one FDB entry.  Endpoints of other hosts cost
 nothing here: state grows with hosts, not with containers.  Nothing is learned from packets.
 
-The neighbour that stands for a remote VTEP is its subnet's own address for IPv4 (10.42.3.0, which
-no endpoint can have) and the link-local address made from its MAC for IPv6.  An on-link
-IPv6 gateway is refused where a route over another link covers it; a link-local one is never looked
-up (``ip6_validate_gw`` in net/ipv6/route.c, docs/design/ipv6-gateways.md).
+The gateway that stands for a remote VTEP is, for IPv4, its subnet's own address (10.42.3.0, which
+no endpoint can have), and for IPv6 the link-local address made from its MAC.  The kernel refuses
+a global IPv6 gateway where a route over another link covers it, even an on-link one; it never looks
+up a link-local one (``ip6_validate_gw`` in net/ipv6/route.c, docs/design/ipv6-gateways.md).
 
 With ``direct_routing`` a peer whose underlay address is on-link gets a nexthop on the underlay link
 and no tunnel objects.
 
-With ``fallback`` a userspace VTEP (`meshnet.backends.udp`) is beside the device, at a port of its
-own, and every peer is a member of it, so that it is heard whichever way it sends.  Routes lead to
-the TUN only for peers in fallback; their neighbours and FDB entries stay, since VXLAN goes on being
-probed (docs/design/fallback.md).
+With ``fallback`` a userspace VTEP (`meshnet.backends.udp`) works beside the device, at another
+port.  Every peer is a member of it, and so is heard whichever way it sends.  Routes lead to the TUN
+only for peers in fallback; these keep their neighbours and FDB entries, since VXLAN to them is
+still probed (docs/design/fallback.md).
 
 RFC 7348; linux/if_link.h, linux/nexthop.h, linux/neighbour.h.
 """
@@ -73,10 +73,10 @@ class VxlanBackend(TunnelBackend):
     settings = TunnelBackend.settings | {Setting.FALLBACK}
 
     def check(self, network: Network) -> None:
-        """Refuse a fallback at the port of the network itself."""
+        """Refuse a network whose port is also its fallback's."""
         if network.fallback and network.port == userspace_port(network.vni):
             raise UsageError(
-                f"port {network.port} is that of the fallback of VNI {network.vni}: choose another"
+                f"port {network.port} is the fallback's port of VNI {network.vni}: choose another"
             )
 
     def on(self, underlay: Underlay) -> Backend:
@@ -84,19 +84,19 @@ class VxlanBackend(TunnelBackend):
         return self if underlay.kernel_vxlan else UDP
 
     def link_names(self, network: Network) -> LinkNames:
-        """Bridge and VXLAN device, and the TUN that is beside it or in its place."""
+        """Bridge, VXLAN device, and the TUN that is beside it or in its place."""
         tunnels = (vxlan_name(network), tun_name(network))
         return LinkNames(local=(bridge_name(network),), tunnels=tunnels)
 
     def ports(self, network: Network, *, kernel_vxlan: bool) -> TunnelPorts:
-        """The device's, and the fallback's."""
+        """The VXLAN device's port, and the fallback's."""
         if not kernel_vxlan:
             return UDP.ports(network, kernel_vxlan=kernel_vxlan)
         fallback = {userspace_port(network.vni)} if network.fallback else ()
         return TunnelPorts(exclusive=frozenset(fallback), shared=frozenset({network.port}))
 
     def option_of_port(self, network: Network, port: int) -> str:
-        """The fallback's follows from the VNI."""
+        """The fallback's port follows from the VNI."""
         is_fallback = network.fallback and port == userspace_port(network.vni)
         return "--vni" if is_fallback else Setting.PORT
 
@@ -105,17 +105,17 @@ class VxlanBackend(TunnelBackend):
         return tun_name(network) if network.fallback else None
 
     def datapath_of(self, host: Host) -> Datapath | None:
-        """As the host says: not every kernel has VXLAN."""
+        """What the host publishes: not every kernel has VXLAN."""
         return host.datapath
 
     def path_to(self, network: Network, peer: Peer, underlay: Underlay, *, fallen: bool) -> str:
-        """As every tunnel's, or by the fallback."""
+        """The path of any tunnel, or the fallback's."""
         if fallen:
             return UDP.path_to(network, peer, underlay, fallen=fallen)
         return super().path_to(network, peer, underlay, fallen=fallen)
 
     def may_fall(self, network: Network, peer: Peer, underlay: Underlay) -> bool:
-        """One that is sent to by VXLAN, and listens for the fallback."""
+        """A peer that this host sends to by VXLAN, and that has the fallback, too."""
         return (
             peer.host.underlay_ip != underlay.ip
             and _has_fallback(network, peer.host, underlay)
@@ -123,7 +123,7 @@ class VxlanBackend(TunnelBackend):
         )
 
     def plan_host(self, wanted: NetworkInput, state: KernelState) -> NetworkPlan:
-        """Bridge, VXLAN device, gateway addresses, and a stop for packets to nobody."""
+        """Bridge, VXLAN device, gateway addresses, and a route that stops packets to nobody."""
         network = wanted.network
         dev, tun = vxlan_name(network), tun_name(network)
         tunnels = {dev: network.port}
@@ -133,7 +133,8 @@ class VxlanBackend(TunnelBackend):
         plan = plan_bridge(wanted, mtu_bytes, tunnels, state)
         state.links[dev] = vtep_link(wanted, LinkKind.VXLAN, mtu_bytes, network.port)
         for cidr in others_cidrs(wanted):
-            # Else packets to a subnet nobody owns would leave by the host's default route.
+            # Otherwise packets to a subnet that nobody owns would leave by the host's default
+            # route, with container addresses (docs/design/unreachable-route.md).
             state.routes[route_key(cidr)] = Route(0)
         if network.fallback:
             plan_tun(wanted, mtu_bytes, tunnels[tun], state)
@@ -142,7 +143,7 @@ class VxlanBackend(TunnelBackend):
     def plan_peers(
         self, wanted: NetworkInput, peers: Sequence[Peer], state: KernelState, ids: NexthopIds
     ) -> dict[HostId, str]:
-        """Nexthop, route, neighbour and FDB entry of each peer, and its part in the fallback."""
+        """Nexthop, route, neighbour and FDB entry for each peer, and its part in the fallback."""
         network, underlay = wanted.network, wanted.underlay
         direct = network.direct_routing
         dev, tun = vxlan_name(network), Nexthop(tun_name(network), b"")
@@ -174,6 +175,7 @@ class VxlanBackend(TunnelBackend):
                 if nexthop is None:
                     nexthop = _plan_tunnel(dev, peer, subnet, state)
                     if fallen:
+                        # By the device, not a nexthop object, which a TUN would lose (`udp`).
                         state.routes[route_key(subnet)] = Route(0, source, tun)
                         continue
                 add_route(state, ids, underlay, subnet, nexthop, source)
@@ -184,9 +186,9 @@ VXLAN = VxlanBackend()
 
 
 def _has_fallback(network: Network, host: Host, underlay: Underlay) -> bool:
-    """Whether a peer can be sent to by the fallback.
+    """Whether a peer can be reached by the fallback.
 
-    One that has a userspace VTEP only cannot: that one listens at VXLAN's port.
+    A peer without kernel VXLAN cannot: its one userspace VTEP listens at VXLAN's port.
     """
     return (
         network.fallback
@@ -196,6 +198,7 @@ def _has_fallback(network: Network, host: Host, underlay: Underlay) -> bool:
 
 
 def _plan_tunnel(dev: str, peer: Peer, subnet: IpNetwork, state: KernelState) -> Nexthop:
+    # The MAC follows from the reservation: nothing has to be published for it.
     mac = vtep_mac(peer.subnets[0])
     gateway = subnet.network_address.packed if subnet.version == 4 else link_local_of(mac)
     state.neighbours[NeighbourKey(dev, gateway)] = mac

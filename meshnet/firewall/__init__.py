@@ -1,9 +1,9 @@
 """The firewall: what our nftables tables hold, as values and as text (docs/firewall.md).
 
-Here is what the tables are to do, as values: they are planned, compared and remembered.  `rules`
-renders them as the skeleton: chains, rules, counters and named sets, which changes with the
-networks.  `elements` is what is in the sets: one element or a few for each endpoint, publication
-and member, which come and go one by one and are compared like every other object of the kernel.
+The values here say what the tables should do; they are planned, compared and remembered.  `rules`
+renders them as the skeleton (chains, rules, counters and empty named sets), which changes only with
+the networks.  `elements` fills the sets: a few elements for each endpoint, published port and
+member, which come and go one by one and are compared like every other object of the kernel.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -23,13 +23,14 @@ class FirewallNetwork(NamedTuple):
     """What the rules need to know of one network.
 
     Attributes:
-        links: names of its links on this host that packets are routed by: bridge, tunnel devices.
+        links: names of its links on this host that packets are routed through: bridge, tunnel
+            devices.
         ports: UDP ports of its tunnels.
         cidrs: the whole network.
         subnets: this host's part of it.
-        vni: of its tunnels.
-        internal: nothing goes in or out.
-        direct: peers' packets may arrive without a tunnel.
+        vni: VNI of its tunnels.
+        internal: whether no packet may enter or leave the network.
+        direct: whether peers' packets may arrive without a tunnel.
     """
 
     links: tuple[str, ...] = ()
@@ -42,11 +43,11 @@ class FirewallNetwork(NamedTuple):
 
 
 class Firewall(NamedTuple):
-    """What our tables do, but for the elements of their sets.
+    """What our tables do, without the elements of their sets.
 
     Attributes:
-        networks: those that have links.
-        underlay_ip: where this host's tunnels start from.
+        networks: the networks that have links.
+        underlay_ip: the address that this host's tunnels start from.
     """
 
     networks: tuple[FirewallNetwork, ...]
@@ -54,16 +55,16 @@ class Firewall(NamedTuple):
 
 
 def firewall_for(networks: Iterable[FirewallNetwork], underlay_ip: IpAddress) -> Firewall:
-    """What the tables are to do for a host's networks.
+    """What the tables should do for a host's networks.
 
-    One without links is left out: its endpoints are checked by rules that are always there.
+    Networks without links are left out: rules that are always there check their endpoints.
     """
     return Firewall(tuple(network for network in networks if network.links), underlay_ip)
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Tables that are ours by name, and do what we do not know.  Never desired."""
+    """Tables with our name, and rules that we do not know.  Never desired."""
 
 
 UNKNOWN = Unknown()

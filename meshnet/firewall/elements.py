@@ -1,9 +1,9 @@
 """Elements: what the named sets and maps of our tables hold.
 
-An element is a key in a set, and in a map a value behind it, as the kernel has them: fields in
+An element is a key in a set, or in a map a key with its value, as the kernel has them: fields in
 network byte order, each padded to the four bytes of a register (``include/net/netfilter/
-nf_tables.h``).  So what is planned, what a dump gives and what a message carries is the same bytes;
-text is made of it only for ``nft -f`` and for messages to people.
+nf_tables.h``).  So plans, dumps and messages have the same bytes; they become text only for
+``nft -f`` and for messages to people.
 
 Pure: imports no socket, file, clock or trio.
 """
@@ -32,7 +32,7 @@ class Field(NamedTuple):
     """A part of a key or value.
 
     Attributes:
-        type: name of its data type in nft, or the expression that it is compared with.
+        type: name of its data type in nft, or the expression that nft compares with it.
         size_bytes: without the padding.
         format: its text for nft.
     """
@@ -52,11 +52,11 @@ _PROTOCOL = Field("inet_proto", 1, _number)
 _PORT = Field("inet_service", 2, _number)
 _IP = {4: Field("ipv4_addr", 4, format_ip), 6: Field("ipv6_addr", 16, format_ip)}
 _TARGET = Field("@th,64,128", 16, lambda raw: f"0x{raw.hex()}")
-"""Target address of a neighbour solicitation or advertisement (RFC 4861 §4.3, §4.4): behind type,
-code, checksum and flags.  nft has a name for it from 1.0.8 on only."""
+"""Target address of a neighbour solicitation or advertisement (RFC 4861 §4.3, §4.4): after type,
+code, checksum and flags.  As raw bits, because nft before 1.0.8 has no name for it."""
 
 _EXPRESSIONS = {"ifname": "iifname", "ether_addr": "ether saddr"}
-"""A set with a field that is no type is declared by expressions throughout."""
+"""Of a set with one field that is not of a type, nft wants every field as an expression."""
 
 
 class NamedSet(NamedTuple):
@@ -64,7 +64,7 @@ class NamedSet(NamedTuple):
 
     Attributes:
         family: of its table.
-        wired: whether its elements come and go with endpoints' links, without a pass
+        wired: whether its elements come and go with endpoints' links, without waiting for a pass
             (`meshnet.kernel.Wiring`).
     """
 
@@ -85,17 +85,18 @@ class NamedSet(NamedTuple):
 
 
 MEMBERS = {4: "members4", 6: "members6"}
-"""Underlay addresses of the other hosts: of these alone tunnel packets are accepted."""
+"""Underlay addresses of the other hosts: tunnel packets are accepted only from these."""
 SOURCES = {4: "sources4", 6: "sources6"}
 """What an endpoint may send from: link, MAC, address."""
 TARGETS = "targets6"
-"""What an endpoint may say to be, in neighbour discovery: link, MAC, address."""
+"""What an endpoint may claim to be, in neighbour discovery: link, MAC, address."""
 PUBLISHED = {4: "published4", 6: "published6"}
-"""From a port of the host, at all its addresses, to an endpoint's."""
+"""From a port of the host, at all its addresses, to a port of an endpoint."""
 PUBLISHED_AT = {4: "published_at4", 6: "published_at6"}
 """The same at one address of the host."""
 NO_DEFAULT = {4: "no_default4", 6: "no_default6"}
-"""Endpoints that published ports lead to and that have no way back to strangers."""
+"""Endpoints with published ports whose default route leads elsewhere, so that their answers to
+strangers would not come back by this host."""
 
 SETS: dict[str, NamedSet] = {
     **{MEMBERS[v]: NamedSet("inet", (_IP[v],)) for v in (4, 6)},
@@ -124,9 +125,9 @@ def endpoint_elements(endpoint: Endpoint) -> dict[ElementKey, bytes]:
 
 
 def source_elements(endpoint: Endpoint) -> dict[ElementKey, bytes]:
-    """What an endpoint may send from: its addresses, and the link-local one made of its MAC.
+    """What an endpoint may send from: its addresses, and the link-local one made from its MAC.
 
-    Of a macvlan nothing: what it sends does not pass through a link of this host's.
+    Empty for a macvlan, whose packets do not pass through the host's firewall.
     """
     if endpoint.parent is not None:
         return {}
@@ -142,7 +143,7 @@ def source_elements(endpoint: Endpoint) -> dict[ElementKey, bytes]:
 
 
 def published_elements(endpoint: Endpoint) -> dict[ElementKey, bytes]:
-    """Where an endpoint's published ports lead, and whether their answers find back."""
+    """Where an endpoint's published ports lead, and whether it can answer strangers by itself."""
     elements: dict[ElementKey, bytes] = {}
     for address in endpoint.addresses:
         ip = address.ip
@@ -168,7 +169,8 @@ def format_element(key: ElementKey, value: bytes = b"") -> str:
     """An element as nft writes it: ``"mne…" . 02:65:0a:2a:00:02 . 10.42.0.2``."""
     named = SETS[key.set_name]
     if len(named.key) == 1 and not named.value and key.key:
-        return named.key[0].format(key.key[: named.key[0].size_bytes])  # of members are thousands
+        # The short way: there are thousands of members, and all are formatted at a load.
+        return named.key[0].format(key.key[: named.key[0].size_bytes])
     text = " . ".join(_format(named.key, key.key)) if key.key else "*"
     return f"{text} : {' . '.join(_format(named.value, value))}" if value else text
 

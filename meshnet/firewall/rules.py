@@ -13,15 +13,15 @@ other table is touched.  A packet's way through them::
 
     tunnel packet ── raw: not tracked ── input: of an endpoint, or not of a member ───── drop
 
-Rules name what is there for as long as the networks are as they are; what comes and goes, the
-endpoints, published ports and members, is in named sets (`meshnet.firewall.elements`), which
-`render_rules` declares empty.  A rule that drops counts in a counter of `COUNTERS`.
+Rules name only what changes with the networks.  What comes and goes more often (endpoints,
+published ports and members) is in named sets (`meshnet.firewall.elements`), which `render_rules`
+declares empty.  A rule that drops counts in a counter of `COUNTERS`.
 
-Every rule on a packet's way costs (docs/design/firewall-cost.md): what stays within its network is
-through the forward chain at the first look-up.
+Every rule on a packet's path costs (docs/design/firewall-cost.md): a packet that stays within its
+network passes the forward chain at the first look-up.
 
-What the values of `meshnet.firewall` mean is said here alone, and `meshnet.kernel.drivers.firewall`
-alone asks for it.
+Only this module turns the values of `meshnet.firewall` into rules, and only
+`meshnet.kernel.drivers` calls it.
 
 Pure: the text is made from values that `meshnet.codec` has validated; it never reaches a shell.
 """
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from meshnet.state import ElementKey
 
 FAMILIES = ("inet", "bridge")
-"""Families of our tables: neither what goes from port to port of a bridge nor ARP passes a hook of
-``inet``."""
+"""Families of our tables.  Two, because the hooks of ``inet`` see neither ARP nor frames from one
+port of a bridge to another."""
 
 COUNTERS = {
     "spoofed_ipv4": "bridge",
@@ -82,16 +82,16 @@ def render_rules(firewall: Firewall) -> str:
 
 
 def render_script(rules: str, held: Mapping[ElementKey, bytes], counts: Mapping[str, Count]) -> str:
-    """What ``nft -f`` replaces both tables by, in one transaction.
+    """The script with which ``nft -f`` replaces both tables in one transaction.
 
     Args:
         rules: the skeleton (`render_rules`).
-        held: what its sets hold.
-        counts: what the counters have counted, to go on from; one that is missing starts anew.
+        held: the elements of its sets: with the rules, so that there is no moment without them.
+        counts: what the counters have counted, to go on from; a missing one starts from zero.
     """
     text = ""
     for family in FAMILIES:
-        # It exists after the first line, so that the second cannot fail.
+        # The first line makes the table if it is missing, so that the second cannot fail.
         text += f"table {family} {TABLE}\ndelete table {family} {TABLE}\n"
     for name, family in COUNTERS.items():
         count = counts.get(name, Count(0, 0))
@@ -122,9 +122,9 @@ def _declare(family: str) -> str:
 def _untracked(ports: Sequence[int], underlay_ip: IpAddress) -> str:
     """Keep tunnel packets out of connection tracking.
 
-    A tunnel's source port is a hash of the inner flow (RFC 7348 §5): each flow between two hosts
-    would take an entry of its own, and a busy host's table would be full of them.  Others' packets
-    to such a port are tracked, or they could not be masqueraded.
+    A tunnel's source port is a hash of the inner flow (RFC 7348 §5), so each inner flow would take
+    an entry, and fill a busy host's table.  Packets to such a port from or to other addresses are
+    tracked: otherwise they could not be masqueraded.
     """
     ip, numbers = _FAMILY[underlay_ip.version], _braces(map(str, ports))
     return "".join(
@@ -143,13 +143,13 @@ def _tunnel(
     ports: Sequence[int],
     underlay_ip: IpAddress,
 ) -> str:
-    """Input: tunnel packets to any address of the host, at which the kernel's VTEPs listen.
+    """Input: tunnel packets to any address of the host, since the kernel's VTEPs listen at all.
 
-    Members' are through at once.  Packets of other VNIs are somebody else's.
+    Those of members pass at once.  Those of other VNIs are somebody else's, and are left alone.
 
-    Bridges have ``route_localnet``, for answers to what was sent from 127.0.0.1 to a published
-    port; without it the kernel itself would drop the rest (CVE-2020-8558).  What would open a
-    connection is dropped in `_nat` already, before it can reach what is published there.
+    Bridges have ``route_localnet`` for the answers to packets from 127.0.0.1 to a published port.
+    Without it the kernel itself would drop the rest (CVE-2020-8558).  `_nat` drops packets that
+    would open a connection, before they can reach what is published there.
     """
     ip, vnis = _FAMILY[underlay_ip.version], sorted({n.vni for n in networks if n.ports})
     rules, tunnel = [], []
@@ -159,6 +159,7 @@ def _tunnel(
         tunnel = [
             f"{ip} saddr @{members} iifname != {_quoted(links)} accept",
             f"iifname {_quoted(links)} {_drop('tunnel_from_endpoint')}",
+            # The VNI: 8 bytes of UDP header, 4 of VXLAN's flags, then its 24 bits (RFC 7348 §5).
             f"meta nfproto {_NFPROTO[underlay_ip.version]} @th,96,24 {_braces(map(str, vnis))} "
             f"{_drop('tunnel_not_a_member')}",
         ]
@@ -175,9 +176,9 @@ def _tunnel(
 
 
 def _isolate(networks: Sequence[FirewallNetwork]) -> str:
-    """What comes from a network may enter none but its own, not even another's gateway.
+    """Packets from a network may enter only that network, and not reach even another's gateway.
 
-    A packet that goes to no network is through after one look-up.
+    A packet to an address outside all networks passes after one look-up.
     """
     if len(networks) < 2:
         return ""
@@ -195,7 +196,7 @@ def _isolate(networks: Sequence[FirewallNetwork]) -> str:
 
 
 def _isolate_peers(network: FirewallNetwork, networks: Sequence[FirewallNetwork]) -> Iterable[str]:
-    """With direct routing a network's packets may come by the underlay: known by their source."""
+    """With direct routing, packets of a network may arrive by the underlay: only sources tell."""
     for version, cidrs in _cidrs([n for n in networks if n is not network]).items():
         for cidr in network.cidrs:
             if cidr.version == version:
@@ -209,10 +210,12 @@ def _isolate_peers(network: FirewallNetwork, networks: Sequence[FirewallNetwork]
 def _forward(
     networks: Sequence[FirewallNetwork], links: Sequence[str], ports: Sequence[int]
 ) -> str:
-    """What is published is told by ``ct status dnat``, in both directions.
+    """Forward: isolation, and nothing in that is not published.
 
-    A tunnel packet of an endpoint would reach other hosts with this host's address, that of a
-    member.  One that stays within the network is like any other.
+    ``ct status dnat`` marks the packets of published ports, in both directions.
+
+    A tunnel packet that an endpoint makes would be masqueraded and reach other hosts with this
+    host's address, a member's: so it may not leave.  One that stays within its network is harmless.
     """
     internal = _quoted([link for n in networks if n.internal for link in n.links])
     paths = _braces(
@@ -245,11 +248,13 @@ def _forward(
 
 
 def _nat(networks: Sequence[FirewallNetwork], links: Sequence[str]) -> str:
-    """Published ports, and masquerading: for what leaves the networks, and where else an answer to
-    a published port would not come back by this host.
+    """Published ports, and masquerading.
 
-    Linux takes no answer to ::1 from a link that is not loopback (``rt6_need_strict`` in
-    net/ipv6/route.c), so nothing is published there.
+    Packets that leave the networks are masqueraded, and so are packets to a published port whose
+    answers would otherwise not come back by this host.
+
+    Nothing is published at ::1: Linux accepts no answer to ::1 on a link other than loopback
+    (``rt6_need_strict`` in net/ipv6/route.c).
     """
     publish = [
         f"{which} fib daddr type local dnat {ip} to {key}meta l4proto . th dport "
@@ -258,6 +263,7 @@ def _nat(networks: Sequence[FirewallNetwork], links: Sequence[str]) -> str:
         for names, key in ((elements.PUBLISHED_AT, f"{ip} daddr . "), (elements.PUBLISHED, ""))
     ]
     loopback = f"ip daddr {_LOOPBACK} iifname {_quoted(links)} {_drop('loopback')}"
+    # An answer to 127.0.0.1 would not leave the endpoint's own namespace.
     answer = [f"ip saddr {_LOOPBACK} masquerade fully-random"]
     masquerade = ["ct status dnat jump answer"]
     all_cidrs = _cidrs(networks)
@@ -265,6 +271,8 @@ def _nat(networks: Sequence[FirewallNetwork], links: Sequence[str]) -> str:
         subnets = [s for n in networks for s in n.subnets if s.version == version]
         outward = [s for n in networks if not n.internal for s in n.subnets if s in subnets]
         if subnets:
+            # From an endpoint to a published port of its own bridge: the answer would go straight
+            # from port to port, untranslated.
             answer += [f"{ip} saddr {s} {ip} daddr {s} masquerade fully-random" for s in subnets]
             answer.append(f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random")
         if outward:
@@ -275,6 +283,7 @@ def _nat(networks: Sequence[FirewallNetwork], links: Sequence[str]) -> str:
             )
     return (
         _chain("nat_prerouting", [loopback, *publish], "nat hook prerouting priority dstnat")
+        # In numbers: not every nft takes the name dstnat in output.
         + _chain("nat_output", publish, "nat hook output priority -100")
         + _chain("answer", answer)
         + _chain("postrouting", masquerade, "nat hook postrouting priority srcnat")
@@ -282,10 +291,10 @@ def _nat(networks: Sequence[FirewallNetwork], links: Sequence[str]) -> str:
 
 
 def _bridge() -> str:
-    """What an endpoint may send: from its own MAC and addresses, and in their name only.
+    """What an endpoint may send: only from its own MAC and addresses, and only about these.
 
     Most frames are IPv4 of honest endpoints: the first rule lets them through.  Duplicate address
-    detection (RFC 4862 §5.4.2) asks from no address, for one's own.
+    detection (RFC 4862 §5.4.2) sends from the unspecified address and asks for the endpoint's own.
     """
     ipv4, ipv6, target = (
         f"iifname . ether saddr . {what}" for what in ("ip saddr", "ip6 saddr", "@th,64,128")
@@ -305,8 +314,8 @@ def _bridge() -> str:
         + _chain(
             "from_ipv6",
             [
-                # By number: names of protocols are looked up in /etc/protocols, which a small host
-                # does not have.  Without it nft would refuse the whole script.
+                # By number: nft looks names of protocols up in /etc/protocols, and refuses the
+                # whole script on a small host that lacks the file.
                 f"meta l4proto {_ICMPV6} jump from_icmpv6",
                 f"{ipv6} @sources6 accept",
                 _drop("spoofed_ipv6"),
@@ -325,8 +334,8 @@ def _bridge() -> str:
             "prerouting",
             [
                 f"ether type ip {ipv4} @sources4 accept",
-                # No verdict map: a packet that is on its way through the old table when the new
-                # one takes its place finds an old map empty, and would be dropped.
+                # Not a verdict map: when the table is replaced, the kernel empties the old map at
+                # once, and a packet still on its way through the old rules would be dropped.
                 'iifname "mne*" ether type ip goto from_ipv4',
                 'iifname "mne*" ether type ip6 goto from_ipv6',
                 'iifname "mne*" ether type arp goto from_arp',
@@ -339,9 +348,9 @@ def _bridge() -> str:
 
 
 def _cidrs(networks: Sequence[FirewallNetwork]) -> dict[int, list[IpNetwork]]:
-    """All CIDRs by IP version, without those versions that have none.
+    """All CIDRs by IP version, without versions that have none.
 
-    Collapsed: the kernel refuses a set, and with it the table, in which two intervals overlap.
+    Collapsed, because the kernel refuses a set with overlapping intervals, and the table with it.
     """
     found = {}
     for version in (4, 6):

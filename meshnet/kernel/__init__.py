@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class EndpointWiring(NamedTuple):
-    """How to connect a namespace: `endpoint` says with what, the rest says where to.
+    """How to connect a namespace: the endpoint, and what it is connected to.
 
     Attributes:
         uplink: link of the host that the endpoint hangs on: its macvlan's parent if it has one,
             else the bridge that its host-side end becomes a port of.
-        routes: destinations that are reached through the gateway of their IP version; used where
-            the namespace keeps or gets no default route through this endpoint.
+        routes: destinations to reach through the gateway of their IP version; used only if the
+            namespace's default route does not lead through this endpoint.
         gso_max_bytes: the largest super-packet that the namespace's link takes; None: the kernel's
             default.
-        announce: whether to tell the wire, and with it switches, who has the addresses now.
+        announce: whether to tell the wire, and so the switches, where the addresses are now.
     """
 
     endpoint: Endpoint
@@ -53,9 +53,9 @@ class Kernel(Protocol):
         """Look at the underlay: the link that holds `underlay_ip`; `paths` stays empty.
 
         Args:
-            underlay_ip: the address tunnels start from.
-            underlay_dev: the link that it is on, or a port of that one: as long as it has
-                `underlay_ip`, that, else its first global one.  None: whichever link it is on.
+            underlay_ip: the address that tunnels start from.
+            underlay_dev: the link that holds the address, or a port of that link.  If that link
+                does not have `underlay_ip`, its first global address counts.  None: any link.
 
         Raises:
             NotFoundError: no link holds the address, or the link does not exist or has none.
@@ -63,7 +63,7 @@ class Kernel(Protocol):
         ...
 
     def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:
-        """The way to each underlay address; one that there is no route to is missing.
+        """The path to each underlay address; one without a route is missing.
 
         The links' names and MTUs are those that the last `observe` or `dump` saw.
         """
@@ -72,22 +72,22 @@ class Kernel(Protocol):
     def link_indices(self) -> Mapping[str, int]:
         """Interface indices by name of all links, whoever made them.
 
-        As the last `dump` or `observe` saw them, with what was made and removed here since.
+        As the last `dump` or `observe` saw them, updated by what `apply` made and removed since.
         """
         ...
 
     def dump(self) -> KernelState:
-        """All objects of ours, as of now."""
+        """All our objects, as of now."""
         ...
 
     def apply(
         self, ops: Sequence[Op], on_written: Callable[[int], None] | None = None
     ) -> list[Failure]:
-        """Carry operations out in order; a failed one stops only those that need it.
+        """Carry out operations in order; a failed one stops only those that need it.
 
         Args:
-            on_written: called from the calling thread, at least once for every 500 operations,
-                with how many are done with (carried out, refused or not tried) since the last call.
+            on_written: called from the calling thread, at least once for every 500 operations, with
+                how many were finished (carried out, refused or not tried) since the last call.
         """
         ...
 
@@ -107,11 +107,11 @@ class Wiring(Protocol):
     def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
         """Bring an endpoint up in a namespace, or leave everything as it was.
 
-        Before its link is up the firewall knows what it may send from.
+        The firewall knows the endpoint's addresses before its link is up.
 
         Returns:
-            Whether the namespace's default route leads through the endpoint: what
-            `endpoint.default_route` asked for, unless the namespace had one already.
+            Whether the namespace's default route leads through the endpoint: as
+            `endpoint.default_route` asks for, unless the namespace already had one.
 
         Raises:
             ConflictError: the namespace has a link of that name or holds the address.
@@ -129,10 +129,10 @@ class Wiring(Protocol):
         ...
 
     def holds(self, netns_fd: int, endpoint: Endpoint) -> bool:
-        """Whether a namespace has the macvlan of an endpoint: one with its MAC, by any name.
+        """Whether a namespace has the macvlan of an endpoint: one with its MAC, under any name.
 
         Raises:
-            KernelRefusedError: it cannot be looked at.
+            KernelRefusedError: the namespace cannot be entered or its links not be listed.
         """
         ...
 

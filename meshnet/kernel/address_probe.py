@@ -1,13 +1,13 @@
 """Asking the wire whether an address is free: ARP probes and duplicate address detection.
 
-Frames go out by a link of the host on the physical network, and what answers comes in there.  Of
-the mesh nobody else asks for the same address at the same time: etcd decided who may.
+Frames leave through a link of the host on the physical network, and answers arrive there.  No other
+host of the mesh asks for the same address at the same time: etcd decided who may.
 
 RFC 5227 waits up to a second, sends three probes one to two seconds apart and listens for two
 more; RFC 4862 takes one second.  Those times are for hosts that all start at once and for slow
-networks (RFC 5227 §1.1 calls them tunable), and somebody waits for an attach: here three probes go
-out and are answered within three times `_WAIT_S`, which is a hundred round trips of a switched
-network.  A machine that is slower to answer finds out by its own conflict detection (§2.4).
+networks (RFC 5227 §1.1 calls them tunable), but a user waits for an attach.  So three probes go out
+here, and each waits `_WAIT_S` for an answer: a hundred round trips of a switched network.  A
+machine that answers later finds out by its own conflict detection (§2.4).
 
 linux/if_packet.h.
 """
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _PROBES = 3
 """PROBE_NUM of RFC 5227 §1.1."""
 _WAIT_S = 0.08
+"""For an answer to one probe (see above)."""
 _ARPHRD_ETHER = 1
 _FRAME_BYTES = 1514
 _PACKET_MREQ = struct.Struct("=iHH8s")
@@ -53,7 +54,7 @@ class AddressProber(Protocol):
         """The MAC of whoever answers for an address on a link; None: nobody does.
 
         Raises:
-            KernelRefusedError: the link is gone, down, or no Ethernet.
+            KernelRefusedError: the link is gone, down, or not an Ethernet link.
         """
         ...
 
@@ -68,7 +69,9 @@ class WireProber:
             try:
                 return await _ask(trio.socket.from_stdlib_socket(opened), address)
             finally:
-                # The kernel waits for all processors, 12 ms, before it has closed one.
+                # Closing a packet socket takes 12 ms: the kernel waits for all processors.  In a
+                # thread, so that the event loop goes on; shielded, so that the socket is closed
+                # before a cancellation leaves.
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(opened.close)
         except OSError as error:
@@ -80,8 +83,8 @@ class WireProber:
 def announce(link: str, address: IPv6Address, mac: bytes) -> None:
     """Tell all nodes on a link of the calling thread's namespace that an address is here now.
 
-    For IPv4 the kernel does it, if it is told to (``arp_notify``).  Once, not several times as
-    RFC 4861 §7.2.6 allows: whoever missed it asks.
+    For IPv4 the kernel does this itself, if asked to (``arp_notify``).  One announcement, not
+    several as RFC 4861 §7.2.6 allows: a node that missed it asks.
 
     Raises:
         OSError: the link is gone or down.
@@ -98,7 +101,7 @@ def announce(link: str, address: IPv6Address, mac: bytes) -> None:
 async def _ask(wire: trio.socket.SocketType, address: IpAddress) -> bytes | None:
     *_, hardware, mac = wire.getsockname()
     if hardware != _ARPHRD_ETHER:
-        raise OSError("it is no Ethernet link")
+        raise OSError("it is not an Ethernet link")
     if isinstance(address, IPv4Address):
         probe = arp.encode_probe(address, mac)
     else:
@@ -118,7 +121,8 @@ async def _ask(wire: trio.socket.SocketType, address: IpAddress) -> bytes | None
 
 
 def _open(link: str, address: IpAddress) -> socket.socket:
-    """A socket that sees only what concerns the address: there may be hundreds of them."""
+    """A socket that sees only what concerns the address: hundreds may be open at once."""
+    # Protocol 0 receives nothing until `bind`: no frame slips in before the filter is attached.
     opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     try:
         if isinstance(address, IPv4Address):
@@ -127,7 +131,8 @@ def _open(link: str, address: IpAddress) -> socket.socket:
         else:
             attach_filter(opened, _nd_filter(address))
             opened.bind((link, nd.ETHERTYPE))
-            # Somebody else's detection for the address goes to this group.
+            # Another node that probes the address sends to its solicited-node group; whoever has
+            # it answers to all nodes (RFC 4861 §7.2.4), as a probe has no source address.
             group = nd.group_mac(nd.solicited_node(address))
             index = socket.if_nametoindex(link)
             opened.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, _membership(index, group))

@@ -20,7 +20,7 @@ class Capabilities:
 
     Args:
         vxlan: None: find out whether it has VXLAN; False: do not use it.
-        nexthop_objects: None: find out whether it has them; False: do as if it had none.
+        nexthop_objects: None: find out whether it has them; False: act as if it had none.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Capabilities:
 
     def has_vxlan(self) -> bool:
         """Whether it can make a VXLAN device: found out by making one, if none is there."""
+        # Making one is also what loads the module; to look for a loaded module would not do.
         if self._vxlan is None:
             seen = self._namespace.by_index.values()
             self._vxlan = any(link.kind is LinkKind.VXLAN for link in seen) or None
@@ -52,7 +53,8 @@ class Capabilities:
                 iproute.link("del", ifname=_PROBE)
             except RequestError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENODEV):
-                    # RequestError for another reason, which may pass: ask again next time.
+                    # Another reason, which may pass (a left-over of that name, a lack of memory):
+                    # assume VXLAN for now and ask again next time.
                     return True
                 self._vxlan = False
             else:

@@ -1,8 +1,8 @@
-"""Connection tracking: making UDP flows to ports of this host look for their way anew.
+"""Connection tracking: making UDP flows to ports of this host be translated again.
 
-The kernel translates the first packet of a flow and remembers it for the rest.  A client that never
-pauses would therefore go on to where a port led before it was published, or to whom it was
-published last.  TCP needs none of this: a connection is either open, and goes on, or is made anew.
+The kernel translates the first packet of a flow and does the same to the rest.  A client that never
+pauses would therefore keep sending to where the port led before: to the host, or to the endpoint
+that it was published for last.  TCP does not need this: a connection goes on, or a new one is made.
 
 ctnetlink by ``struct``: linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h.
 """
@@ -39,7 +39,7 @@ _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 class _Flow(NamedTuple):
-    """A flow as its first packet was, and the attribute that names it."""
+    """A flow, described by its first packet, and the attribute that identifies it."""
 
     protocol: int
     address: IpAddress
@@ -50,7 +50,7 @@ class _Flow(NamedTuple):
 def forget_udp_flows(bindings: Collection[Binding]) -> int:
     """Forget the flows to some ports of the calling thread's network namespace.
 
-    Packets that are on their way are translated by the rules as they are now; none is lost.
+    Nothing is lost: the next packet of a flow starts a new one, which the present rules translate.
 
     Returns:
         How many were forgotten.
@@ -58,6 +58,7 @@ def forget_udp_flows(bindings: Collection[Binding]) -> int:
     Raises:
         OSError: the kernel refused.
     """
+    # A flow that is routed to another host's port of the same number must be left alone.
     own = _own_addresses()
     requests: list[rtnl.Request] = []
     with contextlib.closing(rtnl.RtnlSocket(protocol=NETLINK_NETFILTER)) as table:
@@ -69,7 +70,7 @@ def forget_udp_flows(bindings: Collection[Binding]) -> int:
                     requests.append(_encode_delete(version, flow))
         errors = table.send_batch(requests)
     for error in errors.values():
-        if error.errno != errno.ENOENT:  # else it ended by itself
+        if error.errno != errno.ENOENT:  # otherwise it ended by itself
             raise OSError(error.errno, str(error))
     return len(requests) - len(errors)
 
@@ -95,7 +96,7 @@ def _dump_udp(table: rtnl.RtnlSocket, version: int, port: int) -> list[_Flow]:
     )
     messages = table.dump(IPCTNL_MSG_CT_GET, body, answer=IPCTNL_MSG_CT_NEW)
     found = [_decode(message, version) for message in messages]
-    # Kernels before 5.8 know no filter, and dump all there is.
+    # Kernels before 5.8 ignore the filter, and dump everything.
     return [f for f in found if (f.protocol, f.port) == (socket.IPPROTO_UDP, port)]
 
 

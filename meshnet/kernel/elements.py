@@ -1,9 +1,9 @@
 """Elements of endpoints' links, which two threads write: the wiring's and the reconciler's.
 
-The wiring adds an endpoint's elements with its link and takes them away with it, at once.  A pass
-compares with the endpoints as they were when it began, so its operations on such elements may be
-out of date: it would cut off an endpoint that came meanwhile.  Both write under one lock, and what
-the wiring said last holds.
+The wiring adds an endpoint's elements with its link, and removes them with it, without waiting for
+a pass.  A pass compares with the endpoints as they were when it began, so its operations on these
+elements may be out of date: they would cut off an endpoint that was attached meanwhile.  So both
+threads write under one lock, and the wiring's word counts.
 
 Imports no socket, file, clock or trio.
 """
@@ -32,7 +32,8 @@ class WiredElements:
     """The elements of all endpoints that are connected now.
 
     Attributes:
-        lock: held by whoever writes such elements to the kernel, from before it looks here.
+        lock: held while such elements are written to the kernel, and already while they are looked
+            up here.
     """
 
     def __init__(self) -> None:
@@ -40,18 +41,19 @@ class WiredElements:
         self._elements: dict[ElementKey, bytes] = {}
 
     def add(self, elements: Mapping[ElementKey, bytes]) -> bool:
-        """An endpoint with these elements is connected; returns whether that is news."""
+        """Note that an endpoint with these elements is connected; returns whether any is new."""
         before = len(self._elements)
         self._elements.update(elements)
         return len(self._elements) > before
 
     def remove(self, elements: Mapping[ElementKey, bytes]) -> None:
-        """One is not any more."""
+        """Note that an endpoint with these elements is no longer connected."""
         for key in elements:
             self._elements.pop(key, None)
 
     def still_right(self, ops: Sequence[Op]) -> list[Op]:
-        """Operations on elements, without those that are out of date."""
+        """The operations on elements, without those that are out of date."""
+        # A deletion has the value None, and so has an element that is not connected: that agrees.
         return [
             op
             for op in ops
@@ -59,6 +61,6 @@ class WiredElements:
         ]
 
     def bring_up_to_date(self, ruleset: Ruleset) -> Ruleset:
-        """A ruleset with the endpoints that are connected now."""
+        """The ruleset, with the elements of the endpoints that are connected now."""
         others = {k: v for k, v in ruleset.elements.items() if not SETS[k.set_name].wired}
         return Ruleset(ruleset.firewall, others | self._elements)

@@ -1,10 +1,10 @@
-"""What the kernel tells of its own accord, filtered to what concerns us.
+"""The kernel's notifications, filtered to those that concern us.
 
 Our own writes come back as notifications: programming 10,000 hosts makes 50,000 of them, more than
-a socket's buffer holds.  So the kernel itself drops them, by a socket filter: those that name one
-of our sockets as their cause, and, since VXLAN devices name none, those that tell of an FDB entry
-that was set with the mark of ours (`bulk.NTF_EXT_LEARNED`).  What comes is what others did, and
-deletions of our own FDB entries and neighbours, and loads of our rules, which ``nft`` does for us.
+a socket's buffer holds.  So a socket filter has the kernel drop them: those that name one of our
+sockets as their cause and, since VXLAN devices name none, those of FDB entries that were set with
+our mark (`bulk.NTF_EXT_LEARNED`).  What remains is what others did, the deletions of our own FDB
+entries and neighbours, and loads of our rules, which ``nft`` does for us.
 
 linux/rtnetlink.h (multicast groups), linux/netfilter/nfnetlink.h and nf_tables.h; linux/filter.h.
 """
@@ -61,6 +61,7 @@ _GROUPS = (
     RTNLGRP_NEXTHOP,
 )
 _RECEIVE_BUFFER_BYTES = 8 << 20
+"""If it overflows, the kernel drops notifications, and only a pass over everything helps."""
 
 
 def open_route_events(own_ports: Collection[int]) -> socket.socket:
@@ -76,7 +77,7 @@ def open_nftables_events(own_ports: Collection[int]) -> socket.socket:
     """A socket that receives nf_tables notifications of the calling thread's namespace.
 
     Args:
-        own_ports: as of `open_route_events`, but of sockets for nftables.
+        own_ports: as of `open_route_events`, but of nftables sockets.
     """
     return _open(NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), own_ports)
 
@@ -85,6 +86,7 @@ def _open(protocol: int, groups: Collection[int], own_ports: Collection[int]) ->
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
     try:
         rtnl.set_receive_buffer(events, _RECEIVE_BUFFER_BYTES)
+        # Before it joins a group: nothing must come in unfiltered.
         _drop_own(events, own_ports, _FDB_OF_OURS if protocol == socket.NETLINK_ROUTE else ())
         events.bind((0, 0))
         for group in groups:
@@ -101,7 +103,7 @@ _FDB_OF_OURS = (
     *((LOAD_U8, 0, 0, 26), (IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
     (RETURN, 0, 0, 0),
 )
-"""Steps that drop an FDB entry that was set with the mark of ours."""
+"""Steps that drop notifications of FDB entries that were set with our mark."""
 
 
 def _drop_own(
@@ -109,8 +111,8 @@ def _drop_own(
 ) -> None:
     """Attach a classic BPF program to a netlink socket, as zebra does (``netlink_install_filter``).
 
-    A notification is one message, or those of one sender.  The program loads big-endian, messages
-    are in host byte order.
+    A datagram is one notification, or several of one sender, so its first header tells.  The
+    program loads big-endian, but messages are in host byte order: hence ``htons`` and ``htonl``.
     """
     program = [(LOAD_U32, 0, 0, 12)]  # nlmsg_pid
     for port in own_ports:
@@ -125,7 +127,7 @@ NeighbourId = tuple[int, int, bytes]
 
 
 def neighbour_id(message: rtnl.Message) -> NeighbourId:
-    """What names the neighbour or FDB entry that a message is about."""
+    """Identifies the neighbour or FDB entry that a message is about."""
     family, ifindex, *_ = rtnl.NDMSG.unpack_from(message.data, message.start)
     attrs = rtnl.parse_attrs(message.data, message.start + 12, message.end)
     key = bulk.NDA_LLADDR if family == bulk.AF_BRIDGE else bulk.NDA_DST
@@ -135,13 +137,13 @@ def neighbour_id(message: rtnl.Message) -> NeighbourId:
 class EventFilter:
     """Says whether a notification may mean that the kernel differs from what we want.
 
-    Which links are ours and which are the underlay's is told by `look_at` after every pass; one of
-    ours that appears in between is known by its name.
+    After every pass `look_at` says which links are ours and which are the underlay's; one of ours
+    that appears in between is recognised by its name.
 
     Args:
-        deleted: neighbours and FDB entries that we do not want any more, as `neighbour_id` names
-            them: the kernel tells of their end without saying that it was our doing.
-        expects_endpoint: whether an endpoint's link of that name should be there.
+        deleted: neighbours and FDB entries that we no longer want, as `neighbour_id` identifies
+            them: the kernel does not say that their end was our doing.
+        expects_endpoint: whether an endpoint's link of that name should exist.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class EventFilter:
         self._looks = {i: looks for i, looks in self._looks.items() if i in known}
 
     def concerns_us(self, data: bytes) -> bool:
-        """Whether any rtnetlink message of a datagram does; one that cannot be read may."""
+        """Whether any rtnetlink message of a datagram may; an unreadable one may, too."""
         try:
             return any(self._one(message) for message in rtnl.split_messages(data))
         except struct.error:
@@ -207,9 +209,10 @@ class EventFilter:
         _, _, index, flags, _ = rtnl.IFINFO.unpack_from(message.data, message.start)
         attrs = rtnl.parse_attrs(message.data, message.start + 16, message.end)
         if index in self._own_links or index in self._underlay_links:
-            # A bridge tells of every port that comes or goes; that it is as it was is no news.
-            # A TUN without its process has no carrier; without its carrier the underlay has none
-            # of our nexthops, and Linux does not say so.  A bridge's follows its ports.
+            # A bridge tells of every port that comes or goes; if it looks as before, that is not
+            # news.  The carrier matters of two kinds of link.  A TUN whose process has ended has
+            # none.  From an underlay link that loses it the kernel removes our nexthops, and does
+            # not tell.  A bridge's carrier merely follows its ports.
             carries = index in self._tunnels or index in self._underlay_links
             state = links.IFF_UP | (links.IFF_LOWER_UP | links.IFF_RUNNING if carries else 0)
             kind = attrs.get(links.IFLA_LINKINFO) if index in self._tunnels else None
@@ -218,15 +221,16 @@ class EventFilter:
             self._looks[index] = looks
             return message.kind == rtnl.RTM_DELLINK or looks != before
         name = attrs.get(links.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
-        # Endpoint links are made by the dozen; only their end, that they are down, or their leaving
-        # the bridge (a RTM_DELLINK of family AF_BRIDGE), can be somebody else's doing.
+        # The agent itself makes endpoint links, by the dozen, so their coming is not news.  That
+        # one ends, is down, or leaves the bridge (a RTM_DELLINK of family AF_BRIDGE) may be
+        # somebody else's doing.
         if ENDPOINT_LINK.fullmatch(name):
             ends = message.kind == rtnl.RTM_DELLINK or not flags & links.IFF_UP
             return ends and self.expects_endpoint(name)
         return name in self._awaited or bool(NETWORK_LINK.fullmatch(name))
 
     def _neighbour(self, message: rtnl.Message) -> bool:
-        # Those on a bridge are endpoints, which the host resolves by itself.
+        # Neighbours on a bridge are endpoints, which the kernel resolves by itself.
         if rtnl.NDMSG.unpack_from(message.data, message.start)[1] not in self._tunnels:
             return False
         return message.kind == rtnl.RTM_NEWNEIGH or neighbour_id(message) not in self._deleted
@@ -237,8 +241,8 @@ class EventFilter:
             return False
         if header[5] == ROUTE_PROTOCOL:
             return True
-        # Another route through a link of ours or of the underlay may hide one of ours, or be the
-        # new way to a peer.
+        # Somebody else's route through our links or the underlay's may hide one of ours, or be the
+        # new path to a peer.
         attrs = rtnl.parse_attrs(message.data, message.start + 12, message.end)
         index = rtnl.U32.unpack(attrs.get(bulk.RTA_OIF, bytes(4)))[0]
         return index in self._own_links or index in self._underlay_links
@@ -253,6 +257,7 @@ def nftables_concerns_us(data: bytes) -> bool:
     """Whether any nf_tables message of a datagram is about a table of ours."""
     for message in rtnl.split_messages(data):
         subsystem, kind = message.kind >> 8, message.kind & 0xFF
+        # NEWGEN follows every transaction, anybody's, and names no table.
         if subsystem != NFNL_SUBSYS_NFTABLES or kind == NFT_MSG_NEWGEN:
             continue
         attrs = rtnl.parse_attrs(message.data, message.start + 4, message.end)

@@ -1,7 +1,7 @@
 """The real kernel: one host's network stack through netlink, /proc/sys and nftables.
 
-Each table has a driver (`meshnet.kernel.drivers`), put in its place here.  Links are made and
-changed through pyroute2; all that comes in thousands goes through `meshnet.kernel.wire.bulk`.
+Each table has a driver (`meshnet.kernel.drivers`), which is assigned here.  Links are made and
+changed through pyroute2; tables with thousands of rows go through `meshnet.kernel.wire.bulk`.
 Everything acts on the network namespace of the thread that makes the object, and all calls must
 come from that thread.
 """
@@ -46,8 +46,8 @@ class NetlinkKernel:
         wired: elements of the endpoints that this host's wiring has connected.
         vteps: userspace VTEPs; None: this host has none.
         vxlan: None: find out whether the kernel has VXLAN; False: do not use it.
-        nexthop_objects: None: find out whether the kernel has them; False: do as if it had none,
-            which is for tests.
+        nexthop_objects: None: find out whether the kernel has them; False: act as if it had none
+            (for tests).
 
     Raises:
         OSError: a netlink socket cannot be had.
@@ -66,7 +66,7 @@ class NetlinkKernel:
         capabilities = Capabilities(namespace, vxlan=vxlan, nexthop_objects=nexthop_objects)
         self._namespace = namespace
         self._underlay = UnderlayObserver(namespace, capabilities)
-        # In the order of dumping: links first, since others look at what is on them.
+        # In the order of dumping: links first, since the other drivers ask which links are there.
         self._drivers: dict[Table, Driver] = {
             Table.LINK: LinkDriver(namespace, vteps),
             Table.ADDRESS: AddressDriver(namespace),
@@ -93,7 +93,7 @@ class NetlinkKernel:
     def deleted(self) -> set[NeighbourId]:
         """Neighbours and FDB entries deleted since the last dump and not set since (`EventFilter`).
 
-        May be looked at from any thread.
+        Any thread may read it.
         """
         return self._namespace.deleted
 
@@ -104,7 +104,7 @@ class NetlinkKernel:
 
     @property
     def nft_port_id(self) -> int:
-        """The same of nftables' elements."""
+        """The same for the elements of nftables sets."""
         return self._namespace.nft.port_id
 
     def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
@@ -121,7 +121,7 @@ class NetlinkKernel:
 
     def dump(self) -> KernelState:
         """See `meshnet.kernel.Kernel`."""
-        # Before anything is looked at: what is deleted from now on by others is news.
+        # Before anything is dumped: a deletion by somebody else from now on must not pass for ours.
         self._namespace.deleted.clear()
         state = KernelState()
         for driver in self._drivers.values():

@@ -1,7 +1,7 @@
-"""Network namespaces: finding that of a process, and doing something inside one.
+"""Network namespaces: finding that of a process, and running code inside one.
 
-`setns(2)` moves one thread; pyroute2's helper is not used because it creates a namespace that does
-not exist.  Only the thread that enters is moved, and it always comes back.
+`setns(2)` moves only the calling thread, and `inside` always brings it back.  pyroute2's helper is
+not used: it creates a namespace that does not exist.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def open_netns(pid: int) -> int:
     """A descriptor of a process's network namespace; the caller closes it.
 
     Raises:
-        NotFoundError: there is no such process.
-        PolicyRefusedError: this process may not look at it.
+        NotFoundError: the process does not exist.
+        PolicyRefusedError: the agent may not look at the process.
     """
     try:
         return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -34,18 +34,18 @@ def open_netns(pid: int) -> int:
         ) from error
     except PermissionError as error:
         raise PolicyRefusedError(
-            f"the namespaces of process {pid} may not be looked at by this agent: give the pid of "
-            "another process of the same namespace"
+            f"this agent may not look at the namespaces of process {pid}: give the pid of another "
+            "process in the same namespace"
         ) from error
 
 
 def netns_id(fd: int) -> NetnsId:
-    """Which namespace a descriptor is of."""
+    """The namespace that a descriptor refers to."""
     return _id_of(os.fstat(fd))
 
 
 def netns_of(pid: int) -> NetnsId | None:
-    """The network namespace that a process is in; None: it has ended, or may not be looked at."""
+    """The network namespace of a process; None: it has ended, or the agent may not look at it."""
     try:
         return _id_of(os.stat(f"/proc/{pid}/ns/net"))
     except OSError:
@@ -53,7 +53,8 @@ def netns_of(pid: int) -> NetnsId | None:
 
 
 def own_netns() -> NetnsId:
-    """The calling thread's."""
+    """The calling thread's network namespace."""
+    # Not /proc/self, which is the main thread's: a worker may have entered another.
     return _id_of(os.stat("/proc/thread-self/ns/net"))
 
 
@@ -64,16 +65,16 @@ def host_netns() -> set[NetnsId]:
     neither.
 
     Raises:
-        PolicyRefusedError: that of process 1 cannot be found out.
+        PolicyRefusedError: the agent may not look at process 1.
     """
-    # Process 1 may be out of reach even for root; process 2, the kernel's, is in the same one.
+    # Process 1 may be out of reach even for root; process 2, kthreadd, is in the same namespace.
     for pid in (1, 2):
         found = netns_of(pid)
         if found is not None:
             return {own_netns(), found}
     raise PolicyRefusedError(
-        "neither process 1's nor process 2's network namespace may be looked at, so this machine's "
-        "own cannot be told from others: run the agent in the machine's pid namespace"
+        "this agent may look at the network namespace of neither process 1 nor process 2, and so "
+        "cannot tell the machine's own from others: run it in the machine's pid namespace"
     )
 
 
@@ -86,10 +87,10 @@ def find_process(netns: NetnsId) -> int | None:
 
 
 def open_by_id(netns: NetnsId) -> int | None:
-    """A descriptor of a network namespace, if anything keeps it that can be seen.
+    """A descriptor of a network namespace; None: nothing that the agent can see keeps it alive.
 
-    That is a process, or a mount as ``ip netns`` and container engines make them.  The caller
-    closes it.
+    A process does, or a mount as ``ip netns`` and container engines make them.  The caller closes
+    the descriptor.
     """
     pid = find_process(netns)
     paths = [f"/proc/{pid}/ns/net"] if pid is not None else []
@@ -98,6 +99,7 @@ def open_by_id(netns: NetnsId) -> int | None:
     for path in paths:
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Compared after opening: the process may have ended and its pid be another's now.
             if netns_id(fd) == netns:
                 return fd
             os.close(fd)
@@ -113,8 +115,9 @@ def inside(fd: int) -> Iterator[None]:
     """Run the block with the calling thread in another network namespace.
 
     Raises:
-        OSError: the kernel refused to enter (EPERM), or the descriptor is no namespace.
+        OSError: the kernel refused to enter (EPERM), or the descriptor is not of a namespace.
     """
+    # A descriptor, not a path: after setns(2) the path leads to the namespace that was entered.
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         libc.setns(fd, libc.CLONE_NEWNET)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from meshnet.tables import Op
 
 RUN_OPERATIONS = 500
-"""The most operations that are written without a word on the progress."""
+"""The most operations to write between two reports of progress."""
 
 _GONE = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL))
-"""What a deletion wanted is so already."""
+"""Errnos by which the kernel says that the object of a deletion does not exist: as wanted."""
 
 
 def carry_out(
@@ -33,7 +33,7 @@ def carry_out(
 
     Args:
         write: writes neighbouring operations on one table, all of which can be tried, and returns
-            those that were refused.  A refused deletion of what is gone is no failure.
+            those that were refused.  A refused deletion of what is gone is not a failure.
         on_written: see `meshnet.kernel.Kernel.apply`.
     """
     failures: list[Failure] = []
@@ -60,12 +60,12 @@ def carry_out(
 
 
 def _with_remedy(failure: Failure) -> Failure:
-    """Say what helps where the kernel's own words do not."""
+    """Add the remedy where the kernel's words do not suggest it."""
     if failure.op.table is Table.NEIGHBOUR and failure.errno == errno.ENOBUFS:
         version = 4 if len(failure.op.key.address) == 4 else 6
         setting = f"net.ipv{version}.neigh.default.gc_thresh3"
         return failure._replace(
-            reason=f"{failure.reason}: the machine's neighbour table is full, raise {setting}"
+            reason=f"{failure.reason}: the machine's neighbour table is full: raise {setting}"
         )
     return failure
 

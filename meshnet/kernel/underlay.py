@@ -1,4 +1,4 @@
-"""Looking at what is below the networks: the underlay's address and link, and the ways to peers."""
+"""Looking at what is below the networks: the underlay's address and link, and paths to peers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
 
 
 class UnderlayObserver:
-    """Tells how the underlay of a namespace is; writes nothing."""
+    """Looks at the underlay of a namespace; writes nothing."""
 
     def __init__(self, namespace: HostNamespace, capabilities: Capabilities) -> None:
         self._namespace = namespace
@@ -61,7 +61,8 @@ class UnderlayObserver:
         packed = [a.packed for a in addresses]
         socket = self._namespace.rtnl
         answers = socket.ask(route_lookups.encode_route_lookups(packed, socket.next_sequence))
-        # Thousands of peers are behind a few routes, whose description is the same for all.
+        # Thousands of peers are behind a few routes, and for all peers behind one the kernel's
+        # answer is the same, byte for byte: it is decoded once.
         routes = {answer for answer in answers if isinstance(answer, bytes)}
         ways = {route: route_lookups.decode_route_lookup(route) for route in routes}
         known = self._namespace.by_index.keys()
@@ -108,6 +109,7 @@ class UnderlayObserver:
         wanted: IpAddress | None,
         dev: str | None,
     ) -> tuple[IpAddress, LinkInfo]:
+        # The wanted address first, if the link has it: a second address must not move the tunnels.
         for ip, link in sorted(held, key=lambda item: (item[0] != wanted, item[0].version)):
             if ip == wanted if dev is None else self._is_or_has_port(link, dev):
                 return ip, link
@@ -122,7 +124,10 @@ class UnderlayObserver:
         )
 
     def _is_or_has_port(self, link: LinkInfo, dev: str) -> bool:
-        """Whether the link is `dev`, or the bridge that has `dev` for a port, and its addresses."""
+        """Whether the link is `dev`, or a bridge that has `dev` as a port, and so its addresses.
+
+        That is how a link is found again after its takeover.
+        """
         by_index = self._namespace.by_index
         return link.name == dev or any(
             port.name == dev and by_index.get(port.master) is link for port in by_index.values()

@@ -1,7 +1,7 @@
 """The userspace VTEPs of this host: starting, asking, telling and ending their processes.
 
 Job: the client's side of `meshnet.vtep.control`, for `meshnet.kernel.netlink`.  A process outlives
-whoever started it; the one that holds the run directory of a TUN is the one that serves it.  Blocks
+the agent that started it; the one that holds a TUN's run directory serves that TUN.  Calls block
 the kernel's thread, at most `_TIMEOUT_S` at a time.
 """
 
@@ -47,11 +47,12 @@ class VtepProcesses:
     """The processes, by the names of their TUNs.
 
     Args:
-        directory: theirs; each has a run directory in it, with a socket: not too long a path.
+        directory: holds a run directory for each, with a socket in it, so its path must be short
+            (``sun_path`` has 108 bytes).
         engine: what carries their packets (`meshnet.vtep.engine`).
 
     Attributes:
-        engine: the same.
+        engine: as in Args.
     """
 
     def __init__(self, directory: Path, engine: str = "python") -> None:
@@ -59,7 +60,7 @@ class VtepProcesses:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def look(self, tun: str) -> Vtep | None:
-        """The process that serves a TUN, or None if none answers."""
+        """The process that serves a TUN; None: no process answers."""
         try:
             status = self._ask(tun, {"op": "status"})
             config = status["config"]
@@ -74,7 +75,7 @@ class VtepProcesses:
             return None
 
     def members(self, tun: str) -> dict[MemberKey, Member]:
-        """Whom the process of a TUN talks to; nobody if it does not answer."""
+        """The members that the process of a TUN talks to; empty if it does not answer."""
         try:
             peers = self._ask(tun, {"op": "peers"})["peers"]
             return dict(_from_document(tun, peer) for peer in peers)
@@ -105,11 +106,12 @@ class VtepProcesses:
             return []
 
     def start(self, tun: str, vxlan: Vxlan, mac: bytes, mtu_bytes: int) -> None:
-        """Have a TUN served so, by a new process if the one there is serves it otherwise.
+        """Start a process that serves a TUN, in place of the one that did, if any.
 
         Raises:
-            KernelRefusedError: it did not come up; the message has its last words.
+            KernelRefusedError: it did not come up; the message has its last line of log.
         """
+        # First: a new process refuses to start while another holds the run directory.
         self.stop(tun)
         argv, log_path = self.prepare(tun, vxlan, mac, mtu_bytes)
         with log_path.open("wb") as log:
@@ -121,14 +123,14 @@ class VtepProcesses:
         while self.look(tun) is None:
             if child.poll() is not None or time.monotonic() > deadline:
                 words = log_path.read_text(errors="replace").strip().splitlines()
-                reason = words[-1] if words else "it says nothing"
+                reason = words[-1] if words else "it logged nothing"
                 raise KernelRefusedError(f"userspace VTEP of {tun} did not start: {reason}")
             time.sleep(0.005)
 
     def prepare(self, tun: str, vxlan: Vxlan, mac: bytes, mtu_bytes: int) -> tuple[list[str], Path]:
         """Make the run directory of a TUN; returns the command to serve it, and a file to log to.
 
-        For whoever starts the process in another way than `start`, which is for benchmarks.
+        Benchmarks start the process themselves; everybody else calls `start`.
         """
         run_dir = self._directory / tun
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -154,7 +156,7 @@ class VtepProcesses:
                 child.wait(timeout=_TIMEOUT_S)
 
     def update(self, tun: str, ops: Iterable[Op]) -> None:
-        """Carry operations on members out, all or none.
+        """Carry out operations on members, all or none.
 
         Raises:
             KernelRefusedError: the process refused them, or does not answer.
@@ -181,7 +183,9 @@ class VtepProcesses:
 
 
 def _wait_for_end(pid: int) -> None:
-    """Wait until a process has ended; one that does not in time is killed."""
+    """Wait until a process has ended, and kill it if it takes too long."""
+    # A pidfd: it may be an earlier agent's child, so waitpid(2) does not help, and a pid may be
+    # reused before the signal.
     try:
         fd = os.pidfd_open(pid)
     except OSError:

@@ -1,11 +1,11 @@
 """Endpoints: a link in a namespace, all of it or nothing.
 
-It is one end of a veth pair whose other end is a port of a bridge of the host, or a macvlan on a
-link of the host: then nothing of it is in the host's own namespace.
+The link is one end of a veth pair, whose other end is a port of a bridge of the host; or a macvlan
+on a link of the host, of which nothing is in the host's own namespace.
 
-The order inside the namespace matters: router advertisements and duplicate address detection are
-switched off before the link goes up, so that a packet can be sent with the first scheduling of the
-process and a neighbour on the bridge can not hand it a default route (CVE-2020-10749).
+The order inside the namespace matters.  Router advertisements and duplicate address detection are
+switched off before the link goes up: so the process can send at once, and a neighbour on the bridge
+cannot hand it a default route (CVE-2020-10749).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 RTPROT_STATIC = 4
 _MAC_TRIES, _MAC_PAUSE_S = 40, 0.05
+"""For a macvlan whose MAC an ending one still has: 2 s in all (`NetlinkWiring._set_up`)."""
 
 
 class NetlinkWiring:
@@ -71,7 +72,7 @@ class NetlinkWiring:
 
     @property
     def nft_port_id(self) -> int:
-        """The same of nftables' elements."""
+        """The same for the elements of nftables sets."""
         return self._nft.port_id
 
     def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
@@ -82,18 +83,24 @@ class NetlinkWiring:
         try:
             if endpoint.parent is None:
                 index = socket.if_nametoindex(endpoint_link_name(endpoint.id))
-                # A courtesy that a kernel without IPv6, or a link with a small MTU, has no use for.
+                # The host's end needs no address.  May fail: a kernel without IPv6, or a link with
+                # an MTU below IPv6's minimum, knows no such setting.
                 self._rtnl.send_batch([links.encode_no_link_local(index)])
                 self._must(self._rtnl, [links.encode_hairpin(index)], endpoint)
+                # Before the namespace's end goes up: the firewall drops what it does not know, and
+                # the process's first packet must not be lost.
                 is_new = self._allow(endpoint)
             with inside(netns_fd):
                 return self._configure(wiring)
         except BaseException as error:
+            # Removing the host's end removes the other, with its addresses and routes.
             if endpoint.parent is None:
                 self._rtnl.send_batch([links.encode_link_delete(endpoint_link_name(endpoint.id))])
             else:
                 with inside(netns_fd):
                     self._remove_macvlan(endpoint)
+            # Elements that were there before stay: they come from an earlier connection of the
+            # same endpoint.
             if is_new:
                 self._forbid(endpoint)
             if isinstance(error, OSError):
@@ -154,7 +161,7 @@ class NetlinkWiring:
         return [name for name in names if ENDPOINT_LINK.fullmatch(name)]
 
     def _remove_macvlan(self, endpoint: Endpoint) -> None:
-        """The calling thread is in the namespace that has it."""
+        """Remove an endpoint's macvlan from the namespace that the calling thread is in."""
         with contextlib.closing(rtnl.RtnlSocket()) as inner:
             name = _find_macvlan(inner, endpoint)
             if name is None:
@@ -169,7 +176,7 @@ class NetlinkWiring:
         return {name: count.packets for name, count in self._nft.dump_counters().items()}
 
     def _allow(self, endpoint: Endpoint) -> bool:
-        """Let an endpoint send from what is its own; returns whether that is news."""
+        """Let an endpoint send from its own addresses; returns whether it could not before."""
         elements = source_elements(endpoint)
         with self._wired.lock:
             is_new = self._wired.add(elements)
@@ -187,14 +194,15 @@ class NetlinkWiring:
     def _write_elements(self, ops: Sequence[Op]) -> None:
         self.writes += len(ops)
         for failure in self._nft.write_elements(ops):
-            # Without tables there is nothing to add to or delete from: the pass that loads them
-            # loads what is connected then.
+            # Without tables there is nothing to write to.  The pass that loads them takes the
+            # elements from `WiredElements`, so nothing is missed.
             if failure.errno != errno.ENOENT:
                 raise KernelRefusedError(str(failure))
 
     def _configure(self, wiring: EndpointWiring) -> bool:
-        """The half inside the namespace: the calling thread is in it."""
+        """Configure the link inside the namespace, which the calling thread is in."""
         endpoint = wiring.endpoint
+        # A socket belongs to the namespace it was made in, so this one cannot be kept for reuse.
         with contextlib.closing(rtnl.RtnlSocket()) as inner:
             if endpoint.parent is not None:
                 index = socket.if_nametoindex(endpoint_link_name(endpoint.id))
@@ -210,6 +218,7 @@ class NetlinkWiring:
             )
             self._set_up(inner, index, endpoint)
             default = endpoint.default_route and bool(endpoint.gateways)
+            # A namespace keeps the default route that it has: another attachment may have made it.
             default = default and not _has_default_route(inner)
             routes = []
             for gateway in endpoint.gateways:
@@ -222,10 +231,11 @@ class NetlinkWiring:
         return default
 
     def _set_up(self, inner: rtnl.RtnlSocket, index: int, endpoint: Endpoint) -> None:
-        """Set a link up, once nobody else on its parent has its MAC.
+        """Set a link up, once no other link on its parent has its MAC.
 
-        An endpoint that ended is still there until the kernel has removed its namespace, and the
-        next one with its address has its MAC (``macvlan_open`` in drivers/net/macvlan.c).
+        An endpoint's MAC follows from its address, and a macvlan is there until the kernel has
+        removed its namespace: so the next holder of the address may meet the last one's, and get
+        EADDRINUSE (``macvlan_open`` in drivers/net/macvlan.c).
         """
         up = links.encode_link_up(index)
         for _ in range(_MAC_TRIES):
@@ -257,8 +267,8 @@ def _encode_link(netns_fd: int, wiring: EndpointWiring) -> rtnl.Request:
             "see meshnet status"
         ) from error
     if endpoint.parent is not None:
-        # By a name of ours at first: older kernels refuse one that this namespace has, although the
-        # link is for another.
+        # Under a name of ours at first: older kernels refuse a name that the host's namespace has
+        # (eth0), although the link is for another namespace.
         return links.encode_macvlan(
             endpoint_link_name(endpoint.id),
             lower=uplink,
@@ -287,17 +297,17 @@ def _find_macvlan(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> str | None:
 
 
 def _translate(request: rtnl.Request, error: rtnl.KernelError, endpoint: Endpoint) -> MeshnetError:
-    """The kernel's errno in the words of whoever asked for the endpoint."""
+    """The kernel's errno as an error that tells the user what to do."""
     exists = error.errno == errno.EEXIST
     if exists and request.kind in (rtnl.RTM_NEWLINK, rtnl.RTM_SETLINK):
         return ConflictError(
-            f"{endpoint.sandbox} has a link {endpoint.ifname} already: "
+            f"{endpoint.sandbox} already has a link {endpoint.ifname}: "
             "choose another name with --ifname"
         )
     if exists:
         return ConflictError(
-            f"{endpoint.sandbox} has a route that endpoint {endpoint.name} needs for network "
-            f"{endpoint.network} already: remove it"
+            f"{endpoint.sandbox} already has a route that endpoint {endpoint.name} needs for "
+            f"network {endpoint.network}: remove it"
         )
     return KernelRefusedError(
         f"endpoint {endpoint.name} of network {endpoint.network} in {endpoint.sandbox}: {error}"
@@ -305,13 +315,16 @@ def _translate(request: rtnl.Request, error: rtnl.KernelError, endpoint: Endpoin
 
 
 def _set_ipv6(endpoint: Endpoint) -> None:
-    """Settings of the calling thread's namespace (/proc/sys/net is that of whoever opens it)."""
+    """Set IPv6 up for a link of the calling thread's namespace.
+
+    /proc/sys/net shows the namespace of the thread that opens it.
+    """
     settings = Path("/proc/sys/net/ipv6/conf") / endpoint.ifname
     if not settings.exists():
         return
     (settings / "accept_ra").write_text("0")
     (settings / "accept_dad").write_text("0")
-    # The link-local address that the firewall expects is the one made of the MAC.
+    # EUI-64: the firewall admits the link-local address made of the MAC, and no other.
     (settings / "addr_gen_mode").write_text("0")
     if any(a.version == 6 for a in endpoint.addresses):
         # Docker and others start namespaces with IPv6 off.
@@ -319,13 +332,13 @@ def _set_ipv6(endpoint: Endpoint) -> None:
 
 
 def _check_addresses(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> None:
-    """The kernel itself lets two links of a namespace have one address."""
+    """Refuse addresses that another link of the namespace has: the kernel itself would not."""
     messages = inner.dump(rtnl.RTM_GETADDR, links.address_dump())
     held = {info.address for info in links.decode_addresses(messages)}
     for address in endpoint.addresses:
         if address.ip.packed in held:
             raise ConflictError(
-                f"{endpoint.sandbox} holds the address {address.ip} already: "
+                f"{endpoint.sandbox} already holds the address {address.ip}: "
                 "choose another with --ip"
             )
 

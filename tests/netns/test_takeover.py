@@ -278,7 +278,7 @@ def test_links_that_cannot_be_taken_are_left_alone(taking: _Taking) -> None:
     host = taking.host
     cases = {
         "does not exist": ("nosuch0", (), ()),
-        "no Ethernet": ("lo", (), ()),
+        "not an Ethernet": ("lo", (), ()),
         "is down": ("other", ("link add other type bridge",), ("link del other",)),
         "meshnet's own": ("mnb1", ("link add mnb1 type bridge",), ("link del mnb1",)),
         "port of br7": (

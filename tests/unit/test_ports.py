@@ -67,19 +67,19 @@ def test_what_people_write(text: str, ports: list[PublishedPort]) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "not of that form"),
-        ("http", "not of that form"),
-        ("8080:80/", "not of that form"),
+        ("", "does not have the right form"),
+        ("http", "does not have the right form"),
+        ("8080:80/", "does not have the right form"),
         ("8080:80/sctp", "sctp ports cannot be published"),
         ("8080:0", "0 is not within 1 to 65535"),
         ("65536:80", "65536 is not within"),
-        ("999999:80", "is not a port"),
-        ("-1:80", "is not a port"),
+        ("999999:80", "is neither a port nor"),
+        ("-1:80", "is neither a port nor"),
         ("90-80:90-80", "not within"),
         ("0-9:80-89", "not within"),
-        ("8080-8081:80", "2 ports of the host are not 1"),
-        ("8080:80-81", "1 ports of the host are not 2"),
-        ("::1:8080:80", "not of that form"),
+        ("8080-8081:80", "2 ports of the host do not match 1"),
+        ("8080:80-81", "1 ports of the host do not match 2"),
+        ("::1:8080:80", "does not have the right form"),
         ("[127.0.0.1]:8080:80", "brackets are for IPv6"),
         ("[fe80::1%eth0]:8080:80", "has a scope"),
         ("[fe80::1]:8080:80", "cannot be published at"),
@@ -87,10 +87,10 @@ def test_what_people_write(text: str, ports: list[PublishedPort]) -> None:
         ("224.0.0.1:8080:80", "cannot be published at"),
         ("0.0.0.0:8080:80", "leave it out"),
         ("[::]:8080:80", "leave it out"),
-        ("[::1]:8080:80", "does not translate what is for ::1: publish at 127.0.0.1"),
+        ("[::1]:8080:80", "does not translate packets to ::1: publish at 127.0.0.1"),
         ("localhost:8080:80", "does not appear to be"),
-        ("8080:80\n", "not of that form"),
-        ("٨٠:80", "not of that form"),
+        ("8080:80\n", "does not have the right form"),
+        ("٨٠:80", "does not have the right form"),
     ],
 )
 def test_what_is_refused(text: str, reason: str) -> None:
@@ -104,7 +104,7 @@ def test_ports_of_an_endpoint_are_limited() -> None:
     assert len(parse_all_published([f"1-{MAX_PUBLISHED}:1-{MAX_PUBLISHED}"])) == MAX_PUBLISHED
     assert parse_all_published(["80:80", "80:80/tcp"]) == (PublishedPort(TCP, 80, 80),)
     for texts in (["1-65535:1-65535"], ["1-200:1-200", "201-300:201-300"]):
-        with pytest.raises(UsageError, match="256 at most"):
+        with pytest.raises(UsageError, match="at most 256"):
             parse_all_published(texts)
 
 
@@ -168,7 +168,7 @@ def test_bindings() -> None:
         "::",
     ]
     assert len(bindings_of(OTHER, PublishedPort(TCP, 80, 80))) == 1
-    with pytest.raises(UsageError, match="network prod has none of that version"):
+    with pytest.raises(UsageError, match="network prod has no IPv6"):
         bindings_of(OTHER, PublishedPort(TCP, 80, 80, ip_address("fd00::7")))
 
 
@@ -236,7 +236,7 @@ async def test_a_port_that_is_free_is_chosen(host: FakePorts) -> None:
 
 async def test_no_more_than_an_endpoint_may_have(host: FakePorts) -> None:
     full = replace(WEB, published=parse_all_published(["1-256:1-256"]))
-    with pytest.raises(UsageError, match="256 at most"):
+    with pytest.raises(UsageError, match="at most 256"):
         await PublishedPorts(host, FakeDataPlane()).acquire(full, parse_all_published(["300:80"]))
 
 

@@ -1,9 +1,8 @@
 """Drivers: each dumps one table of the kernel, and writes it.
 
-`namespace` is what they share: sockets, and the links of the network namespace as last seen.  A
-driver gets all its operations that can be tried at once, and gives back those that were refused.
-Adding a table: its specification in `meshnet.tables`, and a driver here that
-`meshnet.kernel.netlink` puts in its place.
+They share `namespace`: sockets, and the links of the network namespace as last seen.  A driver gets
+all its operations that can be tried at once, and returns those that were refused.  To add a table,
+specify it in `meshnet.tables`, and write a driver here, which `meshnet.kernel.netlink` assigns.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Driver(Protocol):
     """Dumps and writes one table of `meshnet.tables`."""
 
     def dump(self, state: KernelState) -> None:
-        """Add what the kernel has of this table; `state` has the links already.
+        """Add this table's rows as the kernel has them; `state` already has the links.
 
         Raises:
             OSError: the kernel cannot be asked.
@@ -29,5 +28,5 @@ class Driver(Protocol):
         ...
 
     def write(self, ops: Sequence[Op]) -> list[Failure]:
-        """Carry operations on this table out, in order; returns those that were refused."""
+        """Carry out operations on this table, in order; returns those that were refused."""
         ...

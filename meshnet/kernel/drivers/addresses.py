@@ -1,4 +1,4 @@
-"""Addresses of our links."""
+"""Addresses on our links."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class AddressDriver:
             "prefixlen": key.prefix_length,
         }
         if len(key.address) == 16 and not delete:
-            # Nobody else can have it, and a tentative address cannot be used for a second or two.
+            # No duplicate address detection: nobody else can have the address, and it could not be
+            # used for a second or two.
             options["flags"] = links.IFA_F_NODAD
         self._namespace.iproute.address("del" if delete else "add", **options)

@@ -44,7 +44,8 @@ class FirewallDriver:
 
     def _load(self, ruleset: Ruleset) -> None:
         if not isinstance(ruleset.firewall, Firewall):
-            raise KernelRefusedError("nobody knows what the tables are to do")
+            raise KernelRefusedError("the desired firewall is unknown, so it cannot be loaded")
+        # Held over the whole load: an attach meanwhile would write to tables that are replaced.
         with self._wired.lock:
             counts = self._namespace.nft.dump_counters()
             held = self._wired.bring_up_to_date(ruleset).elements
@@ -64,7 +65,7 @@ class ElementDriver:
 
     def write(self, ops: Sequence[Op]) -> list[Failure]:
         """See `meshnet.kernel.drivers.Driver`."""
-        # Thousands of members must not hold up an attach.
+        # The lock only where it is needed: writing thousands of members must not hold up an attach.
         with self._wired.lock if are_wired(ops) else contextlib.nullcontext():
             right = self._wired.still_right(ops)
             self._namespace.writes += len(right)

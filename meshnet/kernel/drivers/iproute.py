@@ -1,4 +1,4 @@
-"""pyroute2's IPRoute, typed: for links, and for what comes in ones.  Nothing else imports it."""
+"""pyroute2's IPRoute, typed: for links and single addresses.  Nothing else imports pyroute2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links of ours: bridges, VXLAN devices, macvlans, TUNs, and the host's halves of veth pairs."""
+"""Our links: bridges, VXLAN devices, macvlans, TUNs, and the host's halves of veth pairs."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _LINK_SYSCTLS = (
 
 
 def is_ours(name: str) -> bool:
-    """Whether a link of this name is a network's or an endpoint's."""
+    """Whether a link of this name belongs to a network or an endpoint."""
     return bool(NETWORK_LINK.fullmatch(name) or ENDPOINT_LINK.fullmatch(name))
 
 
 class LinkDriver:
     """`meshnet.kernel.drivers.Driver` of links.
 
-    Its `dump` comes first: others ask which links are there.
+    Its `dump` must come first: the others ask which links are there.
     """
 
     def __init__(self, namespace: HostNamespace, vteps: VtepProcesses | None) -> None:
@@ -68,7 +68,10 @@ class LinkDriver:
         self._actual = dict(state.links)
 
     def _look_at_tun(self, link: Link, name: str) -> Link:
-        """A TUN of ours is what its process makes of it, if that is one as we would start."""
+        """Describe a TUN as its process serves it, if we would start the same process.
+
+        Otherwise it has no `vxlan`, differs from what is desired, and gets a new process.
+        """
         if self._vteps is None:
             return link
         vtep, wanted = self._vteps.look(name), (link.mtu_bytes, self._vteps.engine)
@@ -92,6 +95,7 @@ class LinkDriver:
             if self._actual.pop(name).kind is LinkKind.TUN:
                 must_have(self._vteps).stop(name)
             self._namespace.iproute.link("del", index=index)
+        # A bridge lets its ports go; they are not its, and live on.
         for port, link in self._actual.items():
             if link.master == name:
                 self._actual[port] = link._replace(master="")
@@ -109,7 +113,8 @@ class LinkDriver:
         if current is not None:
             differs = current.mtu_bytes != link.mtu_bytes
         else:
-            # A bridge follows its ports' MTU until it is set one, which at creation does not count.
+            # A bridge follows its ports' MTU until somebody sets its own.  Given at creation, the
+            # MTU does not count as set.
             differs = link.kind is LinkKind.BRIDGE
         if differs:
             changes["mtu"] = link.mtu_bytes
@@ -119,15 +124,16 @@ class LinkDriver:
             changes["master"] = indices[link.master] if link.master else 0
         if changes:
             iproute.link("set", index=index, **changes)
-        left_bridge = "master" in changes  # and what it was as a port is forgotten
+        left_bridge = "master" in changes  # then the kernel has forgotten its settings as a port
         if link.hairpin != (current is not None and current.hairpin and not left_bridge):
             iproute.port("set", index=index, mode=int(link.hairpin))
+        # Before it goes up: no router advertisement must be heard in between.
         _write_sysctls(name, link)
         if link.up and (current is None or not current.up):
             iproute.link("set", index=index, state="up")
 
     def _serve_tun(self, name: str, link: Link, current: Link | None) -> None:
-        """Have the VTEP's process as wanted: it makes the TUN and sets it up."""
+        """Have the right process serve the TUN: it makes the TUN and sets it up."""
         if link.vxlan is None or link.mac is None:
             raise KernelRefusedError(f"TUN {name} has nothing to serve")
         served = (link.vxlan, link.mac, link.mtu_bytes, True)
@@ -138,7 +144,7 @@ class LinkDriver:
         _write_sysctls(name, link)
 
     def _create(self, name: str, link: Link) -> None:
-        """Make a link, down: it is configured before it goes up."""
+        """Make a link, down: it must be configured before it goes up."""
         options: dict[str, Any] = {"ifname": name}
         if link.kind is not LinkKind.BRIDGE:
             options["mtu"] = link.mtu_bytes
@@ -157,7 +163,7 @@ class LinkDriver:
                 "kind": "vxlan",
                 "vxlan_id": link.vxlan.vni,
                 "vxlan_port": link.vxlan.port,
-                "vxlan_learning": False,
+                "vxlan_learning": False,  # the FDB is ours: a packet must not change it
                 local: format_ip(link.vxlan.local),
             }
         self._namespace.iproute.link("add", **options)
@@ -167,7 +173,7 @@ class LinkDriver:
     def _find_index(self, name: str) -> None:
         index = self._namespace.iproute.find_link(name)
         if index is None:
-            raise KernelRefusedError(f"link {name} vanished while it was made")
+            raise KernelRefusedError(f"link {name} vanished while it was being made")
         self._namespace.indices[name] = index
 
 

@@ -1,4 +1,4 @@
-"""Members that userspace VTEPs talk to: their processes know them, not the kernel."""
+"""Members that userspace VTEPs talk to: the processes hold this table, not the kernel."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MemberDriver:
                 state.members.update(self._vteps.members(name))
 
     def write(self, ops: Sequence[Op]) -> list[Failure]:
-        """Tell the userspace VTEPs, each all it is to know in one request."""
+        """Tell each userspace VTEP all its changes in one request, which it takes as a whole."""
         failures: list[Failure] = []
         by_tun: dict[str, list[Op]] = {}
         for op in ops:

@@ -18,12 +18,12 @@ class HostNamespace:
     """The calling thread's network namespace.
 
     Attributes:
-        rtnl: for what comes in thousands, by `meshnet.kernel.wire.bulk`.
+        rtnl: for tables with thousands of rows (`meshnet.kernel.wire.bulk`).
         nft: for elements and counters.
-        iproute: for links and what comes in ones.
-        indices: of all links by name, as last dumped, with what was made since.
+        iproute: for links and single addresses.
+        indices: of all links by name, as last dumped, updated by what was made and removed since.
         by_index: all links as last dumped.
-        forwarding_links: names of the host's links that packets of the networks may leave by.
+        forwarding_links: names of the host's links by which packets of the networks may leave.
         writes: requests that changed, or tried to change, something.
         deleted: see `meshnet.kernel.netlink.NetlinkKernel`.
 

@@ -63,7 +63,8 @@ class FdbDriver:
 def _dump(
     namespace: HostNamespace, state: KernelState, family: int
 ) -> Iterator[tuple[str, int, list[Body]]]:
-    """Name and index of each VXLAN device, and what it has of a family."""
+    """Name and index of each VXLAN device, and its neighbours of a family."""
+    # One dump for each device: the kernel filters by it, and the host's own neighbours stay out.
     for dev, link in state.links.items():
         if link.kind is LinkKind.VXLAN:
             index = namespace.indices[dev]
@@ -74,9 +75,10 @@ def _dump(
 def _note_deletions(
     namespace: HostNamespace, ops: Sequence[Op], identify: Callable[[Op], tuple[int, bytes]]
 ) -> None:
-    """Keep `deleted` current, before the kernel tells of it."""
+    """Keep `deleted` current; called before the write, so that the notification comes later."""
     if not namespace.deleted:
-        ops = [op for op in ops if op.value is None]  # a start makes 20,000 and deletes none
+        # A start creates 20,000 and deletes none: there is nothing to discard.
+        ops = [op for op in ops if op.value is None]
     for op in ops:
         family, address = identify(op)
         note = namespace.deleted.add if op.value is None else namespace.deleted.discard

@@ -1,10 +1,9 @@
 """Our nftables tables: loading them in one transaction, telling whether they are as loaded.
 
-The kernel's listing of a table is not the text that made it, so after a load the listings' digest
-is remembered next to what was loaded (in a file, so that a restarted agent need not load again):
-while the listings have that digest, the tables do what they were loaded to.  Elements of named
-sets, which are compared for themselves (`meshnet.kernel.wire.nftnl`), and counters are left out of
-listings.
+The kernel's listing of a table differs from the text that made it.  So after a load the listings'
+digest is remembered next to what was loaded, in a file, so that a restarted agent need not load
+again.  As long as the listings have that digest, the tables do what was loaded.  Listings leave out
+counters, and elements of named sets, which are compared one by one (`meshnet.kernel.wire.nftnl`).
 
 Runs ``nft`` (Debian package nftables) without a shell; scripts go in by standard input.
 """
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 30
 _TRIES = 3
+"""Loads in a row before a listing that keeps differing is believed."""
 
 
 class NftTables:
@@ -50,7 +50,7 @@ class NftTables:
         """Replace the tables and all that is in them, all at once or not at all.
 
         Args:
-            held: what their sets hold.
+            held: the elements of their sets.
             counts: what the counters go on from.
 
         Raises:
@@ -62,7 +62,8 @@ class NftTables:
             digest = _digest("".join(_list_tables()))
             if text != self._loaded.text or digest == self._loaded.listing_sha256:
                 break
-            # One text has one listing: somebody changed it in between, or nft was upgraded.
+            # The same text always lists the same: so somebody changed the tables between load and
+            # listing, and that must not be remembered as ours; or nft was upgraded.
         self._loaded = Loaded(firewall, text, digest)
         write_memory(self._memory, self._loaded)
 
@@ -72,13 +73,14 @@ class NftTables:
         Raises:
             KernelRefusedError: nft or the kernel refused.
         """
+        # "table" first: deleting a table that does not exist fails the whole script.
         gone = (f"table {f} {TABLE}\ndelete table {f} {TABLE}\n" for f in FAMILIES)
         _nft(["-f", "-"], "".join(gone))
         self._loaded = NOTHING
         self._memory.unlink(missing_ok=True)
 
     def read(self) -> Firewall | Unknown | None:
-        """What the tables were loaded to do; None: there are none; unknown: not as loaded."""
+        """What the tables were loaded to do; None: neither exists; unknown: not as loaded."""
         listings = _list_tables()
         if not any(listings):
             return None
@@ -87,19 +89,19 @@ class NftTables:
 
 
 def _list_tables() -> list[str]:
-    """Our tables without elements and counts; "": there is none of that family.
+    """Our tables without elements and counts; "": it does not exist in that family.
 
-    They are cut out of all tables of their families: for one table alone nft 1.0.6 reads the
-    elements, too, that it is not to print, which takes 15 ms for 10,000 of them.
+    They are cut out of a listing of all tables of their families.  For a single table nft 1.0.6
+    also reads the elements that it does not print, which takes 15 ms for 10,000 of them.
     """
     commands = "".join(f"list ruleset {family}\n" for family in FAMILIES)
-    # In numbers: a listing must not change with what /etc/protocols says.
+    # In numbers: a listing must not change with /etc/protocols.
     listing = _nft(["--terse", "--stateless", "--numeric", "-f", "-"], commands)
     return [_cut_out(f"table {family} {TABLE} {{\n", listing) for family in FAMILIES]
 
 
 def _cut_out(head: str, listing: str) -> str:
-    """The table that begins so, in a listing of many."""
+    """The table that begins with `head`, in a listing of many; "" if it is not there."""
     _, begin, rest = f"\n{listing}".partition(f"\n{head}")
     body, end, _ = rest.partition("\n}\n")
     return begin[1:] + body + end

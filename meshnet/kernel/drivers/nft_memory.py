@@ -1,7 +1,7 @@
 """What our nftables tables were loaded from, on disk: a restarted agent need not load them again.
 
-The text is there beside the value.  An agent that renders the same value otherwise (it is of
-another version) finds out by it that the tables do not do what it means by that value.
+The file has the text beside the value.  By it an agent of another version, which renders the same
+value differently, finds out that the tables do not do what it means by that value.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Loaded(NamedTuple):
     """The last load.
 
     Attributes:
-        text: what `firewall` was rendered as.
-        listing_sha256: digest of the tables' listings right after it.
+        text: the rules that `firewall` was rendered as.
+        listing_sha256: digest of the tables' listings right after the load.
     """
 
     firewall: Firewall | Unknown
@@ -53,9 +53,9 @@ def write_memory(path: Path, loaded: Loaded) -> None:
 
 
 def read_memory(path: Path) -> Loaded:
-    """The last load; nothing if the file is missing or damaged.
+    """The last load; `NOTHING` if the file is missing or damaged.
 
-    Versions before this one wrote the text alone.  What they loaded is unknown: it costs one load.
+    Earlier versions wrote the text alone.  What they loaded is unknown, which costs one load.
     """
     try:
         document = json.loads(path.read_text())

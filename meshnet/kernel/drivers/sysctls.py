@@ -1,4 +1,4 @@
-"""Settings under /proc/sys: those of the host's links, and the helpers for those of our own."""
+"""Settings under /proc/sys: those of the host's links, and helpers for those of our links."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL_IPV6_FORWARDING = "net/ipv6/conf/all/forwarding"
 
 
 def read_sysctl(path: str) -> str:
-    """A setting by its path under /proc/sys; "" if there is none."""
+    """A setting by its path under /proc/sys; "" if it does not exist."""
     with contextlib.suppress(OSError):
         return (_PROC_SYS / path).read_text().strip()
     return ""
@@ -35,13 +35,13 @@ def write_sysctl(path: str, value: str) -> None:
     """Change a setting.
 
     Raises:
-        OSError: there is none, or the kernel refused.
+        OSError: it does not exist, or the kernel refused.
     """
     (_PROC_SYS / path).write_text(value)
 
 
 class SysctlDriver:
-    """`meshnet.kernel.drivers.Driver` of settings that are the host's own."""
+    """`meshnet.kernel.drivers.Driver` of the host's own settings."""
 
     def __init__(self, namespace: HostNamespace) -> None:
         self._namespace = namespace

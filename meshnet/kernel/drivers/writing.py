@@ -1,4 +1,4 @@
-"""Two ways to write operations: packed, thousands in a few messages, and one by one."""
+"""Two ways to write operations: packed, thousands in a few sends, and one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from meshnet.kernel.drivers.namespace import HostNamespace
 
 Encoder = Callable[[Sequence[Op], Mapping[str, int], int], list[bytes]]
-"""From operations, indices of links and a first sequence number to a message for each."""
+"""Takes operations, indices of links and a first sequence number; returns a message for each."""
 
 
 def write_packed(
@@ -21,16 +21,18 @@ def write_packed(
     ops: Sequence[Op],
     note: Callable[[Sequence[Op]], None] | None = None,
 ) -> list[Failure]:
-    """Write operations on a table that has thousands.
+    """Write operations on a table with thousands of rows.
 
     Args:
-        note: called with what is about to be sent.
+        note: called with the operations that are about to be sent.
     """
     failures: list[Failure] = []
     next_sequence = namespace.rtnl.next_sequence
     try:
         messages = encode(ops, namespace.indices, next_sequence)
     except KeyError:
+        # A link vanished: find out which operations are without theirs, and send the rest.  Not
+        # looked for beforehand, since it hardly ever happens and there are thousands.
         ops, failures = _leave_out_linkless(encode, ops, namespace.indices)
         messages = encode(ops, namespace.indices, next_sequence)
     namespace.writes += len(messages)
@@ -47,7 +49,7 @@ def write_each(
     """Write operations one by one.
 
     Args:
-        write: raises what refused the operation; KeyError: there is no link of that name.
+        write: raises the kernel's refusal; KeyError: the operation's link does not exist.
     """
     failures = []
     for op in ops:

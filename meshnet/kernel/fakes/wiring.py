@@ -1,8 +1,8 @@
 """The wiring of endpoints in memory: a verified fake of `meshnet.kernel.wiring.NetlinkWiring`.
 
 A namespace is whatever file the caller has a descriptor of: two descriptors of one inode are one
-namespace, so a file of the test's own and a real namespace both will do.  It passes the same
-contract tests as the real one (``tests/contract/test_wiring.py``).  Place: tests only.
+namespace, so both a test's own file and a real namespace will do.  This passes the same contract
+tests as the real one (``tests/contract/test_wiring.py``).  Place: tests only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NamespaceLink:
 
     Attributes:
         peer: name of its other end on the host, or of the host's link that it is a macvlan on; "":
-            it is no endpoint's.
+            it does not belong to an endpoint.
         routes: gateways by destination.
         gso_max_bytes: the largest super-packet that it takes.
     """
@@ -53,7 +53,7 @@ class MemoryWiring:
     def __init__(self, kernel: MemoryKernel) -> None:
         self.writes = 0
         self._kernel = kernel
-        kernel.wired = WiredElements()  # a new process knows of none
+        kernel.wired = WiredElements()  # as after a restart: a new process knows of no endpoint
         self._namespaces: dict[NetnsId, dict[str, NamespaceLink]] = {}
         self._failure: MeshnetError | None = None
 
@@ -90,11 +90,11 @@ class MemoryWiring:
             raise NotFoundError(f"link {wiring.uplink} is not up on this host")
         links = self.namespace(netns_fd)
         if endpoint.ifname in links:
-            raise ConflictError(f"{endpoint.sandbox} has a link {endpoint.ifname} already")
+            raise ConflictError(f"{endpoint.sandbox} already has a link {endpoint.ifname}")
         held = {a.ip for link in links.values() for a in link.addresses}
         for address in endpoint.addresses:
             if address.ip in held:
-                raise ConflictError(f"{endpoint.sandbox} holds the address {address.ip}")
+                raise ConflictError(f"{endpoint.sandbox} already holds the address {address.ip}")
         present = {target for link in links.values() for target in link.routes}
         default = endpoint.default_route and bool(endpoint.gateways)
         default = default and not present & set(_DEFAULT.values())
@@ -103,7 +103,9 @@ class MemoryWiring:
             targets = [t for t in wiring.routes if t.version == gateway.version]
             routes |= dict.fromkeys([_DEFAULT[gateway.version]] if default else targets, gateway)
         if present & routes.keys():
-            raise ConflictError(f"{endpoint.sandbox} has a route that {endpoint.name} needs")
+            raise ConflictError(
+                f"{endpoint.sandbox} already has a route that {endpoint.name} needs"
+            )
         name = wiring.uplink
         if endpoint.parent is None:
             name = endpoint_link_name(endpoint.id)

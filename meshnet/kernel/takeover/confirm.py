@@ -22,11 +22,11 @@ _AGAIN_S = 0.05
 async def find_silent(
     link: str, gateways: Sequence[IpAddress], etcd: Sequence[tuple[str, int]], deadline_s: float
 ) -> list[str]:
-    """Who of all that should answer within a time does not, as `name_of` and `ETCD` have it.
+    """Those that should answer within a time and do not, as `name_of` and `ETCD` name them.
 
     Args:
-        link: by which the gateways are asked.
-        etcd: host and port of its members, of which one is enough; without any nobody is asked.
+        link: the link by which to ask the gateways.
+        etcd: host and port of its members, of which one is enough; empty: etcd is not asked.
     """
     silent = {name_of(gateway) for gateway in gateways} | ({ETCD} if etcd else set())
 

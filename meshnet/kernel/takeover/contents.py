@@ -1,8 +1,8 @@
-"""What a link has that moves to another: addresses, routes, nexthop objects, neighbours.
+"""What a link has that can move to another: addresses, routes, nexthop objects, neighbours.
 
-Each is kept as the kernel's own message, header and attributes, less what names the link: so what
-meshnet knows nothing of (metrics, encapsulations, lifetimes) moves with it, and what is on two
-links can be compared.  Host byte order; linux/if_addr.h, linux/rtnetlink.h, linux/nexthop.h,
+Each is kept as the kernel's own message, header and attributes, without what names the link.  So
+attributes that meshnet does not know (metrics, encapsulations, lifetimes) move along, and objects
+on two links can be compared.  Host byte order; linux/if_addr.h, linux/rtnetlink.h, linux/nexthop.h,
 linux/neighbour.h.
 
 Pure: imports no I/O.
@@ -43,13 +43,14 @@ if TYPE_CHECKING:
 IFA_LABEL, IFA_CACHEINFO, IFA_RT_PRIORITY = 3, 6, 9
 IFA_F_SECONDARY, IFA_F_DADFAILED, IFA_F_TENTATIVE, IFA_F_PERMANENT = 0x01, 0x08, 0x40, 0x80
 IFA_F_TEMPORARY = IFA_F_SECONDARY
-"""The same bit, of IPv6."""
+"""The same bit; its meaning for IPv6."""
 IFA_F_DEPRECATED, IFA_F_NOPREFIXROUTE, IFA_F_STABLE_PRIVACY = 0x20, 0x200, 0x800
 _KERNELS_FLAGS = (
     IFA_F_SECONDARY | IFA_F_TENTATIVE | IFA_F_PERMANENT | IFA_F_DEPRECATED | IFA_F_STABLE_PRIVACY
 )
-"""Flags that the kernel sets by itself, and nobody else can."""
+"""Flags that only the kernel sets: left out, so that an address compares equal on both links."""
 RTA_MULTIPATH, RTA_CACHEINFO, RTA_EXPIRES = 9, 12, 23
+# USER_HZ: the kernel reports a lifetime in hundredths of a second, but takes it in seconds.
 _CACHEINFO_EXPIRES_AT, _CLOCK_HZ = 8, 100
 RTPROT_KERNEL, RT_TABLE_LOCAL = 2, 255
 NDA_CACHEINFO, NDA_PROBES = 3, 4
@@ -72,7 +73,7 @@ class Kind(IntEnum):
 
 
 class LinkObject(NamedTuple):
-    """An object of a link: its message without what names the link.
+    """An object on a link: its message without what names the link.
 
     Attributes:
         attrs: type and payload, in the kernel's order.
@@ -83,11 +84,11 @@ class LinkObject(NamedTuple):
     attrs: tuple[tuple[int, bytes], ...]
 
     def get(self, kind: int) -> bytes:
-        """Payload of an attribute; b"" if it has none of that type."""
+        """Payload of an attribute; b"" if it is missing."""
         return dict(self.attrs).get(kind, b"")
 
     def with_attr(self, kind: int, payload: bytes) -> LinkObject:
-        """The same with another payload of an attribute."""
+        """The same object with another payload for an attribute."""
         others = tuple(a for a in self.attrs if a[0] != kind)
         return self._replace(attrs=(*others, (kind, payload)))
 
@@ -98,7 +99,7 @@ class LinkObject(NamedTuple):
 
     @property
     def address(self) -> IpAddress:
-        """Of an address: itself; of a neighbour: whose it is."""
+        """The IP address of an address or a neighbour."""
         if self.kind is Kind.NEIGHBOUR:
             return ip_address(self.get(NDA_DST))
         return ip_address(self.get(links.IFA_LOCAL) or self.get(links.IFA_ADDRESS))
@@ -110,7 +111,7 @@ class LinkObject(NamedTuple):
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """The same for two that differ only in what the clock changes."""
+        """Equal for two objects that differ only in what the clock changes."""
         volatile = {Kind.ADDRESS: IFA_CACHEINFO, Kind.ROUTE: RTA_EXPIRES}.get(self.kind)
         return self.kind, self.header, tuple(sorted(a for a in self.attrs if a[0] != volatile))
 
@@ -128,7 +129,7 @@ class LinkObject(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """One of the ways of a route that has several (``struct rtnexthop``)."""
+    """One nexthop of a route that has several (``struct rtnexthop``)."""
 
     ifindex: int
     flags: int
@@ -145,7 +146,7 @@ class Contents(NamedTuple):
 
     @property
     def own_routes(self) -> tuple[LinkObject, ...]:
-        """Its routes, less those that come and go with an address."""
+        """Its routes, without those that the kernel makes and removes with an address."""
         implied = {_implied_route(a) for a in self.addresses}
         return tuple(
             r for r in self.routes if r.header[5] != RTPROT_KERNEL or _destination(r) not in implied
@@ -153,7 +154,7 @@ class Contents(NamedTuple):
 
     @property
     def lasting(self) -> tuple[object, ...]:
-        """What must be the same after a move: all but learned neighbours and lifetimes."""
+        """What must be the same after a move: everything but learned neighbours and lifetimes."""
         return (
             tuple(a.identity for a in self.addresses),
             tuple(n.identity for n in self.nexthops),
@@ -186,7 +187,7 @@ def decode_addresses(bodies: Iterable[Body], index: int, name: str) -> tuple[Lin
             elif kind == IFA_LABEL:
                 kept = _cut_label(payload, name)
             elif kind == IFA_CACHEINFO:
-                kept = payload[:8] + bytes(8)  # lifetimes, less when it was made and changed
+                kept = payload[:8] + bytes(8)  # lifetimes, without the times of creation and change
             attrs.append((kind, kept))
         header = rtnl.IFADDR.pack(family, length, 0, scope, 0)
         found.append(LinkObject(Kind.ADDRESS, header, tuple(attrs)))
@@ -194,7 +195,7 @@ def decode_addresses(bodies: Iterable[Body], index: int, name: str) -> tuple[Lin
 
 
 def is_tentative(body: Body, index: int) -> bool:
-    """Whether an address of a dump is one of the link's that is being looked for on the network."""
+    """Whether an address of a dump is on the link and still in duplicate address detection."""
     data, start, end = body
     family, _, _, _, on = rtnl.IFADDR.unpack_from(data, start)
     flags = to_number(dict(_attrs(data, start + 8, end)).get(links.IFA_FLAGS, b""))
@@ -203,7 +204,7 @@ def is_tentative(body: Body, index: int) -> bool:
 
 
 def unmovable_address(body: Body, index: int) -> str | None:
-    """Why an address of a dump, if it is the link's, cannot be moved."""
+    """Why an address of a dump cannot be moved; None: it can, or it is on another link."""
     data, start, end = body
     family, length, _, _, on = rtnl.IFADDR.unpack_from(data, start)
     attrs = dict(_attrs(data, start + 8, end))
@@ -214,16 +215,16 @@ def unmovable_address(body: Body, index: int) -> str | None:
     if flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED):
         return f"{text} did not pass duplicate address detection: remove it"
     if flags & IFA_F_TEMPORARY:
-        return f"{text} is a temporary one, which only the kernel can make: set use_tempaddr to 0"
+        return f"{text} is temporary, and only the kernel can make such: set use_tempaddr to 0"
     return None
 
 
 def decode_routes(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...]:
     """The routes by a link, from a dump of all tables of an IP version.
 
-    Not those that the kernel keeps for itself in the local table, those of a nexthop object, which
-    go where it goes, and those of meshnet, which follow with the next pass.  IPv6 routes of one
-    destination and metric are one route of several ways to the kernel: each way is a route here.
+    Left out are the kernel's own in the local table; those by a nexthop object, which follow it;
+    and meshnet's, which follow with the next pass.  IPv6 routes with the same destination and
+    metric are one route with several nexthops to the kernel: here each is a route.
     """
     found = []
     for data, start, end in bodies:
@@ -255,7 +256,7 @@ def decode_routes(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...]:
 
 
 def multipath_over(bodies: Iterable[Body], index: int) -> list[str]:
-    """Destinations of routes that share their packets between the link and others."""
+    """Routes that share their packets between the link and others, in words."""
     found = []
     for data, start, end in bodies:
         attrs = _attrs(data, start + 12, end)
@@ -266,7 +267,7 @@ def multipath_over(bodies: Iterable[Body], index: int) -> list[str]:
 
 
 def decode_nexthops(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...]:
-    """The nexthop objects on a link, anybody's."""
+    """The nexthop objects on a link, whoever made them."""
     found = []
     for data, start, end in bodies:
         family, _, protocol, flags = rtnl.NHMSG.unpack_from(data, start)
@@ -279,9 +280,9 @@ def decode_nexthops(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...
 
 
 def decode_neighbours(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...]:
-    """The neighbours of a link that packets can be sent to, and those answered for (proxy).
+    """The neighbours of a link that packets can be sent to, and those it answers for (proxy).
 
-    What is not known to be reachable right now is stale: used at once, and asked for again.
+    One that is not known to be reachable right now becomes stale: used at once, and asked again.
     """
     found = []
     for data, start, end in bodies:
@@ -301,7 +302,7 @@ def decode_neighbours(bodies: Iterable[Body], index: int) -> tuple[LinkObject, .
 
 
 def encode_body(moved: LinkObject, index: int, name: str) -> bytes:
-    """The message again, of a link."""
+    """The message again, for a link."""
     header, attrs = moved.header, list(moved.attrs)
     match moved.kind:
         case Kind.ADDRESS:
@@ -330,7 +331,7 @@ def _attrs(data: bytes, start: int, end: int) -> list[tuple[int, bytes]]:
 
 
 def _cut_label(payload: bytes, name: str) -> bytes:
-    """A label that names the link, ``eth0`` or ``eth0:1``, without that."""
+    """A label such as ``eth0`` or ``eth0:1`` without the link's name."""
     label = payload.rstrip(b"\0").decode()
     head, colon, rest = label.partition(":")
     return (colon + rest if head == name else label).encode()
@@ -356,7 +357,7 @@ def _metric(route: LinkObject) -> int:
 
 
 def _implied_route(address: LinkObject) -> tuple[object, ...] | None:
-    """The route to its prefix that the kernel makes with an address, as `_destination` has it."""
+    """The route that the kernel makes to an address's prefix, as `_destination` gives it."""
     if address.flags & IFA_F_NOPREFIXROUTE:
         return None
     packed, length = address.get(links.IFA_ADDRESS), address.header[1]
@@ -369,5 +370,5 @@ def _implied_route(address: LinkObject) -> tuple[object, ...] | None:
 
 
 def to_number(raw: bytes) -> int:
-    """A number of four bytes in host byte order; 0 of an attribute that is not there."""
+    """A number of four bytes in host byte order; 0 if it is missing or of another length."""
     return int(rtnl.U32.unpack(raw)[0]) if len(raw) == 4 else 0

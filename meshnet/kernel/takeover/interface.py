@@ -1,4 +1,4 @@
-"""The links themselves: reading what they have, and carrying steps out.
+"""The links themselves: reading what they have, and carrying out steps.
 
 In the network namespace of the calling thread.  linux/rtnetlink.h, linux/if_bridge.h.
 """
@@ -28,11 +28,12 @@ _PROC_NET = Path("/proc/sys/net")
 _SETTINGS = ("ipv4/conf", "ipv6/conf", "ipv4/neigh", "ipv6/neigh")
 _GENERATES = "addr_gen_mode"
 _LATE = (_GENERATES, "stable_secret")
-"""Settings that would give the bridge an address of its own."""
+"""Settings that would have the kernel make an address on the bridge: not copied."""
 IFF_LOOPBACK = 0x8
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BR_MCAST_SNOOPING = 1, 5, 23
 RTM_GETRULE, FRA_IIFNAME, FRA_OIFNAME = 34, 3, 17
 _DETECTION_S = 3.0
+"""To wait for duplicate address detection, which takes one to two (RFC 4862 §5.4)."""
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _NLM_F_APPEND = 0x800
 _VERBS = {
@@ -44,7 +45,7 @@ _VERBS = {
 
 
 class LinkState(NamedTuple):
-    """What decides whether a link can be taken, and what its bridge is made like."""
+    """What decides whether a link can be taken over, and how its bridge is made."""
 
     ifindex: int
     mtu_bytes: int
@@ -70,7 +71,7 @@ class Interfaces:
     # --- looking ------------------------------------------------------------------------------
 
     def find(self, name: str) -> LinkState | None:
-        """A link; None: there is none of that name."""
+        """A link; None: none has that name."""
         messages = self._rtnl.dump(rtnl.RTM_GETLINK, links.link_dump())
         by_index = {link.ifindex: link for link in map(links.decode_link, messages)}
         for link in by_index.values():
@@ -81,7 +82,7 @@ class Interfaces:
         return None
 
     def read(self, name: str) -> Contents:
-        """All of a link that can move; nothing, if there is no such link."""
+        """All that a link has that can move; nothing if the link does not exist."""
         link = self.find(name)
         if link is None:
             return Contents()
@@ -99,12 +100,12 @@ class Interfaces:
         )
 
     def check_movable(self, name: str) -> LinkState:
-        """A link whose contents can be moved to a bridge as they are.
+        """Look up a link, and refuse one whose contents cannot be moved to a bridge as they are.
 
         Waits for duplicate address detection that is under way.
 
         Raises:
-            NotFoundError: there is no such link.
+            NotFoundError: the link does not exist.
             ConflictError: something on it would break; the message says what.
         """
         link = self.find(name)
@@ -122,7 +123,7 @@ class Interfaces:
         if name.startswith(LINK_PREFIX) and name[len(LINK_PREFIX) :][:1] in "bepsuv":
             return "it is one of meshnet's own"
         if len(link.mac) != 6 or name == "lo":
-            return "it is no Ethernet link"
+            return "it is not an Ethernet link"
         if not link.up:
             return "it is down: set it up"
         if link.master:
@@ -150,7 +151,7 @@ class Interfaces:
             info = attrs.get(links.IFLA_LINKINFO, b"")
             kind = rtnl.parse_attrs(info, 0, len(info)).get(links.IFLA_INFO_KIND, b"")
             lower = attrs.get(links.IFLA_LINK, b"")
-            # A veth's is its peer, in whatever namespace.
+            # Of a veth pair IFLA_LINK is the peer, whose index may be another namespace's.
             if kind != b"veth\0" and lower == rtnl.U32.pack(index):
                 name = attrs.get(links.IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
                 yield name, kind.rstrip(b"\0")
@@ -182,7 +183,7 @@ class Interfaces:
     # --- writing ------------------------------------------------------------------------------
 
     def make_bridge(self, name: str, parent: str, link: LinkState) -> None:
-        """Make a bridge that looks to the network like its parent; without ports, but up.
+        """Make a bridge that looks to the network like its parent; up, but without ports.
 
         Raises:
             KernelRefusedError: the kernel refused.
@@ -203,7 +204,7 @@ class Interfaces:
         flags = rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL
         self._must([rtnl.Request(rtnl.RTM_NEWLINK, flags, body)], [f"make bridge {name}"])
         index = self._index(name)
-        # At its creation an MTU does not count: it would follow its ports.
+        # Set afterwards: a bridge ignores an MTU given at its creation, and follows its ports'.
         mtu = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0)
         mtu += rtnl.attr(links.IFLA_MTU, rtnl.U32.pack(link.mtu_bytes))
         self._must([rtnl.Request(rtnl.RTM_SETLINK, 0, mtu)], [f"MTU of bridge {name}"])
@@ -212,7 +213,8 @@ class Interfaces:
         self._must([links.encode_link_up(index)], [f"set bridge {name} up"])
 
     def set_generation(self, name: str, mode: int) -> None:
-        """How the kernel makes IPv6 addresses on a link from now on (IN6_ADDR_GEN_MODE_…)."""
+        """Set how the kernel makes IPv6 addresses on a link (IN6_ADDR_GEN_MODE_…)."""
+        # May fail: a kernel without IPv6 has no such setting, and makes no addresses.
         self._rtnl.send_batch([links.encode_no_link_local(self._index(name), mode)])
 
     def remove(self, name: str) -> None:
@@ -236,7 +238,7 @@ class Interfaces:
         )
 
     def carry_out(self, batches: Sequence[Sequence[Step]], parent: str, bridge: str) -> None:
-        """Carry batches out; one that was refused in part is the last.
+        """Carry out batches, up to the first that the kernel refuses in part.
 
         Raises:
             KernelRefusedError: the kernel refused; what was done stays.
@@ -279,7 +281,7 @@ def _copy_settings(source: str, target: str) -> None:
         for file in sorted(directory.iterdir()):
             if file.name in _LATE:
                 continue
-            # Some can only be read, some only written, one does not exist until it is set.
+            # Some can only be read, some only written, and one cannot be read until it is set.
             with contextlib.suppress(OSError):
                 value = file.read_text()
                 ours = _PROC_NET / tree / target / file.name
@@ -298,13 +300,15 @@ def _encode(step: Step, indices: dict[str, int], bridge: str) -> list[Request]:
     if step.verb is Verb.DELETE:
         return [rtnl.Request(delete, 0, _body(moved, step.link, indices))]
     if moved.kind is Kind.ADDRESS and moved.family == socket.AF_INET6:
-        # Without duplicate address detection, which would keep it unusable for a second; that it
-        # was made so is then taken back.
+        # Duplicate address detection would keep the address unusable for a second, so it is made
+        # without; the second request gives it the original's flags.
         made = moved.with_attr(links.IFA_FLAGS, rtnl.U32.pack(moved.flags | links.IFA_F_NODAD))
         return [
             rtnl.Request(new, rtnl.NLM_F_CREATE, _body(made, step.link, indices)),
             rtnl.Request(new, rtnl.NLM_F_REPLACE, _body(moved, step.link, indices)),
         ]
+    # A route is appended: behind the other link's to the same destination, which counts until it
+    # is removed.
     flags = rtnl.NLM_F_CREATE
     if moved.kind is Kind.ROUTE:
         flags |= _NLM_F_APPEND

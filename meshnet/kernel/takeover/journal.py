@@ -1,8 +1,8 @@
 """The journal: what a link had before a bridge took it, on disk before anything is changed.
 
-One file a bridge, ``BRIDGE.json`` in the directory ``takeover`` of the agent's state directory,
-replaced whole, with a checksum; beside it ``BRIDGE.lock``, locked by the process that is at work,
-and ``BRIDGE.log``, what it said last.  Whoever finds a journal knows what is left to do:
+One file for each bridge, ``BRIDGE.json`` in the directory ``takeover`` of the agent's state
+directory, replaced whole, with a checksum.  Beside it are ``BRIDGE.lock``, locked by the process
+that is at work, and ``BRIDGE.log`` with its last words.  Whoever finds a journal knows what to do:
 
 ============  =====================================================================
 ``moving``    something may have been changed: give back what is written
@@ -36,7 +36,7 @@ _VERSION = 1
 
 
 class Stage(StrEnum):
-    """How far a takeover is."""
+    """How far a takeover has come."""
 
     MOVING = "moving"
     MOVED = "moved"
@@ -51,7 +51,7 @@ class Journal:
     Attributes:
         contents: what the parent had, or, returning, what the bridge had.
         generation: how the kernel made IPv6 addresses on the parent (IN6_ADDR_GEN_MODE_…).
-        boot: of which boot of the machine it is; links do not survive that.
+        boot: id of the machine's boot; links do not survive the next one.
     """
 
     bridge: str
@@ -62,7 +62,7 @@ class Journal:
     boot: str
 
     def at(self, stage: Stage, contents: Contents | None = None) -> Journal:
-        """The same at another stage, and with other contents to give back."""
+        """The same takeover at another stage, and optionally with other contents to give back."""
         return replace(self, stage=stage, contents=contents or self.contents)
 
 
@@ -89,8 +89,8 @@ class JournalDir:
             return None
         except (OSError, BadValueError, ValueError, KeyError, TypeError) as error:
             raise KernelRefusedError(
-                f"journal {file} cannot be read ({error}): see that the host's addresses are where "
-                "they belong, and remove it"
+                f"journal {file} cannot be read ({error}): make sure that the host's addresses are "
+                "where they belong, and remove the journal"
             ) from error
 
     def save(self, journal: Journal) -> None:
@@ -112,7 +112,7 @@ class JournalDir:
 
     @contextlib.contextmanager
     def locked(self, bridge: str) -> Iterator[None]:
-        """Be the only process at work on a bridge; waits for one that is.
+        """Be the only process at work on a bridge; waits for another one to end.
 
         Raises:
             KernelRefusedError: the directory cannot be made or written.

@@ -1,13 +1,12 @@
 """The program: ``python -m meshnet.kernel.takeover take|settle|return --state-dir DIR …``.
 
-``take`` makes a bridge, moves a link's contents to it and keeps it so if the gateway and etcd
-answer through it in time; else, and whenever something fails, all is moved back.  It does what is
-left to do: over a takeover that stands it does nothing, one that was cut short is undone first.
-``settle`` undoes what was cut short or taken apart, and leaves what stands; ``return`` moves
-everything back.
+``take`` makes a bridge, moves a link's contents to it and leaves them there if the gateway and etcd
+answer through it in time; otherwise, and whenever something fails, it moves everything back.  It
+does nothing over a takeover that stands, and first undoes one that was cut short.  ``settle``
+undoes what was cut short or taken apart, and leaves what stands; ``return`` moves everything back.
 
-In the network namespace it is started in.  A process of its own, in a session of its own: whoever
-started it may be killed, and the host is still not left cut off.  Its last line says why it failed.
+It works in the network namespace that it is started in, as a separate process in a separate
+session: if its starter is killed, the host is still not cut off.  Its last line says why it failed.
 """
 
 from __future__ import annotations
@@ -38,14 +37,16 @@ if TYPE_CHECKING:
     from meshnet.model import IpAddress
 
 _BEFORE_S = 1.0
+"""For gateways and etcd to answer before anything is changed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do it; returns the exit status (docs/cli.md)."""
+    """Run the program; returns the exit status (docs/cli.md)."""
     options = _parser().parse_args(argv)
     with contextlib.suppress(PermissionError):  # it leads a session already
         os.setsid()
-    # Half of it is worse than all of it or nothing.
+    # Half a takeover leaves the host cut off: a signal must not stop it midway, nor a write to a
+    # standard error that its starter has closed.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     journals = JournalDir(Path(options.state_dir))
@@ -84,15 +85,15 @@ class Takeover:
         etcd: Sequence[tuple[str, int]],
         confirm_s: float,
     ) -> None:
-        """Have a bridge in the place of a link, confirmed; or leave everything as it was.
+        """Put a bridge in the place of a link, confirmed; or leave everything as it was.
 
         Args:
             gateways: routers that must answer through it, besides those of default routes.
             etcd: host and port of etcd's members, of which one must answer.
-            confirm_s: seconds in which they must.
+            confirm_s: seconds in which they must answer.
 
         Raises:
-            NotFoundError: there is no such link.
+            NotFoundError: the link does not exist.
             ConflictError: the link cannot be taken.
             PolicyRefusedError: the gateway or etcd did not answer, before or after.
             KernelRefusedError: the kernel refused, or the journal cannot be written.
@@ -116,6 +117,8 @@ class Takeover:
                 generation=generation_of(parent),
                 boot=boot_id(),
             )
+            # On disk before the first change: whoever finds the journal after a crash knows what
+            # to give back.
             self._journals.save(journal)
             try:
                 self._interfaces.make_bridge(self._bridge, parent, link)
@@ -144,7 +147,7 @@ class Takeover:
                 self._undo(journal)
 
     def give_back(self) -> None:
-        """Move everything that the bridge has now to its parent, and remove it; idempotent.
+        """Move everything that the bridge has now to its parent, and remove it.  Idempotent.
 
         Raises:
             ConflictError: endpoints hang on it.
@@ -160,29 +163,33 @@ class Takeover:
 
     def _move(self, journal: Journal) -> None:
         bridge, parent, held = journal.bridge, journal.parent, journal.contents
-        # A port that loses its carrier and finds it again would get addresses.
+        # Otherwise the kernel gives the port IPv6 addresses whenever its carrier comes back.
         self._interfaces.set_generation(parent, links.ADDR_GEN_NONE)
         self._interfaces.carry_out(plan_taking(parent, bridge, held), parent, bridge)
         if self._interfaces.read(bridge).lasting != held.lasting:
             raise KernelRefusedError(f"bridge {bridge} did not get what {parent} had")
 
     def _undo(self, journal: Journal) -> None:
-        """Give the parent what is its, remove the bridge, forget the journal."""
+        """Give the parent back what it had, remove the bridge, forget the journal."""
         bridge, parent = journal.bridge, journal.parent
         on_bridge, link = self._interfaces.read(bridge), self._interfaces.find(parent)
         on_parent = self._interfaces.read(parent)
         if self._interfaces.find(bridge) is None:
-            # Gone with what it had; but not if somebody saw to it, or the machine was booted.
+            # The bridge is gone, with what it had.  Nothing is to be given back if somebody has
+            # done so, if the parent is gone, too, or if the machine has booted since: then its own
+            # network configuration has set the parent up.
             if link is None or on_parent.addresses or journal.boot != boot_id():
                 self._journals.remove(bridge)
                 return
         elif journal.stage is Stage.CONFIRMED:
+            # What the bridge has counts: a DHCP client may have renewed on it since.  Saved, since
+            # a crash halfway leaves a bridge that has lost a part of it.
             journal = journal.at(Stage.RETURNING, on_bridge)
             self._journals.save(journal)
         if link is None:
             raise ConflictError(
-                f"link {parent}, which bridge {bridge} has the addresses of, does not exist: "
-                "make it, or remove the bridge"
+                f"link {parent}, whose addresses bridge {bridge} holds, does not exist: create it, "
+                "or remove the bridge"
             )
         batches = plan_giving_back(
             parent,
@@ -204,20 +211,22 @@ def _find_answering(
     others: Sequence[IpAddress],
     etcd: Sequence[tuple[str, int]],
 ) -> list[IpAddress]:
-    """Gateways to ask afterwards, too: those named, and of the others those that answer now.
+    """The gateways to ask again afterwards: those named, and those of the others that answer now.
 
     Raises:
-        PolicyRefusedError: nobody could tell a takeover that failed from one that did not.
+        PolicyRefusedError: nothing answers that could tell a failed takeover from a good one.
     """
     gateways = list(dict.fromkeys((*named, *others)))
     silent = trio.run(find_silent, link, gateways, etcd, _BEFORE_S)
+    # A default route's router may never answer ARP.  That alone does not prevent a takeover, as
+    # long as another router answers.
     answering = [g for g in gateways if name_of(g) not in silent]
     needed = {name_of(g) for g in (named if answering else gateways)} | {ETCD}
     missing = [who for who in silent if who in needed]
     if missing:
         raise PolicyRefusedError(
             f"{' and '.join(missing)} did not answer on link {link} within {_BEFORE_S:g} s, before "
-            "anything was changed: whether a takeover went well could not be told"
+            "anything was changed: without an answer now, a failed takeover could not be noticed"
         )
     return answering
 
@@ -230,11 +239,11 @@ def _host_and_port(text: str) -> tuple[str, int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m meshnet.kernel.takeover", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    take = verbs.add_parser("take", help="have a bridge in the place of a link")
+    take = verbs.add_parser("take", help="put a bridge in the place of a link")
     take.add_argument("--parent", required=True, help="the link")
     take.add_argument("--gateway", action="append", default=[], help="must answer through it")
     take.add_argument("--etcd", action="append", default=[], help="HOST:PORT; one must answer")
-    take.add_argument("--confirm", type=float, default=5.0, help="seconds in which they must")
+    take.add_argument("--confirm", type=float, default=5.0, help="seconds for them to answer")
     settle = verbs.add_parser("settle", help="undo what was cut short")
     give_back = verbs.add_parser("return", help="move everything back")
     for verb in (take, settle, give_back):

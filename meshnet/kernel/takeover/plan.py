@@ -1,17 +1,17 @@
-"""The steps of a takeover and of its undoing, in an order that leaves no moment without a way.
+"""The steps of a takeover and of its undoing, ordered so that the host is reachable at any moment.
 
-Batches are carried out one after the other; the kernel does a batch in one go, and nobody can kill
-the process in the middle of it.  After any batch the host has every address on one of the two links
-and every route by one of them, so that a crash in between cuts nobody off.
+Batches are carried out one after the other; the kernel works through a batch in one go, and nobody
+can kill the process in the middle of it.  After any batch every address is on at least one of the
+two links and every route leads by one of them, so a crash in between cuts nobody off.
 
 Taking over: the parent becomes a port of the bridge, which gets the addresses (1), then neighbours
-and routes, behind those of the parent (2); then the parent's go (3), which hands over route by
-route.  Up to (3) packets leave by the parent; what comes in is the bridge's from (1) on, and either
-link answers for an address that is on both.
+and routes, behind those of the parent (2); then the parent's are removed (3), which hands over
+route by route.  Until (3) packets leave by the parent.  From (1) on they arrive at the bridge, and
+either link answers for an address that is on both.
 
-Giving back is the same the other way round, and looks only at what is missing: so it undoes a
-takeover that was cut short after any batch, too.  The parent stops being a port last, after the
-bridge's routes are gone: up to then packets come in by the bridge and leave by the parent.
+Giving back is the reverse, and looks only at what is missing, so it also undoes a takeover that was
+cut short after any batch.  The parent stops being a port last, after the bridge's routes are gone:
+until then packets arrive at the bridge and leave by the parent.
 
 Pure: imports no I/O.
 """
@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
 
 def plan_taking(parent: str, bridge: str, held: Contents) -> list[list[Step]]:
-    """Batches that move all of a parent to a new bridge, which is up and has nothing."""
+    """Batches that move all that a parent has to a new bridge, which is up and has nothing."""
     return [
         [Step(Verb.ADD, parent, None), *_add(bridge, in_order_of_adding(held.addresses))],
         _add(bridge, (*held.neighbours, *held.nexthops, *held.own_routes)),
@@ -75,10 +75,10 @@ def plan_giving_back(
 ) -> list[list[Step]]:
     """Batches after which a parent has all that is wanted, and a bridge nothing but addresses.
 
-    Those go with the bridge.
+    Those vanish with the bridge.
 
     Args:
-        wanted: what the parent shall have at least.
+        wanted: what the parent must have at least.
         on_parent: what it has now.
         on_bridge: what the bridge has now.
         is_port: whether the parent is a port of the bridge.
@@ -97,10 +97,10 @@ def plan_giving_back(
 
 
 def in_order_of_adding(addresses: Sequence[LinkObject]) -> list[LinkObject]:
-    """Addresses so that they end up in the order given.
+    """Addresses in the order of adding by which they end up in the order given.
 
-    A new one comes last for IPv4 and first, within its scope, for IPv6
-    (``__inet_insert_ifa``, ``ipv6_link_dev_addr``).
+    That decides source addresses.  The kernel puts a new IPv4 address last, and a new IPv6 address
+    first within its scope (``__inet_insert_ifa``, ``ipv6_link_dev_addr``).
     """
     ipv4 = [a for a in addresses if a.family == AF_INET]
     return [*ipv4, *(a for a in reversed(addresses) if a.family != AF_INET)]

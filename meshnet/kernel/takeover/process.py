@@ -1,6 +1,6 @@
-"""Starting the program and asking what stands: the side of whoever wants a link taken over.
+"""Starting the program and asking what stands: the agent's side of a takeover.
 
-A process that was started goes on when its starter ends; the next one waits for it.
+A process goes on when the agent that started it ends; the next process waits for it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class TakeoverProcesses:
     """What a host has taken over.
 
     Args:
-        state_dir: the agent's; the journals are in there.
+        state_dir: the agent's; it holds the journals.
         etcd: ``HOST:PORT`` of etcd's members, of which one must answer through a bridge.
-        confirm_s: seconds in which it and the gateway must.
+        confirm_s: seconds for it and the gateway to answer.
     """
 
     def __init__(self, state_dir: Path, etcd: Sequence[str], confirm_s: float) -> None:
@@ -44,7 +44,7 @@ class TakeoverProcesses:
         return self._journals.bridges()
 
     async def standing(self) -> dict[str, str]:
-        """Those that have, and the gateway and etcd answered: bridge and link.
+        """Bridges that have taken a link, confirmed by the gateway and etcd, and that link.
 
         Raises:
             KernelRefusedError: a journal cannot be read.
@@ -61,7 +61,7 @@ class TakeoverProcesses:
         """Undo what was cut short, and what somebody took apart.
 
         Raises:
-            MeshnetError: it cannot be.
+            MeshnetError: it cannot be undone.
         """
         standing = await self.standing()
         for bridge in self.bridges():
@@ -69,7 +69,7 @@ class TakeoverProcesses:
                 await self._run(bridge, "settle")
 
     async def take_over(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
-        """Have a bridge in the place of a link (`meshnet.kernel.takeover.main.Takeover.take`).
+        """Put a bridge in the place of a link (`meshnet.kernel.takeover.main.Takeover.take_over`).
 
         Raises:
             MeshnetError: everything is as it was.
@@ -85,12 +85,16 @@ class TakeoverProcesses:
         """Move everything back (`meshnet.kernel.takeover.main.Takeover.give_back`).
 
         Raises:
-            MeshnetError: it cannot be, or endpoints hang on it.
+            MeshnetError: it cannot be given back, or endpoints hang on it.
         """
         await self._run(bridge, "return")
 
     async def _run(self, bridge: str, verb: str, *options: str) -> None:
-        """Run the program; cancelling leaves it alone.  If it is killed, what it did is undone."""
+        """Run the program and wait; cancellation stops only the waiting.
+
+        If the program is killed, what it did is undone.
+        """
+        # Not `trio.run_process`, which kills its process on cancellation.
         self._journals.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_path = self._journals.log_of(bridge)
         argv = [sys.executable, "-m", "meshnet.kernel.takeover", verb, "--bridge", bridge]
@@ -100,12 +104,16 @@ class TakeoverProcesses:
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         status = await process.wait()
+        # Of settling itself this would never end.
         if status < 0 and verb != "settle":
             await self._run(bridge, "settle")
-            raise KernelRefusedError(f"the process that was at it was killed by signal {-status}")
+            raise KernelRefusedError(
+                f"takeover by bridge {bridge}: its process was killed by signal {-status}"
+            )
         if status:
             words = log_path.read_text(errors="replace").strip().splitlines()
             reason = words[-1].partition(": ")[2] if words else "it was killed"
+            # The exit status names the class: the user gets the error that the program met.
             for error in error_classes().values():
                 if error.exit_status == status:
                     raise error(reason)

@@ -1,4 +1,4 @@
-"""Whether a takeover stands: the program asks it, and so does whoever starts the program."""
+"""Whether a takeover stands: both the program and the agent that starts it ask this."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def stands(journal: Journal, interfaces: Interfaces) -> bool:
-    """Whether what the journal says was confirmed is still so."""
+    """Whether the journal says that the takeover was confirmed, and the link is still a port."""
     link = interfaces.find(journal.parent)
     return journal.stage is Stage.CONFIRMED and link is not None and link.master == journal.bridge
 
 
 def find_standing(bridge: str, journals: JournalDir, interfaces: Interfaces) -> str | None:
-    """The link that a bridge has taken, confirmed; None: it has none.
+    """The link that a bridge has taken over, confirmed; None: it has not taken one.
 
     Raises:
         KernelRefusedError: the journal cannot be read.

@@ -1,4 +1,4 @@
-"""Classic BPF programs on sockets: the kernel drops what nobody wants, before it wakes anybody.
+"""Classic BPF programs on sockets: the kernel drops unwanted messages before it wakes anybody.
 
 linux/filter.h, linux/bpf_common.h.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LOAD_U32, LOAD_U16, LOAD_U8 = 0x20, 0x28, 0x30
 IF_EQUAL, IF_BITS, RETURN = 0x15, 0x45, 0x06
 EVERYTHING = 0xFFFF_FFFF
-"""What RETURN gives: bytes of the packet to keep; 0 drops it."""
+"""Operand of RETURN: how many bytes of the packet to keep; 0 drops it."""
 
 Step = tuple[int, int, int, int]
 """Code, steps to skip if true, if false, operand."""
@@ -32,6 +32,7 @@ def attach_filter(target: socket.socket, program: Sequence[Step]) -> None:
     Raises:
         OSError: the kernel refuses the program.
     """
+    # The kernel copies the program: `code` need only live until setsockopt(2) returns.
     code = ctypes.create_string_buffer(b"".join(_SOCK_FILTER.pack(*step) for step in program))
     fprog = _SOCK_FPROG.pack(len(program), ctypes.addressof(code))
     target.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)

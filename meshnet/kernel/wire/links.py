@@ -1,8 +1,8 @@
 """Links and addresses: the few fields of a dump that meshnet looks at, and endpoints' links.
 
-Dumps come before every pass of the reconciler and endpoints' links are on the path of ``attach``,
-whose bound is 5 ms; both go through `meshnet.kernel.wire.rtnl`.  The rare, rich requests (bridges,
-VXLAN devices) go through pyroute2 in `meshnet.kernel.drivers.links`.
+Every pass of the reconciler begins with dumps, and ``attach``, which makes an endpoint's link, has
+a bound of 5 ms: so both go through `meshnet.kernel.wire.rtnl`.  The rare, complex requests
+(bridges, VXLAN devices) go through pyroute2 in `meshnet.kernel.drivers.links`.
 
 linux/if_link.h, linux/if_addr.h, linux/veth.h.
 """
@@ -46,7 +46,7 @@ _KINDS = {
 
 
 class LinkInfo(NamedTuple):
-    """A link as the kernel has it, whosever it is.
+    """A link as the kernel has it, whoever made it.
 
     Attributes:
         kind: None for kinds that are never ours.
@@ -122,10 +122,11 @@ def address_dump() -> bytes:
 
 
 def decode_addresses(bodies: Iterable[Body]) -> Iterator[AddressInfo]:
-    """The IP addresses of a dump; one of all families has others' too (MCTP, Phonet)."""
+    """The IP addresses of a dump, which may have those of other families, too (MCTP, Phonet)."""
     for data, start, end in bodies:
         _, length, _, scope, index = rtnl.IFADDR.unpack_from(data, start)
         attrs = rtnl.parse_attrs(data, start + 8, end)
+        # On point-to-point links IFA_ADDRESS is the peer's; IPv6 has IFA_LOCAL only there.
         address = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS, b"")
         if len(address) in (4, 16):
             yield AddressInfo(index, address, length, scope)
@@ -143,9 +144,11 @@ def encode_veth(
 ) -> rtnl.Request:
     """Create a veth pair: the host's end up and a port of a bridge, the other in a namespace.
 
+    One request for all of it, since attach has a bound of 5 ms.
+
     Args:
-        peer_gso_max_bytes: the largest super-packet that the namespace's end takes; IPv4 has a
-            limit of its own from Linux 6.3 on, which follows this one.  None: the default.
+        peer_gso_max_bytes: the largest super-packet that the namespace's end takes; the separate
+            limit for IPv4, from Linux 6.3 on, follows this one.  None: the default.
     """
     peer = (
         rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
@@ -171,9 +174,9 @@ def encode_veth(
 def encode_macvlan(
     name: str, *, lower: int, mtu_bytes: int, mac: bytes, netns_fd: int
 ) -> rtnl.Request:
-    """Create a macvlan on a link of this namespace, in another namespace, down.
+    """Create a macvlan on a link of this namespace, directly in another namespace, down.
 
-    In bridge mode: endpoints of one host reach each other without the physical switch.
+    In bridge mode, so that endpoints of one host reach each other without the physical switch.
 
     Args:
         lower: ifindex of the link that it is on.
@@ -193,10 +196,10 @@ def encode_macvlan(
 
 
 def encode_no_link_local(index: int, mode: int = ADDR_GEN_NONE) -> rtnl.Request:
-    """Keep the kernel from giving a link an IPv6 link-local address.
+    """Set how the kernel gives a link an IPv6 link-local address: by default not at all.
 
     Args:
-        mode: or let it, in some way (IN6_ADDR_GEN_MODE_…).
+        mode: IN6_ADDR_GEN_MODE_….
     """
     generation = rtnl.attr(IFLA_INET6_ADDR_GEN_MODE, bytes((mode,)))
     spec = rtnl.nested_attr(socket.AF_INET6, generation)
@@ -205,11 +208,11 @@ def encode_no_link_local(index: int, mode: int = ADDR_GEN_NONE) -> rtnl.Request:
 
 
 def encode_hairpin(index: int) -> rtnl.Request:
-    """Let a port of a bridge get back what came from it.
+    """Let a bridge send packets back to the port that they came from.
 
-    Where bridges pass their packets to nftables (``bridge-nf-call-iptables``), what an endpoint
-    sends to a port that is published for itself is translated in the bridge, and has to go back by
-    the port that it came from.
+    Where bridges pass their packets to nftables (``bridge-nf-call-iptables``), a packet from an
+    endpoint to its own published port is translated within the bridge, and must return by the port
+    that it came from.
     """
     port = rtnl.attr(IFLA_BRPORT_MODE, b"\1")
     body = rtnl.IFINFO.pack(AF_BRIDGE, 0, index, 0, 0)
@@ -224,13 +227,13 @@ def encode_link_up(index: int) -> rtnl.Request:
 
 
 def encode_link_rename(index: int, name: str) -> rtnl.Request:
-    """Give a link that is down another name."""
+    """Rename a link, which must be down."""
     body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0) + _string(IFLA_IFNAME, name)
     return rtnl.Request(rtnl.RTM_SETLINK, 0, body)
 
 
 def encode_link_delete(name: str) -> rtnl.Request:
-    """Delete a link by name; of a veth pair the other end goes too."""
+    """Delete a link by name; with one end of a veth pair the other goes, too."""
     body = rtnl.IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _string(IFLA_IFNAME, name)
     return rtnl.Request(rtnl.RTM_DELLINK, 0, body)
 

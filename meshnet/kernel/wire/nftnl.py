@@ -1,10 +1,10 @@
 """Elements of our nftables sets, and counters, by netlink: without a process of ``nft``.
 
 A run of ``nft`` costs 5 to 10 ms; adding an endpoint's elements here costs a tenth of one.  Writes
-go as a batch, which nf_tables takes as a whole or not at all.
+go as a batch, which nf_tables accepts as a whole or not at all.
 
-linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h; the header and the attributes' numbers
-are big-endian.
+linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h; the header, and numbers in attributes, are
+big-endian.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _kind(message: int) -> int:
 
 
 def _head(family: str, table_attribute: int) -> bytes:
-    """What begins every message: header and table."""
+    """The beginning of every message: header and table."""
     name = rtnl.attr(table_attribute, TABLE.encode() + b"\0")
     return _NFGENMSG.pack(_FAMILIES[family], 0, 0) + name
 
@@ -57,9 +57,9 @@ _SIZES = {name: (key_size(named.key), key_size(named.value)) for name, named in 
 
 
 def encode_element(op: Op) -> list[rtnl.Request]:
-    """Add or delete an element; a changed value is both, since elements cannot be replaced.
+    """Add or delete an element; a changed value takes both, since elements cannot be replaced.
 
-    An empty key is that of "everything else", an element that only others make.
+    An empty key is the catch-all ("*"), an element that only others make, and that we delete.
     """
     set_name, key = op.key
     if key:
@@ -84,7 +84,7 @@ def _element_request(message: int, flags: int, set_name: str, element: bytes) ->
 
 
 def decode_elements(set_name: str, bodies: Sequence[Body]) -> dict[ElementKey, bytes]:
-    """The elements that a dump of a set told of."""
+    """The elements in a dump of a set."""
     key_bytes, value_bytes = _SIZES[set_name]
     found = {}
     for data, start, end in bodies:
@@ -93,7 +93,7 @@ def decode_elements(set_name: str, bodies: Sequence[Body]) -> dict[ElementKey, b
                 continue
             for _, begin, stop in _attributes(data, first, last):
                 element = rtnl.parse_attrs(data, begin, stop)
-                # Each holds one attribute, the value, behind its header.
+                # Both are nested: 4 bytes of attribute header, then NFTA_DATA_VALUE's payload.
                 key = element.get(NFTA_SET_ELEM_KEY, b"")[4 : 4 + key_bytes]
                 value = element.get(NFTA_SET_ELEM_DATA, b"")[4 : 4 + value_bytes]
                 found[ElementKey(set_name, key)] = value
@@ -101,7 +101,7 @@ def decode_elements(set_name: str, bodies: Sequence[Body]) -> dict[ElementKey, b
 
 
 def _attributes(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Attributes of which there may be several of one type: type, start and end of the payload."""
+    """Attributes, possibly several of one type: type, start and end of the payload."""
     while start + 4 <= end:
         length, kind = rtnl.ATTR_HEADER.unpack_from(data, start)
         if length < 4 or start + length > end:
@@ -111,7 +111,7 @@ def _attributes(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, i
 
 
 def decode_counters(bodies: Sequence[Body]) -> dict[str, Count]:
-    """The counters that a dump of a table's objects told of, by name."""
+    """The counters in a dump of a table's objects, by name."""
     found = {}
     for data, start, end in bodies:
         attrs = rtnl.parse_attrs(data, start + _NFGENMSG.size, end)
@@ -142,7 +142,9 @@ class NftSocket:
         return self._netlink.port_id
 
     def write_elements(self, ops: Sequence[Op]) -> list[Failure]:
-        """Write elements, all in one batch; what is refused is left out of the next try.
+        """Write elements, all in one batch.
+
+        A refusal undoes the whole batch, so the rest is tried again without the refused ones.
 
         Returns:
             The operations that were refused.
@@ -158,7 +160,7 @@ class NftSocket:
         return failures
 
     def _write_batch(self, ops: Sequence[Op]) -> dict[int, Failure]:
-        """One batch: without failures, by the operation's index, all is done; else nothing."""
+        """Write one batch; returns failures by the operation's index: with any, nothing is done."""
         requests, owners = [], []
         for i, op in enumerate(ops):
             for request in encode_element(op):
@@ -178,7 +180,7 @@ class NftSocket:
         }
 
     def dump_elements(self) -> dict[ElementKey, bytes]:
-        """The elements of all sets of ours that there are."""
+        """The elements of all our sets that exist."""
         found: dict[ElementKey, bytes] = {}
         for name, head in _SET_HEADS.items():
             bodies = self._dump(NFT_MSG_GETSETELEM, NFT_MSG_NEWSETELEM, head)
@@ -186,7 +188,7 @@ class NftSocket:
         return found
 
     def dump_counters(self) -> dict[str, Count]:
-        """What each counter of ours that there is counted, by name."""
+        """What our counters have counted, by name; those that do not exist are missing."""
         found: dict[str, Count] = {}
         for family in FAMILIES:
             body = _head(family, NFTA_OBJ_TABLE)

@@ -1,10 +1,10 @@
 """rtnetlink messages of fixed layout, packed and parsed with ``struct``: the bulk path.
 
-One request an object through a general library costs half a millisecond of Python; here hundreds
-of messages go in one ``send`` and only an empty one at the end asks for an acknowledgement (the
-kernel reports any failure by sequence number all the same), see docs/design/bulk-netlink.md.
+With one request for each object, a general library takes half a millisecond of Python each.  Here
+hundreds of messages go in one ``send``, and only an empty one at the end asks for an
+acknowledgement: the kernel reports failures anyway (docs/design/bulk-netlink.md).
 
-Host byte order unless said otherwise.  linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h,
+Host byte order unless stated otherwise.  linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h,
 linux/nexthop.h, linux/if_link.h.  Imports no third-party library.
 """
 
@@ -57,10 +57,12 @@ _LEAST_BODY_BYTES = {
     RTM_NEWNEXTHOP: NHMSG.size,
 }
 _MAX_ERRNO = 4095
-"""linux/err.h"""
+"""MAX_ERRNO of linux/err.h."""
 BATCH_MESSAGES = 500
-"""Messages a ``send``: bounds what the kernel may answer before we read."""
+"""Messages in one ``send``: bounds what the kernel may answer before we read, and so what the
+receive buffer must hold."""
 RECEIVE_BYTES = 256 * 1024
+"""Larger than any datagram of a dump: a buffer that is too small would cut one short."""
 
 
 Body = tuple[bytes, int, int]
@@ -68,7 +70,7 @@ Body = tuple[bytes, int, int]
 
 
 class KernelError(NamedTuple):
-    """The kernel's word on one message: errno and, where it gave one, its own text."""
+    """The kernel's refusal of one message: errno and, if it gave one, an explanation."""
 
     errno: int
     message: str
@@ -92,7 +94,7 @@ def nested_attr(kind: int, payload: bytes) -> bytes:
 def parse_attrs(data: bytes, start: int, end: int) -> dict[int, bytes]:
     """Attributes between two offsets by type, flag bits (nested, byte order) removed.
 
-    A truncated attribute ends the parse; of a repeated one the last counts.
+    A truncated attribute ends the parse; if one is repeated, the last counts.
     """
     found: dict[int, bytes] = {}
     unpack = ATTR_HEADER.unpack_from
@@ -106,7 +108,7 @@ def parse_attrs(data: bytes, start: int, end: int) -> dict[int, bytes]:
 
 
 def number_in(attrs: Mapping[int, bytes], kind: int) -> int:
-    """An attribute that is a number of 32 bits; 0 where it is missing or of another length."""
+    """An attribute that is a 32-bit number; 0 if it is missing or of another length."""
     raw = attrs.get(kind, b"")
     return int(U32.unpack(raw)[0]) if len(raw) == 4 else 0
 
@@ -124,7 +126,7 @@ class Message(NamedTuple):
 
 
 def split_messages(data: bytes) -> Iterator[Message]:
-    """The messages of one datagram; a truncated one ends it."""
+    """The messages of one datagram, up to a truncated one."""
     start, size = 0, len(data)
     unpack = NLMSG_HEADER.unpack_from
     while start + 16 <= size:
@@ -136,7 +138,7 @@ def split_messages(data: bytes) -> Iterator[Message]:
 
 
 class Request(NamedTuple):
-    """A message to send: everything behind the netlink header, and its type and flags."""
+    """A message to send: its type, its flags, and everything after the netlink header."""
 
     kind: int
     flags: int
@@ -152,7 +154,7 @@ def pack_request(request: Request, sequence: int) -> bytes:
 
 
 def set_receive_buffer(target: socket.socket, size_bytes: int) -> None:
-    """Make a receive buffer so large, or as large as ``net.core.rmem_max`` allows."""
+    """Set the size of a receive buffer; without privileges ``net.core.rmem_max`` limits it."""
     try:
         target.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size_bytes)
     except PermissionError:  # root of a container that is not root of the machine
@@ -163,10 +165,9 @@ class RtnlSocket:
     """A blocking netlink socket of the calling thread's network namespace.
 
     Args:
-        protocol: NETLINK_ROUTE, or that of another part of the kernel.
-
-    Every answer is waited for at most `timeout_s` seconds (the kernel answers at once; this is
-    for bugs, not for load).
+        timeout_s: how long to wait for each answer.  The kernel answers at once: this is for bugs,
+            not for load.
+        protocol: NETLINK_ROUTE, or the protocol of another part of the kernel.
     """
 
     def __init__(self, timeout_s: float = 30.0, *, protocol: int = socket.NETLINK_ROUTE) -> None:
@@ -177,6 +178,7 @@ class RtnlSocket:
             timeout = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
             self._socket.bind((0, 0))
+            # Errors without a copy of the request, but with the kernel's explanation.
             for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
                 self._socket.setsockopt(SOL_NETLINK, option, 1)
             # Kernels before 4.20 do not filter dumps; the decoders check everything again.
@@ -201,14 +203,14 @@ class RtnlSocket:
 
     @property
     def next_sequence(self) -> int:
-        """The number that the next message to send must have."""
+        """The sequence number that the next message to send must have."""
         return self._sequence + 1
 
     def dump(self, kind: int, body: bytes, *, answer: int | None = None) -> list[Body]:
-        """All messages of a dump; repeated from the start when the tables changed under it.
+        """All messages of a dump, which starts over if the tables changed under it.
 
         Args:
-            answer: type of the messages that answer; None: RTM_NEW… to RTM_GET…, which is 2 more.
+            answer: type of the answering messages; None: RTM_NEW… for RTM_GET…, which is 2 less.
 
         Raises:
             OSError: the kernel refused the dump (errno says why), or its answer is malformed.
@@ -238,8 +240,10 @@ class RtnlSocket:
                 end = start + length
                 if length < 16 or end > size:
                     break
-                if number == sequence:  # else it is the tail of a dump that was given up
+                # Another number: the tail of a dump that was given up after an error.
+                if number == sequence:
                     if flags & NLM_F_DUMP_INTR:
+                        # Read to the end all the same: what is left would meet the next dump.
                         interrupted = True
                     if got == answer:
                         if length < least:
@@ -249,8 +253,9 @@ class RtnlSocket:
                         code = _read_errno(data, start + 16) if end > start + 19 else 0
                         if interrupted or code == errno.EINTR:
                             return None
-                        if code > 0 and code != errno.ENOENT:  # a table that was never made
-                            raise OSError(code, os.strerror(code))  # it broke off
+                        # ENOENT: a table that was never made, as good as an empty one.
+                        if code > 0 and code != errno.ENOENT:
+                            raise OSError(code, os.strerror(code))
                         return found
                     elif got == NLMSG_ERROR:
                         error = _parse_error(data, start + 16, end, flags)
@@ -266,10 +271,7 @@ class RtnlSocket:
         )
 
     def send_packed(self, messages: Sequence[bytes]) -> dict[int, KernelError]:
-        """Send whole messages, numbered from `next_sequence` on; returns the errors by index.
-
-        They go in batches, and the answers to each are waited for.
-        """
+        """Send whole messages, numbered from `next_sequence` on; returns the errors by index."""
         base = self.next_sequence
         errors: dict[int, KernelError] = {}
         for first in range(0, len(messages), BATCH_MESSAGES):
@@ -281,7 +283,8 @@ class RtnlSocket:
         """Send one batch; returns the errors by sequence number."""
         base = self.next_sequence
         self._sequence += len(messages)
-        # The kernel acknowledges what it was asked to, and reports errors of all the rest.
+        # The kernel works through a batch in order and reports every error, asked or not.  So the
+        # acknowledgement of this last, empty message says that all the others are done.
         end = pack_request(Request(NLMSG_NOOP, NLM_F_ACK, b""), self._sequence)
         self._socket.send(b"".join(messages) + end)
         errors: dict[int, KernelError] = {}
@@ -307,7 +310,8 @@ class RtnlSocket:
         self._sequence = last + 1
         messages = [pack_request(r, n) for n, r in enumerate((begin, *requests[:-1]), base)]
         kind, flags, body = requests[-1]
-        # That of the transaction's end is acknowledged from Linux 6.10 on only.
+        # The last request asks for the acknowledgement: the transaction's end gives one only from
+        # Linux 6.10 on.
         messages.append(pack_request(Request(kind, flags | NLM_F_ACK, body), last))
         self._socket.send(b"".join(messages) + pack_request(end, last + 1))
         errors: dict[int, KernelError] = {}
@@ -338,7 +342,7 @@ class RtnlSocket:
         self._socket.send(b"".join(messages))
         answers: dict[int, bytes | KernelError] = {}
         while len(answers) < len(messages):
-            data = self._receive()  # one answer: each comes as it was made
+            data = self._receive()  # one answer: the kernel sends each in its own datagram
             if len(data) < 16:
                 raise _malformed()
             length, kind, flags, sequence, _ = NLMSG_HEADER.unpack_from(data)
@@ -364,15 +368,15 @@ class RtnlSocket:
 
 
 def _malformed() -> OSError:
-    """What to raise for an answer that Linux never gives."""
+    """The error for an answer that Linux never gives."""
     return OSError(errno.EBADMSG, "the kernel's answer is malformed")
 
 
 def _read_errno(data: bytes, at: int) -> int:
-    """The errno of a message, where it stands negative.
+    """The errno in a message, where it is negative.
 
     Raises:
-        OSError: it is none.
+        OSError: it is not an errno.
     """
     code = -NLMSGERR.unpack_from(data, at)[0]
     if not 0 <= code <= _MAX_ERRNO:
