@@ -184,7 +184,7 @@ async def test_names_ids_and_refusals(host: Host, nursery: trio.Nursery) -> None
 
 async def test_a_failed_create_leaves_nothing(host: Host, nursery: trio.Nursery) -> None:
     await nursery.start(host.containers.run)
-    with pytest.raises(UsageError, match="no directory"):
+    with pytest.raises(UsageError, match="is not a directory"):
         await host.containers.create(ContainerOptions(rootfs="/none", command=("true",)))
     assert host.containers.all() == []
     assert list((host.state / "containers").glob("*")) == []
