@@ -139,7 +139,7 @@ async def test_what_ended_while_no_agent_was_there(host: Host, nursery: trio.Nur
             statuses[name] = (await host.containers.wait(name)).exit_code
     assert statuses == {"c1": 3, "c2": 255, "c5": 9}
     with trio.fail_after(10):
-        while len(host.containers.all()) > 3:  # noqa: ASYNC110  (there is no event for it)
+        while len(host.containers.directory.all()) > 3:  # noqa: ASYNC110  (there is no event)
             await trio.sleep(0.01)
     assert not gone.exists()
     assert not half.exists()
