@@ -52,8 +52,8 @@ def test_socket_and_requests(make_lab: MakeLab) -> None:
     assert request(host, "GET", "/readyz") == (200, {"ready": True})
     assert request(host, "GET", "/v1/networks") == (200, [])
     for method, path, body, code, words in (
-        ("GET", "/v1/nothing", b"", 404, "is no request"),
-        ("PUT", "/v1/networks", b"", 404, "is no request"),
+        ("GET", "/v1/nothing", b"", 404, "is not a request"),
+        ("PUT", "/v1/networks", b"", 404, "is not a request"),
         ("POST", "/v1/networks", b"{", 400, "request body"),
         ("POST", "/v1/networks", b"\xff\x00", 400, "request body"),
         ("POST", "/v1/networks", b"[" * 5000, 400, "request body"),

@@ -94,7 +94,7 @@ def test_endpoints(host: LabHost) -> None:
     refused(9, "own network namespace", host.agent_pid)
     refused(9, "own network namespace", os.getpid())  # the machine's, which no agent here manages
     mine = attach(container, host, "prod", "--name", "web")
-    refused(5, "attached to network prod already", container.pid)
+    refused(5, "already attached to network prod", container.pid)
     refused(5, "is taken", other.pid, "--ip", address_of(mine))
     refused(5, "is taken", other.pid, "--ip", address_of(mine, 6))
     refused(5, "name web is taken", other.pid, "--name", "web")

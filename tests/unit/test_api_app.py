@@ -129,11 +129,11 @@ async def test_a_wrong_member_is_named_with_its_value(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"name": "none"}, "a word of meshnet run --net"),
+        ({"name": "none"}, "has another meaning in meshnet run --net"),
         ({"mode": "bridge", "port": 4444}, "mode bridge has no --port"),
         ({"mode": "macvlan", "host_prefix": 26}, "mode macvlan has no --host-prefix"),
-        ({"host_prefix6": 64}, "--host-prefix6 64 is of a subnet of IPv6"),
-        ({"subnets": ["fd00::/48"], "host_prefix": 24}, "--host-prefix 24 is of a subnet of IPv4"),
+        ({"host_prefix6": 64}, "--host-prefix6 64 is for an IPv6 subnet"),
+        ({"subnets": ["fd00::/48"], "host_prefix": 24}, "--host-prefix 24 is for an IPv4 subnet"),
     ],
 )
 async def test_settings_without_effect_are_refused(body: dict[str, Any], message: str) -> None:

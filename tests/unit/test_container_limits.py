@@ -87,7 +87,7 @@ def test_devices(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="does not exist"):
         list(find_devices(DeviceWish(str(tmp_path / "x"), "/x")))
     (tmp_path / "x").touch()
-    with pytest.raises(NotFoundError, match="is no device"):
+    with pytest.raises(NotFoundError, match="is not a device"):
         list(find_devices(DeviceWish(str(tmp_path / "x"), "/x")))
 
 

@@ -246,7 +246,7 @@ async def test_held_again_after_a_restart(host: FakePorts, autojump_clock: MockC
     await ports.take_over(replace(WEB, published=parse_all_published(["80-81:80-81"])))
     assert len(host.held) == 3
     assert ports.report() == [
-        "port 80/tcp is published for endpoint e-0123 of network prod, whose packets it gets, and "
+        "port 80/tcp is published for endpoint e-0123 of network prod, which gets its packets, but "
         "was taken by process nginx (pid 12) while no agent ran: stop that, or unpublish the port"
     ]
     with pytest.raises(ConflictError, match="is published for endpoint e-0123"):

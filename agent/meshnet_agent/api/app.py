@@ -54,7 +54,7 @@ class Served:
 
     Attributes:
         images: this host's images, which need neither the mesh nor the kernel's tables.
-        containers: None: this agent runs none.
+        containers: None: this agent does not run containers.
     """
 
     mesh: MeshOperations
@@ -106,7 +106,7 @@ def make_app(operations: Iterable[Operation], readiness: Readiness) -> Starlette
     """The ASGI application.
 
     Args:
-        readiness: until it is so, operations that are not served always get 503.
+        readiness: until the agent is ready, operations that are not `always` served answer 503.
     """
     app = Starlette(
         routes=[
@@ -114,6 +114,7 @@ def make_app(operations: Iterable[Operation], readiness: Readiness) -> Starlette
         ],
         exception_handlers={404: _no_such_route, 405: _no_such_route},
     )
+    # Otherwise a path with one slash too many is redirected, and clients that expect JSON get none.
     app.router.redirect_slashes = False
     return app
 
@@ -131,7 +132,7 @@ def _guard(operation: Operation, readiness: Readiness) -> Callable[[Request], Aw
             told = exhausted(error) if isinstance(error, OSError) else None
             if told is not None:
                 return error_response(told)
-            # The agent must outlive a bug in one request; the next pass and the log tell of it.
+            # A bug in one request must not end the agent and stop the upkeep of its networks.
             _log.exception("request failed", path=shown_path(request))
             return error_response(KernelRefusedError("internal error: see the agent's log"))
 
@@ -141,6 +142,6 @@ def _guard(operation: Operation, readiness: Readiness) -> Callable[[Request], Aw
 async def _no_such_route(request: Request, _error_of_starlette: Exception) -> Response:
     return error_response(
         NotFoundError(
-            f"{request.method} {shown_path(request)} is no request of this API: see docs/api.md"
+            f"{request.method} {shown_path(request)} is not a request of this API: see docs/api.md"
         )
     )

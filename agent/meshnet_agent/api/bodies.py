@@ -1,4 +1,4 @@
-"""What the API's requests carry: read up to a limit, decoded, and what is wrong with it said."""
+"""Reads what the API's requests carry, up to a limit, decodes it, and says what is wrong."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _Q = TypeVar("_Q", bound=msgspec.Struct)
 _SHOWN = 300
+"""Characters of a request that an error quotes."""
 _PLACE = re.compile(r"(.+) - at `\$\.(.+)`")
+"""An error of msgspec: what is wrong, and the path of the member."""
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+"""One step of such a path: a name or an index."""
 
 _Pid = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
 """linux/threads.h: PID_MAX_LIMIT."""
@@ -91,7 +94,7 @@ class PublishBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
 
 
 def shown_path(request: Request) -> str:
-    """The request's path.  Not ``request.url``, which cannot be had of some ``Host`` headers."""
+    """The request's path.  Not from ``request.url``, which fails for some ``Host`` headers."""
     return printable(str(request.scope["path"]), _SHOWN)
 
 
@@ -99,20 +102,23 @@ async def read_body(request: Request, kind: type[_T]) -> _T:
     """The body of a request, as a value of a type.
 
     Raises:
-        UsageError: it is too large, breaks off, is no JSON, or not of that type.
+        UsageError: it is too large, breaks off, is not JSON, or does not fit the type.
     """
     path = shown_path(request)
     raw = bytearray()
     try:
         async for chunk in request.stream():
             raw += chunk
+            # Counted as it comes: Content-Length may be missing or wrong.
             if len(raw) > MAX_VALUE_BYTES:
-                raise UsageError(f"request body is larger than {MAX_VALUE_BYTES} bytes")
+                raise UsageError(
+                    f"request body of {path} is larger than {MAX_VALUE_BYTES} bytes: send less"
+                )
     except ClientDisconnect as error:
-        raise UsageError(f"request body of {path} breaks off") from error
+        raise UsageError(f"request body of {path} breaks off: send it again") from error
     try:
         document = msgspec.json.decode(bytes(raw))
-    except (ValueError, RecursionError) as error:  # DecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, nested too deeply
         reason = printable(str(error), _SHOWN)
         raise UsageError(f"request body of {path}: {reason}") from error
     return convert(document, kind, path)
@@ -122,7 +128,7 @@ def read_query(request: Request, kind: type[_Q]) -> _Q:
     """The parameters after the ``?``, as a struct; those without a field in it are ignored.
 
     Raises:
-        UsageError: one is not usable; names it and its value.
+        UsageError: one is not usable; the message names it and its value.
     """
     given = dict(request.query_params)
     try:
@@ -142,9 +148,10 @@ def convert(document: Any, kind: type[_T], path: str) -> _T:  # noqa: ANN401
     """A JSON value as a value of a type.
 
     Raises:
-        UsageError: it is none; names the member and its value.
+        UsageError: it does not fit; the message names the member and its value.
     """
-    if is_dataclass(kind) and isinstance(document, dict):  # a struct refuses them by itself
+    # A struct refuses unknown fields by itself; for a dataclass msgspec ignores them.
+    if is_dataclass(kind) and isinstance(document, dict):
         for unknown in sorted(document.keys() - {f.name for f in fields(kind)}):
             raise UsageError(
                 printable(f"request body of {path}: unknown field {unknown!r}", _SHOWN)
@@ -165,10 +172,12 @@ def convert(document: Any, kind: type[_T], path: str) -> _T:  # noqa: ANN401
 
 
 def network_builder(body: NetworkBody) -> Callable[[Vni], Network]:
-    """What makes the network that a body asks for, given its VNI.
+    """Return a function that makes the network a body asks for, given its VNI.
+
+    The VNI comes later because the store chooses it if the body does not.
 
     Raises:
-        UsageError: a setting is not usable, or has no effect; also the builder does.
+        UsageError: a setting is not usable, or has no effect; the function raises it, too.
     """
     subnets = sorted(map(_cidr, body.subnets), key=lambda s: s.version)
     _check_given(body, subnets)
@@ -219,10 +228,12 @@ def _check_given(body: NetworkBody, subnets: list[IpNetwork]) -> None:
     """Refuse settings of a new network that have no effect, and names that mean something else.
 
     Raises:
-        UsageError: says what.
+        UsageError: the message says which.
     """
     if body.name in NO_NETWORKS:
-        raise UsageError(f"network name {body.name} is a word of meshnet run --net: choose another")
+        raise UsageError(
+            f"network name {body.name} has another meaning in meshnet run --net: choose another"
+        )
     for setting, value in (
         (Setting.PORT, body.port),
         (Setting.HOST_PREFIX, body.host_prefix),
@@ -236,7 +247,8 @@ def _check_given(body: NetworkBody, subnets: list[IpNetwork]) -> None:
     ):
         if value is not None and version not in {s.version for s in subnets}:
             raise UsageError(
-                f"{setting} {value} is of a subnet of IPv{version}, which {body.name} has not"
+                f"{setting} {value} is for an IPv{version} subnet, and network {body.name} does "
+                "not have one: leave it out"
             )
 
 

@@ -1,4 +1,4 @@
-"""Errors as HTTP: which status each has, and the response that says so (docs/api.md)."""
+"""Errors as HTTP: the status of each, and the response that tells of it (docs/api.md)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _EXHAUSTED = {
     errno.ENFILE: "this machine has as many files open as it may: raise fs.file-max",
     errno.ENOMEM: "this machine, or the agent's cgroup, is out of memory",
 }
-"""What a call may run out of anywhere, and the remedy."""
+"""What any call may run out of, and the remedy."""
 
 _LONGEST_MESSAGE = 1000
 """Characters: a request may quote much of itself."""
@@ -51,6 +51,7 @@ def json_response(document: object, status: int = 200) -> Response:
 
 def error_response(error: MeshnetError) -> Response:
     """The response of a request that was refused or failed."""
+    # A subclass goes by the nearest class that the contract names.
     kind = next((c for c in type(error).__mro__ if c in _STATUS_CODES), KernelRefusedError)
     details = ErrorDetails(
         kind=kind.__name__,
@@ -61,14 +62,14 @@ def error_response(error: MeshnetError) -> Response:
 
 
 def exhausted(error: OSError) -> KernelRefusedError | None:
-    """The same with the remedy, if the machine or the agent ran out of something; else None."""
+    """The error with its remedy if the agent or the machine ran out of something; else None."""
     if error.errno not in _EXHAUSTED:
         return None
     return KernelRefusedError(f"{error}: {_EXHAUSTED[error.errno]}")
 
 
 def raw_refusal(code: int) -> bytes:
-    """The HTTP response to a client that cannot be taken, given the errno of accept(2)."""
+    """The HTTP response for a client that cannot be accepted, given the errno of accept(2)."""
     code = code if code in _EXHAUSTED else errno.EMFILE
     error = KernelRefusedError(f"{OSError(code, os.strerror(code))}: {_EXHAUSTED[code]}")
     body = error_response(error).body

@@ -52,7 +52,7 @@ def _describe_one(operation: Operation, schemas: dict[Any, Any]) -> dict[str, An
         "responses": {
             "200": {"description": "done", "content": answer},
             **{
-                str(status): {"description": "not so", "content": content(kind)}
+                str(status): {"description": "another answer", "content": content(kind)}
                 for status, kind in operation.otherwise.items()
             },
             "default": {"description": "an error", "content": content(ErrorDocument)},
@@ -79,7 +79,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
 
 
 def _query_parameters(query: type[msgspec.Struct]) -> list[dict[str, Any]]:
-    """One a field; a default is left out, for null is nothing that a query can say."""
+    """One parameter per field; defaults and null are left out, since a query cannot say null."""
     parameters = []
     for field in msgspec.structs.fields(query):
         schema = msgspec.json.schema(field.type)

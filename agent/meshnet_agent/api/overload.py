@@ -1,8 +1,8 @@
-"""Answering clients when there is no descriptor left to take them by.
+"""Answers clients for which the agent has no descriptor left.
 
-trio's listener tries again ten times a second and says so to its logger; the client would wait
-until it gives up.  So one descriptor is kept back: it is given up to take a client, tell it, and
-let it go.
+trio's listener only logs that it could not accept one, and tries again ten times a second: the
+client would wait until it gives up.  So the agent keeps a spare descriptor.  It closes that to
+accept a client, answers, and hangs up.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 _ACCEPTING = logging.getLogger("trio.serve_listeners")
 _PATIENCE_S = 1.0
-"""How long a client may take to say what it wants, and to hear that it cannot be."""
+"""How long a client may take to send its request, and again to read the refusal."""
 _REQUEST_BYTES = 1 << 16
 
 
 class _Failures(logging.Handler):
-    """Hears of clients that could not be taken, and why."""
+    """Learns from trio's log that a client could not be accepted, and why: trio has no hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Failures(logging.Handler):
 
 
 async def refuse_clients(listener: socket.socket, answer: Callable[[int], bytes]) -> None:
-    """Tell each client that `listener` has no descriptor for that it is so.  Never returns.
+    """Refuse each client for which `listener` has no descriptor, with an answer.  Never returns.
 
     Args:
         answer: a whole HTTP response, given the errno.
@@ -57,7 +57,7 @@ async def refuse_clients(listener: socket.socket, answer: Callable[[int], bytes]
             await failures.happened.wait()
             free = _open_spare()
             if free is not None:
-                # One has come free: the listener takes the client by it, or this is the spare now.
+                # A descriptor is free again: leave it to the listener, or keep it as the spare.
                 if spare is not None:
                     free.close()
                 else:
@@ -75,20 +75,25 @@ async def refuse_clients(listener: socket.socket, answer: Callable[[int], bytes]
 
 
 async def _refuse_one(listener: socket.socket, response: bytes) -> None:
-    """Between its end and its return nobody else runs, who might open the descriptor anew."""
+    """Accept one client, answer it, and hang up.
+
+    Nothing is awaited before the accept or after the close, so that no other task can take the
+    descriptor in between.
+    """
     with contextlib.suppress(OSError, trio.BrokenResourceError):
         taken, _ = listener.accept()
         with taken:
             stream = trio.SocketStream(trio.socket.from_stdlib_socket(taken))
             with trio.move_on_after(_PATIENCE_S):
-                # What is not read when the socket is closed would reset the connection.
+                # Read first: closing a socket with unread data resets the connection, and the
+                # client would not see the answer.
                 await stream.receive_some(_REQUEST_BYTES)
             with trio.move_on_after(_PATIENCE_S):
                 await stream.send_all(response)
 
 
 def _open_spare() -> BinaryIO | None:
-    """A descriptor to be given up; None if there is none, and the next client has to wait."""
+    """A descriptor to close when it is needed; None: none is left, the next client must wait."""
     try:
         return open(os.devnull, "rb", buffering=0)
     except OSError:

@@ -45,11 +45,13 @@ def listen(path: Path) -> socket.socket:
     """The API's socket: mode 0660, group meshnet where there is one."""
     path.unlink(missing_ok=True)  # ours alone: the run directory is locked
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Not chmod after bind: until then others could connect.
     before = os.umask(0o117)
     try:
         listener.bind(str(path))
     except OSError as error:
         listener.close()
+        # sun_path holds 108 bytes (linux/un.h).
         raise UsageError(
             f"socket {path} cannot be made ({error}): give a shorter --run-dir"
         ) from error
@@ -66,9 +68,9 @@ async def serve_api(
     app: Starlette,
     task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the API until the event is set that the task starts with, or it is cancelled."""
+    """Serve the API until it is cancelled, or the event that it passes to `started` is set."""
     hypercorn = HypercornConfig()
-    hypercorn.bind = [f"fd://{os.dup(listener.fileno())}"]  # it closes what it is given
+    hypercorn.bind = [f"fd://{os.dup(listener.fileno())}"]  # hypercorn closes it
     hypercorn.backlog = _BACKLOG
     hypercorn.graceful_timeout = 1.0
     hypercorn.loglevel = "ERROR"

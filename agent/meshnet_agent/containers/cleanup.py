@@ -1,4 +1,4 @@
-"""What containers leave behind: put away when they have ended, removed when they go for good."""
+"""Puts away what containers leave behind at their end, and removes the rest when they go."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _log = structlog.get_logger()
 
 
 class Cleanup:
-    """Takes containers down again.  Every step is idempotent: the agent may be killed at any."""
+    """Takes containers down again.
+
+    Every step is idempotent, since the agent may be killed during any of them.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class Cleanup:
         self._volumes = volumes
 
     async def put_away(self, container: Container) -> None:
-        """Cgroup, processes, endpoints, mounts: all not on disk.  A failure is only logged.
+        """Remove cgroup, processes, endpoints and mounts, but no files.  Failures are only logged.
 
         The caller holds the container's lock.
         """
@@ -54,7 +57,7 @@ class Cleanup:
                 await (await self._runtime.get()).delete(record.id)
             except MeshnetError as error:
                 _log.error("container not deleted", container=record.name, reason=str(error))
-        # After the processes: they keep what is mounted busy.
+        # Only after the processes, which keep the mounts busy.
         try:
             await trio.to_thread.run_sync(container.bundle.unmount)
         except MeshnetError as error:
@@ -65,7 +68,7 @@ class Cleanup:
             try:
                 await self._networking.detach(endpoint.pid, endpoint.network)
             except NotFoundError:
-                pass  # the endpoint's own watch was faster
+                pass  # the keeper saw the process end first, and freed the endpoint
             except MeshnetError as error:
                 _log.error("endpoint stays", container=record.name, reason=str(error))
 
@@ -73,7 +76,7 @@ class Cleanup:
         """Remove what is left of a container that was put away: its files, its hold on an image.
 
         Args:
-            volumes: its anonymous ones too.
+            volumes: remove its anonymous volumes, too.
         """
         record = container.record
 
@@ -88,7 +91,7 @@ class Cleanup:
             await self._volumes.remove_anonymous(record.mount_points)
 
     async def purge(self, container: Container, *, volumes: bool) -> None:
-        """Remove a container and everything of it, but volumes only if they are to go."""
+        """Remove a container with everything it has; anonymous volumes only with `volumes`."""
         async with container.lock:
             await self.put_away(container)
             await self.forget(container, volumes=volumes)

@@ -1,4 +1,4 @@
-"""The containers of this host by name and id, and as others see one."""
+"""The containers of this host by name and id, and what others see of each."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Container:
-    """One container and what is going on with it.
+    """One container and what is under way with it.
 
     Attributes:
-        lock: held while a step of its life is under way.
+        lock: held during a step of its life.
         ended: set when it has ended for good, restarts included, and everything is put away.
     """
 
@@ -33,7 +33,7 @@ class Container:
         self._writing = trio.Lock()
 
     def note(self, **fields: object) -> None:
-        """Change the record here only, where what is on disk leads to the same clean-up."""
+        """Change the record in memory only, where what is on disk leads to the same clean-up."""
         self.record = replace(self.record, **fields)  # type: ignore[arg-type]
 
     async def change(self, **fields: object) -> None:
@@ -41,7 +41,7 @@ class Container:
         await self._change(fields, keep=True)
 
     async def change_for_this_boot(self, **fields: object) -> None:
-        """The same, for what means nothing after a power cut: it may be lost in one."""
+        """The same, for what means nothing after a power cut, which may undo it."""
         await self._change(fields, keep=False)
 
     async def _change(self, fields: dict[str, object], *, keep: bool) -> None:
@@ -57,7 +57,7 @@ class ContainerDirectory:
         self._containers: dict[str, Container] = {}
 
     def add(self, container: Container) -> None:
-        """Take one in.
+        """Add a container.
 
         Raises:
             ConflictError: another has its name.
@@ -65,7 +65,7 @@ class ContainerDirectory:
         record = container.record
         if any(c.record.name == record.name for c in self._containers.values()):
             raise ConflictError(
-                f"container name {record.name} is taken: choose another, or remove that"
+                f"container name {record.name} is taken: choose another, or remove that one"
             )
         self._containers[record.id] = container
 
@@ -81,15 +81,15 @@ class ContainerDirectory:
         return list(self._containers.values())
 
     def records(self) -> list[ContainerRecord]:
-        """Of all containers."""
+        """The records of all containers."""
         return [c.record for c in self._containers.values()]
 
     def find(self, name: str) -> Container:
         """A container by its name, its id, or the beginning of the id.
 
         Raises:
-            NotFoundError: there is none.
-            UsageError: several ids begin so.
+            NotFoundError: there is no such container.
+            UsageError: several ids begin with it.
         """
         for container in self._containers.values():
             if name in (container.record.name, container.record.id):
@@ -98,14 +98,15 @@ class ContainerDirectory:
         if not found:
             raise NotFoundError(f"container {name} does not exist: meshnet ps -a lists them")
         if len(found) > 1:
-            raise UsageError(f"{name} begins {len(found)} containers' ids: give more of it")
+            raise UsageError(f"{len(found)} containers' ids begin with {name}: give more of it")
         return found[0]
 
     def running(self, name: str) -> Container:
         """A container that runs.
 
         Raises:
-            NotFoundError, ConflictError: there is none, or it does not run.
+            NotFoundError: there is no such container.
+            ConflictError: it does not run.
         """
         container = self.find(name)
         if container.record.state is not State.RUNNING or container.record.process is None:
@@ -118,8 +119,8 @@ class ContainerView:
     """One container at one moment.
 
     Attributes:
-        endpoints: those in its network namespace, whoever made them; none where that is not its
-            own.
+        endpoints: those in its network namespace, whoever made them; none if the namespace is not
+            its own.
     """
 
     record: ContainerRecord
@@ -128,7 +129,7 @@ class ContainerView:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """Those it is on; while it has no process or no namespace of its own, those it asks for."""
+        """The networks it is on; without a process or namespace of its own, those it asks for."""
         wanted = self.record.options.networks
         if self.record.process is None or self.record.shares_network:
             return wanted

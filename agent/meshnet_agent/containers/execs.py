@@ -1,6 +1,6 @@
 """``meshnet exec``: further programs in a container, each under a conmon of its own.
 
-The program waits until its client has attached; then the client asks for it to be started.
+The program waits until its client has attached and asks for it to be started.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from meshnet_agent.containers.runtime import RuntimeProvider
 
 _STARTED = "started"
-"""A file in the directory of a program that was let go on."""
+"""A file in a program's directory that says that the program was started."""
 _FORGET_S = 60.0
-"""How long a program waits for its client, and its status after the end."""
+"""How long a program waits for its client, and how long its status is kept after its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class ExecSessions:
     """All programs that clients run in containers.
 
     Args:
-        run_dir: has a directory of each program, which is there as long as the program.
+        run_dir: holds a directory for each program while it runs.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ExecSessions:
         self._nursery: trio.Nursery | None = None
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Tidy up what the agent before left, then watch programs for ever."""
+        """Tidy up what an earlier agent left, then watch programs for ever."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await trio.to_thread.run_sync(_clear, self._run_dir)
@@ -103,7 +103,7 @@ class ExecSessions:
         """
         container = self._directory.running(name)
         if not wanted.command:
-            raise UsageError("exec needs a command")
+            raise UsageError("exec needs a command: give one after the container's name")
         check_process(wanted)
         record = container.record
         options = replace(
@@ -149,6 +149,8 @@ class ExecSessions:
             StartError: there is no such program, or the runtime refused.
         """
         session = self._find(identity)
+        # On disk first: if the agent is killed now, the next one ends what it does not know as
+        # started.
         (session.directory / _STARTED).touch()
         session.started.set()
         return await session.waiting.start()
@@ -161,7 +163,7 @@ class ExecSessions:
 
     def _find(self, identity: str) -> _Program:
         if identity not in self._sessions:
-            raise NotFoundError(f"exec {identity} does not exist: it ended, or was never there")
+            raise NotFoundError(f"exec {identity} does not exist: it has ended, or never existed")
         return self._sessions[identity]
 
     async def _live(self, identity: str, session: _Program) -> None:
@@ -175,14 +177,16 @@ class ExecSessions:
         with contextlib.suppress(OSError):
             await trio.to_thread.run_sync(shutil.rmtree, session.directory)
         session.ended.set()
+        # A client that was slow, or that connects again, still gets the status.
         await trio.sleep(_FORGET_S)
         self._sessions.pop(identity, None)
 
 
 def _clear(run_dir: Path) -> None:
-    """At the agent's start: end what waits for a start that nobody will ask for, tidy up the ended.
+    """At the agent's start, end programs that still wait, and tidy up after those that ended.
 
-    A program that had been started goes on, as its container does.
+    Nobody will ask for the start of one that waits.  One that was started goes on, as its container
+    does.
     """
     for directory in run_dir.glob("exec-*"):
         conmon = _conmon_of(directory)
@@ -203,6 +207,7 @@ def _conmon_of(directory: Path) -> int | None:
         fd = os.pidfd_open(pid)
     except (OSError, ValueError):
         return None
+    # The pid may be another process's by now, but conmon's arguments name its directory.
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         if os.fsencode(directory) in words:

@@ -1,4 +1,4 @@
-"""Images of this host: reads in a thread, loads in a process of their own (docs/images.md)."""
+"""The images of this host: read in threads, loaded in a separate process (docs/images.md)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Images:
         return await trio.to_thread.run_sync(self._store.remove, text)
 
     async def collect(self) -> None:
-        """Remove what killed processes left (`ImageStore.collect`); an error is only logged."""
+        """Remove what killed processes left (`ImageStore.collect`); only logs an error."""
         if await trio.Path(self._path).exists():
             try:
                 await trio.to_thread.run_sync(self._store.collect)
@@ -64,12 +64,14 @@ class Images:
     async def load(self, archive: AsyncIterator[bytes], name: str | None) -> list[Image]:
         """Take in an archive (`ImageStore.load`).
 
-        Args:
-            archive: what it raises, a `MeshnetError`, ends the load.
+        It reads all of `archive` even if the load fails early, because the sender listens for the
+        answer only then.  Cancelling ends the process.
 
-        Reads all of `archive` also where the load fails early: who sends it listens only then.
-        Cancelling ends the process.
+        Args:
+            archive: a `MeshnetError` that it raises ends the load.
         """
+        # A process of its own, so that the agent goes on answering.  -P: nothing in the working
+        # directory may be imported in the place of one of our modules.
         command = [
             sys.executable,
             "-P",
@@ -115,7 +117,7 @@ class Images:
         reader, writer = os.pipe()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, self._export, image, writer)
-            # Closed before the nursery waits: the thread must not hang on a pipe nobody reads.
+            # Closed before the nursery waits: the thread must not hang on a pipe that nobody reads.
             async with trio.lowlevel.FdStream(reader) as stream:
                 async for chunk in stream:
                     await write(bytes(chunk))
@@ -135,5 +137,5 @@ async def _feed(process: trio.Process, archive: AsyncIterator[bytes]) -> None:
     assert process.stdin is not None
     async with process.stdin:
         async for chunk in archive:
-            with contextlib.suppress(trio.BrokenResourceError):  # it has seen enough
+            with contextlib.suppress(trio.BrokenResourceError):  # the loader has seen enough
                 await process.stdin.send_all(chunk)

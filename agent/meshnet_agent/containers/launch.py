@@ -1,4 +1,4 @@
-"""From a container's record to a process that waits, its networks attached."""
+"""Makes of a container's record a process that waits, with its networks attached."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def launch(
     """Make the process; the caller holds the container's lock.
 
     Args:
-        directory: has the containers whose namespaces it may join.
+        directory: the containers whose namespaces this one may join.
 
     Raises:
         MeshnetError: a step failed; what was made is in the record and in the bundle.
@@ -44,17 +44,19 @@ async def launch(
     namespaces, etc = _namespaces(record, directory)
     await trio.to_thread.run_sync(bundle.mount, record, namespaces, etc, runtime.cgroup(record.id))
     pid = await _shim(container, runtime).create()
+    # On disk before anything else: an agent that is killed now must find the process again.
     await container.change_for_this_boot(
         process=identify(pid),
         shim=identify(int((bundle.run / CONMON_PID).read_text())),
     )
+    # Not left to the runtime: crun knows only the scheduler cfq, which Linux 5.0 removed.
     if record.options.blkio_weight is not None and not has_unified_io():
         set_blkio_weight(pid, record.options.blkio_weight)
     open_to_group(bundle.attach, 0o770)
     open_to_group(bundle.window, 0o660)
     await _attach_networks(container, pid, networking)
     if etc is None:
-        # Once more, for the addresses are known only now.
+        # Again, since the addresses are known only now.
         await trio.to_thread.run_sync(write_etc, bundle.state, container.record)
     await container.change_for_this_boot(state=State.CREATED, exit_code=None, finished_s=None)
 
@@ -75,7 +77,7 @@ def _shim(container: Container, runtime: OciRuntime) -> Shim:
 async def _attach_networks(container: Container, pid: int, networking: Networking) -> None:
     record = container.record
     for number, network in enumerate(_own_networks(record.options)):
-        name = record.name if number == 0 else f"{record.name}.{network}"[:63]
+        name = record.name if number == 0 else f"{record.name}.{network}"[:63]  # the longest name
         request = AttachRequest(
             network=network,
             ifname=f"eth{number}",
@@ -90,13 +92,14 @@ async def _attach_networks(container: Container, pid: int, networking: Networkin
             pid=pid,
             addresses=tuple(str(a.ip) for a in endpoint.addresses),
         )
+        # Not written yet: after a crash the endpoint goes with its process all the same.
         container.note(endpoints=(*container.record.endpoints, made))
 
 
 def _namespaces(
     record: ContainerRecord, directory: ContainerDirectory
 ) -> tuple[dict[str, str | None], Bundle | None]:
-    """Namespaces to join (see `Surroundings`), and whose files of /etc are shared."""
+    """Namespaces to join (see `Surroundings`), and the bundle whose files of /etc to share."""
     options = record.options
     found: dict[str, str | None] = {}
     network = options.networks[0] if len(options.networks) == 1 else None
@@ -113,6 +116,7 @@ def _namespaces(
             assert process is not None
             found[kind] = f"/proc/{process.pid}/ns/{file}"
             if record.ids not in (None, directory.find(other).record.ids):
+                # The kernel lets a process join a namespace only with rights in its owner.
                 raise ConflictError(
                     f"{kind} namespace of container {other} belongs to another user namespace: "
                     f"add --userns container:{other}"
@@ -124,15 +128,15 @@ def _namespaces(
 
 
 def _user_namespace(record: ContainerRecord, directory: ContainerDirectory) -> str:
-    """That of another container, or empty: a new one."""
+    """The user namespace of another container; empty: a new one."""
     other = parse_userns(record.options.userns).container
     if other is None:
         return ""
     joined = directory.running(other).record
     if joined.ids != record.ids:
         raise ConflictError(
-            f"container {other} has other ids than before: remove {record.name}, whose files "
-            "have those"
+            f"container {other} has other ids than before, and the files of {record.name} still "
+            f"have the old ones: remove {record.name} and run it again"
         )
     assert joined.process is not None
     return f"/proc/{joined.process.pid}/ns/user"

@@ -1,4 +1,4 @@
-"""This host's containers: made, started, ended and removed on request; found again after a restart.
+"""Makes, starts, ends and removes this host's containers; finds them again after a restart.
 
 A container's life, each step on disk before the next (docs/run.md)::
 
@@ -6,11 +6,11 @@ A container's life, each step on disk before the next (docs/run.md)::
                                                              ▲                               │
                                                              └───────── --restart ───────────┘
 
-conmon is the parent of a container's process, not the agent: the agent may end and come back.  The
-process waits until its networks are attached: it never sees a moment without them.
+conmon, not the agent, is the parent of a container's process, so the agent may end and come back.
+The process waits until its networks are attached, so it never runs without them.
 
-`meshnet_agent.containers.runs` starts containers and watches them; this module does what is asked
-for by name.
+`meshnet_agent.containers.runs` starts containers and watches them; this module does what clients
+ask for by name.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Containers:
     """All containers of this host.
 
     Args:
-        id_pool: ids of the host that containers with ``--userns auto`` get theirs from.
+        id_pool: the host's ids from which containers with ``--userns auto`` get theirs.
 
     Attributes:
         directory: the containers by name and id.
@@ -101,7 +101,7 @@ class Containers:
         """One container.
 
         Raises:
-            NotFoundError, UsageError: there is none, or several.
+            NotFoundError, UsageError: the name fits no container, or several.
         """
         return self._view(self.directory.find(name))
 
@@ -117,21 +117,22 @@ class Containers:
     # --- making ---------------------------------------------------------------------------------
 
     async def create(self, options: ContainerOptions) -> ContainerView:
-        """Make a container whose process waits, its networks attached; nothing is left if it fails.
+        """Make a container whose process waits, its networks attached; a failure leaves nothing.
 
         Raises:
             MeshnetError: the class says why.
         """
         check_options(options)
-        parse_all_published(options.publish)
+        parse_all_published(options.publish)  # for its errors, before anything is made
         identity = secrets.token_hex(6)
         name = options.name or f"c-{identity}"
         record = ContainerRecord(
             id=identity, name=name, options=options, created_s=time.time(), args=(), lowerdirs=()
         )
         container = Container(record, self._paths.bundle(identity))
-        self.directory.add(container)
+        self.directory.add(container)  # from here on nobody else gets the name
         try:
+            # Shielded: a client that goes away must not leave half a container.
             with trio.CancelScope(shield=True):
                 await self._make(container)
         except BaseException:
@@ -145,14 +146,14 @@ class Containers:
         source = await trio.to_thread.run_sync(self._sources.hold, options, record.id)
         await trio.to_thread.run_sync(container.bundle.make)
         config = source.config
-        # Docker: another entrypoint takes the image's command away with it.
+        # As in Docker, another entrypoint discards the image's command.
         args = (
             (options.entrypoint, *options.command)
             if options.entrypoint is not None
             else config.arguments(options.command)
         )
         if not args:
-            raise UsageError(f"image {options.image} says nothing of what to run: give a command")
+            raise UsageError(f"image {options.image} does not say what to run: give a command")
         await container.change(
             image_id=source.image_id,
             lowerdirs=source.lowerdirs,
@@ -161,11 +162,11 @@ class Containers:
             user=options.user if options.user is not None else config.user or "",
             workdir=options.workdir or config.working_dir or "/",
             stop_signal=options.stop_signal or config.stop_signal or "SIGTERM",
-            # Nothing is awaited between the choice and the record: nobody else chooses the same.
+            # Nothing is awaited between choice and record, so nobody else chooses the same.
             ids=self._choose_ids(options),
             mount_points=mount_points(options, config.volumes or (), _random_volume),
         )
-        parse_signal(container.record.stop_signal)
+        parse_signal(container.record.stop_signal)  # the image's may be nonsense: fail now
         await self._runs.launch(container)
 
     def _choose_ids(self, options: ContainerOptions) -> IdRange | None:
@@ -196,11 +197,13 @@ class Containers:
         """Stop a container, if it runs, and start it again.
 
         Raises:
-            ConflictError: it is removed when it ends.
+            ConflictError: it is one that is removed when it ends.
         """
         container = self.directory.find(name)
         if container.record.options.rm:
-            raise ConflictError(f"container {name} goes when it ends (--rm): run it again instead")
+            raise ConflictError(
+                f"container {name} is removed when it ends (--rm): run it again instead"
+            )
         await self.stop(name, timeout_s)
         await container.ended.wait()
         return await self.start(container.record.id)
@@ -223,16 +226,18 @@ class Containers:
         """End a container: its stop signal, then SIGKILL; returns when it has ended.
 
         Args:
-            timeout_s: between the signals; None: as its options say.
+            timeout_s: seconds between the signals; None: as its options say.
 
         Raises:
-            UsageError: no such time.
+            UsageError: the time is out of range.
+            ConflictError: it did not end, even by SIGKILL.
         """
         if timeout_s is not None and not 0 <= timeout_s <= MOST_TIMEOUT_S:
             raise UsageError(f"timeout {timeout_s} is out of range: give seconds, 0 or more")
         container = self.directory.find(name)
-        # That of this run: a start after it makes another.
+        # The event of this run: a later start makes another one.
         ended = container.ended
+        # Before the signal: otherwise its end would be one to restart it after.
         await container.change(stopped=True)
         record = container.record
         if record.state is not State.EXITED:
@@ -249,7 +254,7 @@ class Containers:
         """Remove a container that has ended, or with `force` any; returns what it was.
 
         Args:
-            volumes: its anonymous ones too.
+            volumes: remove its anonymous volumes, too.
 
         Raises:
             ConflictError: it runs.
@@ -263,7 +268,7 @@ class Containers:
         if container.record.state is not State.EXITED:
             await container.change(stopped=True)
             await _kill_and_wait(container, container.ended)
-        if container in self.directory:
+        if container in self.directory:  # with --rm its end has removed it
             await self._cleanup.purge(container, volumes=volumes)
         return before
 
@@ -274,7 +279,10 @@ async def _kill_and_wait(container: Container, ended: trio.Event) -> None:
         with trio.move_on_after(_KILL_S) as waiting:
             await ended.wait()
         if waiting.cancelled_caught:
-            raise ConflictError(f"container {container.record.name} survived SIGKILL")
+            raise ConflictError(
+                f"container {container.record.name} did not end within {_KILL_S:.0f} s of SIGKILL: "
+                "see whether its process hangs in the kernel (state D in ps)"
+            )
 
 
 def _signal(container: Container, number: signal.Signals) -> None:

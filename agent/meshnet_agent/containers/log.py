@@ -1,7 +1,7 @@
-"""A container's log (conmon's format ``k8s-file``), read from where a client wants it.
+"""Reads a container's log (conmon's format ``k8s-file``) from where a client wants it.
 
-Lines are ``TIME STREAM F|P TEXT``; P is a part of a longer line.  conmon begins a file anew when it
-has become too large: another file takes its name.
+Lines are ``TIME STREAM F|P TEXT``; P marks a part of a longer line.  When the file would grow too
+large, conmon begins another one, which takes its name.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 64 * 1024
 _POLL_S = 0.1
+"""What was begun and replaced between two looks is missed (docs/run.md)."""
 
 
 async def read_log(
     container: Container, *, follow: bool, tail: int | None, since_s: float | None
 ) -> AsyncGenerator[bytes]:
-    """The log's bytes, from the file that is there now.
+    """The log's bytes, from the present file.
 
-    Whoever reads closes it (`contextlib.aclosing`), also when cancelled: it holds a file.
+    The reader closes the generator (`contextlib.aclosing`), even if cancelled: it holds a file.
 
     Args:
-        follow: until the container has ended, across new files.
-        tail: the last lines only.
-        since_s: what is not older; Unix time.
+        follow: go on until the container has ended, across new files.
+        tail: only so many of the last lines.
+        since_s: only what is not older; Unix time.
     """
     path = container.bundle.log
     try:
@@ -42,12 +43,14 @@ async def read_log(
     try:
         await trio.to_thread.run_sync(_seek, file.wrapped, tail, since_s)
         while True:
-            over = container.ended.is_set()  # before the read: what came until then is in it
+            # Both before the read, which then gets all that came before: bytes written between a
+            # read and a look would be lost.
+            over = container.ended.is_set()
             renewed = await trio.to_thread.run_sync(_is_renewed, file.wrapped, path)
             while chunk := await file.read(_CHUNK_BYTES):
                 yield chunk
             if renewed:
-                # Nothing is added to a file that has lost its name.
+                # conmon adds nothing more to a file that has lost its name.
                 await file.aclose()
                 file = await trio.open_file(path, "rb")
                 continue
@@ -67,7 +70,7 @@ def _is_renewed(file: IO[bytes], path: os.PathLike[str]) -> bool:
 
 
 def _seek(file: IO[bytes], tail: int | None, since_s: float | None) -> None:
-    """Go to the first byte that is wanted."""
+    """Go to the first byte that the client wants."""
     size = os.fstat(file.fileno()).st_size
     places = [0]
     if tail is not None:
@@ -83,7 +86,7 @@ def _first_since(file: IO[bytes], size: int, since_s: float) -> int:
     while place < size:
         line = file.readline()
         if not line.endswith(b"\n"):
-            break
+            break  # conmon is still writing this line
         if _time_of(line) >= since_s:
             return place
         place += len(line)
@@ -98,9 +101,9 @@ def _time_of(line: bytes) -> float:
 
 
 def _last_lines(file: IO[bytes], size: int, count: int) -> int:
-    """Where the last `count` lines begin, with their parts before the last one."""
+    """Where the last `count` lines begin; parts (P) belong to the whole line (F) after them."""
     if size == 0:
-        return 0
+        return 0  # mmap refuses an empty file
     with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as view:
         end = view.rfind(b"\n") + 1
         while end > 0:

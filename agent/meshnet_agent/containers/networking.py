@@ -15,7 +15,7 @@ class Networking(Protocol):
     """Puts processes on networks (`meshnet_agent.mesh.operations.MeshOperations`)."""
 
     async def attach(self, pid: int, request: AttachRequest) -> Endpoint:
-        """Attach a process; waits, for a while, until the network is up on this host.
+        """Attach a process; if the network is not up on this host yet, waits for a while.
 
         Raises:
             MeshnetError: nothing was changed; the class says why.
@@ -25,8 +25,8 @@ class Networking(Protocol):
         """Undo an attach; the process may have ended.
 
         Raises:
-            NotFoundError: it is gone already.
+            NotFoundError: the endpoint is already gone.
         """
 
     def endpoints_of(self, pid: int) -> Sequence[Endpoint]:
-        """Those in a process's network namespace."""
+        """The endpoints in a process's network namespace."""

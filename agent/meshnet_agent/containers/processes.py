@@ -1,4 +1,4 @@
-"""Processes that outlive the agent: told apart for ever, signalled and awaited by pidfd."""
+"""Processes that outlive the agent: identified for ever, signalled and awaited by pidfd."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from meshnet_agent.containers.record import ProcessId
 
 
 def identify(pid: int) -> ProcessId:
-    """A process for ever.
+    """Identify a process for ever.
 
     Raises:
-        NotFoundError: there is none.
+        NotFoundError: there is no such process.
     """
     return ProcessId(pid, start_ticks(pid), boot_id())
 
 
 def is_alive(process: ProcessId) -> bool:
-    """Whether it is there still, and is that one."""
+    """Whether the process still exists, and its pid was not reused."""
     try:
         return identify(process.pid) == process
     except NotFoundError:
@@ -35,7 +35,7 @@ def send(process: ProcessId, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         fd = os.pidfd_open(process.pid)
         try:
-            # After the descriptor is open: from here on nobody else can become this process.
+            # Looked at once the descriptor is open: that stays with one process, the pid does not.
             if is_alive(process):
                 signal.pidfd_send_signal(fd, number)
         finally:

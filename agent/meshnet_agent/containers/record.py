@@ -1,4 +1,4 @@
-"""What is known of a container, as a value and as a file that survives the agent.
+"""What the agent knows of a container, as a value and as a file that survives the agent.
 
 The file, ``container.json``, has a version of its own (`VERSION`).  Version 1 kept the API's
 documents of the endpoints; `decode` still reads it, and the next write of the record replaces it.
@@ -30,7 +30,7 @@ VERSION: Literal[2] = 2
 
 
 class State(StrEnum):
-    """Where a container is in its life; the words are Docker's, but for the first."""
+    """Where a container is in its life; all words but the first are Docker's."""
 
     CREATING = "creating"
     CREATED = "created"
@@ -40,7 +40,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A process for ever: pids are reused, with the start time and the boot they are not."""
+    """Identifies one process for ever: pids are reused, but not at one start time of one boot."""
 
     pid: int
     start_ticks: int
@@ -49,7 +49,7 @@ class ProcessId:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerEndpoint:
-    """What a container keeps of an endpoint that was made with it: enough to detach it again.
+    """What a container remembers of an endpoint made with it: enough to detach it again.
 
     Attributes:
         pid: the process that was attached.
@@ -68,14 +68,14 @@ class ContainerRecord:
 
     Attributes:
         image_id: digest of the image that it holds.
-        args, env, user, workdir, stop_signal: of the options, or else of the image.
-        lowerdirs: what its root file system is stacked on, the uppermost first.
-        ids: those of the host that its own ones are; None: the same.
+        args, env, user, workdir, stop_signal: from the options, otherwise from the image.
+        lowerdirs: the layers below its root file system, the uppermost first.
+        ids: the host's ids that its own map to; None: they are the same.
         mount_points: volumes of the store that it has.
-        process: its first process, while there is one.
-        shim: the conmon that keeps it.
+        process: its first process, while it has one.
+        shim: its conmon.
         created_s, started_s, finished_s: Unix time.
-        stopped: somebody wanted its end: it is not restarted.
+        stopped: somebody asked for its end, so it is not restarted.
         endpoints: those that were made with it.
         v: version of the file (`meshnet_agent.state_dir`).
     """
@@ -107,7 +107,7 @@ class ContainerRecord:
 
     @property
     def hostname(self) -> str:
-        """Its own, or the beginning of its id."""
+        """The one of its options, otherwise its id."""
         return self.options.hostname or self.id
 
     @property
@@ -139,6 +139,7 @@ def decode(raw: bytes) -> ContainerRecord:
         BadValueError: its checksum does not match.
         msgspec.DecodeError: it is malformed, or of a newer version.
     """
+    # As a plain document first: version 1 had no `v`, and its endpoints do not fit the record.
     document = msgspec.json.decode(checked(raw), type=dict[str, Any])
     if document.get("v", 1) == 1:
         document = _migrate_v1(document)
@@ -162,12 +163,12 @@ def _migrate_v1(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(directory: Path, record: ContainerRecord, *, keep: bool = True) -> None:
-    """Write a container's record; on return it survives the agent, with `keep` also a power cut."""
+    """Write a container's record; it then survives the agent and, with `keep`, a power cut."""
     write_whole(directory / FILE, encode(record), keep=keep)
 
 
 def load_all(directory: Path) -> Iterator[ContainerRecord]:
-    """All containers below a directory; a file that cannot be read is logged and left alone."""
+    """All containers below a directory; logs a file that cannot be read, and leaves it alone."""
     for file in sorted(directory.glob(f"*/{FILE}")):
         try:
             yield decode(file.read_bytes())

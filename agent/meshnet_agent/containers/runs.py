@@ -1,7 +1,7 @@
 """A container's runs: launched, started, watched to their end, restarted as its options say.
 
-A run's end is seen by its conmon's end, which may come at any moment, also while a client waits for
-another step.  So whoever acts on a container holds its lock and looks at its state again.
+A run has ended when its conmon has.  That may happen at any moment, even while a client waits for
+another step, so whoever acts on a container takes its lock and then looks at its state again.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 60.0
 _LASTING_S = 10.0
-"""A run that took longer was a good one: the pauses begin anew."""
+"""A run that lasted longer counts as good: the pauses before restarts begin anew."""
 _LOST_STATUS = 255
-"""Of a container whose exit nobody saw: the host went down, or its conmon was killed."""
+"""Status of a container whose exit nobody saw: the host went down, or its conmon was killed."""
 _AT_ONCE = 4
-"""Containers that are made or taken down at the same time; others wait."""
+"""How many containers are made or taken down at the same time; others wait."""
 
 
 class Runs:
@@ -71,7 +71,7 @@ class Runs:
     # --- beginning ------------------------------------------------------------------------------
 
     async def launch(self, container: Container) -> None:
-        """From nothing to a process that waits, and is watched.
+        """Make a process that waits to be started, and watch it.
 
         Raises:
             MeshnetError: the class says why; what was made is in the record and in the bundle.
@@ -81,7 +81,7 @@ class Runs:
             record = container.record
             self._check_there(container)
             if record.state not in (State.CREATING, State.EXITED):
-                raise ConflictError(f"container {record.name} is {record.state} already")
+                raise ConflictError(f"container {record.name} is already {record.state}")
             await launch(container, runtime, self._directory, self._networking)
         assert container.record.shim is not None
         self._watch(container, container.record.shim)
@@ -89,7 +89,7 @@ class Runs:
     async def prepare(self, container: Container) -> None:
         """Make an exited container wait to be started again, over its own writable layer.
 
-        One that is created already is left as it is.
+        One that waits already is left as it is.
 
         Raises:
             ConflictError: it runs.
@@ -99,11 +99,14 @@ class Runs:
                 await self._prepare_again(container)
         elif container.record.state is not State.CREATED:
             record = container.record
-            raise ConflictError(f"container {record.name} is {record.state}: it need not start")
+            raise ConflictError(
+                f"container {record.name} is {record.state}: stop it first, or restart it"
+            )
 
     async def _prepare_again(self, container: Container) -> None:
         exit_code = container.record.exit_code
-        # A restart that its policy wants and that waits for its time finds it started, and ends.
+        # `ended` is not set if a restart by its policy still waits for its time.  That restart
+        # finds the container started, and gives up.
         container.ended = trio.Event() if container.ended.is_set() else container.ended
         await container.change(stopped=False, restarts=0, error=None)
         try:
@@ -115,7 +118,7 @@ class Runs:
             raise
 
     async def start(self, container: Container) -> None:
-        """Let the process of a created container go on; an exited one is made again before.
+        """Start the process of a created container; an exited container is first made again.
 
         Raises:
             ConflictError: it runs.
@@ -131,7 +134,7 @@ class Runs:
                     f"container {record.name} is {record.state}: stop it first, or restart it"
                 )
             with trio.CancelScope(shield=True):
-                # Disk first: a process that runs and is recorded as waiting would be started twice.
+                # Disk first: a running process that is recorded as waiting would be started twice.
                 await container.change(state=State.RUNNING, started_s=time.time())
                 await runtime.start(record.id)
         _log.info("container started", container=record.name, id=record.id)
@@ -152,12 +155,12 @@ class Runs:
         await wait_for_end(shim)
         exit_code = read_exit(container.bundle.exits, container.record.id)
         if exit_code is None and container.record.process is not None:
-            # Somebody killed conmon: nobody will know the status.
+            # Somebody killed conmon.  The program goes on, and nobody will know its status.
             await wait_for_end(container.record.process)
         await self._ended(container, exit_code)
 
     async def _found_ended(self, container: Container) -> None:
-        """At the agent's start: it ended while no agent was there."""
+        """At the agent's start: it ended while no agent ran."""
         if container.record.state is State.CREATING:
             await self._cleanup.purge(container, volumes=True)
             return
@@ -189,6 +192,8 @@ class Runs:
                     shim=None,
                     endpoints=(),
                 )
+                # With --rm the end is not written, since the record goes: a crash before that
+                # leads to the same clean-up.
                 if not self._is_to_go(container):
                     await container.change()
             record = container.record
@@ -209,7 +214,7 @@ class Runs:
     # --- restarting -----------------------------------------------------------------------------
 
     def _is_to_go(self, container: Container) -> bool:
-        """Whether nothing is to be left of a container that has ended."""
+        """Whether nothing is to stay of a container that has ended."""
         return container.record.options.rm and not self._wants_restart(container)
 
     def _wants_restart(self, container: Container) -> bool:
@@ -223,9 +228,10 @@ class Runs:
         )
 
     async def _restart(self, container: Container, lasted_s: float) -> None:
-        """Start it again; one that cannot be made is tried again, ever later."""
+        """Start it again; if it cannot be made, try again after ever longer pauses."""
         failures = 0 if lasted_s > _LASTING_S else container.record.restarts
         while True:
+            # The exponent has a limit, since a float does not hold 2 ** 1024.
             await trio.sleep(min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(failures, 16)))
             record = container.record
             if record.state is not State.EXITED:
@@ -248,7 +254,7 @@ class Runs:
                     await self._undo_launch(container, exit_code, str(error))
 
     async def _undo_launch(self, container: Container, exit_code: int | None, error: str) -> None:
-        """It could not be made again: it has ended as before, and the record says why."""
+        """Return it to how it had ended, with the reason why it could not be made again."""
         async with container.lock:
             if container not in self._directory:
                 return

@@ -1,4 +1,4 @@
-"""The OCI runtime of this host: looked for when the first container needs it."""
+"""Finds the OCI runtime of this host, when the first container needs it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class RuntimeProvider:
     """Finds the OCI runtime, once.
 
     Args:
-        root: where the runtime keeps what it knows of its containers.
-        systemd_cgroup: systemd makes the containers' cgroups.
+        root: where the runtime keeps its own state.
+        systemd_cgroup: whether systemd makes the containers' cgroups.
     """
 
     def __init__(self, root: Path, *, systemd_cgroup: bool = False) -> None:
@@ -33,12 +33,13 @@ class RuntimeProvider:
         self._probing = trio.Lock()
 
     async def get(self) -> OciRuntime:
-        """The OCI runtime (`find_runtime`); one that was not found is looked for again.
+        """The OCI runtime (`find_runtime`); each call looks again until one is found.
 
         Raises:
             PolicyRefusedError: the agent's unit does not let it run containers.
-            KernelRefusedError: none can run here.
+            KernelRefusedError: this host has no runtime that can run.
         """
+        # One caller at a time: a probe runs an empty container by each runtime.
         async with self._probing:
             if self._found is None:
                 check_may_run()
@@ -49,5 +50,5 @@ class RuntimeProvider:
             return self._found
 
     def report(self) -> Mapping[str, str]:
-        """Runtimes that cannot run here, and why; empty until one was needed."""
+        """Runtimes that cannot run here, and why; empty until a container needed one."""
         return dict(self._passed_over)

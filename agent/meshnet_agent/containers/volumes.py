@@ -1,4 +1,4 @@
-"""Volumes of this host: which containers have them, and when they may go."""
+"""The volumes of this host: which containers have them, and when they may be removed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class VolumeUse:
 
 
 class Volumes:
-    """The volumes of this host, and who has them."""
+    """The volumes of this host, and the containers that have them."""
 
     def __init__(self, store: VolumeStore, directory: ContainerDirectory) -> None:
         self._store = store
         self._directory = directory
 
     async def collect(self) -> None:
-        """Remove what a killed agent left half made (`VolumeStore.collect`)."""
+        """Remove what an agent that was killed left half made (`VolumeStore.collect`)."""
         await trio.to_thread.run_sync(self._store.collect)
 
     async def all(self) -> list[VolumeUse]:
@@ -49,8 +49,9 @@ class Volumes:
         """Remove a volume and its content.
 
         Raises:
-            NotFoundError, UsageError: there is none.
+            NotFoundError, UsageError: there is no such volume.
             ConflictError: a container has it.
+            KernelRefusedError: its content cannot be removed.
         """
         having = self._containers(name)
         if having:
@@ -58,8 +59,8 @@ class Volumes:
                 f"volume {name} is in use by container {', '.join(having)}: remove "
                 f"{'it' if len(having) == 1 else 'them'} first"
             )
-        # In this task, before anything is awaited: a container that wants the volume from now on
-        # gets another one.
+        # Before anything is awaited, so that no container can take the volume after the check.  One
+        # that wants a volume of this name from now on gets a new one.
         grave = self._store.set_aside(name)
         try:
             await trio.to_thread.run_sync(shutil.rmtree, grave)
@@ -69,22 +70,22 @@ class Volumes:
             ) from error
 
     async def prune(self, *, named: bool) -> list[str]:
-        """Remove the volumes that no container has: anonymous ones, with `named` any.
+        """Remove anonymous volumes that no container has; with `named`, all such volumes.
 
         Returns:
-            Their names.
+            The names of those that were removed.
         """
         removed = []
         for use in await self.all():
             name = use.volume.name
-            # Asked again: a container may have taken it while another volume was removed.
+            # Ask again: a container may have taken it while another volume was removed.
             if (use.volume.anonymous or named) and not self._containers(name):
                 await self.remove(name)
                 removed.append(name)
         return removed
 
     async def remove_anonymous(self, mount_points: Iterable[MountPoint]) -> None:
-        """Remove what a container had for itself alone; a failure is only logged."""
+        """Remove the anonymous volumes of a container that is gone; a failure is only logged."""
         for point in mount_points:
             if (
                 point.anonymous

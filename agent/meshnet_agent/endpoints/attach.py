@@ -2,9 +2,9 @@
 
 Values in, values out: every front (the API, containers) calls this.
 
-Attaches run one at a time, and wait neither for the reconciler nor, but for addresses of pools, for
-the store.  Those addresses many attaches get at the same time, before they wait for their turn
-(`meshnet_agent.endpoints.addresses.pool`).  Each call does all of what it is for, or nothing.
+Attaches run one at a time.  They never wait for the reconciler, and wait for the store only if
+addresses come from a pool (`meshnet_agent.endpoints.addresses.pool`): many attaches get those at
+the same time, before each waits for its turn.  Each call does all of its work, or nothing.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Attacher:
     """Attaches and detaches.
 
     Args:
-        keeper: takes what was attached into its keeping.
-        right_of_way: taken while something is attached.
+        keeper: watches endpoints from the moment they are attached, and frees them.
+        right_of_way: taken while an attach is under way.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Attacher:
     async def attach(self, sandbox: OpenSandbox, request: AttachRequest) -> Endpoint:
         """Connect a sandbox to a network; on return the endpoint works and is on disk.
 
-        Waits for a network that is not up on this host yet.  Cancelled before its link is there, it
-        leaves nothing; later it is done.
+        Waits for a network that is not up on this host yet.  If it is cancelled before the link
+        exists, it leaves nothing behind; after that it completes.
 
         Raises:
             MeshnetError: nothing was changed; the class says why.
@@ -97,7 +97,10 @@ class Attacher:
     async def _attach(
         self, sandbox: OpenSandbox, request: AttachRequest, ready: ReadyNetwork
     ) -> Endpoint:
+        # 12 digits: with its prefix the link's name has the 15 characters that Linux allows.
         identity = EndpointId(secrets.token_hex(6))
+        # Addresses before the lock: for those of a pool the wire is asked, for 0.24 s, and others
+        # must be able to attach meanwhile.
         async with (
             self._addresses.allocate(ready, identity, request.ip) as addresses,
             self._directory.changing(),
@@ -106,15 +109,16 @@ class Attacher:
             with contextlib.ExitStack() as undo:
                 published = await self._ports.acquire(draft, request.publish)
                 undo.callback(self._ports.release, draft, published)
-                # Before there is anything to undo: an agent may be out of descriptors.
+                # Before the link is made: an agent that is out of descriptors fails here, while
+                # there is nothing in the kernel to undo.
                 end = sandbox.end()
                 undo.callback(end.close)
                 endpoint = await self._links.connect(
                     sandbox, replace(draft, published=published), ready, is_new=True
                 )
                 undo.pop_all()
-            # From here on whatever fails takes the endpoint with it.  If it were left behind, its
-            # addresses would be given to the next one all the same.
+            # From here on a failure removes the endpoint, too.  Leaving this block by an error
+            # frees the addresses, so a link that stayed would share them with the next endpoint.
             self._directory.add(endpoint)
             try:
                 self._keeper.watch(endpoint, end)
@@ -130,7 +134,7 @@ class Attacher:
             try:
                 await self._keeper.free(endpoint)
             except MeshnetError as error:
-                # Then all of it stays, addresses and ports too, until its sandbox ends.
+                # Then all of it stays until the sandbox ends, including addresses and ports.
                 _log.error("attach not undone", endpoint=endpoint.name, reason=str(error))
 
     async def detach(self, netns: NetnsId, network: str) -> Endpoint:
@@ -138,7 +142,7 @@ class Attacher:
 
         Raises:
             NotFoundError: the namespace has no endpoint on that network.
-            KernelRefusedError: its link or its record cannot be removed; it is attached still.
+            KernelRefusedError: its link or its record cannot be removed; it is still attached.
         """
         async with self._directory.changing():
             for endpoint in self._directory.in_netns(netns):
@@ -157,6 +161,7 @@ class Attacher:
         Raises:
             MeshnetError: nothing was changed; the class says why.
         """
+        # Outside the lock: this may wait ten seconds, and detaches must go on meanwhile.
         ready = await self._networks.wait_for(self._directory.find(name).network)
         check_publishable(ready.network)
         async with self._directory.changing():
@@ -171,11 +176,11 @@ class Attacher:
         return after
 
     async def unpublish(self, name: str, texts: Sequence[str]) -> Endpoint:
-        """Take published ports of an endpoint away; connections that are open go on.
+        """Unpublish ports of an endpoint; open connections go on.
 
         Raises:
-            NotFoundError: there is no such endpoint, or it has no such port.
-            UsageError: a text stands for no port.
+            NotFoundError: this host has no such endpoint, or the endpoint has no such port.
+            UsageError: a text does not name a port.
         """
         async with self._directory.changing():
             before = self._directory.find(name)
@@ -196,11 +201,13 @@ class Attacher:
     async def _change(
         self, before: Endpoint, after: Endpoint, changed: Collection[PublishedPort]
     ) -> None:
-        """Disk first, then the kernel; as before if that refuses.
+        """Disk first, then the kernel; if the kernel refuses, the record is as before.
 
         Raises:
             KernelRefusedError: nothing was changed.
         """
+        # Passes bring to the kernel what is recorded.  After a crash in between, the next agent's
+        # first pass does the rest.
         self._directory.replace(after)
         try:
             await self._ports.bring_to_kernel(after, changed)
@@ -212,11 +219,12 @@ class Attacher:
 
     @contextlib.contextmanager
     def _announced(self, request: AttachRequest, sandbox: Sandbox) -> Iterator[None]:
-        """While the block runs nobody else attaches the same, or by the same name.
+        """While the block runs, no other attach gets the same sandbox and network, or name.
 
         Raises:
-            ConflictError: somebody has, or is about to.
+            ConflictError: an endpoint has them, or another attach is under way with them.
         """
+        # The lock comes later, after addresses are found, so two equal attaches could get there.
         self._check_free(request, sandbox)
         entry = request, sandbox
         self._attaching.append(entry)
@@ -229,7 +237,7 @@ class Attacher:
         for endpoint in self._directory.all:
             if endpoint.sandbox.netns == sandbox.netns and endpoint.network == request.network:
                 raise ConflictError(
-                    f"{sandbox} is attached to network {request.network} already, as "
+                    f"{sandbox} is already attached to network {request.network}, as endpoint "
                     f"{endpoint.name} with {endpoint.addresses[0]}: detach it first"
                 )
             if request.name is not None and endpoint.name == request.name:
@@ -243,7 +251,7 @@ class Attacher:
             ):
                 raise ConflictError(
                     f"{other_sandbox} is being attached to network {other.network} right now: "
-                    "wait for that, or choose another --name"
+                    "wait until that is done, or choose another --name"
                 )
 
 

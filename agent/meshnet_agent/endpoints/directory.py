@@ -1,8 +1,8 @@
-"""This host's endpoints: who there is, as everybody sees it.
+"""This host's endpoints, as every part of the agent sees them.
 
-Those who attach and keep endpoints write here, one at a time (`EndpointDirectory.changing`); all
-others read.  What an endpoint is stands on disk before it stands here: after a crash the next agent
-makes of the kernel what is recorded.
+The parts that attach and keep endpoints write here, one at a time (`EndpointDirectory.changing`);
+all others only read.  A change is on disk before it is here, because after a crash the next agent
+brings the kernel to what is recorded.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class EndpointDirectory:
     """All endpoints of this host.
 
     Attributes:
-        host: whose they are.
+        host: the id of this host.
         changed: raised when an endpoint came, went or changed, for whoever publishes them.
-        unhealed: endpoints whose link is gone for good, and why.
-        unreadable: ids of endpoints whose record could not be read at the start, links of which are
-            there.
+        unhealed: endpoints whose link is gone and could not be made again, and why.
+        unreadable: ids of endpoints whose record could not be read at the start, and whose link
+            exists.
         inherited: what an earlier agent left on disk and nobody has taken over yet.
     """
 
@@ -72,11 +72,11 @@ class EndpointDirectory:
         return list(self._endpoints.values())
 
     def get(self, identity: EndpointId) -> Endpoint | None:
-        """The endpoint of an id, as it is now."""
+        """The endpoint with an id, as it is now."""
         return self._endpoints.get(identity)
 
     def find(self, name: str) -> Endpoint:
-        """The endpoint of a name or id.
+        """The endpoint with a name or id.
 
         Raises:
             NotFoundError: this host has none.
@@ -89,11 +89,11 @@ class EndpointDirectory:
         )
 
     def in_netns(self, netns: NetnsId) -> list[Endpoint]:
-        """Those in a network namespace."""
+        """The endpoints in a network namespace."""
         return [e for e in self._endpoints.values() if e.sandbox.netns == netns]
 
     def of_process(self, pid: int) -> list[Endpoint]:
-        """Those in a process's network namespace; of one that has ended, those it was given."""
+        """Those in a process's network namespace; if it has ended, those attached by its pid."""
         return select_of_process(self._endpoints.values(), pid)
 
     def find_of_process(self, pid: int, network: str) -> Endpoint:
@@ -111,6 +111,7 @@ class EndpointDirectory:
 
     def subnet_of(self, network: NetworkName, version: int) -> IpNetwork | None:
         """The subnet of an IP version that endpoints of a network are in, also while starting."""
+        # With those not taken over yet: a host that comes back must get the subnet that they use.
         known = (*self._endpoints.values(), *self.inherited)
         of_network = (a for e in known if e.network == network for a in e.addresses)
         return next((a.network for a in of_network if a.version == version), None)
@@ -146,9 +147,9 @@ class EndpointDirectory:
 
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """While the block runs nobody else writes; then `changed` is raised, if the block wrote.
+        """While the block runs, nobody else writes; then `changed` is raised if the block wrote.
 
-        Not sooner: what is undone at once need not be published.
+        It is not raised sooner, because what is undone at once need not be published.
         """
         async with self._lock:
             self._is_written = False
@@ -159,12 +160,12 @@ class EndpointDirectory:
                     self.changed.set()
 
     def add(self, endpoint: Endpoint) -> None:
-        """An endpoint came that is on disk: what made its link recorded it (`EndpointLinks`)."""
+        """Add an endpoint that is on disk already (`EndpointLinks` records what it connects)."""
         self._endpoints[endpoint.id] = endpoint
         self._is_written = True
 
     def replace(self, endpoint: Endpoint) -> None:
-        """Record an endpoint that is known as it is now.
+        """Record a known endpoint as it is now.
 
         Raises:
             KernelRefusedError: the disk refused; it is as before.
@@ -185,7 +186,8 @@ class EndpointDirectory:
 
     @contextlib.contextmanager
     def ending(self, identity: EndpointId) -> Iterator[None]:
-        """While the block runs the end of the endpoint's link is no surprise."""
+        """While the block runs, a missing link of the endpoint is expected and not healed."""
+        # Blocks nest, since the end of a sandbox leads to `Keeper.free`: the outermost one counts.
         is_first = identity not in self._ending
         self._ending.add(identity)
         try:

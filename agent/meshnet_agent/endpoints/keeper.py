@@ -1,7 +1,7 @@
-"""Keeps this host's endpoints: taken over at start, watched by pidfd, healed, freed.
+"""Keeps this host's endpoints: takes them over at the start, watches, heals and frees them.
 
 An endpoint lives as long as its sandbox.  When the process it was attached to ends, another process
-of the same namespace takes its place; when there is none, the endpoint goes and its addresses are
+of the same namespace takes its place.  If there is none, the endpoint goes and its addresses are
 free again.
 """
 
@@ -39,8 +39,8 @@ class Keeper(MeshListener):
     """Keeps endpoints until their sandbox ends.
 
     Args:
-        sandboxes: where sandboxes are found again.
-        networks: what is needed of a network to connect an endpoint again.
+        sandboxes: finds sandboxes again.
+        networks: says what connecting an endpoint again needs of its network.
     """
 
     def __init__(
@@ -64,13 +64,15 @@ class Keeper(MeshListener):
         self._nursery: trio.Nursery | None = None
 
     async def load(self) -> None:
-        """Read what is on disk, and see that it is this host's: others look for it by its host id.
+        """Read what is on disk, and check that what is attached belongs to this host id.
 
         Raises:
-            ConflictError: an endpoint that is attached is another host id's.
+            ConflictError: an attached endpoint belongs to another host id.
             KernelRefusedError: the disk refused to be read.
         """
         self._directory.load()
+        # Under a new host id this host gets another subnet, and other hosts would no longer reach
+        # an endpoint of the old one.  This happens when the hostname, the default id, changes.
         host = self._directory.host
         others = [e for e in self._directory.inherited if e.host != host]
         link_names = await self._links.list_all() if others else set()
@@ -79,9 +81,9 @@ class Keeper(MeshListener):
             if found is not None:
                 found.close()
                 raise ConflictError(
-                    f"endpoint {endpoint.name} is attached as one of host {endpoint.host}, and "
-                    f"this agent is {host}: start it with --host-id {endpoint.host}, or end "
-                    f"{endpoint.sandbox} and all others that are attached"
+                    f"endpoint {endpoint.name} was attached under host id {endpoint.host}, and "
+                    f"this agent's is {host}: start it with --host-id {endpoint.host}, or end "
+                    f"{endpoint.sandbox} and all other attached processes"
                 )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -98,13 +100,14 @@ class Keeper(MeshListener):
     def passed(self, result: PassResult) -> None:
         """See `PassListener`: heal endpoints whose link it missed.
 
-        Macvlans are looked for in any case: nothing tells the host's namespace of their end.
+        Macvlans are looked for in any case, since the host's namespace does not hear of their end.
         """
         self._missing.update(n for n in result.missing if self._directory.expects_link(n))
         self._look.set()
 
     def mesh_changed(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
         """See `MeshListener`: free what is left on networks that are gone from the store."""
+        # A hole is a key of which nothing is known: it may be the network that seems to be gone.
         if self._nursery is None or snapshot.holes:
             return
         for network in {e.network for e in self._directory.all} - snapshot.networks.keys():
@@ -131,12 +134,14 @@ class Keeper(MeshListener):
 
     async def _heal(self, link_names: Collection[str]) -> None:
         """Connect endpoints again whose link is gone: somebody deleted it, or its parent went."""
+        # Macvlans without the lock: each means a look into its namespace, after every pass, and
+        # attaches must not wait for that.
         every = self._directory.all
         bare = {e.id for e in every if e.parent is not None and not await self._has_macvlan(e)}
         async with self._directory.changing():
             gone = set(link_names) - await self._links.list_all()
             for endpoint in self._directory.all:
-                # Looked at once more: it may have come or gone while the lock was waited for.
+                # Look again: it may have come or gone while we waited for the lock.
                 if endpoint_link_name(endpoint.id) in gone or (
                     endpoint.id in bare and not await self._has_macvlan(endpoint)
                 ):
@@ -149,6 +154,7 @@ class Keeper(MeshListener):
                 await self._links.connect(sandbox, endpoint, ready, is_new=False)
         except (MeshnetError, OSError) as error:
             reason = f"its link is gone and cannot be made: {error}"
+            # Logged once for each reason: this is tried after every pass.
             if self._directory.unhealed.get(endpoint.id) != reason:
                 _log.error("endpoint not healed", endpoint=endpoint.name, reason=reason)
             self._directory.unhealed[endpoint.id] = reason
@@ -157,7 +163,7 @@ class Keeper(MeshListener):
             self._directory.unhealed.pop(endpoint.id, None)
 
     async def _has_macvlan(self, endpoint: Endpoint) -> bool:
-        """Whether an endpoint's macvlan is in its namespace; also if that cannot be looked at."""
+        """Whether an endpoint's macvlan is in its namespace; true also if nobody can look there."""
         try:
             with reopen(endpoint.sandbox) as sandbox:
                 found = await self._links.holds(sandbox, endpoint)
@@ -173,7 +179,7 @@ class Keeper(MeshListener):
         """Free the endpoint when its sandbox ends.
 
         Args:
-            end: closed when it is not needed any more, also if this raises.
+            end: this closes it when it is no longer needed, also if it raises.
         """
         if self._nursery is None:
             end.close()
@@ -190,11 +196,13 @@ class Keeper(MeshListener):
         finally:
             end.close()
         if not scope.cancelled_caught:
+            # The link goes with the namespace, perhaps while we wait for the lock: it is not to
+            # be healed, and a pass for it would be in vain.
             with self._directory.ending(identity):
                 await self._inherit_or_free(identity)
 
     async def _inherit_or_free(self, identity: EndpointId) -> None:
-        """Another process of the namespace takes over from one that ended, or nobody does."""
+        """Hand an endpoint to another process of its namespace; free it if there is none."""
         async with self._directory.changing():
             endpoint = self._directory.get(identity)
             if endpoint is None:
@@ -208,15 +216,15 @@ class Keeper(MeshListener):
                 else:
                     self._keep_in(heir, endpoint)
             except (MeshnetError, OSError) as error:
-                # What is left of it is collected at the next start.
+                # The next start collects what is left of it.
                 _log.error("endpoint not freed", endpoint=endpoint.name, reason=str(error))
 
     def _keep_in(self, sandbox: OpenSandbox, endpoint: Endpoint) -> None:
-        """Keep an endpoint from now on for the process that was found; closes the sandbox."""
+        """Keep an endpoint for the process that was found from now on; closes the sandbox."""
         with sandbox:
             endpoint = replace(endpoint, sandbox=sandbox.value)
-            # Known before it is recorded: a disk that refuses must not cost a live endpoint its
-            # link, which would be taken for one that nobody has.
+            # In the directory before it is on disk: if the disk refuses, the link of a live
+            # endpoint must not count as one that nobody has, and be removed.
             self._directory.add(endpoint)
             self.watch(endpoint, sandbox.end())
             self._directory.replace(endpoint)
@@ -224,7 +232,7 @@ class Keeper(MeshListener):
     async def free(self, endpoint: Endpoint) -> None:
         """Remove an endpoint: link, record, ports, addresses.  The caller is `changing`.
 
-        Once the link and the record are gone all the rest goes, also if it is cancelled.
+        Once the link and the record are gone, the rest goes too, even if this is cancelled.
 
         Raises:
             KernelRefusedError: the link or the record stays, and with it the endpoint.
@@ -237,7 +245,7 @@ class Keeper(MeshListener):
             watcher.cancel()
         try:
             if endpoint.published:
-                # They must lead nowhere before somebody else has its address.
+                # Before the address is free: the ports must not lead to its next owner.
                 await self._ports.bring_to_kernel(endpoint, endpoint.published)
         except MeshnetError as error:
             _log.error("ports stay published", endpoint=endpoint.name, reason=str(error))
@@ -248,8 +256,12 @@ class Keeper(MeshListener):
     # --- at start -------------------------------------------------------------------------------
 
     async def _recover(self) -> None:
-        """Keep what lives, free what does not, remove links nobody recorded."""
+        """Keep what lives, free what does not, remove links that nobody recorded.
+
+        The only time at which a link without a record can be removed: no attach is under way yet.
+        """
         directory = self._directory
+        # Listed once for all endpoints, not once for each.
         link_names = await self._links.list_all()
         for endpoint in directory.inherited:
             try:
@@ -264,6 +276,7 @@ class Keeper(MeshListener):
                 _log.error("endpoint not undone", endpoint=draft.name, reason=str(error))
         directory.inherited = []
         known = {e.id for e in directory.all}
+        # A link whose record cannot be read stays: its process may be alive.
         recorded = {endpoint_link_name(i) for i in {*known, *directory.unreadable}}
         directory.unreadable = {
             i for i in directory.unreadable if endpoint_link_name(i) in link_names
@@ -271,7 +284,7 @@ class Keeper(MeshListener):
         for name in link_names - recorded:
             _log.warning("unrecorded endpoint link removed", link=name)
             await self._links.remove_unrecorded(name)
-        directory.changed.set()  # also with none: what was published of those before is removed
+        directory.changed.set()  # even if there are none: the store may still have earlier ones
 
     async def _take_over_or_free(self, endpoint: Endpoint, link_names: Collection[str]) -> None:
         found = await self._sandboxes.find(endpoint, link_names)

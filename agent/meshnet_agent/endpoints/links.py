@@ -36,10 +36,11 @@ class EndpointLinks:
         """Connect a sandbox; on return the endpoint works and is on disk.
 
         Args:
-            is_new: False: it is recorded, and stays so if it cannot be connected again.
+            is_new: False for an endpoint that is recorded already: its record stays even if it
+                cannot be connected again.
 
         Returns:
-            The endpoint as it came out: the namespace may have a default route already.
+            The endpoint as it is now: without a default route if the namespace already had one.
 
         Raises:
             MeshnetError: nothing was changed; the class says why.
@@ -59,7 +60,7 @@ class EndpointLinks:
     ) -> Endpoint:
         """In the wiring's thread: kernel first, then disk."""
         if is_new and endpoint.parent is not None:
-            # From the host's namespace nothing shows a macvlan: after a crash only this does.
+            # A macvlan is not seen from the host's namespace: after a crash only this tells of it.
             self._records.save_draft(endpoint)
         try:
             default = wiring.connect(
@@ -90,17 +91,18 @@ class EndpointLinks:
         """Remove an endpoint's link; its record stays.  Idempotent.
 
         Raises:
-            KernelRefusedError: it is there and cannot be removed.
+            KernelRefusedError: the link exists and cannot be removed.
         """
         await self._wiring.run(lambda wiring: wiring.disconnect(endpoint))
 
     async def discard(self, endpoint: Endpoint) -> None:
-        """Remove the link, and then the record, of an endpoint that nobody has taken over.
+        """Remove the link and the record of an endpoint that nobody has taken over.
 
         Raises:
             KernelRefusedError: one of them cannot be removed.
         """
         await self.disconnect(endpoint)
+        # The record last: after a crash in between, the next start finds it and does the rest.
         self._records.remove(endpoint.id)
 
     def load_drafts(self) -> list[Endpoint]:
@@ -112,14 +114,14 @@ class EndpointLinks:
         return self._records.load_drafts()
 
     async def take_over(self, endpoint: Endpoint) -> None:
-        """Have the firewall know what an earlier agent connected; writes nothing."""
+        """Tell the firewall of what an earlier agent connected; writes nothing."""
         await self._wiring.run(lambda wiring: wiring.adopt(endpoint))
 
     async def holds(self, sandbox: OpenSandbox, endpoint: Endpoint) -> bool:
         """Whether an endpoint's macvlan is in its namespace.
 
         Raises:
-            KernelRefusedError: it cannot be looked at.
+            KernelRefusedError: the namespace cannot be looked at.
         """
         return await self._wiring.run(lambda wiring: wiring.holds(sandbox.netns_fd, endpoint))
 
@@ -128,5 +130,5 @@ class EndpointLinks:
         return set(await self._wiring.run(lambda wiring: wiring.list_endpoint_links()))
 
     async def remove_unrecorded(self, name: str) -> None:
-        """Remove a link that is no endpoint's."""
+        """Remove a link that does not belong to an endpoint."""
         await self._wiring.run(lambda wiring: wiring.remove_link(name))

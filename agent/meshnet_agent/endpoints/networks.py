@@ -1,4 +1,4 @@
-"""Networks that are up on this host: what attaching needs of one, now or as soon as it is there."""
+"""Networks that are up on this host: what attaching needs of one, now or as soon as it is up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from meshnet_agent.tasks.worker import Worker
 
 _DEADLINE_S = 10.0
-"""How long is waited for a network to come up on this host."""
+"""How long to wait for a network to come up on this host."""
 _LOOK_AGAIN_S = 0.1
 
 
@@ -28,7 +28,7 @@ class ReadyNetworks:
 
     Args:
         registry: asked for networks that the mesh's snapshot does not show yet.
-        wiring: sees whether a network's uplink is there, whatever the last pass said.
+        wiring: says whether a network's uplink exists, whatever the last pass said.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class ReadyNetworks:
             )
         plan = outcome.plan
         subnets = self._subnets.subnets.get(network.name, ())
+        # Ask the kernel, too: somebody may have deleted the uplink since the last pass.
         if not subnets or not await self._wiring.run(lambda wiring: wiring.has_link(plan.uplink)):
             raise ConflictError(f"network {name} is not up on this host: see meshnet status")
         return ReadyNetwork(
@@ -86,19 +87,21 @@ class ReadyNetworks:
             ConflictError: it did not come up in time; the message says why.
         """
         key = NetworkName(name)
+        # Another host may have created it a moment ago, and the watch has not told us yet.
         if key not in self._mesh.snapshot.networks and not await self._just_created(key):
             raise _missing(name)
         with trio.move_on_after(_DEADLINE_S):
             while not self._is_refused(key):
                 with contextlib.suppress(NotFoundError, ConflictError):
                     return await self.ready(name)
-                # A pass over some hosts wakes nobody, so it is looked again all the same.
+                # A pass over some hosts wakes nobody, so look again after a while anyway.
                 with trio.move_on_after(_LOOK_AGAIN_S):
                     await self._dataplane.wait_for_pass()
+        # Once more, now for the reason: this raises what stood in the way.
         return await self.ready(name)
 
     def _is_refused(self, name: NetworkName) -> bool:
-        """Whether waiting for the network is in vain."""
+        """Whether waiting for the network is pointless."""
         outcome = self._dataplane.result.networks.get(name)
         return name in self._subnets.errors or (outcome is not None and outcome.refused)
 

@@ -1,11 +1,11 @@
-"""Published ports of this host: who has which, and keeping the host's own processes off them.
+"""Published ports of this host: who has which, and how the host's own processes are kept off.
 
 A packet for a published port is translated before it reaches any socket, so a process of the host
-that listens there would silently hear nothing.  Therefore a port that a process has is refused,
-and while the agent runs it holds each published port by a bound socket that does not listen:
-whoever asks the kernel for it later is told that it is taken.  The sockets see no packet; a
-publication works without them, so it outlives the agent.  One that starts again and finds that a
-process came in between says so in ``status``, and tries again until the port is free.
+that listens there would silently hear nothing.  So the agent refuses a port that a process has, and
+holds each published port by a bound socket that does not listen: a process that wants the port
+later gets an error from the kernel.  The sockets never see a packet.  A publication works without
+them, and so outlives the agent.  If a process took a port while no agent ran, the next agent says
+so in ``status`` and tries again until the port is free (docs/design/published-ports.md).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _SETTLE_S = 30.0
-"""Many times what a pass over everything takes; then it is given up."""
+"""Many times what a pass over everything takes; after that the agent gives up."""
 _HOLD_AGAIN_S = 2.0
-"""Time between two tries to hold what a process has: it may have let it go."""
+"""Time between two tries to hold a port that a process has: it may close it at any time."""
 _TRIES = 16
-"""Ports that are tried where any will do: one may be free in one IP version only."""
+"""How many ports to try where any will do: one may be free in a single IP version only."""
 _TCP_TIME_WAIT = 6
 """linux/tcp_states.h: the connection is over, and no process has it."""
 
@@ -62,7 +62,7 @@ class HostPorts(Protocol):
     """The ports of the host's own network namespace."""
 
     def hold(self, binding: Binding) -> HeldPort:
-        """Take a port; number `ANY_PORT` stands for one that is free.
+        """Take a port; the number `ANY_PORT` stands for any that is free.
 
         Raises:
             OSError: EADDRINUSE: somebody has it; EADDRNOTAVAIL: no link has the address.
@@ -70,11 +70,11 @@ class HostPorts(Protocol):
         ...
 
     def find_user(self, binding: Binding) -> str | None:
-        """Who has a port, in words; None: no process that can be looked at."""
+        """Which process has a port, in words; None: not one that the agent may look at."""
         ...
 
     def forget_flows(self, bindings: Collection[Binding]) -> None:
-        """Have UDP flows to ports look for their way anew.
+        """Forget UDP flows to ports, so that their next packets follow the present rules.
 
         Raises:
             OSError: the kernel refused.
@@ -102,12 +102,15 @@ class KernelPorts:
 
     def hold(self, binding: Binding) -> SocketPort:
         """See `HostPorts`."""
+        # Not with SO_REUSEADDR at once: then the kernel would let another program that sets it bind
+        # as well, and only its listen would fail.
         try:
             return self._bind(binding, reuse=False)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or binding.protocol is Transport.UDP:
                 raise
-            # Past connections that are over; a socket that listens is in the way all the same.
+            # A connection in TIME_WAIT blocks a port for a minute after its end.  SO_REUSEADDR
+            # ignores those, and still fails if a socket listens.
             return self._bind(binding, reuse=True)
 
     def _bind(self, binding: Binding, *, reuse: bool) -> SocketPort:
@@ -116,9 +119,11 @@ class KernelPorts:
         made = socket.socket(family, kind | socket.SOCK_CLOEXEC)
         try:
             if family == socket.AF_INET6:
+                # Otherwise a socket bound to :: would take IPv4's port, too.
                 made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
             made.bind((str(binding.address), binding.port))
+            # Off again at once: while it is on, a second program that sets it could bind, too.
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
         except BaseException:
             made.close()
@@ -146,7 +151,7 @@ class PublishedPorts:
 
     Args:
         host: the ports of the host.
-        dataplane: brings to the kernel what endpoints publish.
+        dataplane: asked to bring to the kernel what endpoints publish.
     """
 
     def __init__(self, host: HostPorts, dataplane: DataplaneView) -> None:
@@ -158,7 +163,7 @@ class PublishedPorts:
         self._not_held = Flag()
 
     async def run(self) -> None:
-        """Try to hold again what a process took while no agent ran, for ever."""
+        """Try forever to hold the ports that a process took while no agent ran."""
         while True:
             await self._not_held.wait()
             while self._users:
@@ -179,7 +184,7 @@ class PublishedPorts:
         Raises:
             ConflictError: another endpoint or a process of the host has one.
             NotFoundError: the host has no such address.
-            UsageError: they are too many, or of an IP version that the endpoint has not.
+            UsageError: they are too many, or of an IP version that the endpoint does not have.
         """
         check_count([*endpoint.published, *wanted])
         acquired: list[PublishedPort] = []
@@ -192,7 +197,10 @@ class PublishedPorts:
         return tuple(acquired)
 
     async def take_over(self, endpoint: Endpoint) -> None:
-        """Hold what an endpoint has from before the agent started, as far as nobody took it."""
+        """Hold the ports that an endpoint already had when the agent started.
+
+        One that a process took meanwhile stays published, and is named in `report`.
+        """
         for port in endpoint.published:
             for binding in bindings_of(endpoint, port):
                 self._owners[binding] = endpoint
@@ -205,7 +213,7 @@ class PublishedPorts:
                     _log.warning("published port not held", port=str(port), by=user)
 
     def release(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
-        """Give ports of an endpoint back; one that it does not have is ignored."""
+        """Give back ports of an endpoint; one that it does not have is ignored."""
         for port in ports:
             for binding in bindings_of(endpoint, port):
                 if self._owners.pop(binding, None) is not None:
@@ -215,10 +223,10 @@ class PublishedPorts:
                         held.close()
 
     async def bring_to_kernel(self, endpoint: Endpoint, changed: Iterable[PublishedPort]) -> None:
-        """On return packets to ports that came or went go where they should now.
+        """Wait until the kernel handles packets to ports that came or went as it should now.
 
-        Flows of TCP that are open go on as they are.  Who cancels waits: what is recorded, a pass
-        may bring to the kernel at any time, so that nothing but its end says what the kernel has.
+        Open TCP connections go on as they are.  Cancelling waits, too: a pass may bring what is
+        recorded to the kernel at any time, so only the end of one says what the kernel has.
 
         Raises:
             KernelRefusedError: the kernel may or may not have it; passes go on trying.
@@ -228,12 +236,14 @@ class PublishedPorts:
             await self._redirect(endpoint, changed)
         if waiting.cancelled_caught:
             raise KernelRefusedError(
-                f"no pass has brought the ports of {_name(endpoint)} to the kernel within "
+                f"no pass brought the ports of {_name(endpoint)} to the kernel within "
                 f"{_SETTLE_S:.0f} s: see meshnet status"
             )
 
     async def _redirect(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
-        """Have UDP flows follow rules that have just changed."""
+        """Make UDP flows follow rules that have just changed."""
+        # The kernel translates only a flow's first packet anew.  A client that sends every few
+        # seconds keeps its flow, and with it the old destination, forever.
         bindings = [
             b for p in ports if p.protocol is Transport.UDP for b in bindings_of(endpoint, p)
         ]
@@ -247,9 +257,9 @@ class PublishedPorts:
     def report(self) -> list[str]:
         """What an operator should know: ports that a process took while the agent was away."""
         return [
-            f"port {_describe(binding)} is published for {_name(self._owners[binding])}, whose "
-            f"packets it gets, and was taken by {user} while no agent ran: stop that, or unpublish "
-            "the port"
+            f"port {_describe(binding)} is published for {_name(self._owners[binding])}, which "
+            f"gets its packets, but was taken by {user} while no agent ran: stop that, or "
+            "unpublish the port"
             for binding, user in self._users.items()
         ]
 
@@ -263,6 +273,7 @@ class PublishedPorts:
         held: dict[Binding, HeldPort] = {}
         try:
             for binding in bindings_of(endpoint, port):
+                # A port is the same for both IP versions: the first one's bind may choose it.
                 number = next((h.port for h in held.values()), binding.port)
                 wanted = binding._replace(port=number)
                 self._check_free(wanted)
@@ -298,7 +309,7 @@ class PublishedPorts:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise NotFoundError(
                     f"address {wanted.address} is on no link of this host: publish at one that "
-                    "`ip addr` shows, or at all by leaving it out"
+                    "`ip addr` shows, or leave it out to publish at all of them"
                 ) from error
             raise KernelRefusedError(
                 f"port {_describe(wanted)} of this host cannot be taken: {error.strerror}"
@@ -306,9 +317,9 @@ class PublishedPorts:
 
     async def _describe_user(self, binding: Binding, error: OSError) -> str:
         if error.errno != errno.EADDRINUSE:
-            return f"nobody, but not to be had ({error.strerror})"
+            return f"nobody, but not available ({error.strerror})"
         found = await trio.to_thread.run_sync(self._host.find_user, binding)
-        return found or "the kernel, or a process that cannot be looked at"
+        return found or "the kernel, or a process that the agent may not look at"
 
 
 def _describe(binding: Binding) -> str:
@@ -323,14 +334,14 @@ def _name(endpoint: Endpoint) -> str:
 
 
 def _descriptors(pid: str) -> Iterator[str]:
-    """What the open files of a process link to."""
+    """The link targets of a process's descriptors."""
     for fd in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
             yield os.readlink(f"/proc/{pid}/fd/{fd}")
 
 
 def _socket_inodes(binding: Binding) -> list[str]:
-    """What descriptors of the sockets that are in a binding's way link to (proc_pid_net(5))."""
+    """Link targets of the descriptors of all sockets that block a binding (proc_pid_net(5))."""
     found = []
     for version, suffix in ((4, ""), (6, "6")):
         with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
@@ -338,7 +349,7 @@ def _socket_inodes(binding: Binding) -> list[str]:
             for line in lines.splitlines()[1:]:
                 fields = line.split()
                 address, port = _local_address(fields[1], version)
-                # One of IPv6 that is bound to all may have IPv4's too.
+                # A socket bound to :: may have IPv4's port, too: the file does not say.
                 same = Binding(binding.protocol, address, port).overlaps(binding)
                 both = version == 6 and address.is_unspecified and port == binding.port
                 if (same or both) and int(fields[3], 16) != _TCP_TIME_WAIT:
@@ -347,7 +358,7 @@ def _socket_inodes(binding: Binding) -> list[str]:
 
 
 def _local_address(field: str, version: int) -> tuple[IpAddress, int]:
-    """``0100007F:1F90``: words of the machine's byte order in hexadecimal, and the port."""
+    """Parse ``0100007F:1F90``: 32-bit words in the machine's byte order, in hex, and the port."""
     words, _, port = field.partition(":")
     raw = bytes.fromhex(words)
     ordered = (int.from_bytes(raw[i : i + 4], "big") for i in range(0, len(raw), 4))

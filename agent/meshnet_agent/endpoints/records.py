@@ -27,10 +27,10 @@ class EndpointRecords:
     """The files of this host's endpoints.
 
     Args:
-        directory: of their own; made if it is not there.
+        directory: holds nothing else; made if it does not exist.
 
     Raises:
-        KernelRefusedError: it cannot be made or written.
+        KernelRefusedError: the directory cannot be made or written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -45,12 +45,13 @@ class EndpointRecords:
             ) from error
 
     def load(self) -> tuple[list[Endpoint], set[str]]:
-        """All endpoints that were saved and not removed, and the ids of those unreadable.
+        """All endpoints that were saved and not removed, and the ids of those that cannot be read.
 
         Raises:
             KernelRefusedError: the disk refused to be read.
         """
         found = [endpoint for _, endpoint in self._load(f"*{RECORD}")]
+        # Also files that an earlier start set aside: their endpoints may still be alive.
         return found, {file.name.partition(".")[0] for file in self._directory.glob("*.bad*")}
 
     def load_drafts(self) -> list[Endpoint]:
@@ -59,6 +60,7 @@ class EndpointRecords:
         Raises:
             KernelRefusedError: the disk refused to be read.
         """
+        # A draft with a record beside it is of an attach that succeeded (see `save`).
         drafts = self._load(f"*{DRAFT}")
         return [endpoint for file, endpoint in drafts if not file.with_suffix(RECORD).exists()]
 
@@ -69,7 +71,7 @@ class EndpointRecords:
                 try:
                     endpoint = decode_endpoint(checked(file.read_bytes()))
                     if endpoint.id != file.stem:
-                        raise BadValueError(f"it is of endpoint {endpoint.id}")
+                        raise BadValueError(f"it belongs to endpoint {endpoint.id}")
                     found.append((file, _with_device(endpoint)))
                 except (BadValueError, IsADirectoryError) as error:
                     set_aside(file, str(error))
@@ -90,7 +92,7 @@ class EndpointRecords:
         return {file.name.partition(".")[0] for file in files}
 
     def save_draft(self, endpoint: Endpoint) -> None:
-        """Record what is about to be made where the host cannot find it again.
+        """Record an endpoint whose link is about to be made where the host does not see it.
 
         Raises:
             KernelRefusedError: the disk refused.
@@ -105,7 +107,7 @@ class EndpointRecords:
         """
         file = self._file(endpoint.id)
         self._write(file, endpoint)
-        with contextlib.suppress(OSError):  # it counts for nothing beside the record
+        with contextlib.suppress(OSError):  # a draft beside a record is ignored
             file.with_suffix(DRAFT).unlink(missing_ok=True)
 
     def _write(self, file: Path, endpoint: Endpoint) -> None:
@@ -126,7 +128,7 @@ class EndpointRecords:
         try:
             for suffix in (DRAFT, RECORD):
                 file = self._file(endpoint_id).with_suffix(suffix)
-                # Looked for first: a read-only file system refuses to remove what is not there.
+                # Look first: a read-only file system refuses to remove even what does not exist.
                 if file.exists():
                     file.unlink(missing_ok=True)
         except OSError as error:
@@ -139,7 +141,7 @@ class EndpointRecords:
 
 
 def _with_device(endpoint: Endpoint) -> Endpoint:
-    """Records of versions before name the namespace by its inode alone: a host has one nsfs."""
+    """Add the device, which records of earlier versions lack: a host has only one nsfs."""
     netns = endpoint.sandbox.netns
     if netns.device:
         return endpoint

@@ -1,4 +1,4 @@
-"""What attaching asks for, what it needs of a network, and which of it can be had.
+"""What an attach asks for, what it needs of a network, and what is refused at once.
 
 Values and checks only: `meshnet_agent.endpoints.attach` attaches.
 """
@@ -46,12 +46,12 @@ class ReadyNetwork:
 
 
 def inner_routes(ready: ReadyNetwork) -> list[IpNetwork]:
-    """The network's CIDRs, but for one that is this host's subnet: that is on-link."""
+    """The network's CIDRs, except one that is this host's subnet: that is on-link."""
     return [cidr for cidr in ready.network.subnets if cidr not in ready.subnets]
 
 
 def gateways_of(network: Network, addresses: Sequence[IpInterface]) -> tuple[IpAddress, ...]:
-    """By which the namespace gets out of the network."""
+    """The gateways by which the namespace leaves the network."""
     if addressing_of(network) is not Addressing.POOL:
         return tuple(gateway_of(a.network) for a in addresses)
     routers = {} if network.internal else {g.version: g for g in network.gateways}
@@ -62,8 +62,9 @@ def check_names(request: AttachRequest) -> None:
     """Refuse names that no link or endpoint can have.
 
     Raises:
-        UsageError: says which, and what would do.
+        UsageError: the message says which, and what would do.
     """
+    # Linux refuses "." and ".." (dev_valid_name), and each namespace already has lo.
     if not IFNAME_PATTERN.fullmatch(request.ifname) or request.ifname in (".", "..", "lo"):
         raise UsageError(
             f"interface name {request.ifname!r} is not usable: take 1 to 15 letters, digits, '_', "
@@ -82,11 +83,11 @@ def check_publishable(network: Network) -> None:
     """
     if addressing_of(network) is Addressing.POOL:
         raise UsageError(
-            f"network {network.name} is of mode {network.mode}, and its endpoints are reached by "
+            f"network {network.name} has mode {network.mode}, so its endpoints are reached by "
             "their own addresses on the physical network: leave --publish out"
         )
     if network.internal:
         raise PolicyRefusedError(
-            f"network {network.name} is internal, which nothing from outside may enter: publish on "
+            f"network {network.name} is internal, so nothing may enter it from outside: publish on "
             "another network of the process"
         )

@@ -1,8 +1,8 @@
 """Sandboxes of processes: opened by pid or found again, and watched for their end.
 
-The one place of the agent that knows that a pid leads to a namespace.  A process is known by its
-pid and start time, its namespace by device and inode; an open sandbox holds both by descriptors, so
-that neither can be another meanwhile.
+The one place in the agent that knows that a pid leads to a namespace.  A process is known by its
+pid and start time, its namespace by device and inode.  An open sandbox holds both by descriptors,
+so that neither can be mistaken for another, even if the kernel reuses a pid or an inode.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from meshnet_agent.tasks.worker import Worker
 
 _NOT_ENOUGH = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Says nothing of the process: its endpoints must not be freed for it."""
+"""Errors that say nothing about the process: its endpoints must not be freed because of them."""
 
 
 @final
 class SandboxEnd:
-    """Tells of the end of a sandbox's process; owns a pidfd."""
+    """Tells when a sandbox's process ends; owns a pidfd."""
 
     def __init__(self, pid_fd: int) -> None:
         self._pid_fd = pid_fd
 
     async def wait(self) -> None:
-        """Wait until the process has ended.  Others of its namespace may be left."""
+        """Wait until the process has ended.  Others in its namespace may go on."""
         await trio.lowlevel.wait_readable(self._pid_fd)
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class OpenSandbox:
         self.close()
 
     def close(self) -> None:
-        """Close its descriptors; ends that were asked for stay."""
+        """Close its descriptors; each `SandboxEnd` has one of its own, which stays open."""
         os.close(self._pid_fd)
         os.close(self.netns_fd)
 
@@ -76,18 +76,18 @@ class OpenSandbox:
         """What tells of its process's end, with a descriptor of its own; the caller closes it.
 
         Raises:
-            OSError: no descriptor is left.
+            OSError: the agent is out of descriptors.
         """
         return SandboxEnd(os.dup(self._pid_fd))
 
 
 def open_sandbox(pid: int) -> OpenSandbox:
-    """Open the sandbox of a process that an endpoint is wanted in.
+    """Open the sandbox of a process, to attach an endpoint to it.
 
     Raises:
         NotFoundError: there is no such process, or it has ended (a zombie has no namespace).
-        PolicyRefusedError: it is in the host's own namespace, or may not be looked at.
-        OSError: no descriptor is left.
+        PolicyRefusedError: it is in the host's own namespace, or the agent may not look at it.
+        OSError: the agent is out of descriptors.
     """
     opened = _open(pid)
     try:
@@ -107,17 +107,17 @@ def reopen(sandbox: Sandbox) -> OpenSandbox:
 
     Raises:
         NotFoundError: its process has ended, or has left for another namespace.
-        PolicyRefusedError: it may not be looked at.
+        PolicyRefusedError: the agent may not look at it.
     """
     opened = _open(sandbox.pid)
     if opened.value != sandbox:
         opened.close()
-        raise NotFoundError(f"process {sandbox.pid} is not the one that was attached: that ended")
+        raise NotFoundError(f"process {sandbox.pid} is not the one that was attached, which ended")
     return opened
 
 
 def select_of_process(endpoints: Iterable[Endpoint], pid: int) -> list[Endpoint]:
-    """Endpoints in a process's network namespace; of one that has ended, those it was given."""
+    """Endpoints in a process's network namespace; if it has ended, those attached by its pid."""
     netns = netns_of(pid)
     return [
         e
@@ -154,20 +154,21 @@ class Sandboxes:
         self._wiring = wiring
 
     async def find(self, endpoint: Endpoint, link_names: Collection[str]) -> OpenSandbox | None:
-        """The sandbox of an endpoint on disk: its very process, or an heir as in `find_heir`.
+        """The sandbox of an endpoint on disk: its own process, or an heir as in `find_heir`.
 
         Args:
-            link_names: host-side links that there are.
+            link_names: all host-side links that exist.
         """
         with contextlib.suppress(MeshnetError):
             return reopen(endpoint.sandbox)
         if endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names:
-            # The link is there, so the namespace is, and its inode still means that one.
+            # The link exists, so its namespace does, and the inode is still that namespace's.  A
+            # macvlan's does not show here: `find_heir` looks for it inside.
             return await self.find_heir(endpoint)
         return None
 
     async def find_heir(self, endpoint: Endpoint) -> OpenSandbox | None:
-        """The sandbox by another process of its namespace."""
+        """The sandbox by another process of its namespace; None: there is none."""
         heir = await self._open_any(endpoint.sandbox.netns)
         if heir is None or endpoint.parent is None:
             return heir
@@ -186,7 +187,7 @@ class Sandboxes:
             pid = await trio.to_thread.run_sync(find_process, netns)
             if pid is None:
                 return None
-            # One that ends before it is opened may have left children.
+            # Look again after one that ended before it was opened: it may have left children.
             with contextlib.suppress(NotFoundError):
                 found = _open(pid)
                 if found.value.netns == netns:

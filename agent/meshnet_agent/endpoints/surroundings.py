@@ -1,7 +1,7 @@
 """What endpoints ask of the rest of the agent, and what others ask of them: small protocols.
 
-Besides these they know what the mesh is (`meshnet_agent.mesh.view`) and what the data plane last
-did (`meshnet_agent.dataplane.view`).
+Endpoints also know what the mesh is (`meshnet_agent.mesh.view`) and what the data plane last did
+(`meshnet_agent.dataplane.view`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ class Subnets(Protocol):
 
     @property
     def subnets(self) -> Mapping[NetworkName, Sequence[IpNetwork]]:
-        """What it owns of each."""
+        """The subnets that it owns, by network."""
         ...
 
     @property
     def errors(self) -> Mapping[NetworkName, MeshnetError]:
-        """Why it owns nothing of a network."""
+        """Why it owns no subnet, by network."""
         ...
 
 
 class NetworkLookup(Protocol):
-    """The store, asked for one network."""
+    """Looks up one network in the store."""
 
     async def network_exists(self, name: NetworkName) -> bool:
-        """Whether there is one of that name, also if this host has not heard of it yet.
+        """Whether a network of that name exists, even if this host has not heard of it yet.
 
         Raises:
             StoreUnavailableError: the store does not answer.

@@ -1,5 +1,5 @@
-"""The JSON documents of the API, one file a kind of object: a contract with scripts (docs/cli.md).
+"""The JSON documents of the API, one file per kind of object: a contract with scripts.
 
-Values that functions build from values of the domain; nothing but the API makes or reads them.
-Fields may be added, not renamed; their order is the order in JSON.
+Functions build them from values of the domain, and only the API makes or reads them.  Fields may be
+added but not renamed; their order is the order in JSON (docs/cli.md).
 """

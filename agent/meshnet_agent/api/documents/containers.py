@@ -43,7 +43,7 @@ class ContainerDocument(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContainerDetails(ContainerDocument, frozen=True, kw_only=True):
-    """A container, with all that is known of it: ``inspect``."""
+    """A container, with all that the agent knows of it: ``inspect``."""
 
     options: ContainerOptions
     image_id: str | None

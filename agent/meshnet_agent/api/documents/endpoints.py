@@ -14,8 +14,8 @@ class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
     """An endpoint; addresses are in CIDR form.
 
     Attributes:
-        address6, gateway6: there of an endpoint with both IP versions alone.
-        gateway, gateway6: None where it has none.
+        address6, gateway6: present only for an endpoint with both IP versions.
+        gateway, gateway6: None if it does not have one.
     """
 
     id: str
@@ -41,7 +41,7 @@ class AttachedDocument(EndpointDocument, frozen=True, kw_only=True):
 
 
 class EndpointsDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """Endpoints of all hosts; `warning` says why only this host's are there."""
+    """Endpoints of all hosts; if there are only this host's, `warning` says why."""
 
     endpoints: list[EndpointDocument]
     warning: str | None

@@ -12,7 +12,7 @@ class ErrorDetails(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         kind: a class of `meshnet.errors`.
-        exit_status: what a command ends with for it.
+        exit_status: the exit status of a command that meets it.
     """
 
     kind: str
@@ -21,7 +21,7 @@ class ErrorDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to whatever is refused or fails."""
+    """The answer to a request that is refused or fails."""
 
     error: ErrorDetails
 

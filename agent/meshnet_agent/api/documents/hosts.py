@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """A host; all but the first three by network.
+    """A host; all fields but the first three are by network.
 
     Attributes:
         alive: its lease has not run out, as far as this agent has heard.
-        subnets: IPv4's, or IPv6's of a network without IPv4.
-        subnets6: IPv6's of networks with both.
+        subnets: the IPv4 ones, or the IPv6 ones of networks without IPv4.
+        subnets6: the IPv6 ones of networks with both.
         datapath: what carries its tunnels.
-        path: how packets of this host to that one leave; empty for this host itself.
-        path_why: why, where that is the fallback.
+        path: how packets to it leave this host; empty for this host itself.
+        path_why: the reason, where that is the fallback.
     """
 
     id: str
@@ -57,7 +57,7 @@ def host_document(
 
     Args:
         path: by network, how packets to it leave this host.
-        path_why: why, where it is not what the network's mode is.
+        path_why: the reason, by network, where that is not the network's own mode.
     """
     subnets: dict[NetworkName, str] = {}
     subnets6: dict[NetworkName, str] = {}
@@ -86,7 +86,7 @@ def host_document(
 def paths_to(
     host: Host, paths: PathsReport
 ) -> tuple[dict[NetworkName, str], dict[NetworkName, str]]:
-    """How packets to a host leave this one, by network, and why if they are in fallback."""
+    """How packets to a host leave this one, by network, and the reason for each fallback."""
     path: dict[NetworkName, str] = {}
     if host.id == paths.here or paths.underlay is None:
         return path, {}

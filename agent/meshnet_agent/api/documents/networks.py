@@ -22,7 +22,7 @@ class NetworkDocument(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         subnets: IPv4 first.
-        port: None of a mode without one.
+        port: None for a mode without one.
         mtu: what its endpoints get on this host; None while it is not up here.
         host_prefix: of IPv4, or of IPv6 where there is no IPv4.
     """

@@ -18,11 +18,11 @@ class StatusHostDocument(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoreDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """How the store is heard.
+    """How well this host hears the store.
 
     Attributes:
-        connected: the watch runs and the lease was renewed.
-        lag_s: seconds since it was last heard of.
+        connected: the watch runs, and the lease was renewed.
+        lag_s: seconds since the store was last heard from.
         error: why the watch does not run.
     """
 
@@ -116,8 +116,8 @@ class StatusDocument(msgspec.Struct, frozen=True, kw_only=True):
     """How a host is doing.
 
     Attributes:
-        errors: failures that belong to no network, and why no pass can run.
-        notes: what an operator should know, and is not an error.
+        errors: failures outside of any network, and why no pass can run.
+        notes: what an operator should know but is not an error.
         drops: packets that the host's firewall dropped, by reason.
     """
 

@@ -1,1 +1,1 @@
-"""The API's requests, one file a kind of object."""
+"""The API's requests, one file per kind of object."""

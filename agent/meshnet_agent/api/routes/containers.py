@@ -53,7 +53,7 @@ class StopRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def _number(query: QueryParams, key: str, kind: Callable[[str], _T], remedy: str) -> _T | None:
-    """A number, 0 or more, of a query that may have none."""
+    """A number, 0 or more, from a query that may lack it."""
     text = query.get(key)
     if text is None:
         return None
@@ -67,10 +67,10 @@ def _number(query: QueryParams, key: str, kind: Callable[[str], _T], remedy: str
 
 
 class ClosingStream(StreamingResponse):
-    """A response of an async generator's chunks, which is closed in the task that ran it.
+    """Sends the chunks of an async generator, and closes it in the task that ran it.
 
-    Starlette leaves it to the garbage collector, where what the generator awaits in its clean-up
-    cannot run: trio warns, and a file stays open.
+    Starlette leaves a generator to the garbage collector, where its clean-up cannot await anything:
+    trio warns, and a file stays open.
     """
 
     def __init__(self, chunks: AsyncGenerator[bytes], media_type: str) -> None:
@@ -78,7 +78,7 @@ class ClosingStream(StreamingResponse):
         self._chunks = chunks
 
     async def stream_response(self, send: Send) -> None:
-        """Send all chunks; the client's going away cancels it."""
+        """Send all chunks; cancelled if the client goes away."""
         async with aclosing(self._chunks):
             await super().stream_response(send)
 
@@ -88,13 +88,13 @@ def _name_of(request: Request) -> str:
 
 
 def telling_status(starts: Operation) -> Operation:
-    """The operation, which answers what could not be started with the status to end with."""
+    """The operation, with an answer to a failed start: the exit status for the client."""
 
     async def handle(request: Request) -> object:
         try:
             return await starts.handle(request)
         except StartError as error:
-            # An ordinary answer: these statuses are not those of an error of the API.
+            # An ordinary answer: 125 to 127 are not exit statuses of an error of the API.
             return not_started_document(error)
 
     answers = (starts.answer, NotStartedDocument)

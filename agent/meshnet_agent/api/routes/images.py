@@ -52,13 +52,13 @@ def image_operations(images: Images) -> list[Operation]:
         return removed_image(await images.remove(image_of(request)))
 
     async def export(request: Request) -> Response:
-        await images.find(image_of(request))  # or the error, while there is still time
+        await images.find(image_of(request))  # for its error: after the headers it is too late
         return _ArchiveResponse(images, image_of(request))
 
     return [
         operation("GET", "/v1/images", list_all, answer=list[ImageSummary]),
         operation("POST", "/v1/images", load, answer=list[ImageSummary]),
-        # Names of images have slashes.
+        # Names of images contain slashes.
         operation("GET", "/v1/images/{image:path}", inspect, answer=ImageDetails),
         operation("DELETE", "/v1/images/{image:path}", remove, answer=RemovedImage),
         operation("GET", "/v1/archives/{image:path}", export, answer=None, media=_TAR),
@@ -72,7 +72,7 @@ class _ArchiveResponse(Response):
 
     def __init__(self, images: Images, image: str) -> None:
         super().__init__()
-        del self.headers["content-length"]
+        del self.headers["content-length"]  # which says 0: the length is known only at the end
         self._images = images
         self._image = image
 
@@ -90,4 +90,4 @@ async def _chunks(request: Request) -> AsyncGenerator[bytes]:
         async for chunk in request.stream():
             yield chunk
     except ClientDisconnect as error:
-        raise UsageError("the archive was cut off while it was sent: send it again") from error
+        raise UsageError("the archive broke off while it was sent: send it again") from error

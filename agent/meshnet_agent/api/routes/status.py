@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def status_operations(reports: Reports) -> list[Operation]:
-    """The operation that says all."""
+    """The operation behind ``meshnet status``."""
 
     async def status(_request: Request) -> StatusDocument:
         return status_document(await reports.status())
@@ -28,7 +28,7 @@ def status_operations(reports: Reports) -> list[Operation]:
 
 
 def probe_operations(readiness: Readiness) -> list[Operation]:
-    """Those for probes, which are answered at any time."""
+    """The operations for probes, answered even while the agent is not ready."""
 
     async def health(_request: Request) -> HealthDocument:
         return HealthDocument()

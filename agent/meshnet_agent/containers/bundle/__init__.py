@@ -1,1 +1,1 @@
-"""What a container is made of on this host's disk, before an OCI runtime makes a process of it."""
+"""What a container is made of on this host's disk before an OCI runtime makes it a process."""

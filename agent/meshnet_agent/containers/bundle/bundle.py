@@ -1,6 +1,6 @@
 """What a container's start needs on disk: root file system, ``config.json``, files of /etc.
 
-Everything here blocks: it is called in threads.
+Everything here blocks, so call it in threads.
 
 ::
 
@@ -62,7 +62,7 @@ class Bundle:
     """A container's directories.
 
     Attributes:
-        userns: where the mounts of one with ids of its own are.
+        userns: where its mounts are if it has ids of its own.
         volumes: the store of this host's volumes.
     """
 
@@ -73,7 +73,7 @@ class Bundle:
 
     @property
     def mounts(self) -> Mounts:
-        """What of it is mounted while it runs."""
+        """Its mounts while it runs."""
         return Mounts(self.state, self.userns)
 
     @property
@@ -119,7 +119,7 @@ class Bundle:
 
         Args:
             namespaces: see `Surroundings`.
-            etc: whose files of /etc it shares; None: its own.
+            etc: the bundle whose files of /etc it shares; None: it has its own.
             cgroup: see `OciRuntime.cgroup`.
 
         Raises:
@@ -127,8 +127,11 @@ class Bundle:
         """
         for volume in map(parse_volume, record.options.volumes):
             if volume.is_bind and not os.path.exists(volume.source):
-                raise UsageError(f"volume {volume.source} does not exist on this host: make it")
+                raise UsageError(
+                    f"volume {volume.source} does not exist on this host: make it, or give another"
+                )
         check_limits(record.options)
+        # The status of an earlier run would be taken for this one's.
         for path in self.exits.iterdir():
             path.unlink()
         volumes = self.mounts.mount(record, self.volumes)
@@ -192,6 +195,8 @@ class Bundle:
             env: the container's own variables.
         """
         rootfs = self.mounts.root_of(record)
+        # Only what a process is made of: looking up devices, cgroups and the filter of system calls
+        # takes time, and the runtime has them from the container's config.json.
         process = make_process(
             options,
             Surroundings(
@@ -225,7 +230,7 @@ class Bundle:
         shutil.rmtree(self.run, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove everything; `unmount` came first.
+        """Remove everything; call `unmount` first.
 
         Raises:
             KernelRefusedError: the disk refused.
@@ -239,7 +244,8 @@ class Bundle:
 
 
 def _read(rootfs: Path, name: str) -> str:
-    """A file of the container's /etc; empty if it has none.  Follows no link out of it."""
+    """A file of the container's /etc; empty if it has none.  Follows no links."""
+    # The agent reads as root what the image put there: a link could name any file of the host.
     try:
         etc = os.open(rootfs / "etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""Devices of the host that a container wants: what they are, by the files in /dev."""
+"""Looks up in /dev the devices of the host that a container wants."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def find_devices(wish: DeviceWish) -> Iterator[Device]:
-    """The device; of a directory, such as ``/dev/snd``, all that are in it.
+    """The device; for a directory, such as ``/dev/snd``, all devices in it.
 
     Raises:
         NotFoundError: there is no such device.
@@ -32,7 +32,7 @@ def find_devices(wish: DeviceWish) -> Iterator[Device]:
     except OSError as error:
         raise NotFoundError(f"device {source} does not exist on this host: {error}") from error
     if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-        raise NotFoundError(f"device {source} is no device: give the path of one")
+        raise NotFoundError(f"{source} is not a device: give the path of one, such as /dev/fuse")
     yield Device(
         path=wish.destination,
         kind="c" if stat.S_ISCHR(status.st_mode) else "b",

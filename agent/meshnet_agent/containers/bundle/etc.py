@@ -22,7 +22,7 @@ def etc_files(directory: Path) -> dict[str, str]:
 
 
 def write_etc(directory: Path, record: ContainerRecord) -> None:
-    """Write the files; those that are there are written to, for they may be mounted."""
+    """Write the files in place: a container that is being made may have them mounted."""
     (directory / "hosts").write_text("\n".join(_hosts(record)) + "\n")
     (directory / "hostname").write_text(record.hostname + "\n")
     (directory / "resolv.conf").write_text(_resolv_conf(record.options))
@@ -46,9 +46,9 @@ def _hosts(record: ContainerRecord) -> list[str]:
 
 
 def _resolv_conf(options: ContainerOptions) -> str:
-    """The host's, with the name servers of ``--dns`` instead of its own.
+    """The host's file, with the name servers of ``--dns`` instead of its own.
 
-    Without ``--dns`` less those that are the host itself: nobody answers there inside.
+    Without ``--dns``, those at loopback addresses are left out: inside nobody answers there.
     """
     as_it_is = options.networks == ("host",)
     try:

@@ -1,4 +1,4 @@
-"""Limits that this host's kernel, or the agent's own, keep a container from having."""
+"""Refuses limits that this host's kernel, or the agent's own limits, do not allow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from meshnet.runtime.spec.options import ContainerOptions
 
 _RLIMIT_LOCKS = 10
-"""The one that Python has no name for (asm-generic/resource.h)."""
+"""The only one that Python has no name for (asm-generic/resource.h)."""
 
 
 def check_limits(options: ContainerOptions) -> None:

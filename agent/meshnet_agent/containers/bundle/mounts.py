@@ -1,12 +1,12 @@
 """What of a container is mounted on the host while it runs: its root and its volumes.
 
-A container with ids of its own has them where its root may enter: below RUN, since the state
+If a container has ids of its own, they are where its root may enter: below RUN, because the state
 directory is closed to all but the host's root::
 
-    RUN/userns/ID/        root's, group: the container's root; nobody else may enter
+    RUN/userns/ID/        owner root, group the container's root; nobody else may enter
         rootfs/           layers shown with the container's ids, below the writable layer
-        volume-N/         volumes of the store, shown so too
-        lower/            the layers alone, while rootfs is mounted; overlayfs holds them then
+        volume-N/         volumes of the store, shown with these ids, too
+        lower/            the layers alone, only while rootfs is being mounted
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Mounts:
 
     Args:
         state: its directory on the disk, with its writable layer.
-        outer: where its mounts are if it has ids of its own.
+        outer: where its mounts are if the container has ids of its own.
     """
 
     def __init__(self, state: Path, outer: Path) -> None:
@@ -46,7 +46,7 @@ class Mounts:
         return (self._state if record.ids is None else self._outer) / _ROOTFS
 
     def mount(self, record: ContainerRecord, store: VolumeStore) -> tuple[Volume, ...]:
-        """Mount root file system and volumes; returns these with their sources on the host.
+        """Mount the root file system and the volumes; returns these with their sources.
 
         Raises:
             MeshnetError: something is missing, or the kernel refused.
@@ -57,6 +57,8 @@ class Mounts:
         for directory in (plain, upper, work):
             directory.mkdir(exist_ok=True)
         missing = [p for p in record.mount_points if not store.data(p.name).exists()]
+        # A new volume is filled from the image, with the owners that the container sees.  So this
+        # needs a mount that maps no ids, even if the container has ids of its own.
         if record.ids is None or missing:
             mount_overlay(lower, upper, work, plain)
             for point in missing:
@@ -86,7 +88,7 @@ class Mounts:
         self, lower: list[Path], upper: Path, work: Path, ids: IdRange, namespace: int
     ) -> None:
         self._make_outer(ids)
-        # One mount shows all layers: overlayfs takes what is below it.
+        # One idmapped mount shows all layers: overlayfs accepts directories below it.
         common = Path(os.path.commonpath(lower))
         mapped = self._map(common, _LOWER, namespace)
         os.chown(upper, ids.first, ids.first)
@@ -97,7 +99,7 @@ class Mounts:
                 [mapped / path.relative_to(common) for path in lower], upper, work, rootfs
             )
         finally:
-            unmount(mapped)
+            unmount(mapped)  # overlayfs holds the layers by itself now
 
     def _map(self, source: Path, name: str, namespace: int) -> Path:
         target = self._outer / name
@@ -126,7 +128,7 @@ class Mounts:
         for directory in (self._state, self._outer):
             for mounted in reversed(mounts_below(directory)):
                 unmount(mounted)
-        # Never what is in them: behind a mount that stayed are the image's layers.
+        # rmdir, never rmtree: behind a mount that stayed are the image's layers.
         if self._outer.exists():
             try:
                 for directory in self._outer.iterdir():

@@ -1,4 +1,4 @@
-"""Where on this host's disk containers and what they are made of are."""
+"""Where containers, and what they are made of, are on this host's disk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from meshnet_agent.containers.bundle.bundle import Bundle
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerPaths:
-    """The directories of all containers; absolute, for conmon and the OCI runtime get them.
+    """The directories of all containers; absolute, since conmon and the OCI runtime get them.
 
     Attributes:
         state: records, writable layers and logs.
-        run: sockets and what else is gone after a reboot.
+        run: sockets, and all else that is gone after a reboot.
         userns: mounts of containers with ids of their own.
         images, volumes: the stores.
     """

@@ -1,4 +1,4 @@
-"""What the agent's unit lets it do, and so what it can give containers (proc(5), status)."""
+"""What the agent's unit lets it do, and so what it can give to containers (proc(5), status)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ _STATUS = Path("/proc/self/status")
 
 
 def check_may_run() -> None:
-    """Refuse where the agent's unit keeps it, and so every container, from too much.
+    """Refuse to run containers if the agent's unit restricts it, and so every container, too much.
 
     Raises:
-        PolicyRefusedError: it may gain no privileges (NoNewPrivs).
+        PolicyRefusedError: the agent may not gain privileges (NoNewPrivs).
     """
+    # It stands for the whole drop-in containers.conf, which takes it back with all the rest.
     if "NoNewPrivs:\t1" in _STATUS.read_text():
         raise PolicyRefusedError(
             "this agent's unit does not let it run containers: install its drop-in containers.conf "

@@ -1,4 +1,4 @@
-"""Files in the run directory that the client uses: root's, and the group's that may use the API."""
+"""Directories in the run directory that the client uses, for root and the API's group."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 
 
 def make_run_dir(directory: Path) -> None:
-    """A directory with sockets that the client uses: root's, and the group meshnet's."""
+    """Make a directory for sockets that the client uses, open to root and the group meshnet."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     open_to_group(directory, 0o710)

@@ -1,6 +1,6 @@
 """Where root file systems come from: images by reference, directories by path.
 
-Everything here blocks: it is called in threads.
+Everything here blocks, so call it in threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What a container is made from: a directory, or an image that it holds."""
+    """What a container is made from: a directory, or an image that is held for it."""
 
     lowerdirs: tuple[str, ...]
     config: ImageConfig = field(default_factory=ImageConfig)
@@ -42,16 +42,17 @@ class Sources:
         """Find what to run, and keep it until `release`.
 
         Raises:
-            NotFoundError: no such image.
+            NotFoundError: there is no such image.
             UsageError: the path is not a directory.
         """
         if options.image is None:
             rootfs = str(options.rootfs)
             if not Path(rootfs).is_dir():
-                raise UsageError(f"rootfs {rootfs} is no directory: give one with a file system")
+                raise UsageError(f"rootfs {rootfs} is not a directory: give one with a file system")
             return Source(lowerdirs=(rootfs,))
         image = self._store.hold(options.image, container)
         lowerdirs = self._store.lowerdirs(image)
+        # overlayfs wants at least one lower directory, and an image may have no layers.
         if not lowerdirs:
             self._empty.mkdir(exist_ok=True)
         return Source(

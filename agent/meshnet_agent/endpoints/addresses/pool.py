@@ -1,12 +1,12 @@
 """Addresses of underlay networks: one pool for all hosts, and the wire has a say.
 
-The store decides which endpoint of the mesh has an address (`meshnet.store.addresses`); then the
-wire is asked whether somebody outside the mesh has it.  One that is answered for is set aside for a
-while and the next is taken.  Many attaches do this at the same time.
+The store decides which endpoint of the mesh has an address (`meshnet.store.addresses`).  Then the
+agent asks the wire whether somebody outside the mesh has it.  An address that somebody answers for
+is set aside for a while, and the next one is tried.  Many attaches do this at the same time.
 
-What this host holds is compared with its endpoints in the background: what no endpoint on disk and
-no attach under way has is given back.  So nothing leaks, whenever the agent is killed, and a detach
-needs no store.
+In the background the agent compares what this host holds with its endpoints, and gives back what
+belongs neither to an endpoint on disk nor to an attach under way.  So nothing leaks, no matter when
+the agent is killed, and a detach does not need the store.
 """
 
 from __future__ import annotations
@@ -62,12 +62,14 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _TRIES = 64
+"""Races lost to other hosts after which an attach gives up."""
 _MAX_CONFLICTS = 10
 """Answers from the wire after which an attach gives up (MAX_CONFLICTS of RFC 5227 §1.1)."""
 _DELAYS_S = (0.2, 10.0)
+"""Shortest and longest pause after the store could not be compared with."""
 _REFRESH_S, _REFRESH_ASIDE_S = 600.0, 60.0
-"""Time after which pools are listed again; sooner while something is set aside, so that ``status``
-does not name it for long after."""
+"""Time after which pools are listed again; sooner while an address is set aside, so that
+``status`` does not name it long after that has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ class PoolAddresses(MeshListener):
     Args:
         prober: asks the wire whether an address is free.
         endpoints: this host's.
-        dirty: marked when `host_addresses` changed, or the endpoints that they are for.
+        dirty: marked when `host_addresses` changed, or the endpoints that the host reaches by them.
 
     Attributes:
         host_addresses: what this host holds for itself, by network.
@@ -148,6 +150,7 @@ class PoolAddresses(MeshListener):
             StoreUnavailableError: the store does not answer.
         """
         network = ready.network
+        # First: the background gives back what belongs to no endpoint and to no attach under way.
         self._allocating.add(identity)
         try:
             found = await self._find(
@@ -168,10 +171,10 @@ class PoolAddresses(MeshListener):
         self._note_endpoints()
 
     def _note_endpoints(self) -> None:
-        """This host has one more or less."""
+        """An endpoint of this host may have come or gone."""
         self._look.set()
         if self.host_addresses:
-            self._dirty.mark_all()  # it reaches each of them by a route
+            self._dirty.mark_all()  # the host reaches each of its endpoints by a route
 
     def _link_addresses(self, link: str) -> Collection[IpAddress] | None:
         """This host's own addresses on a link; None: there is no such link."""
@@ -192,7 +195,7 @@ class PoolAddresses(MeshListener):
         versions: Collection[int],
         wanted: IpAddress | None = None,
     ) -> list[IpAddress]:
-        """Take an address of each IP version that nobody has, in the store and on the wire."""
+        """Find an address of each IP version that nobody has, and hold them in the store."""
         excluded = self._excluded(pool.network, link)
         if wanted is not None:
             check_pool_address(pool.network, wanted, excluded)
@@ -201,7 +204,9 @@ class PoolAddresses(MeshListener):
             await self._store.list(pool, entered)
         while races < _TRIES and conflicts < _MAX_CONFLICTS:
             try:
-                # After one lost race the lowest is known; it is no use where many take at once.
+                # Normally the lowest free one.  After one lost race the listing shows the winner's,
+                # and the lowest will do again; but where many take addresses at once they would
+                # all go for the same one, and lose again.
                 spread = races > 1 or (races == 1 and bool(pool.choosing))
                 chosen = pool.choose(
                     excluded, versions, wanted, random.randrange if spread else None
@@ -216,6 +221,8 @@ class PoolAddresses(MeshListener):
                     races += 1
                     await self._store.list(pool, pool.begun)
                     continue
+            # The store first: it settles who of the mesh may have the address, in milliseconds,
+            # and no other host asks the wire for the same one meanwhile.
             try:
                 answers = await ask_wire(self._prober, link, chosen)
             except MeshnetError:
@@ -229,12 +236,13 @@ class PoolAddresses(MeshListener):
             conflicts += 1
         if conflicts == _MAX_CONFLICTS:
             raise ConflictError(
-                f"network {pool.network.name}: machines outside the mesh answered for all of "
-                f"{conflicts} addresses that were tried, which meshnet status lists: choose a "
-                "--range that nobody else uses, or look for a proxy ARP"
+                f"network {pool.network.name}: machines outside the mesh answered for all "
+                f"{conflicts} addresses that were tried (meshnet status lists them): choose a "
+                "--range that nobody else uses, or look for a machine that does proxy ARP"
             )
         raise ConflictError(
-            f"network {pool.network.name}: lost the race for an address {races} times: try again"
+            f"network {pool.network.name}: other hosts were faster to take {races} addresses: try "
+            "again"
         )
 
     def _excluded(self, network: Network, link: str) -> set[IpAddress]:
@@ -256,7 +264,7 @@ class PoolAddresses(MeshListener):
         self._look.set()
 
     def refresh(self) -> None:
-        """Compare with the store: the set of networks changed, or this host was away."""
+        """List all pools again: the set of networks changed, or this host was away."""
         for pool in self._pools.values():
             pool.listed = 0
         self._look.set()
@@ -269,10 +277,11 @@ class PoolAddresses(MeshListener):
         self._publish()
 
     async def run(self) -> None:
-        """Give back what is not needed, after every change and at times, for ever."""
+        """Give back what is not needed, after every change and from time to time, forever."""
         backoff = Backoff(*_DELAYS_S)
         while True:
             wait_s = _REFRESH_ASIDE_S if self._set_aside_now() else _REFRESH_S
+            # Hosts that started together must not all list the store together.
             with trio.move_on_after(wait_s * random.uniform(0.9, 1.1)) as waiting:
                 await self._look.wait()
             if waiting.cancelled_caught:
@@ -306,6 +315,8 @@ class PoolAddresses(MeshListener):
 
     async def _give_back(self, pool: PoolView) -> None:
         """Free what no endpoint on disk and no attach under way has."""
+        # Including ids of records that cannot be read: their endpoints may be alive.  The empty id
+        # stands for the host itself.
         needed = {
             *self._endpoints.recorded_ids(),
             *self._allocating,
@@ -320,7 +331,7 @@ class PoolAddresses(MeshListener):
             await self._store.free(pool, unneeded)
 
     async def _restore(self, pool: PoolView) -> list[str]:
-        """Take again what endpoints have and the store lost; what others have by now."""
+        """Hold again what endpoints have and the store lost; returns what others hold by now."""
         errors = []
         for endpoint in self._endpoints.all:
             holder = AddressHolder(self._host, endpoint.id)
@@ -339,7 +350,7 @@ class PoolAddresses(MeshListener):
         return errors
 
     async def _hold_own(self, pool: PoolView) -> list[str]:
-        """Have an address of each IP version for the host itself, where the network wants that."""
+        """Hold an address of each IP version for the host itself, if the network wants that."""
         network = pool.network
         link = network.parent or ""
         if not network.host_access or self._link_addresses(link) is None:

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _LEAVING_S = 30
-"""How long an address stays set aside that an endpoint's MAC answered for: most likely one whose
-namespace the kernel has not quite removed."""
+"""How long an address stays set aside if an endpoint's MAC answered for it: most likely the kernel
+has not quite removed the namespace of the endpoint that had it last."""
 
 
 class PoolStore:
     """Reads and writes pools, each with its view.
 
-    What may have been written, although no answer says so, makes the view one that is to be listed
-    again (`PoolView.listed`).
+    After a write that got no answer nobody knows whether it was made.  Then the view is marked to
+    be listed again (`PoolView.listed`).
     """
 
     def __init__(self, store: Store) -> None:
@@ -49,6 +49,7 @@ class PoolStore:
             StoreUnavailableError: the store does not answer.
         """
         async with self._listing.setdefault(pool.network.name, trio.Lock()):
+            # Many attaches that lost a race want a listing at once, and one serves them all.
             if pool.listed > seen:
                 return
             pool.begun += 1
@@ -62,10 +63,10 @@ class PoolStore:
     async def commit(
         self, pool: PoolView, addresses: Collection[IpAddress], holder: AddressHolder
     ) -> bool:
-        """Have a holder hold addresses, all or none; returns whether it does.
+        """Let a holder hold all of the addresses, or none; returns whether it holds them.
 
         Raises:
-            StoreUnavailableError: the store does not answer, and may have made it.
+            StoreUnavailableError: the store does not answer, and may have written them.
         """
         try:
             won = await hold_addresses(
@@ -80,7 +81,7 @@ class PoolStore:
         return won
 
     async def free(self, pool: PoolView, held: Mapping[IpAddress, AddressHolder]) -> None:
-        """Give addresses back, unless somebody else holds them by now.
+        """Give addresses back, except those that somebody else holds by now.
 
         Raises:
             StoreUnavailableError: the store does not answer.
@@ -95,10 +96,10 @@ class PoolStore:
         held: Mapping[IpAddress, AddressHolder],
         answers: Mapping[IpAddress, bytes],
     ) -> None:
-        """Give addresses back, and set those of them aside for a while that were answered for.
+        """Give addresses back, and set aside for a while those that somebody answered for.
 
         Raises:
-            StoreUnavailableError: the store does not answer, and may have made it.
+            StoreUnavailableError: the store does not answer, and may have done it.
         """
         leaving = all(is_endpoint_mac(mac) for mac in answers.values())
         ttl_s = _LEAVING_S if leaving else SET_ASIDE_S

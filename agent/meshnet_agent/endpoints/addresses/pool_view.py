@@ -1,6 +1,7 @@
 """What a host knows of the pool of an underlay network: who has which address.
 
-A hint, but for the host's own addresses: the store decides (`meshnet.store.addresses`).  No I/O.
+Only a hint, except for the host's own addresses: the store decides (`meshnet.store.addresses`).
+No I/O.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class PoolView:
 
     Attributes:
         revision: of the network's key; what is written depends on it.
-        choosing: addresses that attaches under way have chosen: a host does not race itself.
+        choosing: what attaches under way have chosen, so that a host does not race itself.
         written: what this host wrote since the last listing began; None: freed.
         begun: how many listings began.
-        listed: the number of the last one that ended well; 0: what is known may be wrong.
+        listed: the number of the last listing that ended well; 0: what is known may be wrong.
     """
 
     network: Network
@@ -41,12 +42,12 @@ class PoolView:
     listed: int = 0
 
     def note(self, address: IpAddress, holder: AddressHolder | None) -> None:
-        """This host wrote a key; None: it freed it."""
+        """Take in that this host wrote a key; None: it freed the address."""
         self.written[address] = holder
         self._apply(address, holder)
 
     def replace(self, holders: dict[IpAddress, AddressHolder]) -> None:
-        """A listing ended: what was written meanwhile may or may not be in it."""
+        """Take in a listing; what this host wrote meanwhile may be missing in it."""
         self.holders = holders
         for address, holder in self.written.items():
             self._apply(address, holder)
@@ -59,7 +60,7 @@ class PoolView:
 
     @contextlib.contextmanager
     def chosen(self, addresses: Collection[IpAddress]) -> Iterator[None]:
-        """While the block runs no other attach of this host chooses the addresses."""
+        """While the block runs, no other attach of this host chooses the addresses."""
         self.choosing.update(addresses)
         try:
             yield
@@ -73,7 +74,7 @@ class PoolView:
         wanted: IpAddress | None,
         random_below: Callable[[int], int] | None,
     ) -> list[IpAddress]:
-        """A free address of each IP version, `wanted` being the one of its own.
+        """A free address of each IP version; `wanted` is taken for its version.
 
         Args:
             excluded: addresses of routers and hosts.
@@ -115,8 +116,8 @@ def name_of(holder: AddressHolder) -> str:
 
 
 def answered(network: Network, address: IpAddress, mac: bytes) -> ConflictError:
-    """An address that is asked for is that of a machine outside the mesh."""
+    """The error for an address that a machine outside the mesh has."""
     return ConflictError(
-        f"address {address} of network {network.name} is answered for by {mac.hex(':')}, outside "
-        "the mesh: choose another --ip, or stop that machine"
+        f"address {address} of network {network.name} is in use by {mac.hex(':')}, a machine "
+        "outside the mesh: choose another --ip, or stop that machine"
     )

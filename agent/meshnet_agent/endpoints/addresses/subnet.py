@@ -1,4 +1,4 @@
-"""Addresses of endpoints: where they come from, who has them on this host."""
+"""Addresses of endpoints: where they come from, and which are in use on this host."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Addresses(Protocol):
     def allocate(
         self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
     ) -> AbstractAsyncContextManager[tuple[IpInterface, ...]]:
-        """One address of each of the network's IP versions; `wanted` is the one of its own.
+        """One address of each of the network's IP versions; `wanted` is taken for its version.
 
-        They are the endpoint's if the block ends well, and are given back if it does not.
+        If the block ends well, the endpoint keeps them; otherwise they are given back.
 
         Raises:
-            UsageError: `wanted` is none that an endpoint may have.
+            UsageError: an endpoint may not have `wanted`.
             ConflictError: `wanted` is in use.
-            PoolExhaustedError: none is left.
+            PoolExhaustedError: no address is left.
         """
         ...
 
@@ -71,10 +71,10 @@ class HostAddresses:
 
 
 class SubnetAddresses:
-    """Addresses of subnets that this host has for itself: nobody else need be asked.
+    """Addresses of subnets that belong to this host alone: it need not ask anybody.
 
     Args:
-        endpoints: this host's: what they have is not given to others.
+        endpoints: this host's, whose addresses are not given out again.
     """
 
     def __init__(self, endpoints: OwnEndpoints) -> None:
@@ -98,8 +98,8 @@ class SubnetAddresses:
     ) -> tuple[IpInterface, ...]:
         if wanted is not None and wanted.version not in {s.version for s in subnets}:
             raise UsageError(
-                f"address {wanted} is IPv{wanted.version}, network {network.name} has "
-                f"{', '.join(map(str, subnets))} here: choose one within it"
+                f"address {wanted} is IPv{wanted.version}, but network {network.name} has "
+                f"{', '.join(map(str, subnets))} here: choose an address within that"
             )
         taken: list[IpInterface] = []
         try:
@@ -114,7 +114,7 @@ class SubnetAddresses:
 
     def free(self, addresses: Collection[IpInterface]) -> None:
         """See `Addresses`."""
-        # An attach that failed and could not be undone has its endpoint, and keeps its addresses.
+        # If an attach failed and could not be undone, the endpoint stays and so do its addresses.
         in_use = self._in_use()
         for address in addresses:
             if address.network in self._pools and address not in in_use:

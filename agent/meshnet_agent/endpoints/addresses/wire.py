@@ -1,4 +1,4 @@
-"""The wire of an underlay network, asked whether somebody outside the mesh has an address."""
+"""Asks the wire of an underlay network whether somebody outside the mesh has an address."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 async def ask_wire(
     prober: AddressProber, link: str, addresses: Collection[IpAddress]
 ) -> dict[IpAddress, bytes]:
-    """Ask for all of some addresses at once; returns the MACs of those who answered.
+    """Ask for several addresses at once; returns the MAC that answered, by address.
 
     Raises:
         MeshnetError: one of them could not be asked for.
@@ -30,7 +30,7 @@ async def ask_wire(
         try:
             mac = await prober.probe(link, address)
         except MeshnetError as error:
-            failures.append(error)
+            failures.append(error)  # raised here, it would leave the nursery in a group
         else:
             if mac is not None:
                 answers[address] = mac
