@@ -120,8 +120,8 @@ def _logs(args: argparse.Namespace) -> int:
         query["since"] = str(parse_since(args.since, time.time()))
     continued = {b"stdout": False, b"stderr": False}
     for line in Client(args.socket).stream("containers", args.name, "logs", query=query):
-        # TIME STREAM P|F TEXT, as CRI logs are.  conmon marks a piece of a line that goes on with
-        # P; its line feed is the log's and not the program's.
+        # TIME STREAM P|F TEXT, the format k8s-file of conmon.  P marks a piece of a longer line:
+        # the line feed after it is the log's and not the program's.
         fields = line.split(b" ", 3)
         if len(fields) == 4:
             when, stream, kind, text = fields

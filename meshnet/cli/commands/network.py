@@ -65,7 +65,8 @@ def _add_create(actions: Subparsers) -> None:
         "--host-prefix6",
         metavar="N",
         type=int,
-        help="set that of the IPv6 subnet in a dual-stack network (default: 64)",
+        help="set the prefix length of each host's IPv6 subnet in a dual-stack network (default: "
+        "64)",
     )
     create.add_argument(
         "--vni",
