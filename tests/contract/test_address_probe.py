@@ -1,4 +1,4 @@
-"""Whether somebody on a real link has an address, and telling it who has."""
+"""Asking a real link whether an address is taken, and announcing one's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our tables among others': what is read of them, and that they alone are replaced and removed."""
+"""Our tables beside others': how they are read, and that only they are replaced and removed."""
 
 from __future__ import annotations
 

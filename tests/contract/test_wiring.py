@@ -73,7 +73,7 @@ class Wired(Protocol):
 
     @property
     def known(self) -> WiredElements:
-        """What it told the kernel of endpoints; a new process begins without."""
+        """What it told the kernel about endpoints; a new process begins without."""
         ...
 
     def view(self) -> View: ...
@@ -83,7 +83,7 @@ class Wired(Protocol):
         ...
 
     def add_link(self, name: str, address: str, gateway: str = "") -> None:
-        """A link of somebody else's in the namespace; with a gateway, the default route."""
+        """Add somebody else's link to the namespace; with a gateway, also the default route."""
         ...
 
 
@@ -302,7 +302,7 @@ def test_an_endpoint_that_an_earlier_agent_connected(wired: Wired) -> None:
     writes = wired.wiring.writes
     wired.wiring.adopt(endpoint)
     assert wired.wiring.writes == writes
-    # A load that was planned without it does not cut it off.
+    # A load that was planned without the endpoint does not cut it off.
     without = desired_for(wired.kernel)
     load = Op(
         Table.FIREWALL, "meshnet", Ruleset(without.firewall or UNKNOWN, without.elements), False

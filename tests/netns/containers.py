@@ -136,7 +136,7 @@ def _stray_cgroups() -> set[str]:
 
 
 _STRAY_BEFORE = _stray_cgroups()
-"""Nobody's already when the tests began."""
+"""Cgroups that nobody owned when the tests began."""
 
 
 def processes_of(host: LabHost) -> list[str]:

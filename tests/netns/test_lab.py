@@ -266,7 +266,7 @@ class TestDown:
         own = [
             host.popen(["sleep", "1000"]),
             container.popen(["sleep", "1000"]),
-            # It does not end by SIGTERM, and has a child in a namespace that the lab knows not of.
+            # It ignores SIGTERM, and has a child in a namespace that the lab does not know.
             host.popen(
                 ["sh", "-c", "trap : TERM; unshare --net sleep 1000 & while :; do wait; done"]
             ),

@@ -1,4 +1,4 @@
-"""An agent that the machine gives too little: descriptors, memory."""
+"""An agent that has too few descriptors, or too little memory."""
 
 from __future__ import annotations
 

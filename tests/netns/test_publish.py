@@ -1,4 +1,4 @@
-"""Published ports: who reaches them, who may not have them, and what they outlive."""
+"""Published ports: who reaches them, what is refused, and what they outlive."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_publications_outlive_the_agent(make_lab: MakeLab) -> None:
         thief.wait(timeout=10)
         wait_until(lambda: not meshnet(host, "status")["notes"], 5, "the note is gone")
         assert wait_in_sync(host)["networks"][0]["errors"] == []
-    # What was changed in the last moment before a crash is what the next agent makes of it.
+    # The next agent continues from the last change before a crash.
     meshnet(host, "endpoint", "unpublish", "web", "8080")
     host.kill_agent()
     record = next((host.state_dir / "endpoints").glob("*.json"))

@@ -1,4 +1,4 @@
-"""etcd's password, and where it must not be: logs, ``ps``, children, documents, disk, etcd."""
+"""etcd's password, and where it must not appear: logs, ``ps``, children, documents, disk, etcd."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_the_password_is_nowhere(make_lab: MakeLab, rootfs: Path, tmp_path: Path
     assert where_is(SECRET, h1, children_only=True) == []
     assert SECRET not in lab.etcd.ctl(*ctl, "get", "--prefix", "/")
     assert SECRET not in lab.etcd.log_file.read_text()
-    # A password that is refused is not repeated.
+    # The message does not repeat a password that is refused.
     h2.stop_agent()
     h2.log_path.write_text("")
     with with_environment(MESHNET_ETCD_PASSWORD=WRONG):

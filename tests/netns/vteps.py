@@ -281,7 +281,7 @@ print(n, h.hexdigest())
 
 @contextlib.contextmanager
 def going_on(source: Namespace, target: Namespace, to: str) -> Iterator[None]:
-    """Assert that one TCP connection goes on while the block runs, and that all of it arrives."""
+    """Assert that a TCP connection goes on while the block runs, and loses no byte."""
     server = target.popen([sys.executable, "-S", "-c", SERVER, to])
     assert server.stdout is not None
     port = server.stdout.readline().strip()

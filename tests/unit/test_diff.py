@@ -104,7 +104,7 @@ def half_routes(state: KernelState) -> list[str]:
             if nexthop.dev not in state.links:
                 found.append(f"{key} has no link")
             elif not nexthop.gateway:
-                continue  # a TUN's process answers for what it has no member for
+                continue  # a TUN's process itself refuses what it has no member for
             elif mac is None:
                 found.append(f"{key} has no neighbour")
             elif FdbKey(nexthop.dev, mac) not in state.fdb:

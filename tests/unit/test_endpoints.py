@@ -1,4 +1,4 @@
-"""Endpoints: disk, kernel, addresses and the host's ports go together, or nothing has happened."""
+"""Endpoints: disk, kernel, addresses and the host's ports change together, or not at all."""
 
 from __future__ import annotations
 
@@ -282,7 +282,9 @@ async def test_a_refused_port_leaves_nothing(host: _Host, pid: int) -> None:
         assert (host.sockets.held, agent.all) == (set(), [first])
         await agent.detach(pid)
         second = await agent.attach(pid, "8080:80")
-        assert second.addresses[0].ip == first.addresses[0].ip + 1  # of what failed nothing rests
+        # The address of a detached endpoint rests before it is given again; that of a failed
+        # attach does not.
+        assert second.addresses[0].ip == first.addresses[0].ip + 1
 
 
 async def test_the_port_leads_nowhere_once_the_process_has_ended(

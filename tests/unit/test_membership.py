@@ -1,4 +1,4 @@
-"""What a host makes of the subnets that the store says it has."""
+"""What a host does with the subnets that the store says it has."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SUBNET = ip_network("10.42.0.0/24")
 
 
 class NoIdentity:
-    """Of whoever may write to any store."""
+    """An identity that may write to any store."""
 
     async def check(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -192,7 +192,7 @@ class CountingStore(MemoryStore):
 
 
 async def test_a_subnet_that_is_on_its_way_is_not_reserved_again(autojump_clock: MockClock) -> None:
-    """Snapshots lag behind the host's own writes: each would cost etcd a transaction more."""
+    """Snapshots lag behind the host's own writes: each would cost etcd another transaction."""
     store = CountingStore()
     membership = member(store)
     registry = membership._registry

@@ -1,4 +1,4 @@
-"""Eight agents in one process: they find each other, and nothing that happens stops the packets."""
+"""Eight agents in one process: they find each other, and no event stops the packets."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ async def test_a_host_is_removed_for_good(tmp_path: Path, autojump_clock: MockCl
         await mesh.start(newcomer)
         await until(lambda: mesh.is_full(1), "another is in")
         assert mesh.subnets_of(newcomer) == freed
-        # The removed one comes back: there is no place for it, and it lets go of what it had.
+        # The removed host comes back: no subnet is left for it, and it gives up what it had.
         await mesh.start(gone)
         assert isinstance(gone.running.membership.errors[PROD], PoolExhaustedError)
         await until(lambda: not gone.state().links, "its old links go", 5)

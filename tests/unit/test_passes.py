@@ -1,4 +1,4 @@
-"""Passes over some hosts end where a pass over everything ends."""
+"""Passes over some hosts have the same result as a pass over everything."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What must hold in a mesh that is whole: the book, etcd, agents, kernels and endpoints agree.
 
 `check` compares them all and says what is wrong, in sentences; it changes nothing and is cheap
-enough to be asked again and again.  The book, `FaultMesh.members`, is right by definition, and no
+enough to be called again and again.  The book, `FaultMesh.members`, is right by definition, and no
 fault can touch it: what the mesh has beyond it is left over, what it lacks is lost.
 """
 
