@@ -117,7 +117,7 @@ class Measures:
 
     @property
     def constructor_p90(self) -> int:
-        """Nine of ten constructors have no more parameters (nearest rank)."""
+        """The number of parameters that nine of ten constructors do not exceed (nearest rank)."""
         numbers = sorted(c.number for c in self.constructors)
         return numbers[math.ceil(0.9 * len(numbers)) - 1] if numbers else 0
 

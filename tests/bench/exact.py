@@ -25,7 +25,7 @@ _FIRST_ID, _LAST_ID = 0x6D00_0000, 0x6DFF_FFFF
 _TIMEOUT_S = 120.0
 
 Row = tuple[str, ...]
-"""What there is to say of one object."""
+"""What identifies an object, and its content."""
 
 
 class _Tables(NamedTuple):

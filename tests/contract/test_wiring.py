@@ -423,7 +423,7 @@ def test_the_settings_of_an_endpoint(linux: RealWired) -> None:
     (mine,) = [a for a in addresses[0]["addr_info"] if a["scope"] == "global"]
     assert mine["nodad"] is True
     assert "tentative" not in mine
-    # The host's end, a port of the bridge, gets no address of its own.
+    # The host's end is a port of the bridge, and so gets no address.
     assert ip("-n", linux.host.name, "-6", "address", "show", "dev", "mne0123456789ab") == ""
     for gateway in ("10.42.0.1", "fd00:42::1"):
         ping = [*in_namespace, "ping", "-c", "1", "-W", "5", gateway]

@@ -100,7 +100,7 @@ def _read(file: Path) -> str:
 
 def files_below(directory: Path) -> Iterator[Path]:
     for path in directory.rglob("*"):
-        # The container's own file system is no place of the agent's.
+        # The agent does not keep anything in the container's own file system.
         if path.is_file() and not path.is_symlink() and "rootfs" not in path.parts:
             yield path
 

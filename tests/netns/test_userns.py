@@ -65,7 +65,7 @@ def fingerprint(directory: Path) -> dict[str, tuple[object, ...]]:
 
 
 def userns_mounts(host: LabHost) -> list[str]:
-    """What is mounted for, or left of, containers with ids of their own."""
+    """List what is mounted for, or left by, containers with their own ids."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     left = [str(path) for path in (host.run_dir / "userns").glob("*")]
     return [line for line in mounts if str(host.run_dir) in line] + left

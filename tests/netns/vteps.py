@@ -179,7 +179,7 @@ class Site:
     def _add_host(self, i: int, directory: Path) -> None:
         own = self.ip_of(i)
         for space in (self.host(i), self.container(i)):
-            # Else neighbour discovery waits a second for duplicate address detection.
+            # Otherwise neighbour discovery waits a second for duplicate address detection.
             space.run(["sysctl", "-q", "-w", "net.ipv6.conf.default.accept_dad=0"])
         self.spaces.ip(
             f"h{i}",

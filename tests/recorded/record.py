@@ -88,7 +88,7 @@ WEB = (
 
 
 def add_second_link(lab: Lab) -> None:
-    """Give each host ``eth1``, on a physical network of its own, for mode macvlan."""
+    """Give each host ``eth1``, on another physical network, for mode macvlan."""
     switch = lab.switch
     switch.run(["ip", "link", "add", "br1", "type", "bridge", "mcast_snooping", "0"])
     switch.run(["ip", "address", "add", "10.254.0.1/16", "dev", "br1"])

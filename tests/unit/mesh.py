@@ -176,7 +176,7 @@ class Node:
         dirty: Dirty,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """As `KernelEvents`: what is changed by hand is noticed at once."""
+        """Listen as `KernelEvents` does: changes by others are noticed at once."""
         self.kernel.on_change = dirty.mark_all
         try:
             task_status.started()
@@ -287,7 +287,7 @@ class Mesh:
         return node if any(target in subnet for subnet in self.subnets_of(node)) else None
 
     def is_full(self, subnets_each: int = 2) -> bool:
-        """Whether every running node reaches every other's every subnet."""
+        """Tell whether every running node reaches all subnets of all others."""
         running = [n for n in self.nodes if n.agent is not None and not n.stopped.is_set()]
         return all(
             len(self.subnets_of(b)) == subnets_each
@@ -304,7 +304,7 @@ class Mesh:
 
 
 async def until(predicate: Callable[[], bool], what: str, deadline_s: float = 30) -> None:
-    """Wait, by a clock that jumps, until something is true."""
+    """Wait until something is true, by a clock that jumps."""
     with trio.move_on_after(deadline_s):
         while not predicate():  # noqa: ASYNC110  (there is no event for it, nor any real wait)
             await trio.sleep(0.05)

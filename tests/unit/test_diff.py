@@ -48,7 +48,7 @@ def tables(state: KernelState) -> dict[str, dict[Any, Any]]:
 
 @st.composite
 def damaged(draw: st.DrawFn, state: KernelState) -> KernelState:
-    """A state that somebody took objects out of and changed objects in."""
+    """A state from which objects were removed, and in which objects were changed."""
     after: dict[str, Any] = {}
     for name, table in tables(state).items():
         kept = {k: v for k, v in table.items() if draw(st.integers(0, 4))}

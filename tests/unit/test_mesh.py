@@ -125,7 +125,7 @@ async def test_a_host_that_stops_is_shown_dead_and_its_packets_still_flow(
         assert mesh.reaches(other, gone)
         await until(lambda: not routes_to(mesh, 2), "its routes go after the grace period", 10)
         assert all(not mesh.reaches(node, gone) for node in mesh.nodes if node is not gone)
-        # And when it comes back, it has what it had.
+        # When it comes back, it has the same subnet as before.
         writes = gone.kernel.writes
         await mesh.start(gone)
         await until(mesh.is_full, "it is back")

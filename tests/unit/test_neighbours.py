@@ -1,4 +1,4 @@
-"""ARP and neighbour discovery by hand, looked at by scapy; what counts as a conflict."""
+"""ARP and neighbour discovery packets, checked by scapy, and what counts as a conflict."""
 
 from __future__ import annotations
 

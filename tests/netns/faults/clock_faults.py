@@ -62,7 +62,7 @@ def _set(file: Path, jump_s: int) -> None:
 
 @contextlib.contextmanager
 def _preloaded(file: Path) -> Iterator[None]:
-    """Have processes that are started in the block look at a clock of their own."""
+    """Give processes that are started in the block their own clock."""
     more = {"LD_PRELOAD": str(compile_library("clock")), "FAULT_CLOCK": str(file)}
     os.environ |= more
     try:

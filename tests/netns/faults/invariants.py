@@ -97,7 +97,7 @@ def wait_whole(mesh: FaultMesh, deadline_s: float) -> float:
 
 
 def _check_book(members: Iterable[Member]) -> list[str]:
-    """No address twice, nor two endpoints of one id, in all that was ever answered."""
+    """Look for addresses and ids that two endpoints have, in everything that was ever answered."""
     given = Counter(
         (member.network, address) for member in members for address in addresses_of(member.document)
     )
