@@ -1,7 +1,7 @@
-"""The main job, shown: three hosts, two networks, processes attached by pid, packets between them.
+"""Shows the main job: three hosts, two networks, processes attached by pid, packets between them.
 
-Run it with ``make demo``, as root.  The hosts are network namespaces on this machine;
-agents, etcd, kernel devices and packets are real.  Everything is taken down at the end.
+Run it with ``make demo``, as root.  The hosts are network namespaces on this machine; agents, etcd,
+kernel devices and packets are real.  Everything is taken down at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def step(text: str) -> None:
 
 
 def show(where: Namespace, name: str, command: str, *, expect: int = 0) -> str:
-    """Run a command as a user of that host would, and show both."""
+    """Run a command as a user of that host would; show the command and its output."""
     print(f"\033[2m{name}$ {command}\033[0m", flush=True)
     argv = shlex.split(command)
     done = where.run(MESHNET + argv[1:] if argv[0] == "meshnet" else argv, check=False)
@@ -43,7 +43,7 @@ def show(where: Namespace, name: str, command: str, *, expect: int = 0) -> str:
 
 
 def attach(host: LabHost, network: str) -> tuple[LabContainer, dict[str, Any]]:
-    """Start a process in a namespace of its own and attach it by pid."""
+    """Start a process in a new network namespace and attach it by pid."""
     process = host.spawn_container()
     command = f"meshnet attach {process.pid} --net {network} --json"
     document: dict[str, Any] = json.loads(show(host, host.name, command))
@@ -51,7 +51,7 @@ def attach(host: LabHost, network: str) -> tuple[LabContainer, dict[str, Any]]:
 
 
 def ip(document: dict[str, Any], key: str = "address") -> str:
-    """An endpoint's address without its prefix length."""
+    """Return an endpoint's address without its prefix length."""
     return str(document[key]).partition("/")[0]
 
 
@@ -59,6 +59,7 @@ def capture(lab: Lab, process: LabContainer, target: str, pcap: Path) -> None:
     """Ping while tcpdump listens on the underlay's switch, and decode one packet with scapy."""
     argv = ["tcpdump", "-i", "br0", "--immediate-mode", "-U", "-n", "-w", str(pcap)]
     tcpdump = lab.switch.popen([*argv, "udp", "port", "4789"], stdout=subprocess.DEVNULL)
+    # tcpdump writes the file's header, 24 bytes, once it listens: a ping before that is lost to it.
     wait_until(lambda: pcap.exists() and pcap.stat().st_size >= 24, 10, "tcpdump")
     process.run(["ping", "-n", "-c1", target])
     wait_until(lambda: pcap.stat().st_size > 24, 10, "a packet")
@@ -71,7 +72,7 @@ def capture(lab: Lab, process: LabContainer, target: str, pcap: Path) -> None:
 
 
 def transfer(server: LabContainer, client: LabContainer, target: str) -> None:
-    """Two seconds of TCP between two hosts' processes."""
+    """Send TCP for two seconds between processes of two hosts."""
     server.popen(["iperf3", "-s", "-1"], stdout=subprocess.DEVNULL)
     listening = ["ss", "-Hltn", "sport", "=", ":5201"]
     wait_until(lambda: server.run(listening).stdout, 10, "the iperf3 server")
@@ -84,7 +85,7 @@ def transfer(server: LabContainer, client: LabContainer, target: str) -> None:
 
 
 def serve_http(server: LabContainer, client: LabContainer, target: str) -> None:
-    """A web server on one host, a client on another."""
+    """Start a web server on one host, and ask it from another."""
     server.popen(["python3", "-m", "http.server", "8000"], stdout=subprocess.DEVNULL)
     listening = ["ss", "-Hltn", "sport", "=", ":8000"]
     wait_until(lambda: server.run(listening).stdout, 10, "the web server")
@@ -93,7 +94,7 @@ def serve_http(server: LabContainer, client: LabContainer, target: str) -> None:
 
 
 def run(lab: Lab, directory: Path) -> None:
-    """The demonstration, on a lab that is up."""
+    """Show everything, on a lab that is up."""
     h1, h2, h3 = lab.hosts
     step("two networks, created on any host, known to all")
     show(h1, "h1", "meshnet network create prod --subnet 10.42.0.0/16 --subnet fd00:42::/48")

@@ -1,6 +1,6 @@
-"""An argument parser that says what is wrong in one line, as all of meshnet does, and is fast.
+"""The argument parser of client and agent: fast, and its errors are one line like all of meshnet's.
 
-Of the client and of the agent.  May import only the standard library and `meshnet.errors`.
+May import only the standard library and `meshnet.errors`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Like argparse's, but for its error message, and that options are written in full."""
+    """argparse's parser, with one-line errors, and options that must be written in full."""
 
     def __init__(
         self,
@@ -30,12 +30,17 @@ class Parser(argparse.ArgumentParser):
         # argparse makes a formatter for each argument, to check it; without a width, each would
         # import shutil and measure the terminal.
         sized = partial(formatter_class, width=_width())
+        # No abbreviations: a script that uses one would break when another option begins like it.
         super().__init__(formatter_class=sized, allow_abbrev=False, **options)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's, but a sub-command itself refuses what it does not know."""
+        """Parse as argparse does, but let a subcommand refuse unknown arguments itself.
+
+        argparse collects them and has the main parser refuse them, which would name the help of
+        ``meshnet`` instead of the command's.
+        """
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -49,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 @cache
 def _width() -> int:
-    """As `argparse.HelpFormatter` has it: the terminal's, with a margin."""
+    """The width of help texts, as in `argparse.HelpFormatter`: the terminal's less a margin."""
     try:
         return int(os.environ.get("COLUMNS", "")) - 2
     except ValueError:

@@ -1,9 +1,10 @@
 """The agent's settings: command line over environment over TOML file over defaults.
 
 Every setting has one name: ``--lease-ttl`` on the command line is ``MESHNET_LEASE_TTL`` in the
-environment and ``lease-ttl`` in the file.  An unknown key or variable is an error.
+environment and ``lease-ttl`` in the file.  An unknown key or variable is an error: a setting with
+a typing error would otherwise keep its default, and nobody would notice.
 
-Pure: the caller brings arguments, environment and the file's text.
+Pure: the caller passes arguments, environment and the file's text.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: its name, what it takes, what it is for.
+    """One setting.
 
     Attributes:
-        metavar: as shown by ``--help``.
-        choices: the values it may have, if they are few.
-        secret: never on the command line, where ``ps`` shows it.
+        name: on the command line, without the dashes.
+        metavar: what ``--help`` calls its value.
+        help: what it does, for ``--help``.
+        default: its value if nothing sets it.
+        choices: the values that it may have, if they are few.
+        secret: it is not an option, because ``ps`` shows the command line to everybody.
     """
 
     name: str
@@ -51,61 +55,67 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("etcd", "URL[,URL…]", "etcd's client URLs, such as http://10.0.0.1:2379"),
-    Setting("underlay-ip", "IP", "this host's address that tunnels start from"),
-    Setting("underlay-dev", "IF", "take the first global address of this link instead"),
-    Setting("host-id", "ID", "name of this host in the mesh (default: the hostname)"),
-    Setting("run-dir", "DIR", "holds agent.sock", "/run/meshnet"),
-    Setting("state-dir", "DIR", "holds what survives a restart", "/var/lib/meshnet"),
-    Setting("lease-ttl", "S", "seconds after which a silent host counts as dead", "15"),
-    Setting("grace", "S", "seconds that routes to a dead host stay", "3600"),
-    Setting("resync", "S", "seconds between full comparisons with the kernel", "60"),
+    Setting("etcd", "URL[,URL…]", "connect to etcd at these URLs, for example http://10.0.0.1:2379"),
+    Setting("underlay-ip", "IP", "start tunnels from this address of the host"),
+    Setting("underlay-dev", "IF", "start them from the first global address of this link instead"),
+    Setting("host-id", "ID", "name this host in the mesh (default: the hostname)"),
+    Setting("run-dir", "DIR", "make agent.sock in this directory", "/run/meshnet"),
+    Setting("state-dir", "DIR", "keep here what survives a restart", "/var/lib/meshnet"),
+    Setting("lease-ttl", "S", "count a host as dead after S seconds of silence", "15"),
+    Setting("grace", "S", "keep routes to a dead host for S seconds", "3600"),
+    Setting("resync", "S", "compare everything with the kernel every S seconds", "60"),
     Setting(
-        "vxlan", "MODE", "what forwards packets", "auto", choices=("auto", "kernel", "userspace")
+        "vxlan", "MODE", "choose what forwards packets: auto, kernel or userspace", "auto",
+        choices=("auto", "kernel", "userspace"),
     ),
     Setting(
-        "vtep-engine", "ENGINE", "what carries the packets of a userspace VTEP", "python",
+        "vtep-engine", "ENGINE", "choose the engine of userspace VTEPs: python or native", "python",
         choices=("python", "native"),
     ),
     Setting(
         "takeover-confirm", "S",
-        "seconds in which the gateway and etcd must answer through a bridge that took the host's "
-        "link over", "5",
+        "after a bridge took the host's link over, undo that unless the gateway and etcd answer "
+        "within S seconds", "5",
     ),
-    Setting("image-max-bytes", "N", "most that an image may take once unpacked", str(32 << 30)),
-    Setting("image-max-entries", "N", "most files that an image may have", "1000000"),
+    Setting("image-max-bytes", "N", "limit an image to N bytes once unpacked", str(32 << 30)),
+    Setting("image-max-entries", "N", "limit an image to N files", "1000000"),
     Setting(
         "userns-range", "FIRST:SIZE",
-        "ids of the host that containers with --userns auto get theirs from",
+        "give containers with --userns auto ids of this range of the host",
         "2147483648:1073741824",
     ),
     Setting(
-        "cgroup-driver", "DRIVER", "what makes the containers' cgroups", "cgroupfs",
+        "cgroup-driver", "DRIVER", "choose who makes the containers' cgroups: cgroupfs or systemd",
+        "cgroupfs",
         choices=("cgroupfs", "systemd"),
     ),
-    Setting("etcd-ca", "FILE", "CA certificate that etcd's is checked against (PEM)"),
-    Setting("etcd-cert", "FILE", "client certificate for etcd (PEM)"),
-    Setting("etcd-key", "FILE", "key of the client certificate (PEM)"),
-    Setting("etcd-user", "USER", "user name for etcd"),
-    Setting("etcd-password", "PASSWORD", "password for etcd", secret=True),
-    Setting("etcd-password-file", "FILE", "file whose first line is the password for etcd"),
+    Setting("etcd-ca", "FILE", "check etcd's certificate against this CA's (PEM)"),
+    Setting("etcd-cert", "FILE", "show etcd this client certificate (PEM)"),
+    Setting("etcd-key", "FILE", "use this key of the client certificate (PEM)"),
+    Setting("etcd-user", "USER", "log in to etcd as this user"),
+    Setting("etcd-password", "PASSWORD", "log in to etcd with this password", secret=True),
+    Setting("etcd-password-file", "FILE", "read the password for etcd from this file's first line"),
     Setting(
-        "log-level", "LEVEL", "least severe messages to log", "info",
+        "log-level", "LEVEL", "log only from this level on: debug, info, warning or error", "info",
         choices=("debug", "info", "warning", "error"),
     ),
-    Setting("log-format", "FORMAT", "how to log", "text", choices=("text", "json")),
+    Setting("log-format", "FORMAT", "log as text or json", "text", choices=("text", "json")),
 )  # fmt: skip
 
 _SHOWN, _LONGEST = 200, 4096
-"""Characters of a wrong value that are repeated, and of any value that are taken."""
+"""Characters of a wrong value that messages repeat, and characters that any value may have."""
 
 CLIENT_VARIABLES = frozenset(("MESHNET_SOCKET", "MESHNET_ETCD"))
-"""Variables of the client and the lab, which the agent lets pass."""
+"""Variables of the client and the lab.  The agent ignores them: it may be started from a shell that
+has them set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
-    """Checked settings.  `__repr__` keeps the password, and what a URL may hold, out of logs."""
+    """Checked settings.
+
+    `__repr__` shows the host id alone: a password, or a URL with one in it, must not get into logs.
+    """
 
     etcd: tuple[str, ...]
     underlay_ip: IpAddress | None
@@ -144,10 +154,14 @@ def load_config(
     hostname: str,
     toml_name: str = "the config file",
 ) -> AgentConfig:
-    """Bring all sources together and check the result.
+    """Merge all sources and check the result.
 
     Args:
-        arguments: by setting name; absent ones None.
+        arguments: values by the settings' names; None for an option that was not given.
+        environment: all variables of the process.
+        toml_text: the config file's text, if there is a file.
+        hostname: the default of ``host-id``.
+        toml_name: what messages call the file.
 
     Raises:
         UsageError: an unknown key or variable, or a value that does not fit; the message names
@@ -169,7 +183,10 @@ def load_config(
 
 
 def _check_text(name: str, value: str, source: str) -> None:
-    """Refuse what can be neither a file's name nor sent to etcd; not repeated: it may be secret."""
+    """Refuse a value that can neither name a file nor be sent to etcd.
+
+    The message does not repeat the value: it may be a secret.
+    """
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -198,6 +215,7 @@ def _from_toml(text: str | None, name: str) -> dict[str, str]:
         try:
             if key == "etcd" and isinstance(value, list) and all(isinstance(v, str) for v in value):
                 values[key] = ",".join(value)
+            # To Python a bool is an int, too; no setting takes one.
             elif isinstance(value, str | int | float) and not isinstance(value, bool):
                 values[key] = str(value)
             else:
@@ -285,7 +303,7 @@ def _number(
     try:
         number = float(values[name] or "")
     except ValueError:
-        number = float("nan")
+        number = float("nan")  # which is in no range
     if not least <= number <= most:
         raise UsageError(
             f"{name} is {_shown(values[name])} ({sources[name]}): "

@@ -1,7 +1,7 @@
-"""One HTTP/1.1 request over a Unix socket (RFC 9112): what the client needs, fast to import.
+"""One HTTP/1.1 request over a Unix socket (RFC 9112): what the client needs, and fast to import.
 
-`http.client` takes longer to import (it brings the e-mail parser and TLS) than all else that the
-client does before it asks.  May import only the standard library.
+Importing `http.client`, which brings the e-mail parser and TLS, takes longer than everything else
+that the client does before its request.  May import only the standard library.
 """
 
 from __future__ import annotations
@@ -9,29 +9,31 @@ from __future__ import annotations
 import select
 import socket
 
-# typing.TYPE_CHECKING without importing typing, which takes longer than this whole file.
+# In place of typing.TYPE_CHECKING: importing typing takes longer than this whole file.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from io import BufferedReader
 
+# The limits of http.client: an answer that never ends must not fill the memory.
 _LINE_BYTES = 64 * 1024
 _HEADERS = 100
 _READ_BYTES = 64 * 1024
 
 
 class BadAnswerError(OSError):
-    """What came back is no HTTP, or ended early."""
+    """The answer is not HTTP, or ended early."""
 
 
 class HttpConnection:
     """A connection for one request.  Close it, or use it as a context manager.
 
     Args:
-        timeout_s: how long to wait for each answer from the socket; None: for ever.
+        path: of the socket.
+        timeout_s: seconds that each call of the socket may wait; None: for ever.
 
     Raises:
-        OSError: nobody listens there; also of all methods, when the other end goes away.
+        OSError: nobody listens there.  All methods raise it when the other end goes away.
     """
 
     def __init__(self, path: str, timeout_s: float | None) -> None:
@@ -51,7 +53,7 @@ class HttpConnection:
         self.close()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the connection, and the file of its answer."""
         if self._file is not None:
             self._file.close()
         self._socket.close()
@@ -81,14 +83,14 @@ class HttpConnection:
         self._socket.sendall(b"0\r\n\r\n")
 
     def has_answer(self, timeout_s: float | None) -> bool:
-        """Wait for the beginning of the answer; False if there is none in time."""
+        """Wait until the answer begins; False if it does not within `timeout_s` seconds."""
         return bool(select.select([self._socket], [], [], timeout_s)[0])
 
     def answer(self) -> Answer:
         """Wait for the answer's head.
 
         Raises:
-            BadAnswerError: see there.
+            BadAnswerError: the answer is not HTTP, or ended early.
         """
         self._file = self._socket.makefile("rb")
         return Answer(self._file)
@@ -104,7 +106,7 @@ def _head(method: str, target: str, fields: str) -> bytes:
 
 
 class Answer:
-    """An answer whose body has not been read.
+    """An answer whose head has been read, and whose body has not.
 
     Attributes:
         status: the status code.
@@ -114,7 +116,7 @@ class Answer:
         self._file = file
         words = self._line().split(b" ", 2)
         if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-            raise BadAnswerError("the answer is no HTTP")
+            raise BadAnswerError("the answer is not HTTP")
         self.status = int(words[1])
         self._length: int | None = None
         self._chunked = False
@@ -129,11 +131,11 @@ class Answer:
         raise BadAnswerError("the answer has too many header fields")
 
     def read(self) -> bytes:
-        """The whole body."""
+        """Read the whole body."""
         return b"".join(self.chunks())
 
     def chunks(self) -> Iterator[bytes]:
-        """The body in pieces, as they come."""
+        """Read the body in pieces, as they come."""
         if self._chunked:
             while length := self._chunk_length():
                 yield from self._exactly(length)
@@ -142,12 +144,13 @@ class Answer:
                 pass  # trailer fields
         elif self._length is not None:
             yield from self._exactly(self._length)
-        else:
+        else:  # it ends with the connection (RFC 9112 §6.3)
+            # read1, not read, which waits until it has as many bytes as it was asked for.
             while data := self._file.read1(_READ_BYTES):
                 yield data
 
     def lines(self) -> Iterator[bytes]:
-        """The body in lines, each with its line feed, as they come."""
+        """Read the body in lines, each with its line feed, as they come."""
         rest = b""
         for chunk in self.chunks():
             *whole, rest = (rest + chunk).split(b"\n")

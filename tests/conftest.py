@@ -12,7 +12,7 @@ _PROGRAMS = ("ip", "bridge", "nft")
 
 @pytest.fixture(scope="session")
 def root() -> None:
-    """Skip on a machine without what kernel tests need; in CI fail, or nobody would notice."""
+    """Skip on a machine that lacks what kernel tests need.  In CI fail, or nobody would notice."""
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     if os.geteuid() == 0 and not missing:
         return

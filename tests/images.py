@@ -1,4 +1,4 @@
-"""Images made by hand: layers, OCI image layouts and ``docker save`` archives, as bytes."""
+"""Images without a builder: layers, OCI image layouts and ``docker save`` archives, as bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures how a checkout is built, by its syntax alone, and prints it beside another one.
+"""Measures how a checkout is built, from its syntax alone, and prints it beside another checkout.
 
     python -m tests.structure [ROOT] [--compare OLDROOT] [--details]
 
@@ -58,7 +58,7 @@ BACKENDS = Path("meshnet/backends")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Named:
-    """A number, and what it is of."""
+    """A number, and what it measures."""
 
     number: int
     name: str
@@ -84,12 +84,12 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measures:
-    """What there is to say of a checkout.
+    """The measures of a checkout.
 
     Attributes:
         constructors: parameters of each, the most first.
         callables: names of parameters that are callables, by class with a constructor.
-        value_callables: the same of frozen dataclasses, whose fields are no parameters here.
+        value_callables: the same for frozen dataclasses, whose fields do not count as parameters.
         import_circles: modules that import each other when they run.
         type_circles: the same with imports for types, where that makes more of it.
         c_circles: files of the native engine that call each other.
@@ -117,7 +117,7 @@ class Measures:
 
     @property
     def constructor_p90(self) -> int:
-        """Nine of ten constructors have no more parameters (nearest rank)."""
+        """The number of parameters that nine of ten constructors do not exceed (nearest rank)."""
         numbers = sorted(c.number for c in self.constructors)
         return numbers[math.ceil(0.9 * len(numbers)) - 1] if numbers else 0
 
@@ -130,7 +130,7 @@ def measure(root: Path) -> Measures:
     """Measure a checkout.
 
     Raises:
-        SyntaxError: a Python file of it is none.
+        SyntaxError: a Python file of it is not valid Python.
     """
     modules = read_modules(root, PRODUCT)
     aliases = callable_names(modules)
@@ -249,7 +249,7 @@ def _modes(modules: dict[str, Module]) -> tuple[set[int], dict[str, str]]:
     """Ids of the nodes that define the modes, and the modes' values by their names.
 
     Raises:
-        LookupError: there is no enumeration of this name.
+        LookupError: the enumeration does not exist.
     """
     for _, cls in _classes(modules):
         if cls.name == "Mode" and any("Enum" in ast.unparse(base) for base in cls.bases):

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 DEFAULT_SOCKET = "/run/meshnet/agent.sock"
 _TIMEOUT_S = 60.0
 _UNQUOTED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~")
-"""RFC 3986 §2.3."""
+"""Characters that a URL takes as they are (RFC 3986 §2.3)."""
 
 
 class Client:
     """The agent behind a socket.
 
-    Every method raises `AgentUnreachableError` when nothing answers there, and the error the agent
-    answered with otherwise.
+    Every method raises `AgentUnreachableError` when nothing answers there.  When the agent answers
+    with an error, the method raises that error.
     """
 
     def __init__(self, path: str) -> None:
@@ -47,7 +47,8 @@ class Client:
         """Ask for something to be done; members of `body` that are None are left out.
 
         Args:
-            timeout_s: None for what takes as long as others want: the life of containers.
+            timeout_s: how long to wait for the answer; None, for ever, for what users may make
+                arbitrarily long: starts, stops and restarts of containers.
         """
         given = {k: v for k, v in body.items() if v is not None}
         return self._call("POST", parts, given, timeout_s=timeout_s)
@@ -62,11 +63,11 @@ class Client:
         return self._call("DELETE", parts, None, query, timeout_s=timeout_s)
 
     def wait(self, *parts: str) -> Any:  # noqa: ANN401
-        """Read a resource that is there when something has happened, however long that takes."""
+        """Read a resource that exists only once something has happened, however long it takes."""
         return self.ask(*parts).result()
 
     def ask(self, *parts: str) -> Question:
-        """Ask for a resource that is there when something has happened; its result comes later."""
+        """Ask for a resource as `wait` does, and return at once; the result comes later."""
         with self._errors():
             connection = HttpConnection(self._path, None)
             try:
@@ -83,15 +84,15 @@ class Client:
             yield from _good(connection.answer()).lines()
 
     def upload(self, *parts: str, query: dict[str, str], write: Callable[[IO[bytes]], None]) -> Any:  # noqa: ANN401
-        """Send a stream of any length, which `write` writes.  Waits for the answer for ever."""
+        """Send a stream of any length, which `write` writes; wait for the answer for ever."""
         with self._connected(None) as connection:
             connection.begin_upload("POST", _target(parts, query))
-            write(connection)  # type: ignore[arg-type]  # of a file only write() is asked for
+            write(connection)  # type: ignore[arg-type]  # writers use only the method write()
             connection.finish()
             return _document(connection.answer())
 
     def download(self, *parts: str, output: IO[bytes]) -> None:
-        """Write a resource that is no document to a file."""
+        """Write a resource that is not a document to a file."""
         with self._connected(None) as connection:
             connection.request("GET", _target(parts, {}))
             for chunk in _good(connection.answer()).chunks():
@@ -111,7 +112,8 @@ class Client:
         with self._connected(timeout_s) as connection:
             connection.request(method, target, document)
             if sys.stderr.isatty() and not connection.has_answer(QUIET_S):
-                from meshnet.cli.progress import progress  # which has a thread
+                # Imported only now: it needs threading, and a quick answer needs neither.
+                from meshnet.cli.progress import progress
 
                 with progress("waiting for the agent"):
                     connection.has_answer(timeout_s)
@@ -124,7 +126,7 @@ class Client:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """What goes wrong on the way means that there is no agent."""
+        """Translate errors of the connection: they mean that no agent answers."""
         try:
             yield
         except PermissionError as error:
@@ -140,7 +142,7 @@ class Client:
 
 
 class Question:
-    """A question that the agent has, and will answer; see `Client.ask`."""
+    """A question that the agent has and will answer; see `Client.ask`."""
 
     def __init__(self, client: Client, connection: HttpConnection) -> None:
         self._client = client
@@ -151,7 +153,7 @@ class Question:
 
         Raises:
             AgentUnreachableError: the agent went away before it answered.
-            MeshnetError: what it answered.
+            MeshnetError: the agent answered with an error.
         """
         with self._client._errors(), self._connection as connection:
             return _document(connection.answer())
@@ -160,9 +162,11 @@ class Question:
 def _target(parts: tuple[str, ...], query: dict[str, str]) -> str:
     if "" in parts:
         raise UsageError("the name is empty: give one")
+    # Only images' routes take the rest of the path as a name.  Elsewhere a '/', even quoted, would
+    # name another resource: the server unquotes the path before it routes.
     for part in parts:
         if "/" in part and parts[0] not in ("images", "archives"):
-            raise UsageError(f"name {part!r} is not usable: only an image's has a '/'")
+            raise UsageError(f"name {part!r} has a '/': only names of images may have one")
     path = "/v1/" + "/".join(part if _UNQUOTED.issuperset(part) else _quote(part) for part in parts)
     if not query:
         return path
@@ -172,6 +176,7 @@ def _target(parts: tuple[str, ...], query: dict[str, str]) -> str:
 
 
 def _quote(part: str) -> str:
+    # Imported here: hardly any name needs it, and every command would pay for the import.
     from urllib.parse import quote
 
     return quote(part, safe="")

@@ -1,4 +1,4 @@
-"""``meshnet``: parses the command line and runs one command."""
+"""``meshnet``: parse the command line and run one command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ GROUPS = {
     "lab": ("lab",),
     "completion": ("completion",),
 }  # fmt: skip
-"""Modules of `meshnet.cli.commands`, in the order of the help, and the commands that each adds."""
+"""Modules of `meshnet.cli.commands`, in the order of the help, and the commands that each adds.
+
+Written down here, so that only the given command's module is imported: importing all of them would
+slow every command down.
+"""
 _EXIT_STATUSES = """\
 exit status:
   0 done                  5 conflict (exists, already attached, address taken)
@@ -48,7 +52,7 @@ a first network:
 
 
 def make_parser(groups: Iterable[str] = GROUPS) -> argparse.ArgumentParser:
-    """The command line, or that part of it which some groups make."""
+    """Make the parser of the whole command line, or of some groups' part of it."""
     parser = Parser(
         prog="meshnet",
         description="Put any process of any host on one network.",
@@ -73,7 +77,7 @@ def make_parser(groups: Iterable[str] = GROUPS) -> argparse.ArgumentParser:
 
 
 def groups_for(arguments: Sequence[str]) -> Iterable[str]:
-    """The group of the command that is asked for; all, if it takes all to say what is wrong."""
+    """Return the given command's group, or all groups if the help or an error must list them."""
     words = iter(arguments)
     for word in words:
         if word == "--socket":
@@ -87,6 +91,7 @@ def groups_for(arguments: Sequence[str]) -> Iterable[str]:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit status."""
+    # To complete a word the shell runs this program with that variable set.
     if "_ARGCOMPLETE" in os.environ:
         from meshnet.cli.commands.completion import complete
 
@@ -115,16 +120,16 @@ def run_command(arguments: Sequence[str]) -> int:
         print(f"meshnet: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 130  # as a shell has it: 128 + SIGINT
     return status
 
 
 def main() -> NoReturn:
-    """The program."""
+    """Run the program."""
     status = run_command(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # taking the interpreter down in order is a tenth of a short command's time
+    os._exit(status)  # an orderly end of the interpreter is a tenth of a short command's time
 
 
 if __name__ == "__main__":

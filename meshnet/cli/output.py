@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 QUIET_S = 1.0
-"""What takes longer says so, on a terminal."""
+"""A command that takes longer says so if standard error is a terminal."""
 
 
 def print_json(document: Any) -> None:  # noqa: ANN401
@@ -19,7 +19,7 @@ def print_json(document: Any) -> None:  # noqa: ANN401
 
 
 def print_either(as_json: bool, document: Any, line: object) -> int:  # noqa: ANN401
-    """Print the document, or for people one line; returns the exit status 0."""
+    """Print the document, or one line for people; returns exit status 0."""
     if as_json:
         print_json(document)
     else:
@@ -37,5 +37,5 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def joined(values: Iterable[object]) -> str:
-    """Values as one cell; a dash if there are none."""
+    """Join values to the text of one cell; a dash if there are none."""
     return ", ".join(map(str, values)) or "-"

@@ -1,4 +1,4 @@
-"""What is going on, for people at a terminal, once it takes more than a second."""
+"""Tells people at a terminal what a command does once it takes more than a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Say on a terminal what is going on, and for how long, once it takes more than a second."""
+    """Say on a terminal what takes so long, and for how long already; `what` names it."""
     if not sys.stderr.isatty():
         yield
         return
@@ -27,6 +27,7 @@ def progress(what: str) -> Iterator[None]:
         while not done.wait(QUIET_S):
             print(f"\r{what}: {time.monotonic() - started:.0f} s", end="", file=sys.stderr)
 
+    # A thread, because the caller meanwhile blocks in a system call or waits for a program.
     teller = threading.Thread(target=tell)
     teller.start()
     try:
@@ -34,4 +35,4 @@ def progress(what: str) -> Iterator[None]:
     finally:
         done.set()
         teller.join()
-        print("\r\x1b[K", end="", file=sys.stderr)
+        print("\r\x1b[K", end="", file=sys.stderr)  # ECMA-48 EL: clear the line

@@ -1,4 +1,4 @@
-"""Copies images from and to registries by ``skopeo`` (Debian package skopeo), without a shell."""
+"""Copies images from and to registries with ``skopeo`` (Debian package skopeo), without a shell."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def skopeo(source: str, target: str, image: str, insecure: bool) -> None:
 
 
 def error_of(stderr: str, image: str) -> MeshnetError:
-    """What skopeo's last words mean."""
+    """Translate the last error that skopeo printed; `stderr` is all that it printed there."""
     found = _MESSAGE.findall(stderr)
+    # logrus quotes the message: msg="…", with a backslash before quotes within.
     reason = re.sub(r"\\(.)", r"\1", found[-1]) if found else stderr.strip() or "it does not say"
     kind = next((k for words, k in _KINDS.items() if words in reason.lower()), MeshnetError)
     remedy = "log in (skopeo login)" if kind is PolicyRefusedError else "check name and registry"

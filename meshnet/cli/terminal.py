@@ -1,6 +1,7 @@
-"""A container's terminal: stdin, output, signals and the window's size, by conmon's socket.
+"""A container's terminal: stdin, output, signals and the window's size, through conmon's socket.
 
-Needs no agent: the socket is conmon's own (`meshnet.runtime.engine.conmon` has the protocol).
+Needs no agent, as the socket is conmon's own; `meshnet.runtime.engine.conmon` has the protocol.
+So a client stays attached while the agent is restarted.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, sign
 
 
 class Attachment:
-    """A connection to a container's stdio; open it before the container starts.
+    """A connection to a container's stdio.  Open it before the container starts: conmon does not
+    repeat what was printed earlier.
 
     Args:
-        attach, window: conmon's socket and its FIFO for sizes.
+        attach, window: paths of conmon's socket and of its FIFO for window sizes.
+        tty: the container has a terminal.
+        interactive: forward stdin.
     """
 
     def __init__(self, attach: str, window: str, *, tty: bool, interactive: bool) -> None:
@@ -44,7 +48,7 @@ class Attachment:
             forward: sends a signal, by name, to the container.
         """
         with self._socket, _wakeups() as wakeup, self._raw_terminal():
-            self._resize()
+            self._resize()  # conmon's terminal begins without a size
             reads = [self._socket.fileno(), wakeup]
             if self._interactive:
                 reads.append(_STDIN)
@@ -66,6 +70,7 @@ class Attachment:
 
     def _send_input(self) -> bool:
         data = os.read(_STDIN, _INPUT_BYTES)
+        # A container that has closed its stdin may still print: reading its output says the end.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if data:
                 self._socket.send(data)
@@ -87,8 +92,8 @@ class Attachment:
     def _resize(self) -> None:
         if self._tty and os.isatty(_STDIN):
             size = os.get_terminal_size(_STDIN)
-            # A program may have ended by now, and conmon, who reads there: an open that waits would
-            # wait for ever.
+            # The program and conmon, which reads the FIFO, may have ended by now.  Without
+            # O_NONBLOCK the open would then wait for a reader for ever.
             with contextlib.suppress(OSError):
                 fifo = os.open(self._window, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
@@ -98,6 +103,8 @@ class Attachment:
 
     @contextlib.contextmanager
     def _raw_terminal(self) -> Iterator[None]:
+        # Without -i the terminal stays as it is: Ctrl-C must still make a signal, which is
+        # forwarded.  In raw mode it is a byte of input, and the container's terminal makes one.
         if not (self._tty and self._interactive and os.isatty(_STDIN)):
             yield
             return
@@ -114,9 +121,13 @@ class Attachment:
 
 @contextlib.contextmanager
 def _wakeups() -> Iterator[int]:
-    """A descriptor that tells of signals; they do nothing else meanwhile."""
-    sys.stdout.flush()
+    """Yield a descriptor that has a byte for each signal; signals do nothing else meanwhile.
+
+    select() alone would not notice them: Python resumes it after a handler has run (PEP 475).
+    """
+    sys.stdout.flush()  # os.write goes past Python's buffer from now on
     numbers = (*_FORWARDED, signal.SIGWINCH)
+    # set_wakeup_fd takes only a descriptor that does not block.
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

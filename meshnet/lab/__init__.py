@@ -1,5 +1,6 @@
 """Hosts as network namespaces on one machine: ``meshnet lab`` and the tests' fixture.
 
-The real agent, the real etcd and the real kernel, without a second machine.  `meshnet.lab.topology`
-has the `Lab`; nothing is imported here, so that ``meshnet lab exec`` starts fast.
+The agent, etcd and the kernel are real; only a second machine is not needed.
+`meshnet.lab.topology` has the `Lab`.  Nothing is imported here, so that ``meshnet lab exec`` starts
+fast.
 """

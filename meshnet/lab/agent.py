@@ -1,4 +1,4 @@
-"""Starting an agent for a lab host, and asking it whether it is ready.
+"""Starts an agent for a lab host, and asks it whether it is ready.
 
 May import only the standard library and `meshnet.unix_http`.
 """
@@ -27,11 +27,12 @@ def spawn_agent(
     """Start an agent, detached: it outlives us, our terminal and our Ctrl-C.
 
     Args:
-        enter: argv to put before it, which enters the host's namespace.
-        options: the agent's own.
-        log_path: where its stdout and stderr are appended.
+        enter: argv that enters the host's namespace and then runs the agent's argv after it.
+        options: of the agent's command line.
+        log_path: file to which its stdout and stderr are appended.
     """
-    # None of our own settings, which are for the client, or for an agent on this machine itself.
+    # Our own settings are for the client, or for an agent of the machine itself.  The agent would
+    # obey them, as every option has a variable.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("MESHNET_")
     }
@@ -48,7 +49,7 @@ def spawn_agent(
 
 
 def is_ready(socket_path: Path) -> bool:
-    """Whether an agent answers GET /readyz with 200."""
+    """Tell whether an agent answers GET /readyz with 200."""
     try:
         with HttpConnection(str(socket_path), _HTTP_TIMEOUT_S) as connection:
             connection.request("GET", "/readyz")
@@ -58,7 +59,7 @@ def is_ready(socket_path: Path) -> bool:
 
 
 def log_tail(path: Path) -> str:
-    """The last lines of a log, indented, for an error message."""
+    """Return the last lines of a log, indented for an error message."""
     try:
         with path.open("rb") as log:
             log.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""What has to hold before a lab is built, and taking its name.
+"""Checks the machine before a lab is built, and claims the lab's name.
 
 May import only the standard library, `meshnet.errors` and the lab's lower modules.
 """
@@ -28,11 +28,11 @@ _PROGRAMS = {
 
 
 def check_machine() -> None:
-    """Refuse to build a lab on a machine, or as a user, that cannot have one.
+    """Refuse to build a lab if the machine lacks a program, or the caller is not root.
 
     Raises:
         PolicyRefusedError: the caller is not root.
-        NotFoundError: programs are missing; the message has their packages.
+        NotFoundError: programs are missing; the message names their packages.
     """
     if os.geteuid() != 0:
         raise PolicyRefusedError("a lab makes network namespaces, which needs root: use sudo")
@@ -42,7 +42,9 @@ def check_machine() -> None:
         if shutil.which(program) is None
     ]
     if missing:
-        raise NotFoundError(f"a lab needs programs that are not installed: {', '.join(missing)}")
+        raise NotFoundError(
+            f"a lab needs programs that are not installed: install {', '.join(missing)}"
+        )
 
 
 def check_socket_path(base_dir: Path, host: str) -> None:
@@ -60,10 +62,10 @@ def check_socket_path(base_dir: Path, host: str) -> None:
 
 
 def claim(name: str, base_dir: Path) -> None:
-    """Take a lab's name by making its directory.
+    """Claim a lab's name by making its directory: of two programs at once, mkdir(2) lets one.
 
     Raises:
-        ConflictError: the name, or something of it, is taken; the message has the remedy.
+        ConflictError: a lab of that name is there, or left something; the message has the remedy.
     """
     option = "" if name == DEFAULT_LAB else f" --name {name}"
     remedy = f"use it, or remove it with 'meshnet lab down{option}'"
@@ -71,7 +73,8 @@ def claim(name: str, base_dir: Path) -> None:
     if left:
         raise ConflictError(f"lab {name!r} exists already (namespace {', '.join(left)}): {remedy}")
     try:
-        # Again, because another lab's 'down' removes the parent when it finds it empty.
+        # Twice, because another lab's 'down' removes the parent when it finds it empty, perhaps
+        # between these two calls.
         with contextlib.suppress(FileNotFoundError):
             base_dir.parent.mkdir(parents=True, exist_ok=True)
             base_dir.mkdir()

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from meshnet.lab.underlay import LabUnderlay
 
 _HEALTHY_DEADLINE_S = 30.0
-# A member that is alone waits one election timeout, by default 1 s, before it elects itself.  The
-# shortest lease that etcd grants is 1.5 times that timeout, so tests can have short ones.  Members
-# of several on a busy machine need more patience, or they change leaders all the time.
+# A lone member waits for one election timeout, by default 1 s, before it elects itself.  The
+# shortest lease that etcd grants is 1.5 times that timeout, so a short one lets tests have short
+# leases.  Three members on a busy machine need more patience, or the leader changes all the time.
 _ARGS = {
     1: ("--heartbeat-interval=20", "--election-timeout=100"),
     3: (
         *("--heartbeat-interval=50", "--election-timeout=500"),
-        # Else members may be changed only once all have been connected for 5 s.
+        # Otherwise etcd refuses to change members until all have been connected for 5 s.
         "--strict-reconfig-check=false",
     ),
 }
@@ -39,7 +39,7 @@ MEMBERS = tuple(_ARGS)
 def make_etcds(
     lab: str, base_dir: Path, underlay: LabUnderlay, members: int
 ) -> dict[str, EtcdServer]:
-    """Make the members, by the names of their ports at the switch; none is started."""
+    """Make the members, by the names of their ports at the switch; start none of them."""
     names = ETCDS[:members]
     cluster = {name: underlay.etcd_url(index, ETCD_PEER_PORT) for index, name in enumerate(names)}
     token = secrets.token_hex(8)
@@ -62,12 +62,13 @@ def start_etcds(etcds: dict[str, EtcdServer], file: LabFile) -> None:
     Raises:
         StoreUnavailableError: one does not.
     """
+    # All before any is waited for: a member answers only once a majority is there.
     for name, etcd in etcds.items():
         etcd.start()
         with file.edit() as document:
             document.etcds[name] = identify(etcd.pid)
     for etcd in etcds.values():
-        # etcdctl, asked too early, retries only after a second.
+        # Wait for the port first: etcdctl, when it finds nobody, tries again only after a second.
         wait_until(
             lambda: not etcd.running or is_listening(etcd.pid, ETCD_PORT),  # noqa: B023
             _HEALTHY_DEADLINE_S,

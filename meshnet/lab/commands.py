@@ -1,4 +1,4 @@
-"""Running commands in a namespace, and keeping track of the children that this makes.
+"""Runs commands in a namespace, and keeps track of the children that this makes.
 
 May import only the standard library and the lab's lower modules.
 """
@@ -20,7 +20,10 @@ _REAP_TIMEOUT_S = 10.0
 
 
 class CommandFailedError(subprocess.CalledProcessError):
-    """A command in the lab ended with a status other than 0; the text has what it printed."""
+    """A command in the lab failed; the message also has what it printed.
+
+    `subprocess.CalledProcessError` shows only the status, which says little in a test's report.
+    """
 
     def __str__(self) -> str:
         printed = "".join(
@@ -38,11 +41,11 @@ class Children:
         self._by_pid: dict[int, subprocess.Popen[Any]] = {}
 
     def add(self, child: subprocess.Popen[Any]) -> None:
-        """Keep a child, until it is reaped."""
+        """Keep a child until it is reaped."""
         self._by_pid[child.pid] = child
 
     def running(self) -> list[ProcessRef]:
-        """Those that have not ended."""
+        """Return the children that have not ended."""
         # A child that poll() finds running is not reaped, so its pid is still its own.
         return [identify(child.pid) for child in self._by_pid.values() if child.poll() is None]
 
@@ -50,7 +53,7 @@ class Children:
         """Reap a child that has ended, or is about to.
 
         Returns:
-            Its exit status, negative for a signal; None if it is no child of ours.
+            Its exit status, negative for a signal; None if it is not a child of ours.
         """
         child = self._by_pid.pop(pid, None)
         return None if child is None else _reap(child)

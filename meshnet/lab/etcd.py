@@ -1,10 +1,10 @@
-"""One etcd server as a child process: what the lab and the tests run their hosts against.
+"""One etcd server as a child process, for the hosts of labs and tests.
 
 Job: start an etcd, alone or as a member of a cluster, wait until it answers, and do to it what
 happens to etcd in real life (stop, kill, pause, resume, start again on the same data, lose the
-data, restore a snapshot).  Place: control plane only; no packet passes here.  Synchronous on
-purpose: it is called from fixtures and from ``meshnet lab``, outside any trio run.  May import only
-the standard library and `meshnet.errors`.
+data, restore a snapshot).  Place: control plane only; no packet passes here.  Synchronous, because
+fixtures and ``meshnet lab`` call it outside any trio run.  May import only the standard library and
+`meshnet.errors`.
 
 Needs the programs ``etcd`` and ``etcdctl`` (3.4 or newer).  With a `prefix` such as
 ``("nsenter", "--net=/run/netns/x")`` both run inside that network namespace; the prefix must
@@ -42,10 +42,10 @@ class Membership:
     """The place of a server in a cluster.
 
     Attributes:
-        name: its own, in `urls`.
+        name: the server's name in `urls`.
         urls: peer URL of every member, by name.
-        token: the same for all members, and another for every cluster: etcd computes the cluster's
-            id from it.  Empty: a random one, for every new database.
+        token: the same for all members and different for every cluster, as etcd computes the
+            cluster's id from it.  Empty: a random one for every new database.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Membership:
 
 
 ALONE = Membership("default", {"default": "http://127.0.0.1:0"})
-"""One member.  It needs no other, so its port, on loopback, is the kernel's choice; etcd insists on
-one."""
+"""A single member.  etcd insists on a peer port although no other member will use it, so the kernel
+chooses one, on loopback."""
 
 
 class EtcdServer:
@@ -116,7 +116,7 @@ class EtcdServer:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there (it may be paused)."""
+        """Whether the process exists (it may be paused)."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -130,11 +130,11 @@ class EtcdServer:
         return self._membership.urls[self.member]
 
     def start(self, *, join: bool = False, more_args: Sequence[str] = ()) -> None:
-        """Start etcd, on the data of an earlier run if there is some; returns at once.
+        """Start etcd, on the data of an earlier run if there are any; returns at once.
 
         Args:
-            join: it has no data, and the cluster it is to join runs.
-            more_args: further etcd flags, of this run alone.
+            join: it has no data, and joins a cluster that runs.
+            more_args: further etcd flags, for this run only.
 
         Raises:
             NotFoundError: the ``etcd`` program is not installed.
@@ -150,7 +150,7 @@ class EtcdServer:
             f"--listen-client-urls={self.client_url}",
             f"--advertise-client-urls={self.client_url}",
             f"--listen-peer-urls={self.peer_url}",
-            # On existing data these are not looked at.
+            # etcd ignores these if it has data.
             *self._cluster_args(),
             "--logger=zap",
             "--log-level=error",
@@ -165,8 +165,8 @@ class EtcdServer:
                     stdout=log,
                     stderr=log,
                     env=_environment(),
-                    # A session of its own: Ctrl-C in the lab's terminal is for the lab, which
-                    # then stops etcd in its own order.
+                    # In another session, so that Ctrl-C in the terminal reaches only the lab,
+                    # which then stops etcd last.
                     start_new_session=True,
                 )
         except FileNotFoundError as exc:
@@ -201,7 +201,7 @@ class EtcdServer:
         self.wait_healthy(deadline_s)
 
     def pause(self) -> None:
-        """Freeze etcd (SIGSTOP): connections stay open and nothing answers."""
+        """Freeze etcd (SIGSTOP): its connections stay open, and it answers nothing."""
         os.kill(self.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, self.pid, os.WSTOPPED)  # until the last of its threads has stopped
 
@@ -210,12 +210,12 @@ class EtcdServer:
         os.kill(self.pid, signal.SIGCONT)
 
     def lose_data(self) -> None:
-        """Kill etcd, and remove all that it had on disk."""
+        """Kill etcd, and remove all of its data."""
         self.kill()
         shutil.rmtree(self.data_dir, ignore_errors=True)
 
     def rejoin(self, other: EtcdServer) -> None:
-        """Start anew after `lose_data`, as the member that a running cluster has in its place.
+        """Start anew after `lose_data`, as a new member in the old one's place.
 
         Args:
             other: a member that runs.
@@ -223,6 +223,8 @@ class EtcdServer:
         Raises:
             StoreUnavailableError: the cluster has no quorum, or does not know this member.
         """
+        # Raft does not let a member go on without its log under its old id: it may have agreed to
+        # entries that it no longer has.  So it is removed, and added with a new id.
         lines = other.ctl("member", "list").splitlines()
         rows = [[field.strip() for field in line.split(",")] for line in lines]
         known = [row[0] for row in rows if row[2] == self.member]
@@ -232,10 +234,10 @@ class EtcdServer:
         self.start(join=True)
 
     def restore(self, snapshot: Path) -> None:
-        """Have what a snapshot holds, and nothing later, on disk; start it after.
+        """Replace the data by a snapshot's.  Call `start` afterwards.
 
-        Every member of a cluster restores the same snapshot.  It is ``ctl("snapshot", "save",
-        FILE)`` that makes one.
+        Every member of a cluster restores the same snapshot.  ``ctl("snapshot", "save", FILE)``
+        makes one.
 
         Raises:
             StoreUnavailableError: the snapshot cannot be used.
@@ -252,7 +254,7 @@ class EtcdServer:
 
     def _cluster_args(self) -> list[str]:
         members = ",".join(f"{name}={url}" for name, url in self._membership.urls.items())
-        # Without a token of its own every new database of these members would have the same id.
+        # With the same token every new database of these members would have the same cluster id.
         token = self._membership.token or secrets.token_hex(8)
         return [
             f"--initial-advertise-peer-urls={self.peer_url}",
@@ -330,5 +332,5 @@ class EtcdServer:
 
 
 def _environment() -> dict[str, str]:
-    """The environment less ETCD_… and ETCDCTL_…: etcd takes every flag from there, too."""
+    """Return the environment without ETCD_… and ETCDCTL_…: etcd takes every flag from it, too."""
     return {name: value for name, value in os.environ.items() if not name.startswith("ETCD")}

@@ -44,8 +44,8 @@ _AGENT_STOP_DEADLINE_S = 15.0
 _SPAWN_DEADLINE_S = 10.0
 _CONTAINER_END_DEADLINE_S = 2.0
 
-# Waits for a line before it becomes the container's command: until then it has been written down,
-# and if we are killed before that, the pipe's end ends it.
+# Waits for a line before it becomes the container's command, so that lab.json has the process
+# before the command runs.  If we are killed first, the pipe ends, and with it the process.
 _GATE = 'read -r _ && exec "$@" </dev/null'
 
 
@@ -54,8 +54,12 @@ class LabContext:
     """What hosts and containers need of their lab.
 
     Attributes:
+        name: of the lab.
+        base_dir: the lab's directory.
+        etcd_url: URLs of all members of etcd, with commas between.
+        agent_args: options of every agent.
         file: the lab's state.
-        children: who reaps what is started here.
+        children: the processes that this program has started.
     """
 
     name: str
@@ -66,7 +70,7 @@ class LabContext:
     children: Children
 
     def record(self, record: ContainerRecord) -> None:
-        """Write a process of a container down, or more about it; forget those that are gone."""
+        """Add a container's process to the lab's state, or update it; drop those that ended."""
         with self.file.edit() as document:
             document.containers = [
                 *(
@@ -78,7 +82,7 @@ class LabContext:
             ]
 
     def forget(self, ref: ProcessRef) -> None:
-        """Take a process that has ended out of the lab's state."""
+        """Remove a process that has ended from the lab's state."""
         with self.file.edit() as document:
             document.containers = [known for known in document.containers if known.ref != ref]
 
@@ -116,7 +120,7 @@ class LabContainer(Namespace):
     ) -> subprocess.Popen[str]:
         """Start a command here; see `Namespace.popen`."""
         child = super().popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=env)
-        # Its namespace is not the host's, so it has to be named to be found again.
+        # It is not in a host's namespace, so teardown finds it only by its pid.
         self._context.record(ContainerRecord(identify(child.pid), self.host))
         return child
 
@@ -140,7 +144,7 @@ class LabHost(Namespace):
         socket_path: the agent's socket.
         run_dir: the agent's run directory.
         state_dir: the agent's state directory.
-        log_path: what the agent prints.
+        log_path: file with what the agent prints.
     """
 
     def __init__(
@@ -182,7 +186,7 @@ class LabHost(Namespace):
         return ref if ref is not None and ref.is_alive() else None
 
     def is_agent_running(self) -> bool:
-        """Whether the agent's process is there; it need not be ready."""
+        """Tell whether the agent's process exists; it need not be ready."""
         return self._agent() is not None
 
     @property
@@ -207,12 +211,12 @@ class LabHost(Namespace):
         by_link: bool = False,
         deadline_s: float = AGENT_READY_DEADLINE_S,
     ) -> None:
-        """Start the host's agent, with the lab's and these options.
+        """Start the host's agent with the lab's options and these.
 
         Args:
             extra_args: further options, after the lab's `agent_args`.
+            wait: return only when it is ready; otherwise call `wait_agent_ready`.
             by_link: tell it the underlay's link instead of the address on it.
-            wait: return only when it is ready; else call `wait_agent_ready`.
             deadline_s: see `wait_agent_ready`.
 
         Raises:
@@ -246,8 +250,8 @@ class LabHost(Namespace):
         """Block until the agent answers GET /readyz with 200.
 
         Raises:
-            AgentUnreachableError: it ended, or does not within `deadline_s` seconds; the message
-                has the end of its log.
+            AgentUnreachableError: it ended, or did not answer so within `deadline_s` seconds; the
+                message has the end of its log.
         """
 
         def ready_or_ended() -> bool:
@@ -273,8 +277,8 @@ class LabHost(Namespace):
             deadline_s: seconds after which it is killed.
 
         Returns:
-            Its exit status, negative for a signal (-9: it had to be killed); None if it did not
-            run or was started by another program.
+            Its exit status, negative for a signal (-9: it was killed); None if it did not run or
+            another program started it.
         """
         ref = self._agent()
         if ref is None:
@@ -287,10 +291,10 @@ class LabHost(Namespace):
         self.stop_agent(deadline_s=0)
 
     def spawn_container(self, argv: Sequence[str] | None = None) -> LabContainer:
-        """Start a process on this host in a fresh network namespace of its own.
+        """Start a process on this host, in a new network namespace.
 
-        On return it is in that namespace.  What it prints goes to ``containers.log`` in the host's
-        directory; it reads nothing.
+        On return it is in that namespace.  Its output goes to ``containers.log`` in the host's
+        directory; its stdin is empty.
 
         Args:
             argv: what to run; the default sleeps for ever.
@@ -329,7 +333,7 @@ class LabHost(Namespace):
         return LabContainer(record, self._context)
 
     def _wait_until_entered(self, child: subprocess.Popen[bytes]) -> NetnsId:
-        # On its way it is in our namespace, then in the host's, then in its own.
+        # It starts in our namespace, nsenter takes it to the host's, and unshare to a new one.
         passed = {own_netns_id(), netns_id(self.netns_path)}
 
         def entered() -> NetnsId | None:

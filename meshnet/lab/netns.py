@@ -1,8 +1,8 @@
 """The lab's network namespaces: their names, making and removing them, running things in them.
 
-`nsenter` and not ``ip netns exec``: the latter mounts a new /sys over the old one, which costs
-time and hides the cgroup tree from what runs there.  May import only the standard library and
-`meshnet.errors` and `meshnet.system.libc`; ``meshnet lab exec`` imports it, so nothing slow.
+Commands enter with ``nsenter`` and not with ``ip netns exec``, which mounts a new /sys over the old
+one: that costs time and hides the cgroup tree.  May import only the standard library,
+`meshnet.errors` and `meshnet.system.libc`: ``meshnet lab exec`` imports it and must start fast.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ DEFAULT_LAB = "lab"
 SWITCH = "sw"
 ETCD = "etcd"
 ETCDS = (ETCD, "etcd2", "etcd3")
-"""What the members of etcd are called, of which a lab has the first or all."""
+"""Names of the members of etcd; a lab has the first one or all."""
 BRIDGE = "br0"
-"""The switch's bridge; its ports are named as the hosts and as etcd's members."""
+"""The switch's bridge.  Its ports have the names of the hosts and of etcd's members."""
 
 _PREFIX = "mnlab-"
 _LAB_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
-# No hyphen: what follows the last one in a namespace's name is the host, so that lab "a" can tell
-# its namespaces from those of lab "a-b".  15 characters: the host's switch port has its name.
+# No hyphen: the host is what follows the last hyphen of a namespace's name, so that lab "a" can
+# tell its namespaces from those of lab "a-b".  15 characters, as a host's port on the switch has
+# its name: IFNAMSIZ of linux/if.h less the final zero.
 _HOST_NAME = re.compile(r"[a-z][a-z0-9]{0,14}")
 _RESERVED = frozenset({SWITCH, *ETCDS, BRIDGE, "lo", "all", "default"})
 _IP_TIMEOUT_S = 60.0
 
 
 def check_lab_name(name: str) -> None:
-    """Refuse a name that no lab can have.
+    """Refuse a name that a lab cannot have.
 
     Raises:
         UsageError: it is not 1 to 40 lower-case letters, digits and hyphens.
@@ -52,7 +53,7 @@ def check_lab_name(name: str) -> None:
 
 
 def check_host_name(name: str) -> None:
-    """Refuse a name that no host of a lab can have.
+    """Refuse a name that a host of a lab cannot have.
 
     Raises:
         UsageError: it is reserved, or not a letter and up to 14 lower-case letters and digits.
@@ -60,7 +61,7 @@ def check_host_name(name: str) -> None:
     if name in _RESERVED or not _HOST_NAME.fullmatch(name):
         raise UsageError(
             f"lab host {name!r}: use a letter and up to 14 lower-case letters and digits, "
-            f"and none of {', '.join(sorted(_RESERVED))}"
+            f"but not {', '.join(sorted(_RESERVED))}"
         )
 
 
@@ -75,7 +76,7 @@ def netns_path(netns: str) -> Path:
 
 
 def list_netns(lab: str) -> list[str]:
-    """Names of the namespaces of a lab that exist, half-made ones included."""
+    """List the namespaces of a lab that exist, half-made ones included, by name."""
     prefix = netns_name(lab, "")
     try:
         names = os.listdir(NETNS_DIR)
@@ -96,7 +97,7 @@ def add_netns(names: Iterable[str]) -> None:
 
 
 def delete_netns(names: Sequence[str]) -> None:
-    """Remove named namespaces, half-made ones too; those that do not exist are passed over.
+    """Remove named namespaces, half-made ones too; skip those that do not exist.
 
     Raises:
         KernelRefusedError: one is still there.
@@ -104,7 +105,8 @@ def delete_netns(names: Sequence[str]) -> None:
     present = [name for name in names if netns_path(name).exists()]
     if not present:
         return
-    # -force: go on after a failure, as when another program removes the same ones.
+    # -force: go on after a failure, as another program may remove the same ones.  So the status
+    # says little, and what counts is what is left.
     result = _run_ip(["-force"], [f"netns del {name}" for name in present], None)
     left = [name for name in present if netns_path(name).exists()]
     if left:
@@ -121,6 +123,8 @@ def enter_argv(path: Path) -> tuple[str, ...]:
 def ip_batch(lines: Sequence[str], *, netns: str | None = None) -> None:
     """Run ip(8) once for many commands, in a named namespace or the caller's.
 
+    Once, because starting a program takes longer than what most of these commands do.
+
     Raises:
         NotFoundError: iproute2 or util-linux is not installed.
         KernelRefusedError: a command failed; it is named, and none after it was run.
@@ -136,9 +140,9 @@ def ip_batch(lines: Sequence[str], *, netns: str | None = None) -> None:
 
 
 def set_netns(path: Path) -> None:
-    """Move the calling thread into the namespace at `path`, for good.
+    """Move the calling thread into the namespace at `path` for good.
 
-    For a program that is about to exec; Python 3.11 has no os.setns.
+    Meant for a program that is about to exec.  Python has os.setns only from 3.12 on.
 
     Raises:
         NotFoundError: there is no namespace at `path`.

@@ -20,14 +20,13 @@ _LONGEST_INTERVAL_S = 0.05
 def wait_until(predicate: Callable[[], T], deadline_s: float, what: str) -> T:
     """Call `predicate` until what it returns is true, and return that.
 
-    The pause between two calls grows from 2 ms to 50 ms: things that are quick are seen at once,
-    and a long wait costs little.  `predicate` is called at least once, and once more at the
-    deadline.
+    The pause between two calls grows from 2 ms to 50 ms: quick things are seen at once, and a long
+    wait costs little.  `predicate` is called at least once, and once more at the deadline.
 
     Args:
         predicate: what to ask; its exceptions pass through.
         deadline_s: seconds to wait at most, not counting the last call's own time.
-        what: what is waited for, for the error message: "etcd answers".
+        what: the awaited event, for the error message: "etcd answers".
 
     Raises:
         TimeoutError: it did not become true in time; the message has `what`.
@@ -35,8 +34,8 @@ def wait_until(predicate: Callable[[], T], deadline_s: float, what: str) -> T:
     deadline = time.monotonic() + deadline_s
     interval_s = _FIRST_INTERVAL_S
     while True:
-        # Looked at before the call: a predicate that was last asked before the deadline is asked
-        # once more after it, however long this process was kept off the CPU in between.
+        # The clock is read before the call, so that the last call comes after the deadline, however
+        # long this process was kept off the CPU in between.
         late = time.monotonic() >= deadline
         value = predicate()
         if value:

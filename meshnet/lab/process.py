@@ -1,9 +1,9 @@
-"""Processes of the lab: named without doubt, found by namespace, ended by pidfd.
+"""Processes of the lab: identified without doubt, found by namespace, ended through a pidfd.
 
-A process id alone is reused by the kernel; with its start time (field 22 of ``/proc/PID/stat``,
-proc(5)) it names one process for ever, also from another program and hours later.  Signals go
-through a pidfd that was opened *before* the start time was compared, so that none can reach a
-stranger.  Zombies count as gone: whoever started them reaps them.
+The kernel reuses process ids.  With its start time (field 22 of ``/proc/PID/stat``, proc(5)) an id
+names one process for ever, even to another program hours later.  Signals go through a pidfd that
+was opened *before* the start time was compared, so that they cannot reach another process.
+Zombies count as gone: whoever started them reaps them.
 
 May import only the standard library, `meshnet.errors` and `meshnet.system.proc`.
 """
@@ -36,7 +36,7 @@ NetnsId = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class ProcessRef:
-    """One process, for ever: its id and when it started.
+    """One process for ever: its id and when it started.
 
     Attributes:
         pid: process id in our PID namespace.
@@ -47,7 +47,7 @@ class ProcessRef:
     start_time: int
 
     def is_alive(self) -> bool:
-        """Whether it still runs (a zombie does not)."""
+        """Tell whether it still runs (a zombie does not)."""
         stat = _read_living(self.pid)
         return stat is not None and stat.start_ticks == self.start_time
 
@@ -56,7 +56,7 @@ def identify(pid: int) -> ProcessRef:
     """Name the running process, or our own unreaped child, that has `pid` now.
 
     Raises:
-        ProcessLookupError: there is no such process.
+        ProcessLookupError: the process does not exist.
     """
     # A child that has ended already is a zombie until we reap it, so its pid is still its own.
     stat = read_stat(pid)
@@ -91,7 +91,7 @@ def own_netns_id() -> NetnsId:
 
 
 def is_listening(pid: int, port: int) -> bool:
-    """Whether a TCP socket listens on `port` in the network namespace of a process."""
+    """Tell whether a TCP socket listens on `port` in the network namespace of a process."""
     for table in ("tcp", "tcp6"):
         try:
             lines = (_PROC / str(pid) / "net" / table).read_text().splitlines()[1:]
@@ -108,16 +108,16 @@ def is_listening(pid: int, port: int) -> bool:
 def find_in_namespaces(namespaces: Collection[NetnsId]) -> set[ProcessRef]:
     """Find every running process whose network namespace is one of `namespaces`, except us.
 
-    Our own namespace and that of process 1 are never looked into, whatever `namespaces` says:
-    what is found here is about to be killed.
+    Our own namespace and that of process 1 are left out, whatever `namespaces` says: the caller is
+    about to kill what it finds.
     """
     wanted = set(namespaces) - {own_netns_id(), process_netns_id(1)}
     found = set()
     for pid in _pids():
         if pid == os.getpid():
             continue
-        # The start time first: if the pid passes to another process before the namespace is
-        # read, the pair names a process that is gone, and no signal will reach the new one.
+        # Read the start time first: if another process gets the pid before the namespace is read,
+        # pid and start time name a process that is gone, and no signal reaches the new one.
         stat = _read_living(pid)
         if stat is not None and process_netns_id(pid) in wanted:
             found.add(ProcessRef(pid, stat.start_ticks))
@@ -127,8 +127,8 @@ def find_in_namespaces(namespaces: Collection[NetnsId]) -> set[ProcessRef]:
 def with_descendants(refs: Iterable[ProcessRef]) -> set[ProcessRef]:
     """Return those of `refs` that run, with their children, and so on; never ourselves.
 
-    A container that a lab host's agent or shell started lives in a network namespace of its own;
-    it is the lab's by its parents.
+    A container that an agent or a shell on a lab host started lives in another network namespace:
+    only its parents show that it belongs to the lab.
     """
     stats = {pid: stat for pid in _pids() if (stat := _read_living(pid)) is not None}
     children: dict[int, list[int]] = {}
@@ -149,11 +149,11 @@ def with_descendants(refs: Iterable[ProcessRef]) -> set[ProcessRef]:
 def end_processes(refs: Iterable[ProcessRef], *, deadline_s: float) -> None:
     """End processes: SIGTERM to all, and SIGKILL to those that are left after `deadline_s`.
 
-    A stopped process is continued, so that it can act on SIGTERM.  Those that are gone already are
-    passed over.  On return none runs; children of ours are zombies until they are reaped.
+    A stopped process is continued, so that it can act on SIGTERM.  Processes that are gone already
+    are skipped.  On return none runs; children of ours are zombies until they are reaped.
 
     Args:
-        refs: which ones; nothing else is ever signalled.
+        refs: the processes; nothing else is ever signalled.
         deadline_s: seconds that they get to end in order, all together; 0 kills at once.
 
     Raises:
@@ -200,6 +200,7 @@ def _signal(pidfds: Iterable[int], number: signal.Signals) -> None:
 def _wait(pidfds: Iterable[int], deadline_s: float) -> set[int]:
     """Wait until all have ended; return those that have not within `deadline_s`."""
     left = set(pidfds)
+    # A pidfd becomes readable when its process ends (pidfd_open(2)), whoever its parent is.
     poller = select.poll()
     for pidfd in left:
         poller.register(pidfd, select.POLLIN)

@@ -1,8 +1,8 @@
 """``lab.json``: what a lab has started, so that any program can use it and take it down.
 
-Written before the thing it names is made where that is possible, and otherwise at once after, by
-rename, under a lock on the lab's directory: at no instant does a process of the lab run that
-neither this file nor its network namespace gives away.
+An entry is written before the thing that it names is made, where that is possible, and otherwise
+right after.  The file is replaced by rename, under a lock on the lab's directory.  So at any
+instant this file or a network namespace leads to every process of the lab.
 
 May import only the standard library, `meshnet.errors` and the lab's lowest modules: ``meshnet lab
 exec`` reads it.
@@ -38,9 +38,9 @@ class HostRecord:
     """One host of a lab.
 
     Attributes:
-        index: its number, from 1, which fixes its underlay address.
+        index: its number, from 1, which determines its underlay address.
         underlay_ip: that address, as text.
-        agent: its agent's process, the last that was started.
+        agent: the process of its agent, the last that was started.
     """
 
     index: int
@@ -55,8 +55,8 @@ class ContainerRecord:
     Attributes:
         ref: the process.
         host: name of the host that it belongs to.
-        netns: the namespace made for it, once it is certain that it entered it; None also for a
-            process in another's.
+        netns: the namespace made for it; None until it is certain to have entered it, and for a
+            process that runs in a container.
     """
 
     ref: ProcessRef
@@ -69,11 +69,15 @@ class LabDocument:
     """A whole ``lab.json``.
 
     Attributes:
+        name: of the lab.
         family: address family of the underlay, 4 or 6.
+        mtu_bytes: MTU of the underlay's links.
+        gateway: whether hosts have a default route to the switch.
         agent_args: options that every agent is started with.
         etcd_url: URLs of all members of etcd, with commas between.
         etcds: the process of each member of etcd, the first that was started.
         hosts: by name.
+        containers: processes outside the hosts' namespaces.
     """
 
     name: str
@@ -90,7 +94,7 @@ class LabDocument:
         """Look a host up.
 
         Raises:
-            NotFoundError: the lab has no such host; the message lists those it has.
+            NotFoundError: the lab does not have this host; the message lists those it has.
         """
         if name not in self.hosts:
             known = ", ".join(self.hosts) or "none"
@@ -98,14 +102,14 @@ class LabDocument:
         return self.hosts[name]
 
     def processes(self) -> list[ProcessRef]:
-        """Every process named here, running or not."""
+        """List every process named here, running or not."""
         agents = [record.agent for record in self.hosts.values() if record.agent is not None]
         containers = [record.ref for record in self.containers]
         return [*agents, *containers, *self.etcds.values()]
 
 
 def default_base_dir(lab: str) -> Path:
-    """Directory of a lab that was not given another."""
+    """Return the directory of a lab that was not given another."""
     return LABS_DIR / lab
 
 
@@ -136,7 +140,7 @@ class LabFile:
 
         Raises:
             NotFoundError: there is no lab in this directory.
-            ConflictError: the file is damaged, or another version's.
+            ConflictError: the file is damaged, or another version wrote it.
         """
         try:
             text = self.path.read_text()
@@ -148,13 +152,13 @@ class LabFile:
             return _decode(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise ConflictError(
-                f"{self.path} is damaged or of another version of meshnet: "
+                f"{self.path} is damaged, or another version of meshnet wrote it: "
                 "remove that lab with 'meshnet lab down' and start it again"
             ) from exc
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[LabDocument]:
-        """Read the state for changing; it is written back at the end, unless by an exception.
+        """Read the state to change it; it is written back at the end, but not after an exception.
 
         Raises:
             NotFoundError: there is no lab in this directory.
@@ -166,7 +170,7 @@ class LabFile:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        # The directory itself is the lock: no file that would have to be removed at the end.
+        # The lock is on the directory itself, so that no lock file must be removed at the end.
         try:
             descriptor = os.open(self.base_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError as exc:
@@ -180,7 +184,7 @@ class LabFile:
             os.close(descriptor)
 
     def _write(self, document: LabDocument) -> None:
-        # No fsync: after a crash of the machine no namespace and no process is left to name.
+        # No fsync: a crash of the machine ends all namespaces and processes that the file names.
         new = self.path.with_name(f"{_FILE}.new")
         body = {"version": _VERSION, **dataclasses.asdict(document)}
         new.write_text(json.dumps(body, indent=2) + "\n")
@@ -188,10 +192,10 @@ class LabFile:
 
 
 def is_lab_dir(base_dir: Path) -> bool:
-    """Whether a directory is a lab's, and nothing else's: the one question before removing it.
+    """Tell whether a directory is a lab's.  Ask before removing it, and remove nothing otherwise.
 
-    True with a ``lab.json``; without one (``lab up`` was killed at its very start, or ``lab
-    down`` at its very end) only if there is nothing else in it either.
+    True if it has a ``lab.json``.  Without one (``lab up`` was killed at its very start, or ``lab
+    down`` at its very end) true only if it is empty otherwise, too.
     """
     names = {entry.name for entry in base_dir.iterdir()}
     return _FILE in names or names <= {f"{_FILE}.new"}
@@ -203,10 +207,10 @@ def removal_order(base_dir: Path) -> list[Path]:
 
 
 def host_environment(base_dir: Path, host: str, etcd_url: str) -> dict[str, str]:
-    """Variables for a command in a host's namespace, on top of those it inherits.
+    """Return variables for a command in a host's namespace, on top of those that it inherits.
 
-    The client finds its agent, and the shell finds the client that belongs to this lab, as in an
-    activated virtual environment.
+    With them the client finds its agent, and a shell finds the client of the version that runs this
+    lab, as in an activated virtual environment.
     """
     return {
         "MESHNET_SOCKET": str(agent_socket(base_dir, host)),

@@ -1,9 +1,9 @@
-"""Taking a lab down, whoever made it and however far it or an earlier take-down got.
+"""Takes a lab down, whoever made it and however far it or an earlier take-down got.
 
-Trusts only what it can see: processes by ``lab.json`` (pid and start time), by the network
-namespace they live in, and by their parents; namespaces by their names; mounts by
-``/proc/self/mountinfo``; control groups by the agents' records of their containers.  May import
-only the standard library, `meshnet.errors`, `meshnet.system` and the lab's lower modules.
+It finds processes by ``lab.json`` (pid and start time), by the network namespace they live in, and
+by their parents; namespaces by their names; mounts by ``/proc/self/mountinfo``; control groups by
+the agents' records of their containers.  May import only the standard library, `meshnet.errors`,
+`meshnet.system` and the lab's lower modules.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_DEADLINE_S = 5.0
+# What is being ended may start further processes, as a shell does, so it takes several rounds.
 _ROUNDS = 10
 END_DEADLINE_S = 10.0
 
@@ -76,11 +77,13 @@ def tear_down(
     progress: Callable[[str], None] | None = None,
     deadline_s: float = END_DEADLINE_S,
 ) -> Removed:
-    """Remove everything of a lab: agents and containers, then etcd, namespaces, directory.
+    """Remove everything of a lab: agents and containers, then etcd, namespaces and directory.
 
-    Harmless on a lab that does not exist, and may be called again after it failed or was killed.
+    Harmless if the lab does not exist, and may be called again after it failed or was killed.
 
     Args:
+        lab: name of the lab.
+        base_dir: its directory.
         known: processes that the caller knows to be the lab's, on top of those in ``lab.json``.
         progress: called with a line before every step.
         deadline_s: seconds that agents and containers get to end before they are killed.
@@ -100,7 +103,7 @@ def tear_down(
     containers = [] if document is None else document.containers
 
     say("ending agents and containers")
-    # etcd last, so that an agent that gives its lease back as it ends can do so.
+    # etcd comes last, so that agents can give their leases back as they end.
     count = end_everything(
         [netns_path(name) for name in namespaces if name not in etcd_namespaces],
         others,
@@ -109,7 +112,8 @@ def tear_down(
     )
     say("ending etcd")
     etcd_paths = [netns_path(name) for name in namespaces if name in etcd_namespaces]
-    # At once: its data goes as well, and a leader would first look for a successor for seconds.
+    # Killed at once: its data goes as well, and a leader that ends in order first spends seconds on
+    # finding a successor.
     count += end_everything(etcd_paths, etcds, deadline_s=0)
     say("removing namespaces and directories")
     delete_netns(namespaces)
@@ -126,12 +130,12 @@ def end_everything(
     *,
     deadline_s: float,
 ) -> int:
-    """End processes, whatever else is in their or the given namespaces, and all descendants.
+    """End processes, all others in the given namespaces, and all descendants.
 
     Args:
         namespaces: paths of namespaces that are the lab's.
         refs: processes that are the lab's.
-        containers: those whose own namespaces are to be emptied.
+        containers: processes that end with all others in the namespace made for each.
         deadline_s: seconds between SIGTERM and SIGKILL; 0 is SIGKILL at once.
 
     Returns:
@@ -143,13 +147,13 @@ def end_everything(
     wanted = set(refs)
     ended: set[ProcessRef] = set()
     with contextlib.ExitStack() as stack:
-        # Held open until all is over: as long as we refer to a namespace its inode number names
-        # no other, so nobody else's process can be taken for one of the lab's.
+        # Namespaces are held open until the end: as long as we refer to one, the kernel does not
+        # reuse its inode number, so nobody else's process can be taken for one of the lab's.
         ids = {found for path in namespaces if (found := _hold(path, stack)) is not None}
         for container in containers:
             wanted.add(container.ref)
             found = _hold(Path(f"/proc/{container.ref.pid}/ns/net"), stack)
-            # Compared, because the process may not have reached its namespace yet, or have left.
+            # Compared, because the process may not have reached its namespace yet, or left it.
             if found is not None and found == container.netns and container.ref.is_alive():
                 ids.add(found)
         for _ in range(_ROUNDS):
@@ -179,12 +183,14 @@ def _read_document(lab: str, base_dir: Path) -> LabDocument | None:
         return None
     if not is_lab_dir(base_dir):
         raise ConflictError(
-            f"{base_dir} is not a lab's directory (it has no lab.json): it is left alone"
+            f"{base_dir} is not a lab's directory (it has no lab.json) and is left alone: "
+            "remove it yourself"
         )
     try:
         document = LabFile(base_dir).read()
     except (NotFoundError, ConflictError):
-        # Killed before it was written, or damaged: the namespaces still give the processes away.
+        # 'up' was killed before it wrote the file, or the file is damaged.  The processes are found
+        # by their namespaces all the same.
         return None
     if document.name != lab:
         raise ConflictError(
@@ -198,7 +204,7 @@ def _refuse_from_inside(namespaces: Iterable[str]) -> None:
     for name in namespaces:
         if netns_id(netns_path(name)) == own_netns_id():
             raise ConflictError(
-                f"this runs in namespace {name} of the lab itself: leave it, then take it down"
+                f"this command runs in the lab's own namespace {name}: leave it and try again"
             )
 
 
@@ -206,7 +212,8 @@ def _remove_base_dir(base_dir: Path) -> None:
     _unmount_below(base_dir)
     _remove_cgroups(base_dir)
     try:
-        # lab.json last: as long as anything is left, a second attempt recognises the directory.
+        # lab.json goes last: as long as anything else is left, a second attempt recognises the
+        # directory by it.
         for path in removal_order(base_dir):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -214,7 +221,7 @@ def _remove_base_dir(base_dir: Path) -> None:
                 path.unlink(missing_ok=True)
         base_dir.rmdir()
     except FileNotFoundError:
-        pass  # another 'lab down' is at it
+        pass  # another 'lab down' removes it at the same time
     except OSError as exc:
         raise KernelRefusedError(f"{base_dir} cannot be removed: {exc}") from exc
     if base_dir.parent == LABS_DIR:
@@ -223,12 +230,13 @@ def _remove_base_dir(base_dir: Path) -> None:
 
 
 def _unmount_below(base_dir: Path) -> None:
-    """Unmount what is mounted below a directory.
+    """Unmount everything below a directory.
 
-    Containers' root file systems are mounted below the agent's state directory, and volumes in
-    them; removing the directory through such a mount would remove the user's files.
+    Containers' root file systems are mounted below the agent's state directory, with volumes and
+    the user's directories in them.  Removing files through these mounts would remove the user's.
     """
     root = f"{base_dir.resolve()}/"
+    # mountinfo lists a mount after the one that it is on, so the innermost go first.
     for mount in reversed(list(mounts())):
         if mount.point.startswith(root):
             try:
@@ -240,8 +248,9 @@ def _unmount_below(base_dir: Path) -> None:
 
 
 def _remove_cgroups(base_dir: Path) -> None:
-    """Remove the control groups of containers that agents had when they ended."""
+    """Remove the control groups of containers that the agents still had when they ended."""
     for record in base_dir.glob("*/state/containers/*"):
+        # cgroups v1 have a tree for each controller, v2 has a single one.
         for group in (
             *_CGROUPS.glob(f"*/meshnet/{record.name}"),
             _CGROUPS / "meshnet" / record.name,

@@ -3,16 +3,16 @@
 Job: build it, hand out its parts, take it down and leave nothing.  Place: outside the mesh; it
 starts the same agents that run on real hosts, and they program real kernel devices.
 
-A lab outlives the program that made it (``meshnet lab up``): all that another program needs to
-use it or take it down is in ``lab.json`` (`meshnet.lab.state`).  Everything else is found by its
-name, which comes from the lab's:
+A lab outlives the program that made it (``meshnet lab up``): ``lab.json`` (`meshnet.lab.state`) has
+what another program needs to use it or take it down.  Everything else is found by its name, which
+is made from the lab's:
 
     namespaces   mnlab-LAB-h1, …-sw, …-etcd   (without LAB- for the lab named "lab")
                  of three members of etcd also …-etcd2 and …-etcd3
     directories  /run/meshnet-lab/LAB/h1/{run/agent.sock,state/,agent.log}
 
-Synchronous: it is called from fixtures and from the command line, outside any trio run.  May
-import only the standard library, `meshnet.errors` and the lab's own modules.
+Synchronous: fixtures and the command line call it outside any trio run.  May import only the
+standard library, `meshnet.errors` and the lab's own modules.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ _MAX_HOSTS = 200
 
 
 class Lab:
-    """A lab on this machine.  Needs root; touches no namespace but its own.
+    """A lab on this machine.  Needs root; touches only its own namespaces.
 
-    As a context manager it is up inside, and down after.  Otherwise call `up`, and `down` from
-    this or any other program.
+    As a context manager it is up inside the block and down after it.  Otherwise call `up`, and
+    later `down`, from this or any other program.
 
     Args:
         name: names its namespaces and its directory.
         hosts: how many; they are ``h1``, ``h2`` and so on.
-        etcd_members: 1 or 3; agents are told of all.
+        etcd_members: 1 or 3; agents know all of them.
         underlay: the addressing plan; by default IPv4, an MTU of 1500 bytes, and hosts that have a
             default route to the switch, so that what leaves the overlay can be watched there, and
             `outside_ip` can be reached.
@@ -102,9 +102,9 @@ class Lab:
     ) -> None:
         check_lab_name(name)
         if not 0 <= hosts <= _MAX_HOSTS:
-            raise UsageError(f"{hosts} hosts: a lab has 0 to {_MAX_HOSTS}")
+            raise UsageError(f"{hosts} hosts: give 0 to {_MAX_HOSTS}")
         if etcd_members not in MEMBERS:
-            raise UsageError(f"{etcd_members} members of etcd: a lab has 1 or 3")
+            raise UsageError(f"{etcd_members} members of etcd: give 1 or 3")
         self.name = name
         self.base_dir = default_base_dir(name) if base_dir is None else base_dir.absolute()
         self.underlay = underlay
@@ -176,7 +176,7 @@ class Lab:
 
     @property
     def outside_ip(self) -> str:
-        """An address that only the switch has and answers for: the Internet, to the hosts."""
+        """An address that only the switch has: it stands for the Internet."""
         return str(self.underlay.outside_ip)
 
     def host(self, name: str) -> LabHost:
@@ -190,14 +190,14 @@ class Lab:
     def up(self, progress: Callable[[str], None] | None = None) -> None:
         """Build the lab; on return etcd answers and every agent is ready.
 
-        Whatever goes wrong, Ctrl-C included, what was made is removed again.
+        If anything goes wrong, Ctrl-C included, everything is removed again.
 
         Args:
             progress: called with a line before every step.
 
         Raises:
             PolicyRefusedError: the caller is not root.
-            ConflictError: the lab, or something of that name, exists.
+            ConflictError: a lab of that name exists, or left something.
             NotFoundError: a program that it needs is not installed.
             StoreUnavailableError: etcd does not start.
             AgentUnreachableError: an agent does not; the message has the end of its log.
@@ -240,35 +240,36 @@ class Lab:
             deadline_s: seconds that agents and containers get to end before they are killed.
 
         Raises:
-            ConflictError: the lab's directory is something else's, or the caller is in one of the
-                lab's namespaces.
+            ConflictError: the directory is not this lab's, or the caller is in one of the lab's
+                namespaces.
             KernelRefusedError: something cannot be removed.
         """
         for etcd in self.etcds.values():
             if etcd.running:
-                # Continued, in case a test left it paused; agents that end want it to answer.
+                # A test may have left it paused, and agents that end want it to answer.
                 etcd.resume()
         known = self._children.running()
         removed = tear_down(
             self.name, self.base_dir, known=known, progress=progress, deadline_s=deadline_s
         )
-        # Ended by tear_down; here only reaped.  Not stop(), which expects a running one.
+        # tear_down has ended them, and this only reaps.  Not stop(): it expects a running process.
         for etcd in self.etcds.values():
             etcd.kill()
         self._children.reap_all()
         return removed
 
     def add_host(self, name: str, *, agent: bool = True) -> LabHost:
-        """Add a host to a running lab; its agent is started if those of `up` were.
+        """Add a host to a running lab; start its agent if `up` started agents.
 
-        A host ``hN`` gets the underlay address that ``hN`` always has, also when it was removed
-        and comes back; with the state directory that `remove_host` kept, if it did.
+        A host ``hN`` always has the same underlay address, also when it was removed and comes back.
+        It then has its old state directory if `remove_host` kept it.
 
         Args:
-            agent: False: a machine on the same switch that is not of the mesh.
+            name: the host's name.
+            agent: False for a machine on the same switch that is not in the mesh.
 
         Raises:
-            UsageError: no host can have that name.
+            UsageError: a host cannot have that name.
             ConflictError: the lab has that host.
             NotFoundError: the lab is not up.
         """
@@ -295,9 +296,9 @@ class Lab:
         return host
 
     def remove_host(self, name: str, *, keep_state: bool = False) -> None:
-        """Remove a host as a power cut does: every process on it is killed, then it is gone.
+        """Remove a host as a power cut does: kill every process on it, then remove it.
 
-        For an orderly departure stop its agent first.
+        For an orderly departure, stop its agent first.
 
         Args:
             keep_state: keep its directories, for `add_host` to find.
@@ -310,7 +311,7 @@ class Lab:
         containers = [item for item in self._file.read().containers if item.host == name]
         agents = [] if record.agent is None else [record.agent]
         end_everything([host.netns_path], agents, containers, deadline_s=0)
-        # The kernel removes a namespace some time after its last user is gone; its link, whose
+        # The kernel removes a namespace some time after its last user is gone.  But its link, whose
         # other end is our port, must be gone before a host of this name comes back.
         self.switch.run(["ip", "link", "del", name], check=False)
         delete_netns([host.netns])
@@ -323,11 +324,11 @@ class Lab:
             document.containers = [item for item in document.containers if item.host != name]
 
     def cut(self, port: str) -> None:
-        """Cut a host, or a member of etcd, off at the switch; its link stays up."""
+        """Cut a host or a member of etcd off at the switch.  Its link stays up."""
         self.switch.run(["bridge", "link", "set", "dev", port, "state", "disabled"])
 
     def mend(self, port: str) -> None:
-        """Undo `cut`.  What looked for a peer meanwhile may take a second to look again."""
+        """Undo `cut`.  A neighbour that could not be resolved meanwhile may take a second more."""
         self.switch.run(["bridge", "link", "set", "dev", port, "state", "forwarding"])
 
     def _netns(self, part: str) -> str:
@@ -382,5 +383,5 @@ def _free_index(name: str, document: LabDocument) -> int:
     own = int(name[1:]) if name[0] == "h" and name[1:].isdigit() else 0
     if own > 0 and own not in used:
         return own
-    # Past every hN, present or not, so that none finds its address taken when it comes back.
+    # Beyond every hN, present or not, so that none finds its address taken when it comes back.
     return max(_MAX_HOSTS, *used, 0) + 1

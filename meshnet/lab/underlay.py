@@ -1,15 +1,15 @@
-"""The lab's underlay: who has which address, and the ip(8) commands that build it.
+"""The lab's underlay: its addresses, and the ip(8) commands that build it.
 
-One switch, a namespace with a Linux bridge; each host and each member of etcd hang on it by a veth
-whose far end is their ``eth0``:
+The switch is a namespace with a Linux bridge.  A veth connects each host and each member of etcd to
+it; the far end is their ``eth0``:
 
     mnlab-h1           mnlab-sw                          mnlab-etcd
     eth0 ───────────── h1 ┐                 ┌ etcd ───── eth0
     mnlab-h2              ├ br0 ────────────┤
     eth0 ───────────── h2 ┘ (the gateway)   └ lo: an address that stands for the Internet
 
-Both ends of a veth are made inside their namespaces; nothing appears in the caller's own.  Pure:
-imports no I/O.
+Both ends of a veth are made inside their namespaces, so that nothing appears in the caller's.
+Pure: imports no I/O.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from meshnet.lab.netns import BRIDGE
 
 Family = Literal[4, 6]
 
-# Fixed, so that adding a port does not change the gateway's MAC under the hosts' neighbour
-# entries: a bridge otherwise takes the lowest of its ports'.
+# Fixed, because a bridge otherwise takes the lowest MAC of its ports: adding one would change the
+# gateway's MAC while the hosts' neighbour entries have the old one.
 _GATEWAY_MAC = "02:00:0a:ff:00:01"
 ETCD_PORT = 2379
 ETCD_PEER_PORT = 2380
+# Above the gateway and etcd: h1 is 10.255.1.1, or fd00:255::1:1.  The last index stays in the /16.
 _FIRST_HOST = {4: 0x100, 6: 0x1_0000}
 _LAST_INDEX = 0xF000
 _MTU_BYTES = {4: range(576, 65536), 6: range(1280, 65536)}  # RFC 791 §3.1, RFC 8200 §5
@@ -75,7 +76,7 @@ class LabUnderlay:
 
     @property
     def outside_ip(self) -> IPv4Address | IPv6Address:
-        """An address beyond the gateway that answers: what hosts see as the Internet."""
+        """An address beyond the gateway that answers: it stands for the Internet."""
         if self.family == 4:
             return IPv4Address("203.0.113.1")
         return IPv6Address("2001:db8::1")
@@ -87,7 +88,7 @@ class LabUnderlay:
         return f"http://{host}:{port}"
 
     def host_ip(self, index: int) -> IPv4Address | IPv6Address:
-        """Address of host number `index`, from 1.
+        """Return the address of host number `index`, from 1.
 
         Raises:
             PoolExhaustedError: the underlay has no address for it.
@@ -103,8 +104,8 @@ class LabUnderlay:
         """Commands for the switch's namespace: the bridge, without ports."""
         return [
             "link set lo up",
-            # No snooping: nobody here queries, and a bridge that forgets group members drops
-            # neighbour discovery.
+            # No multicast snooping: there is no querier here, so the bridge would forget group
+            # members and drop neighbour discovery.
             f"link add {BRIDGE} address {_GATEWAY_MAC} mtu {self.mtu_bytes} type bridge "
             "stp_state 0 mcast_snooping 0",
             f"link set {BRIDGE} up",
@@ -128,7 +129,7 @@ class LabUnderlay:
             "link set eth0 up",
         ]
         if self.gateway:
-            # Not "default": within a batch there is no -6 that says which family's.
+            # Not "default": a line of a batch cannot have the -6 that would say which family's.
             everything = "0.0.0.0/0" if self.family == 4 else "::/0"
             commands.append(f"route add {everything} via {self.gateway_ip} dev eth0")
         return commands
@@ -136,7 +137,7 @@ class LabUnderlay:
     def _address_command(
         self, address: IPv4Address | IPv6Address, prefix_length: int, link: str
     ) -> str:
-        # nodad: duplicate address detection keeps an address unusable for a second.
+        # nodad: duplicate address detection (RFC 4862 §5.4) keeps an address unusable for a second.
         nodad = " nodad" if address.version == 6 else ""
         return f"address add {address}/{prefix_length} dev {link}{nodad}"
 

@@ -81,7 +81,7 @@ class _Client:
         self._env = client_environment(host)
 
     def run(self, arguments: Sequence[str]) -> tuple[float, str]:
-        """Milliseconds from spawn to exit, and what it printed."""
+        """Run the client; return milliseconds from spawn to exit, and its output."""
         return _time_ms([*self._argv, *arguments], self._env)
 
 

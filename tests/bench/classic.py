@@ -1,4 +1,4 @@
-"""The peer that programming is compared with: what everybody else does, by ip(8) and bridge(8).
+"""The peer that programming is compared with: the usual way, with ip(8) and bridge(8).
 
 A route that names its own gateway, a neighbour and an FDB entry for each remote host, in three
 batches that are made beforehand.
@@ -88,5 +88,5 @@ def host_namespace() -> Iterator[str]:
         try:
             yield spaces.name_of("host")
         finally:
-            # Now rather than in the background, under what is measured next.
+            # Wait for it now: in the background it would disturb the next measurement.
             spaces.namespace("host").run(["ip", "link", "del", DEVICE], timeout=120)

@@ -62,7 +62,7 @@ class Measure:
     """One line of the result.
 
     Attributes:
-        value: NaN: what is measured does not tell.
+        value: NaN if the measurement is inconclusive.
         unit: "×" for a ratio against the peer.
         samples: the values `value` was made of, if they are few enough to look at.
     """
@@ -98,7 +98,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
-        """Tell whoever waits, on standard error."""
+        """Report progress on standard error."""
         print(f"{time.monotonic() - self.started:6.1f}s {self.name}: {text}", file=sys.stderr)
 
 

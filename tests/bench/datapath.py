@@ -123,7 +123,7 @@ def run(run: Run) -> list[Measure]:
         lines = list(_build(run, lab, Handmade(spaces), directory))
         rounds = run.rounds or ROUNDS
         for number in range(1, rounds + 1):
-            # Another one first in every round: what came just before leaves its traces.
+            # Each round begins with another path, as every measurement affects the next one.
             start = number * 2 % len(lines)
             for step in _steps(program, samples, others):
                 for line in lines[start:] + lines[:start]:

@@ -132,7 +132,7 @@ def open_docker(
     Args:
         directory: for its files; removed at the end.
         storage: its storage driver; that of the default copies, and works on any file system.
-        network: False: none of its own, for who only makes images.
+        network: False for a Docker without networks, which only makes images.
 
     Raises:
         NotAvailableError: it is not installed.

@@ -25,7 +25,7 @@ _FIRST_ID, _LAST_ID = 0x6D00_0000, 0x6DFF_FFFF
 _TIMEOUT_S = 120.0
 
 Row = tuple[str, ...]
-"""What there is to say of one object."""
+"""What identifies an object, and its content."""
 
 
 class _Tables(NamedTuple):
@@ -44,7 +44,7 @@ def differences(
 
     Args:
         namespace: the agent's.
-        others: further hosts that are no part of `mesh`, real ones.
+        others: further, real hosts that are not in `mesh`.
     """
     found, complaints = _read(namespace)
     wanted = _expect(mesh, (*mesh.hosts.values(), *others))
@@ -80,7 +80,7 @@ def _read(namespace: Namespace) -> tuple[_Tables, list[str]]:
     tables = _Tables(Counter(), Counter(), Counter(), Counter())
     gateways: dict[int, str] = {}
     for nexthop in _list(namespace, "ip", "-j", "nexthop"):
-        # Others' objects are none of ours, by id or by protocol.
+        # Objects of others differ from ours in their id or their protocol.
         if not _FIRST_ID <= nexthop["id"] <= _LAST_ID or not _is_ours(nexthop):
             continue
         gateway = str(ip_address(nexthop["gateway"]))

@@ -96,7 +96,7 @@ class Handmade:
                     f"link set c{octet} master br0 up",
                 ],
             )
-            # Else every link of a container answers for the addresses of all.
+            # Otherwise every link of a container answers ARP for the addresses of all.
             self.container(i).run(["sysctl", "-q", "-w", "net.ipv4.conf.all.arp_ignore=1"])
             self._spaces.ip(
                 f"c{i}",

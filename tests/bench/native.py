@@ -44,7 +44,7 @@ def compile_program(
         sources: the directory of the source.
 
     Raises:
-        NotAvailableError: there is no C compiler, or it refuses; the text has its last line.
+        NotAvailableError: the C compiler is missing, or fails; the text has its last line.
     """
     program = directory / name
     source = sources / f"{name}.c"

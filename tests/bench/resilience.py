@@ -1,4 +1,4 @@
-"""What happens to packets when something dies, in figures.
+"""Counts what happens to packets when something dies.
 
 Run it as ``python -m tests.bench.resilience``.  Not a comparison: it prints what the issue tracker
 asks to be shown, with real durations (an etcd

@@ -190,7 +190,7 @@ def site_in(lab: Lab, *, dual_stack: bool = False) -> Iterator[Site]:
     with connect(lab) as gateway:
         mesh = SimulatedMesh(gateway, dual_stack=dual_stack)
         mesh.create_network()
-        # Else it takes a random one, which may be one of those that simulated hosts will have.
+        # Otherwise it takes a random one, which may be one that a simulated host will have.
         mesh.reserve(HostId(lab.hosts[0].name), 0)
         yield Site(lab, gateway, mesh)
 

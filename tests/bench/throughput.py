@@ -49,7 +49,7 @@ def run(run: Run) -> list[Measure]:
         ways = _build_ways(lab, handmade)
         rounds = run.rounds or ROUNDS
         for number in range(1, rounds + 1):
-            # Another one first in every round: what came just before leaves its traces.
+            # Each round begins with another path, as every measurement affects the next one.
             for name in _WAYS[number % len(_WAYS) :] + _WAYS[: number % len(_WAYS)]:
                 handmade.masquerade(name == "masquerade")
                 way = ways[name]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tests.bench.handmade import Handmade
 
 MTU_BYTES = 1450
-"""What the VXLAN made by hand carries: tunnels that could carry more do not here."""
+"""What the hand-made VXLAN carries.  Tunnels that could carry more do not do so here."""
 _READY_S = 10.0
 _PROBE_PORT = 5202
 
@@ -175,7 +175,7 @@ def _answers(way: Way) -> bool:
 
 def _carries_tcp(way: Way) -> bool:
     """Whether some megabytes arrive: a tunnel that drops all but small packets answers pings."""
-    # A server of its own: one that a broken path left waiting would be busy for the next.
+    # Each path has its own server: one that a broken path left waiting would be busy for the next.
     server = way.server.popen(["iperf3", "-s", "-1", "-p", str(_PROBE_PORT)], stdout=DEVNULL)
     try:
         wait_until(lambda: is_listening(server.pid, _PROBE_PORT), _READY_S, "iperf3")

@@ -1,4 +1,4 @@
-"""Changes behind the agent's back: on Linux, in memory, and where they must show."""
+"""Changes behind the agent's back, on Linux and in memory, and where they must show."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer
 
 @pytest.fixture
 def own_etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    """An etcd for the test alone, to be ill-treated."""
+    """An etcd that belongs to one test, which may damage it."""
     with running_etcd(tmp_path) as server:
         yield server
 

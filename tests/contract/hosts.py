@@ -50,7 +50,7 @@ def ip(*arguments: str, script: str = "") -> str:
 
 @contextlib.contextmanager
 def namespace() -> Iterator[tuple[str, int]]:
-    """A network namespace of its own, by name and descriptor; removed at the end."""
+    """Make a network namespace; give its name and descriptor, and remove it at the end."""
     name = f"mnt{os.getpid()}x{next(_counter)}"
     ip("netns", "add", name)
     try:

@@ -1,4 +1,4 @@
-"""Whether somebody on a real link has an address, and telling it who has."""
+"""Asking a real link whether an address is taken, and announcing one's own."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def wire(root: None, nothing_left: None) -> Iterator[Wire]:
 @pytest.mark.parametrize("address", ADDRESSES, ids=str)
 def test_who_has_an_address(wire: Wire, address: IpAddress) -> None:
     assert wire.probe(address) is None
-    # Neither the machine's other addresses nor those of its other links matter.
+    # The machine's other addresses and other links do not matter.
     ip("-n", wire.other, "address", "add", f"{address + 1}/24", "dev", "there")
     assert wire.probe(address) is None
     ip("-n", wire.other, "address", "add", f"{address}/24", "dev", "there", "nodad")

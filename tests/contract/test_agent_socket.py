@@ -1,4 +1,4 @@
-"""Who may speak with the agent, and that it gives no secret away: with real users and processes."""
+"""Who may talk to the agent, and that it reveals no secret: with real users and processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forgetting flows: those to a port of the host, and no others."""
+"""Forgetting flows to a port of the host, and no others."""
 
 from __future__ import annotations
 

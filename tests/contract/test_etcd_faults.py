@@ -1,4 +1,4 @@
-"""A real etcd that is killed, frozen, locked or slow; and what the messages then say."""
+"""A real etcd that is killed, frozen, locked or slow, and the messages about it."""
 
 from __future__ import annotations
 

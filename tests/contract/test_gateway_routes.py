@@ -1,4 +1,4 @@
-"""Kernels without nexthop objects: the same contract, with routes that name their gateways."""
+"""Kernels without nexthop objects keep the same contract, with routes that name their gateways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notifications of the real kernel: whose come, and what happens when too many do."""
+"""Notifications of the real kernel: which ones arrive, and what happens when they are too many."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def test_our_own_writes_make_no_message(host: tuple[RealHost, int]) -> None:
         assert drain(events) == []
         gone = [op._replace(value=None, exists=True) for op in reversed(ops)]
         assert real.apply(gone) == []
-        # Linux names no cause for the end of a neighbour or an FDB entry.
+        # Linux does not say why a neighbour or an FDB entry ended.
         told = drain(events)
         assert {message.kind for message in told} == {rtnl.RTM_DELNEIGH}
         assert {neighbour_id(message) for message in told} == real.deleted
-        # What is there again has its end told again.
+        # The end of what came back is reported again.
         assert real.apply(ops) == []
         assert not real.deleted
 
@@ -184,7 +184,7 @@ async def test_lost_notifications_are_made_up_for(
             await dirty.wait()
         dirty.clear_all()
         await trio.testing.wait_all_tasks_blocked()
-        assert 0 < len(heard) < len(ops)  # none of which concerned us
+        assert 0 < len(heard) < len(ops)  # and the others did not concern us
         state = real.dump()
         assert len(state.neighbours) == len(state.fdb) == len(state.nexthops) == 300
         assert not dirty.everything

@@ -1,4 +1,4 @@
-"""What only the store in memory can do: jump in time, and fail on request."""
+"""Tests of what only the store in memory can do: jump in time, and fail on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our tables among others': what is read of them, and that they alone are replaced and removed."""
+"""Our tables beside others': how they are read, and that only they are replaced and removed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_tables_are_told_apart_from_others(root: None, nothing_left: None, tmp_p
         assert tables.read() is None
         tables.load(firewall, {}, {})
         assert tables.read() == firewall
-        # Whatever others do is no change of ours; whatever is done to ours is.
+        # What others do to their tables does not change ours; what anybody does to ours does.
         _nft("add", "rule", "inet", "aaa", "meshnet", "accept")
         _nft("add", "table", "inet", "mesh")
         assert tables.read() == firewall

@@ -1,4 +1,4 @@
-"""What is put before an OCI runtime so that it can run on this machine's cgroups."""
+"""The commands before an OCI runtime's own that let it run on this machine's cgroups."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _MS_PRIVATE_REC = 0x0004_4000
 
 
 def in_mount_namespace(call: Callable[[], None]) -> None:
-    """Call in a thread with mounts of its own, which go with it."""
+    """Call in a thread with its own mount namespace, which ends with the thread."""
     libc = ctypes.CDLL(None, use_errno=True)
     failures: list[BaseException] = []
 

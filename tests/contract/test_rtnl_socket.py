@@ -24,7 +24,7 @@ KIND = rtnl.RTM_GETNEXTHOP
 
 
 class ScriptedSocket(rtnl.RtnlSocket):
-    """Answers every dump with a datagram of a script."""
+    """Answers each dump with the next datagram of a script."""
 
     def __init__(self, *answers: Datagram, forever: bool = False) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ScriptedSocket(rtnl.RtnlSocket):
     def _receive(self) -> bytes:
         self.dumps += 1
         answer = self._answers[0] if self._forever else self._answers.pop(0)
-        # What is left of a dump before this one comes first, and is not of it.
+        # The rest of an earlier dump arrives first, and does not belong to this one.
         stale = [(KIND - 2, INTERRUPTED, b"stale...", self._sequence - 1)]
         messages = stale + [(*message, self._sequence) for message in answer]
         return b"".join(

@@ -73,7 +73,7 @@ class Wired(Protocol):
 
     @property
     def known(self) -> WiredElements:
-        """What it told the kernel of endpoints; a new process begins without."""
+        """What it told the kernel about endpoints; a new process begins without."""
         ...
 
     def view(self) -> View: ...
@@ -83,7 +83,7 @@ class Wired(Protocol):
         ...
 
     def add_link(self, name: str, address: str, gateway: str = "") -> None:
-        """A link of somebody else's in the namespace; with a gateway, the default route."""
+        """Add somebody else's link to the namespace; with a gateway, also the default route."""
         ...
 
 
@@ -302,7 +302,7 @@ def test_an_endpoint_that_an_earlier_agent_connected(wired: Wired) -> None:
     writes = wired.wiring.writes
     wired.wiring.adopt(endpoint)
     assert wired.wiring.writes == writes
-    # A load that was planned without it does not cut it off.
+    # A load that was planned without the endpoint does not cut it off.
     without = desired_for(wired.kernel)
     load = Op(
         Table.FIREWALL, "meshnet", Ruleset(without.firewall or UNKNOWN, without.elements), False
@@ -423,7 +423,7 @@ def test_the_settings_of_an_endpoint(linux: RealWired) -> None:
     (mine,) = [a for a in addresses[0]["addr_info"] if a["scope"] == "global"]
     assert mine["nodad"] is True
     assert "tentative" not in mine
-    # The host's end, a port of the bridge, gets no address of its own.
+    # The host's end is a port of the bridge, and so gets no address.
     assert ip("-n", linux.host.name, "-6", "address", "show", "dev", "mne0123456789ab") == ""
     for gateway in ("10.42.0.1", "fd00:42::1"):
         ping = [*in_namespace, "ping", "-c", "1", "-W", "5", gateway]

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 CORPUS = Path(__file__).parent / "corpus"
 MOST_CPU_S = 0.05
-"""What one input may cost, in the process's CPU time, of three tries the best."""
+"""CPU seconds that one input may cost; of three tries the best counts."""
 
 Check = Callable[[bytes], Awaitable[str]]
-"""Tries an input; returns in a word what became of it, or raises."""
+"""Tries an input; returns the outcome as a word, or raises."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ NUMBERS = (
 )  # fmt: skip
 _MOST_BYTES = 200_000
 _SPELLED = {'"HUGE"': "1" + "0" * 5000, '"DEEP"': "[" * 990 + "]" * 990, '"BOTTOMLESS"': "[" * 9000}
-"""What the JSON module cannot write, or not that fast."""
+"""Text that the JSON module cannot write, or not as fast."""
 
 
 def hostile_value(random: Random) -> Any:  # noqa: ANN401
-    """A JSON value that does not belong."""
+    """Make a JSON value that does not belong there."""
     match random.randrange(9):
         case 0 | 1 | 2:
             return random.choice(TEXTS)
@@ -251,6 +251,6 @@ def unpack(data: bytes) -> list[bytes]:
 
 
 def assert_clear(text: str) -> None:
-    """Whether a message is one line that a terminal, a log and a JSON document can take."""
+    """Assert that a message is one line that is safe for a terminal, a log and a JSON document."""
     assert text.isprintable(), f"not printable: {text!r:.100}"
     assert len(text) <= 1000, f"{len(text)} characters: {text!r:.100}"

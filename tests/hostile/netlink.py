@@ -1,4 +1,4 @@
-"""What the kernel says: answers cut short or of wrong lengths, and notifications."""
+"""Answers and notifications of the kernel, truncated or with wrong lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The agent's settings: a TOML file, the environment, the command line."""
+"""Hostile settings of the agent: a TOML file, the environment, the command line."""
 
 from __future__ import annotations
 

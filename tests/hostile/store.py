@@ -1,4 +1,4 @@
-"""Values and keys of etcd, which anybody with its credentials may have written."""
+"""Values and keys of etcd: anybody with its credentials may have written them."""
 
 from __future__ import annotations
 

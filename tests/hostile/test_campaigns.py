@@ -1,4 +1,4 @@
-"""A slice of every campaign, always the same, and every input that once found something."""
+"""Runs the same slice of every campaign, and every input that once found something."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _PROGRAMS = ("ip", "bridge", "nft", "nsenter", "unshare", "ping", "etcd", "etcdc
 
 
 def _why_not() -> str | None:
-    """Why this machine cannot have a lab; None if it can."""
+    """Say why this machine cannot have a lab; None if it can."""
     if os.geteuid() != 0:
         return "needs root"
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
@@ -54,7 +54,7 @@ def _why_not() -> str | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _machine() -> None:
-    """Skip on a machine that cannot have a lab; in CI fail, or nobody would ever notice."""
+    """Skip on a machine that cannot have a lab.  In CI fail, or nobody would ever notice."""
     reason = _why_not()
     if reason is None:
         return
@@ -64,7 +64,7 @@ def _machine() -> None:
 
 
 def _own_network() -> dict[str, str]:
-    """What the network namespace that the tests run in looks like."""
+    """Describe the network namespace that the tests run in."""
     return {
         command: subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout
         for command in ("ip -j link", "ip -j route", "ip -6 -j route", "nft list tables")

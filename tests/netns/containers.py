@@ -74,7 +74,7 @@ def run(
 
 
 def shell(host: LabHost, rootfs: Path, script: str, *options: str) -> str:
-    """What a script prints in a container of its own; it must end well."""
+    """Run a script in a new container, which must succeed; return what it prints."""
     done = run(host, rootfs, "sh", "-c", script, options=options)
     assert done.returncode == 0, (script, done)
     return done.stdout.strip()
@@ -136,7 +136,7 @@ def _stray_cgroups() -> set[str]:
 
 
 _STRAY_BEFORE = _stray_cgroups()
-"""Nobody's already when the tests began."""
+"""Cgroups that nobody owned when the tests began."""
 
 
 def processes_of(host: LabHost) -> list[str]:

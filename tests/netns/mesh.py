@@ -79,7 +79,7 @@ def address_of(document: Document, version: int = 4) -> str:
 
 
 BRIEFLY = ("-W0.3",)
-"""For `ping`s that nobody is to answer."""
+"""For a `ping` that nobody may answer."""
 
 
 def ping(source: Namespace, address: str, *options: str) -> bool:
@@ -158,7 +158,7 @@ def captured(lab: Lab, pcap: Path, expression: str = "") -> Iterator[list[Packet
 
 @contextlib.contextmanager
 def silenced(lab: Lab, rule: str) -> Iterator[None]:
-    """Have the underlay's switch drop what a rule of nftables' bridge family matches."""
+    """Have the underlay's switch drop packets that match a rule of nftables' bridge family."""
     table = "table bridge silence { chain %s { type filter hook %s priority 0; %s drop; }; }"
     hook = "output" if "arp" in rule else "forward"
     lab.switch.run(["nft", table % (hook, hook, rule)])

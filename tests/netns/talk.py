@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from meshnet.lab.commands import Namespace
 
 _ANSWER_S = 3.0
-"""How long an answer may take that there must be."""
+"""How long a required answer may take."""
 _SILENCE_S = 0.3
-"""How long to wait for one that there must not be."""
+"""How long to wait for an answer that must not come."""
 
 
 class Answer(NamedTuple):
@@ -50,7 +50,7 @@ def open_socket(namespace: Namespace, kind: int, version: int) -> socket.socket:
 
 
 class _Server:
-    """Says its name and who asked, for whatever it is sent, by TCP and UDP."""
+    """Answers anything that it is sent, by TCP and UDP, with its name and the asker's address."""
 
     def __init__(self, namespace: Namespace, name: str, port: int) -> None:
         self._name = name

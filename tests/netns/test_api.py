@@ -71,7 +71,7 @@ def test_socket_and_requests(make_lab: MakeLab) -> None:
 
 
 def test_many_clients_wait_their_turn(make_lab: MakeLab) -> None:
-    """Hundreds of containers may start at one instant: none finds the agent unreachable."""
+    """Hundreds of containers may start at one instant, and all of them must reach the agent."""
     (host,) = make_lab(1).hosts
     os.kill(host.agent_pid, signal.SIGSTOP)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Mode ``bridge``: a network that every host has for itself, with a way out."""
+"""Mode ``bridge``: every host has the network for itself, with a way out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_host_has_the_network_for_itself(
     mine = attach(one, h1, "local")
     beside = attach(two, h1, "local", "--ip", "172.30.0.77")
     same = attach(there, h2, "local")
-    # Neither host knows of the other's.
+    # Neither host knows the other's network, so both give out the same addresses.
     assert mine["address"] == same["address"] == "172.30.0.2/24"
     assert mine["gateway"] == "172.30.0.1"
     for version in (4, 6):

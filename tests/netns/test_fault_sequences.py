@@ -1,4 +1,4 @@
-"""The fault harness sees what it is there to see; and one short sequence of faults."""
+"""The fault harness sees what it must see, and one short sequence of faults passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each fault alone: what it does not cut loses nothing, and the mesh is whole again in time.
+"""Each fault alone: only what it cuts loses packets, and the mesh is whole again in time.
 
 Those that take long are left to ``python -m tests.netns.faults``, as are sequences of them.
 """

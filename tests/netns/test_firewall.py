@@ -1,6 +1,6 @@
-"""An outside attacker and a hostile container: what they send is dropped and counted.
+"""An attacker outside and a hostile container: what they send is dropped and counted.
 
-Each case has a neighbour that differs in what the rule is about alone, and passes.  The bad frame
+Each case has a neighbour that differs only in what the rule is about, and passes.  The bad frame
 is sent first: when the good one has arrived, the bad one would have.
 """
 
@@ -160,7 +160,7 @@ def test_a_hostile_container(lab: Lab) -> None:
             "spoofed_ipv6", claimed, everyone / detects / ICMPv6ND_NS(tgt=evil.ip6), victim.wire
         )
 
-        # It is no router (CVE-2020-10749), and no bridge.
+        # It is neither a router (CVE-2020-10749) nor a bridge.
         all_nodes = IPv6(src=evil.link_local, dst="ff02::1")
         case.refuses(
             "router_advertisement",

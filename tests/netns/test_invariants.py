@@ -1,4 +1,4 @@
-"""The invariant checker: it finds nothing wrong with a whole mesh, and every damage done by hand.
+"""The invariant checker finds nothing wrong with a whole mesh, and every damage that a test does.
 
 Damage is done to real etcd, kernels, namespaces and disks while no agent runs to mend it; what
 agents answer is changed in what was read from them.  A damage must be told by exactly its

@@ -1,4 +1,4 @@
-"""The lab itself: what tests on it rely on.  Without agents."""
+"""The lab itself, without agents: what tests on labs rely on."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class TestEtcds:
 
 
 def _puts(etcd: EtcdServer, value: str) -> bool:
-    """Whether a value is taken within a second."""
+    """Tell whether etcd accepts a value within a second."""
     try:
         etcd.ctl("--command-timeout=1s", "put", "key", value)
     except StoreUnavailableError:
@@ -266,7 +266,7 @@ class TestDown:
         own = [
             host.popen(["sleep", "1000"]),
             container.popen(["sleep", "1000"]),
-            # It does not end by SIGTERM, and has a child in a namespace that the lab knows not of.
+            # It ignores SIGTERM, and has a child in a namespace that the lab does not know.
             host.popen(
                 ["sh", "-c", "trap : TERM; unshare --net sleep 1000 & while :; do wait; done"]
             ),
@@ -423,7 +423,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _run_and_kill(statement: str, step: str) -> None:
-    """Run a statement in another program, which is killed when `progress` hears of `step`."""
+    """Run a statement in another program, and kill that when `progress` is told `step`."""
     script = f"""
         import os, signal
         from meshnet.lab.topology import Lab

@@ -1,4 +1,4 @@
-"""``meshnet lab`` as scripts call it: exit status, output, environment.  Without agents."""
+"""``meshnet lab`` as scripts call it, without agents: exit status, output, environment."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TestExec:
         [
             ("exit 7", 7),
             ("kill -TERM $$", -signal.SIGTERM),
-            # Ignored by Python, and so by what it executes unless that is undone.
+            # Python ignores these signals, and so would what it executes.
             ("kill -PIPE $$", -signal.SIGPIPE),
         ],
     )

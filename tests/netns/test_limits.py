@@ -1,4 +1,4 @@
-"""An agent that the machine gives too little: descriptors, memory."""
+"""An agent that has too few descriptors, or too little memory."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_an_agent_without_descriptors_or_memory(make_lab: MakeLab, lab_name: str
         print(f"without descriptors the agent was busy for {busy:.0%} of the time")
         assert busy < _MOST_BUSY
         for connection in clients:
-            # Served by a descriptor that came free, or told that there is none.
+            # It is served with a descriptor that came free, or told that there is none.
             assert connection.answer().status in (200, 500)
             connection.close()
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))

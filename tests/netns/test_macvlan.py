@@ -140,7 +140,7 @@ def test_addresses_that_cannot_be_had(make_lab: MakeLab) -> None:
     (link,) = json.loads(outsider.run(["ip", "-j", "link", "show", "eth0"]).stdout)
     create(lab, addresses="10.255.8.1-10.255.8.3")
     one, two, three = h1.spawn_container(), h2.spawn_container(), h1.spawn_container()
-    # Somebody outside the mesh has the first one: it is set aside, and named.
+    # A machine outside the mesh has the first address: it is set aside and reported.
     mine = attach(one, h1, "phys")
     assert mine["address"] == "10.255.8.2/16"
     aside = [{"network": "phys", "address": "10.255.8.1", "mac": link["address"]}]
@@ -195,7 +195,7 @@ def test_while_etcd_is_down(make_lab: MakeLab) -> None:
 
 
 def test_two_hosts_attach_many_at_the_same_instant(make_lab: MakeLab) -> None:
-    """None gets what another has, none is lost, and what a kill cuts short leaves nothing."""
+    """No address is given twice or lost, and an interrupted attach leaves nothing."""
     lab = make_lab(2)
     h1 = lab.hosts[0]
     create(lab, addresses="10.255.8.1-10.255.11.250")

@@ -168,7 +168,7 @@ def test_networks_are_isolated(make_lab: MakeLab) -> None:
         for target in prod.endpoints:
             assert not ping(stranger, address_of(target, 4), *BRIEFLY)
             assert not ping(stranger, address_of(target, 6), *BRIEFLY)
-            # Not even the other network's gateway on the same host.
+            # The other network's gateway on the same host is not reachable either.
             assert not ping(stranger, target["gateway"], *BRIEFLY)
         assert not ping(prod.containers[0], address_of(endpoint, 4), *BRIEFLY)
         assert ping(stranger, endpoint["gateway"])
@@ -212,7 +212,7 @@ def test_direct_routing_tunnels_to_peers_behind_a_router(make_lab: MakeLab, tmp_
 
 
 def test_tcp_with_offloads(make_lab: MakeLab) -> None:
-    """A megabyte each way arrives intact, with segmentation offloads as they are by default."""
+    """A megabyte each way arrives intact, with the default segmentation offloads."""
     lab = make_lab(2)
     mesh = _Mesh(lab, "--subnet", IPV4, "--subnet", IPV6)
     features = mesh.containers[0].run(["ethtool", "-k", "eth0"]).stdout
@@ -246,7 +246,7 @@ def test_traffic_out_of_the_network_is_masqueraded(make_lab: MakeLab, tmp_path: 
 
 
 def test_subnet_nobody_owns_is_unreachable(make_lab: MakeLab, tmp_path: Path) -> None:
-    """It must not leave by the host's default route."""
+    """Its packets must not leave by the host's default route."""
     lab = make_lab(2)
     mesh = _Mesh(lab, "--subnet", IPV4)
     with captured(lab, tmp_path / "nobody.pcap", "icmp") as packets:

@@ -1,4 +1,4 @@
-"""Published ports: who reaches them, who may not have them, and what they outlive."""
+"""Published ports: who reaches them, what is refused, and what they outlive."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def test_who_reaches_it(make_lab: MakeLab, family: int) -> None:
                 assert ask(asker, at_host, 9090, protocol).name == "over"
             assert ask(asker, at_host, 8081).name == "web"
         for protocol in ("tcp", "udp"):
-            # Whoever comes from outside is seen as who they are.
+            # The server sees the real address of clients from outside.
             assert ask(outside, at_host, 8080, protocol).seen == str(outside.underlay_ip)
             assert ask(h2, at_host, 9090, protocol).seen == str(h2.underlay_ip)
             assert ask(h1, "127.0.0.1", 8080, protocol).name == "web"
             assert ask(h1, "127.0.0.1", 9090, protocol).name == "over"
-            # A client of "localhost" tries this first, and must not wait.
+            # A client of "localhost" tries ::1 first, and must not have to wait for a timeout.
             assert is_closed(h1, "::1", 8080, protocol)
         # At one address only, it is at no other.
         assert ask(h1, "127.0.0.1", 8082).name == "web"
@@ -203,7 +203,7 @@ def _complete(host: LabHost, line: str) -> list[str]:
 
 
 def _is_free(host: LabHost, port: int) -> bool:
-    """Whether a process of the host may have a port."""
+    """Tell whether a process of the host can bind a port."""
     with open_socket(host, socket.SOCK_STREAM, 4) as made:
         try:
             made.bind(("0.0.0.0", port))
@@ -235,7 +235,7 @@ def test_publications_outlive_the_agent(make_lab: MakeLab) -> None:
             assert host.run(["nft", "list", "table", "inet", "meshnet"]).stdout == before
         late = host.run(["python3", "-m", "http.server", "8080"], check=False)
         assert "Address already in use" in late.stderr
-        # Somebody takes the port while no agent runs: the endpoint has the packets all the same.
+        # A process binds the port while no agent runs: the endpoint gets the packets all the same.
         host.kill_agent()
         thief = host.popen(["python3", "-m", "http.server", "8080"])
         wait_until(lambda: host.run(["ss", "-Hltn", "sport", "=", ":8080"]).stdout, 10, "it serves")
@@ -247,7 +247,7 @@ def test_publications_outlive_the_agent(make_lab: MakeLab) -> None:
         thief.wait(timeout=10)
         wait_until(lambda: not meshnet(host, "status")["notes"], 5, "the note is gone")
         assert wait_in_sync(host)["networks"][0]["errors"] == []
-    # What was changed in the last moment before a crash is what the next agent makes of it.
+    # The next agent continues from the last change before a crash.
     meshnet(host, "endpoint", "unpublish", "web", "8080")
     host.kill_agent()
     record = next((host.state_dir / "endpoints").glob("*.json"))
@@ -259,7 +259,7 @@ def test_publications_outlive_the_agent(make_lab: MakeLab) -> None:
     with serving((web, "web")):
         assert ask(outside, address, 8088).name == "web"
         assert is_closed(outside, address, 8080)
-        # Somebody deletes the endpoint's link, and the table: both come back, with the ports.
+        # Somebody deletes the endpoint's link and the table: both come back, with the ports.
         host.run(["ip", "link", "del", f"mne{document['id']}"])
         host.run(["nft", "delete", "table", "inet", "meshnet"])
         wait_until(lambda: not is_closed(outside, address, 8088), 10, "it is healed")

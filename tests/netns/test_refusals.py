@@ -1,4 +1,4 @@
-"""What the client refuses: each its exit status and one line, and nothing changed."""
+"""What the client refuses: each with its exit status and one line, and nothing is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Containers: what their processes see, how they end, and that nothing is left of them."""
+"""Containers: what their processes see, how they end, and that they leave nothing."""
 
 from __future__ import annotations
 

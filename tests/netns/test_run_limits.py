@@ -1,4 +1,4 @@
-"""What the kernel makes of a container's options: namespaces, control groups, copy-on-write."""
+"""How the kernel applies a container's options: namespaces, control groups, copy-on-write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A web server in a container, and everybody who may reach it."""
+"""A web server in a container, and the clients that may reach it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_agent_killed_while_it_programs_10_000_hosts(make_lab: MakeLab, kind: st
     with site_in(make_lab(1, start_agents=False)) as place:
         place.mesh.add(place.mesh.new_hosts(10_000))
         killed = kill_half_way(place, kind)
-        assert 4_000 <= killed.left < killed.wanted  # it was killed at work
+        assert 4_000 <= killed.left < killed.wanted  # it was killed while it worked
         assert killed.writes >= killed.wanted - killed.left
         assert killed.differences == []
 
@@ -50,7 +50,7 @@ def test_the_check_sees_what_is_wrong(make_lab: MakeLab) -> None:
         place.mesh.add(place.mesh.new_hosts(20))
         place.start_agent()
         assert place.differences() == []
-        place.host.kill_agent()  # or it would mend it
+        place.host.kill_agent()  # or the agent would repair it
         one, other = (place.mesh.addressing(place.mesh.hosts[n]) for n in (1, 2))
         mac, gateway = one[0].mac.hex(":"), one[0].subnet.network_address
         nhid = place.host.run(["ip", "-o", "route", "show", str(other[0].subnet)]).stdout.split()[2]

@@ -1,4 +1,4 @@
-"""etcd's password, and where it must not be: logs, ``ps``, children, documents, disk, etcd."""
+"""etcd's password, and where it must not appear: logs, ``ps``, children, documents, disk, etcd."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _read(file: Path) -> str:
 
 def files_below(directory: Path) -> Iterator[Path]:
     for path in directory.rglob("*"):
-        # The container's own file system is no place of the agent's.
+        # The agent does not keep anything in the container's own file system.
         if path.is_file() and not path.is_symlink() and "rootfs" not in path.parts:
             yield path
 
@@ -164,7 +164,7 @@ def test_the_password_is_nowhere(make_lab: MakeLab, rootfs: Path, tmp_path: Path
     assert where_is(SECRET, h1, children_only=True) == []
     assert SECRET not in lab.etcd.ctl(*ctl, "get", "--prefix", "/")
     assert SECRET not in lab.etcd.log_file.read_text()
-    # A password that is refused is not repeated.
+    # The message does not repeat a password that is refused.
     h2.stop_agent()
     h2.log_path.write_text("")
     with with_environment(MESHNET_ETCD_PASSWORD=WRONG):

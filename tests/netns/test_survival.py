@@ -1,4 +1,4 @@
-"""The data path outlives the control plane, and comes back whole when somebody breaks it."""
+"""The data path outlives the control plane, and is repaired when somebody breaks it."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ def test_pings_are_counted_by_the_test_itself(make_lab: MakeLab) -> None:
 
 
 def test_wiped_store_changes_nothing(make_lab: MakeLab) -> None:
-    """An etcd that has lost its data says that all networks are gone; nobody believes it."""
+    """An etcd that has lost its data says that all networks are gone; no agent believes it."""
     lab = make_lab(2, agent_args=["--lease-ttl", "2"])
     create_network(lab, "prod", *SUBNETS)
     h1, h2 = lab.hosts
@@ -387,7 +387,7 @@ def test_wiped_store_changes_nothing(make_lab: MakeLab) -> None:
         with pytest.raises(AgentUnreachableError, match="etcd is empty"):
             h1.start_agent()
         assert [kernel_state(h) for h in lab.hosts] == before
-    # A mesh that somebody else made there is not this host's, either.
+    # A mesh that somebody else made there is not this host's mesh, either.
     lab.etcd.ctl("put", "/meshnet/v1/mesh-id", "other")
     with pytest.raises(AgentUnreachableError, match="etcd holds mesh other"):
         h1.start_agent()

@@ -1,4 +1,4 @@
-"""The units under a running systemd: it starts and restarts the agent, and no packet is lost."""
+"""The units under a running systemd: it starts and restarts the agent, and loses no packet."""
 
 from __future__ import annotations
 

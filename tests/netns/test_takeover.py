@@ -1,4 +1,4 @@
-"""Taking a host's link over, on a host of a lab without an agent, and cutting that short."""
+"""Taking over a host's link, on a lab host without an agent, and interrupting that."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class _Taking:
         takeover.take_over(parent, [underlay.gateway_ip], etcd, CONFIRM_S)
 
     def die(self, after: int, call: Callable[[Takeover], None]) -> None:
-        """Call in a process that is gone after a number of batches, as if it had been killed."""
+        """Call in a process that ends after a number of batches, as if it had been killed."""
         pid = os.fork()
         if not pid:
             try:
@@ -220,7 +220,7 @@ def test_a_process_killed_after_any_batch_leaves_what_can_be_settled(
                 taking.take(takeover)
             taking.die(batches, Takeover.give_back)
         assert taking.journals.bridges() == [BRIDGE]
-        # Whenever it was killed, nobody is cut off.
+        # Whenever the process was killed, nobody is cut off.
         assert ping(host, str(taking.lab.underlay.etcd_ip()))
         with taking.by() as takeover:
             assert taking.standing() is None

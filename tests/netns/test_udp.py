@@ -1,4 +1,4 @@
-"""Userspace VTEPs in the whole product: networks of mode ``udp``, and hosts without VXLAN."""
+"""Userspace VTEPs with agents: networks of mode ``udp``, and hosts without VXLAN."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_udp_network(make_lab: MakeLab) -> None:
     counted = meshnet(h1, "network", "inspect", "prod")["vtep"]
     assert counted["totals"]["tx_packets"] > 0
     assert {peer["host"] for peer in counted["peers"]} == {"h2", "h3"}
-    # A host that is gone is a member no more.
+    # A host that is gone is not a member any longer.
     h3.kill_agent()
     wait_until(lambda: not meshnet(h1, "hosts")[2]["alive"], 30, "the lease of h3 ran out")
     meshnet(h1, "host", "rm", "h3")

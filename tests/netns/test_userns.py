@@ -1,4 +1,4 @@
-"""Containers with ids of their own: what they are on the host, and what works as without."""
+"""Containers with their own ids: who they are on the host, and that everything else works."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fingerprint(directory: Path) -> dict[str, tuple[object, ...]]:
 
 
 def userns_mounts(host: LabHost) -> list[str]:
-    """What is mounted for, or left of, containers with ids of their own."""
+    """List what is mounted for, or left by, containers with their own ids."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     left = [str(path) for path in (host.run_dir / "userns").glob("*")]
     return [line for line in mounts if str(host.run_dir) in line] + left
@@ -115,7 +115,7 @@ def test_root_of_a_container_is_nobody_on_the_host(
     }
     assert (upper(h1, one) / "etc/asset").read_text() == "of the image\nmore\n"
     assert fingerprint(rootfs) == before
-    # Another one: other ids; and a third finds none.
+    # A second container has other ids, and a third finds none left.
     two = detached(h1, rootfs, "--name", "two", *AUTO, "--user", "web", "--", *LOOP)
     assert two["ids"] == {"first": FIRST + SIZE, "size": SIZE}
     assert host_uids(two["pid"]) == [str(FIRST + SIZE + 70)] * 4

@@ -103,7 +103,7 @@ def test_volumes_of_images_and_of_options(make_lab: MakeLab, rootfs: Path, tmp_p
     assert "does not exist" in meshnet(h1, "volume", "rm", names["/data"], status=4)
     assert "not usable" in meshnet(h1, "volume", "rm", ".images", status=2)
 
-    # rm -v takes them along, but none with a name of its own.
+    # rm -v removes them too, but not those with a name.
     started(h1, "--name", "two", "-v", "kept:/data", "-v", "/x", "db:1", "true")
     meshnet(h1, "wait", "two")
     assert len(stored()) == 4

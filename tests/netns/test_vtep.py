@@ -226,7 +226,7 @@ def test_who_is_no_member_is_not_heard(site: Site) -> None:
         for _ in range(5):
             sender.sendto(_frame(3, 1), (site.ip_of(1), PORT))
         wait_until(lambda: dropped() == before + 5, 5, "5 dropped")
-    # A member that is removed is none any more; and is one again.
+    # A removed host is not a member any longer, until it is added again.
     assert ping(site.container(3), address(1))
     vtep.ask(op="update", remove=[site.ip_of(3)])
     assert not ping(site.container(3), address(1))

@@ -179,7 +179,7 @@ class Site:
     def _add_host(self, i: int, directory: Path) -> None:
         own = self.ip_of(i)
         for space in (self.host(i), self.container(i)):
-            # Else neighbour discovery waits a second for duplicate address detection.
+            # Otherwise neighbour discovery waits a second for duplicate address detection.
             space.run(["sysctl", "-q", "-w", "net.ipv6.conf.default.accept_dad=0"])
         self.spaces.ip(
             f"h{i}",
@@ -281,7 +281,7 @@ print(n, h.hexdigest())
 
 @contextlib.contextmanager
 def going_on(source: Namespace, target: Namespace, to: str) -> Iterator[None]:
-    """Assert that one TCP connection goes on while the block runs, and that all of it arrives."""
+    """Assert that a TCP connection goes on while the block runs, and loses no byte."""
     server = target.popen([sys.executable, "-S", "-c", SERVER, to])
     assert server.stdout is not None
     port = server.stdout.readline().strip()

@@ -1,4 +1,4 @@
-"""Frames as an attacker sends them: made by scapy, written to a link as they are."""
+"""Frames as an attacker sends them: made by scapy and written to a link unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Wire:
         self._socket.close()
 
     def send(self, frame: Packet) -> None:
-        """Send a frame, with whatever it says."""
+        """Send a frame, whatever is in it."""
         self._socket.send(bytes(frame))
 
     def has_seen(self, marker: bytes) -> bool:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 VERSIONS = Path(__file__).parent
 STATE_DIR, SERVICE_DIR = "/var/lib/meshnet", "/srv"
-"""Where recorded files say that they are, and what is mounted from outside."""
+"""Paths that recorded files name: the state directory, and what is mounted from outside."""
 
 
 class Key(NamedTuple):
@@ -81,10 +81,10 @@ def etcd_keys(version: str) -> tuple[list[Key], int]:
 
 
 def place_state(version: str, state_dir: Path, replaced: dict[str, Path] | None = None) -> None:
-    """Copy a recorded state directory, which is to be elsewhere than it says.
+    """Copy a recorded state directory to another place than its files name.
 
     Args:
-        replaced: paths in the place of recorded ones.
+        replaced: paths that replace recorded ones.
     """
     shutil.copytree(VERSIONS / version / "state", state_dir, dirs_exist_ok=True)
     for file in state_dir.glob("containers/*/container.json") if replaced else ():
@@ -145,7 +145,7 @@ def read_volumes(state_dir: Path) -> list[StoredVolume]:
 
 
 async def check_identity(state_dir: Path, store: Store) -> None:
-    """See whether a store is the mesh that a state directory belongs to; raises if not."""
+    """Check that a store is the mesh of a state directory; raise otherwise."""
     await MeshIdentity(store, state_dir / "mesh.json").check()
 
 

@@ -1,11 +1,11 @@
-"""Records what this version writes, so that later ones can be shown to read it.
+"""Records what this version writes, to test that later versions read it.
 
     python -m tests.recorded.record tests/recorded/VERSION
 
 Runs two hosts, makes one of nearly everything that a mesh and a host can have, kills the agent of
-h1, and copies what is on its disk and in etcd then.  Needs root, as the tests on labs do.
+h1, and then copies its disk and etcd.  Needs root, as the tests on labs do.
 
-Copied files are as the agent wrote them, but for what is of this machine alone: the lab's
+Copied files are as the agent wrote them, except for what belongs to this machine: the lab's
 directories are ``/var/lib/meshnet`` and ``/srv``, and the boot has a fixed id.
 """
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from meshnet.lab.host import LabHost
 
 BOOT_ID = "01234567-89ab-4cde-8f01-23456789abcd"
-"""In the place of this machine's."""
+"""Replaces this machine's boot id."""
 LARGEST_BYTES = 8192
-"""Of a file that is copied: blobs of layers are larger, configs and manifests are not."""
+"""The largest file that is copied: blobs of layers are larger, configs and manifests are not."""
 KEPT = (
     "instance",
     "mesh.json",
@@ -88,7 +88,7 @@ WEB = (
 
 
 def add_second_link(lab: Lab) -> None:
-    """Give each host ``eth1``, on a physical network of its own, for mode macvlan."""
+    """Give each host ``eth1``, on another physical network, for mode macvlan."""
     switch = lab.switch
     switch.run(["ip", "link", "add", "br1", "type", "bridge", "mcast_snooping", "0"])
     switch.run(["ip", "address", "add", "10.254.0.1/16", "dev", "br1"])
@@ -106,7 +106,7 @@ def add_second_link(lab: Lab) -> None:
 
 
 def record(target: Path) -> None:
-    """Make everything, and copy it into a directory that is not there yet."""
+    """Make everything, and copy it into a new directory."""
     target.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as text:
         service = Path(text)
@@ -145,7 +145,8 @@ def _make_networks(lab: Lab) -> None:
 
 def _attach_processes(lab: Lab, h1: LabHost) -> None:
     """Processes on networks of every mode, one of them on three."""
-    # Both hosts have one of the pool, and somebody outside the mesh the next, which is set aside.
+    # Both hosts have an address of the pool.  A machine outside the mesh has the next one, which is
+    # therefore set aside.
     lab.switch.run(["ip", "address", "add", "10.254.8.3/32", "dev", "br1"])
     one, two, three = (h1.spawn_container() for _ in range(3))
     (own,) = (host["subnets"]["prod"] for host in meshnet(h1, "hosts") if host["id"] == "h1")
@@ -195,7 +196,7 @@ def _run_containers(h1: LabHost, service: Path) -> None:
 
 
 def _damage(h1: LabHost) -> None:
-    """Have the agent find a record with one changed bit."""
+    """Change one bit of a record for the agent to find."""
     assert h1.stop_agent() == 0
     file = _endpoint_file(h1, "damaged")
     content = file.read_bytes()
@@ -205,7 +206,7 @@ def _damage(h1: LabHost) -> None:
 
 
 def _make_draft(h1: LabHost) -> None:
-    """As if the agent had been killed when the endpoint was connected and not yet recorded."""
+    """Leave what an agent leaves that is killed between connecting and recording an endpoint."""
     file = _endpoint_file(h1, "drafted")
     file.rename(file.with_suffix(".draft"))
 
@@ -216,7 +217,7 @@ def _endpoint_file(host: LabHost, name: str) -> Path:
 
 
 def copy_state(state_dir: Path, target: Path, service: Path) -> None:
-    """Copy the small files of a state directory, less what is of this machine alone."""
+    """Copy the small files of a state directory, less what belongs to this machine."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     for file in sorted(path for pattern in KEPT for path in state_dir.glob(pattern)):
         if not file.is_file() or (file.stat().st_size > LARGEST_BYTES and file.suffix != ".json"):
@@ -237,7 +238,7 @@ def copy_state(state_dir: Path, target: Path, service: Path) -> None:
 
 
 def write_etcd(lab: Lab, target: Path) -> None:
-    """Write all keys down, in the order in which they were last written."""
+    """Write all keys to a file, in the order in which they were last written."""
     answer = json.loads(lab.etcd.ctl("get", "--prefix", "/", "-w", "json"))
     items = [
         {

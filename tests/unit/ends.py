@@ -1,7 +1,7 @@
-"""An engine, Python's or the native one, with sockets of this process for TUN and underlay.
+"""An engine, in Python or native, with sockets of this process in place of TUN and underlay.
 
 The native engine has real UDP sockets on the loopback, with UDP_SEGMENT and UDP_GRO, because it
-calls the kernel itself; nothing here needs root.
+calls the kernel itself.  Nothing here needs root.
 """
 
 from __future__ import annotations

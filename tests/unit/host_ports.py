@@ -20,7 +20,7 @@ class FakePorts:
     held: what was taken and not let go.
     others: what a process of the host has, and its name.
     addresses: of the host; None: all there are.
-    redirected: ports whose flows had to look for their way anew.
+    redirected: ports whose flows had to be routed again.
     """
 
     held: set[Binding] = field(default_factory=set)

@@ -64,7 +64,7 @@ class InlineWorker(Generic[T]):
 
 @dataclass
 class MemoryProber:
-    """The wire as a test wants it: who answers for which address."""
+    """The wire, where a test says who answers for which address."""
 
     answers: dict[IpAddress, bytes] = field(default_factory=dict)
     error: MeshnetError | None = None
@@ -78,7 +78,7 @@ class MemoryProber:
 
 @dataclass
 class MemoryTakeovers:
-    """Takeovers as a test wants them: what stands, what was asked for, what fails."""
+    """Takeovers, where a test says what stands and what fails, and sees what was asked for."""
 
     taken: dict[str, str] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
@@ -165,7 +165,7 @@ class Node:
         await self.stopped.wait()
 
     async def crash(self) -> None:
-        """End the agent without a word to the store."""
+        """End the agent without telling the store."""
         self.store.set_available(False)
         await self.stop()
         self.store.set_available(True)
@@ -176,7 +176,7 @@ class Node:
         dirty: Dirty,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """As `KernelEvents`: what is changed by hand is noticed at once."""
+        """Listen as `KernelEvents` does: changes by others are noticed at once."""
         self.kernel.on_change = dirty.mark_all
         try:
             task_status.started()
@@ -185,7 +185,7 @@ class Node:
             self.kernel.on_change = None
 
     def see_another_store(self, store: MemoryStore) -> None:
-        """What a wiped or restored etcd is: another database at the same address."""
+        """Put another database at the same address, as a wiped or restored etcd is."""
         self.store.set_available(False)
         self.store._database = store._database
         self.store.set_available(True)
@@ -252,7 +252,7 @@ class Mesh:
         ]
 
     def deliver(self, source: Node, target: IpAddress) -> Node | None:
-        """The host that a packet from one of `source`'s containers ends up on."""
+        """Find the host that a packet from one of `source`'s containers reaches."""
         state = source.state()
         packed = target.packed
         if any(target in subnet for subnet in self.subnets_of(source)):
@@ -287,7 +287,7 @@ class Mesh:
         return node if any(target in subnet for subnet in self.subnets_of(node)) else None
 
     def is_full(self, subnets_each: int = 2) -> bool:
-        """Whether every running node reaches every other's every subnet."""
+        """Tell whether every running node reaches all subnets of all others."""
         running = [n for n in self.nodes if n.agent is not None and not n.stopped.is_set()]
         return all(
             len(self.subnets_of(b)) == subnets_each
@@ -304,7 +304,7 @@ class Mesh:
 
 
 async def until(predicate: Callable[[], bool], what: str, deadline_s: float = 30) -> None:
-    """Wait, by a clock that jumps, until something is true."""
+    """Wait until something is true, by a clock that jumps."""
     with trio.move_on_after(deadline_s):
         while not predicate():  # noqa: ASYNC110  (there is no event for it, nor any real wait)
             await trio.sleep(0.05)

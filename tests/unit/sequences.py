@@ -1,10 +1,10 @@
-"""Seeded random faults, one after another and over one another, for a mesh in one process.
+"""Seeded random faults, one after another and overlapping, for a mesh in one process.
 
-Tens of thousands of sequences cost minutes, as the clock jumps: what a rare order of events breaks
-is found here, and what real kernels and a real etcd add in `tests.netns.faults`.
+Tens of thousands of sequences cost minutes, as the clock jumps.  They find what a rare order of
+events breaks; `tests.netns.faults` adds what real kernels and a real etcd do.
 
 ``python -m tests.unit.sequences --count 10000`` prints the seed of each one that breaks something;
-``--seed N`` plays that one again.
+``--seed N`` repeats that one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HOSTS_AT_START = 3
 MOST_HOSTS = 5
 FAULTS = 10
 LONGEST_S = 30.0
-"""A fault lasts so long at most: two leases, and far from the grace period."""
+"""Seconds that a fault lasts at most: two leases, far less than the grace period."""
 _PROD = (ip_network("10.42.0.0/16"), ip_network("fd00:42::/48"))
 _LOOK_S = 0.5
 _WHOLE_S = 3 * RESYNC_S
@@ -87,11 +87,11 @@ class World:
     story: list[str] = field(default_factory=list)
 
     def say(self, what: str) -> None:
-        """Add to the story."""
+        """Add a line to the story."""
         self.story.append(f"{trio.current_time():8.1f} {what}")
 
     def take(self) -> Node | None:
-        """A node that no fault has, for one."""
+        """Choose a node that no fault affects, for a new fault."""
         free = [node for node in self.mesh.nodes if node.id not in self.busy]
         if not free:
             return None
@@ -100,7 +100,7 @@ class World:
         return node
 
     async def last(self) -> None:
-        """Leave a fault as it is for a while: often shorter than a lease, sometimes longer."""
+        """Let a fault last for a while: often shorter than a lease, sometimes longer."""
         await trio.sleep(math.exp(self.rng.uniform(math.log(0.1), math.log(LONGEST_S))))
 
 
@@ -251,7 +251,7 @@ async def leave(world: World, node: Node) -> None:
     world.mesh.nodes.remove(node)
     await node.stop()
     await world.mesh.registry.remove_host(HostId(node.id))
-    # Its id is not used again: the next node has a number of its own.
+    # Its id is not used again: the next node has a new number.
     node.stopped.set()
 
 
@@ -273,7 +273,7 @@ FAULT_KINDS = (
 
 
 def reaches(world: World, source: Node, target: Node) -> bool:
-    """Whether packets to a node's subnets of the network that always is get there."""
+    """Tell whether packets reach a node's subnets of the network that is always there."""
     subnets = [s for s in world.mesh.subnets_of(target) if overlaps_prod(s)]
     try:
         return len(subnets) == len(_PROD) and all(
@@ -284,7 +284,7 @@ def reaches(world: World, source: Node, target: Node) -> bool:
 
 
 def overlaps_prod(subnet: IpNetwork) -> bool:
-    """Whether a subnet is of the network that always is, and not of one that comes and goes."""
+    """Tell whether a subnet is of the permanent network, and not of one that comes and goes."""
     return any(p.version == subnet.version and p.overlaps(subnet) for p in _PROD)
 
 
@@ -306,7 +306,7 @@ def is_whole(world: World, node: Node) -> bool:
 
 
 def look(world: World) -> None:
-    """Check what must hold at any moment.
+    """Check what must hold at every moment.
 
     Raises:
         Broken: it does not.

@@ -156,7 +156,7 @@ LIBRARIES = ("trio", "pyroute2", "etcd3", "grpc", "msgspec", "scapy", "argcomple
     ids=" ".join,
 )
 def test_what_is_slow_to_import_is_not(arguments: tuple[str, ...]) -> None:
-    """Up to where nobody answers."""
+    """Looks at the imports up to the point where no agent answers."""
     code = (
         "import sys; from meshnet.cli.main import run_command; "
         "status = run_command(['--socket', '/nowhere/agent.sock', *sys.argv[1:]]); "
@@ -193,7 +193,7 @@ def commands_of(groups: list[str]) -> list[str]:
 def test_the_life_of_containers_takes_as_long_as_it_takes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
 ) -> None:
-    """A stop that waits longer than the client did was an agent that does not answer."""
+    """A stop that took longer than the client waited once counted as an agent without an answer."""
     timeouts = []
 
     class Timed(HttpConnection):

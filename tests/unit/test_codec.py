@@ -1,4 +1,4 @@
-"""Values of the store: they come back as they were, and nothing else gets in."""
+"""Values of the store: they are read back as they were written, and nothing else is accepted."""
 
 from __future__ import annotations
 

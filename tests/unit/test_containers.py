@@ -1,4 +1,4 @@
-"""What an agent makes of the containers that it finds on disk; no OCI runtime, no kernel."""
+"""What an agent does with the containers that it finds on disk, without OCI runtime and kernel."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENDPOINT = ContainerEndpoint(id="e1", network="prod", pid=77, addresses=("10.42.
 
 
 class FakeRuntime:
-    """Remembers whom it was to delete."""
+    """Remembers what it was told to delete."""
 
     def __init__(self) -> None:
         self.path = "fake"
@@ -208,7 +208,7 @@ async def test_volumes_go_when_they_are_to(host: Host, nursery: trio.Nursery) ->
     for number, name in enumerate(("a", "b"), 1):
         points = (named, MountPoint(name, "/x", anonymous=True))
         host.put(record(number, mount_points=points, **over))
-    # Somebody else has what was the first one's alone, by its name.
+    # The anonymous volume of the first container now has a second user, who asked by its name.
     host.put(record(3, mount_points=(MountPoint("a", "/y"),), **over))
     # The agent was killed while this one was made, and while a volume was copied.
     half = put_volume(host, "half", anonymous=True)
@@ -230,7 +230,8 @@ async def test_volumes_go_when_they_are_to(host: Host, nursery: trio.Nursery) ->
     assert made["b"].exists()
     assert await volumes.prune(named=False) == ["b", "c"]
     assert await volumes.prune(named=True) == ["db"]
-    await host.containers.remove("c3", force=False, volumes=True)  # not of its own: it had a name
+    # A volume with a name is not the container's own, so it stays.
+    await host.containers.remove("c3", force=False, volumes=True)
     assert [u.volume.name for u in await volumes.all()] == ["a"]
     with pytest.raises(NotFoundError, match="volume ls"):
         await volumes.remove("db")

@@ -1,4 +1,4 @@
-"""The sender and the receiver with a TUN and an underlay that are not there."""
+"""The sender and the receiver, with sockets in place of TUN and underlay."""
 
 from __future__ import annotations
 

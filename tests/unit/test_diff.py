@@ -48,7 +48,7 @@ def tables(state: KernelState) -> dict[str, dict[Any, Any]]:
 
 @st.composite
 def damaged(draw: st.DrawFn, state: KernelState) -> KernelState:
-    """A state that somebody took objects out of and changed objects in."""
+    """A state from which objects were removed, and in which objects were changed."""
     after: dict[str, Any] = {}
     for name, table in tables(state).items():
         kept = {k: v for k, v in table.items() if draw(st.integers(0, 4))}
@@ -104,7 +104,7 @@ def half_routes(state: KernelState) -> list[str]:
             if nexthop.dev not in state.links:
                 found.append(f"{key} has no link")
             elif not nexthop.gateway:
-                continue  # a TUN's process answers for what it has no member for
+                continue  # a TUN's process itself refuses what it has no member for
             elif mac is None:
                 found.append(f"{key} has no neighbour")
             elif FdbKey(nexthop.dev, mac) not in state.fdb:

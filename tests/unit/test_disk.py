@@ -1,4 +1,4 @@
-"""What the agent finds on its disk: damage costs what is damaged, and nothing more."""
+"""What the agent finds on its disk: damage costs only what is damaged."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_endpoint_cut_at_any_byte_is_set_aside(
 def test_an_endpoint_with_any_bit_changed_is_not_believed(
     state: StateDir, records: EndpointRecords
 ) -> None:
-    """The agent would program the kernel with another's address."""
+    """The agent would program the kernel with another endpoint's address."""
     records.save(GOOD)
     (file,) = state.endpoints.iterdir()
     whole = file.read_bytes()
@@ -112,7 +112,7 @@ def test_a_record_of_this_version_can_be_read_by_one_without_checksums(
 def test_a_record_under_another_endpoints_name_is_not_taken(
     state: StateDir, records: EndpointRecords
 ) -> None:
-    """Its own link would be taken for one that nobody recorded, and be removed."""
+    """The agent would take the endpoint's own link for an unrecorded one, and remove it."""
     file = state.endpoints / "aaaaaaaaaaaa.json"
     file.write_bytes(encode_endpoint(GOOD))
     assert records.load() == ([], {"aaaaaaaaaaaa"})
@@ -193,7 +193,7 @@ VERSIONED = (
 def test_a_file_of_a_newer_agent_is_refused_and_everything_left_as_it_is(
     tmp_path: Path, name: str
 ) -> None:
-    """Set aside, it would be lost to the newer agent when that is started again."""
+    """If it were set aside, the newer agent would not have it when it is started again."""
     state = StateDir(tmp_path, lambda: "i1")
     EndpointRecords(state.endpoints).save(GOOD)
     state.close()
@@ -259,7 +259,7 @@ async def _written(network: bytes, *after: Put | Delete) -> MemoryStore:
 async def test_a_store_that_was_restored_and_has_gone_on_is_refused(
     tmp_path: Path, last: Put | Delete
 ) -> None:
-    """Its revision is no older than what was seen, but the last change that was seen is lost."""
+    """Its revision is not older than what was seen, but it lacks the last change that was seen."""
     mirror = Mirror()
     mirror.add_listed((await (await _written(b"1")).list_prefix(MESH)).items)
     before = await _written(b"1", last)

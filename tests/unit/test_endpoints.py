@@ -1,4 +1,4 @@
-"""Endpoints: disk, kernel, addresses and the host's ports go together, or nothing has happened."""
+"""Endpoints: disk, kernel, addresses and the host's ports change together, or not at all."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Agent:
         await self.attacher.detach(found.sandbox.netns, "local")
 
     async def holds_addresses_of(self, endpoint: Endpoint) -> bool:
-        """Whether nobody else can have what an endpoint has."""
+        """Tell whether an endpoint's addresses are taken for everybody else."""
         ready = await self.networks.ready("local")
         for address in endpoint.addresses:
             try:
@@ -149,7 +149,7 @@ class _Host(FakeDataPlane):
 
     @asynccontextmanager
     async def agent(self) -> AsyncIterator[_Agent]:
-        """The endpoints of an agent, which ends without a word."""
+        """The endpoints of an agent that ends without cleaning up."""
         disk = StateDir(self.directory, lambda: "i1")
         self.sockets.held.clear()
         worker = InlineWorker(self.wiring)
@@ -256,7 +256,7 @@ async def test_what_no_pass_can_bring_to_the_kernel_is_undone(host: _Host, pid: 
             await agent.attacher.unpublish("web", ["8080"])
         assert agent.all == [endpoint]
         assert host.sockets.held == held
-        # A process can be taken off all the same.
+        # A process can be detached all the same.
         await agent.detach(pid)
         assert (agent.all, host.sockets.held) == ([], set())
 
@@ -282,7 +282,9 @@ async def test_a_refused_port_leaves_nothing(host: _Host, pid: int) -> None:
         assert (host.sockets.held, agent.all) == (set(), [first])
         await agent.detach(pid)
         second = await agent.attach(pid, "8080:80")
-        assert second.addresses[0].ip == first.addresses[0].ip + 1  # of what failed nothing rests
+        # The address of a detached endpoint rests before it is given again; that of a failed
+        # attach does not.
+        assert second.addresses[0].ip == first.addresses[0].ip + 1
 
 
 async def test_the_port_leads_nowhere_once_the_process_has_ended(
@@ -386,7 +388,7 @@ async def _cancel_in_a_pass(
 async def test_what_cannot_be_undone_keeps_its_addresses(
     host: _Host, pid: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another endpoint with them would take this one's packets."""
+    """Another endpoint with these addresses would take this one's packets."""
 
     def refuse(_endpoint: Endpoint) -> None:
         raise KernelRefusedError("its link stays")
@@ -445,7 +447,7 @@ async def test_a_link_that_somebody_deleted_is_made_again(host: _Host, pid: int)
         endpoint = await agent.attach(pid)
         (name,) = host.wiring.list_endpoint_links()
         host.wiring.remove_link(name)
-        agent.keeper.passed(PassResult(missing=frozenset({"mne000000000000"})))  # nobody's
+        agent.keeper.passed(PassResult(missing=frozenset({"mne000000000000"})))  # nobody's link
         await trio.testing.wait_all_tasks_blocked()
         assert host.wiring.list_endpoint_links() == []
         host.kernel.remove_endpoint_link(BRIDGE)

@@ -1,4 +1,4 @@
-"""Who is in fallback: decided from probes that a world with a clock of its own answers."""
+"""Which peers are in fallback: decided from probes that a simulated world answers."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_who_answers_neither_kind_stays_where_it_is() -> None:
     world.answers = lambda pair, _kind: pair != H2
     world.run(600)
     assert world.moves == []
-    # Nor does it cost more than a peer that answers, but for the fallback's probes.
+    # It costs no more than a peer that answers, except for the fallback's probes.
     late = [pair for at, pair, kind in world.sent if at > 200 and kind is ProbeKind.SMALL]
     assert late.count(H2) == pytest.approx(late.count(H3), rel=0.1)
     # It comes back with VXLAN blocked.
@@ -134,7 +134,7 @@ def test_a_fifth_of_all_probes_lost_makes_nothing_flap(seed: int) -> None:
     world = World(H2, H3)
     world.answers = lambda _pair, _kind: chance.random() >= 0.2
     world.run(1800)
-    # It may fall, seldom; then it stays.
+    # It may go into fallback, seldom; then it stays there.
     assert len(world.moves) <= 2
 
 
@@ -167,7 +167,7 @@ def test_many_peers_are_probed_in_turn_with_a_hundred_probes_a_second() -> None:
     world.answers = vxlan_dead(pairs[500])
     world.run(30)
     assert world.paths.fallen == {pairs[500]}
-    # Fifty hosts that are dead are no reason to forget the rest.
+    # Fifty dead hosts must not make it forget the rest.
     dead = set(pairs[:50])
     world.answers = lambda pair, _kind: pair not in dead
     world.run(90)

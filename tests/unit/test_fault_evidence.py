@@ -1,4 +1,4 @@
-"""What the fault harness excuses, and what not."""
+"""What the fault harness excuses, and what it does not."""
 
 from __future__ import annotations
 

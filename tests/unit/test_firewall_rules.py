@@ -1,4 +1,4 @@
-"""The text of the tables; that nft takes it is seen by the contract tests of the kernel."""
+"""The text of the tables.  The kernel's contract tests show that nft accepts it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_both_tables_are_replaced_in_one_transaction() -> None:
 
 
 def test_no_verdict_depends_on_a_map() -> None:
-    """The kernel empties a map when its table is replaced, under packets that are on their way."""
+    """The kernel empties a map when its table is replaced, while packets pass."""
     text = render_rules(Firewall((PROD, DUAL), UNDERLAY))
     assert "vmap" not in text
     assert not re.search(r"type .* : verdict", text)

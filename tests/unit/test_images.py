@@ -1,4 +1,4 @@
-"""The image store: what is loaded, shared, held, removed, and left by a process that is killed."""
+"""The image store: what it loads, shares, holds and removes, and what a killed process leaves."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_a_load_that_is_killed_is_collected(store: ImageStore, tmp_path: Path) -
         child.stdin.flush()
         while not any((root / "tmp").iterdir()):
             assert child.poll() is None
-        # It is at work, so nobody takes its directory away.
+        # The load is still running, so nobody removes its directory.
         store.collect()
         assert len(contents(root)["tmp"]) == 1
         child.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Host subnets and endpoint addresses: never two of one, never one that is not for use."""
+"""Host subnets and endpoint addresses: none is given twice, and none that is not for use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers become trees for overlayfs; tars that mean harm change nothing outside."""
+"""Layers become trees for overlayfs; malicious tars change nothing outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a host makes of the subnets that the store says it has."""
+"""What a host does with the subnets that the store says it has."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SUBNET = ip_network("10.42.0.0/24")
 
 
 class NoIdentity:
-    """Of whoever may write to any store."""
+    """An identity that may write to any store."""
 
     async def check(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -161,7 +161,7 @@ class LateStore(MemoryStore):
 
 
 async def test_a_host_that_moved_is_published_at_once_and_once(autojump_clock: MockClock) -> None:
-    """The old lease ends while it is being renewed, which is no loss of the new one."""
+    """The old lease ends while it is being renewed; the new one is not lost by that."""
     store = LateStore()
     membership = member(store)
     await membership.join()
@@ -192,7 +192,7 @@ class CountingStore(MemoryStore):
 
 
 async def test_a_subnet_that_is_on_its_way_is_not_reserved_again(autojump_clock: MockClock) -> None:
-    """Snapshots lag behind the host's own writes: each would cost etcd a transaction more."""
+    """Snapshots lag behind the host's own writes: each would cost etcd another transaction."""
     store = CountingStore()
     membership = member(store)
     registry = membership._registry
@@ -207,7 +207,7 @@ async def test_a_subnet_that_is_on_its_way_is_not_reserved_again(autojump_clock:
             await trio.testing.wait_all_tasks_blocked()
         assert store.commits == 1
         (subnet,) = (await registry.snapshot()).reservations[PROD]
-        # Somebody frees it by hand: it is reserved again once that is seen.
+        # Somebody deletes the reservation: it is reserved again once the host sees that.
         await store.commit([], [Delete(subnet_key(PROD, subnet))])
         membership.mesh_changed(await registry.snapshot(), None)
         await trio.testing.wait_all_tasks_blocked()

@@ -1,4 +1,4 @@
-"""Eight agents in one process: they find each other, and nothing that happens stops the packets."""
+"""Eight agents in one process: they find each other, and no event stops the packets."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ async def test_a_host_that_stops_is_shown_dead_and_its_packets_still_flow(
         assert mesh.reaches(other, gone)
         await until(lambda: not routes_to(mesh, 2), "its routes go after the grace period", 10)
         assert all(not mesh.reaches(node, gone) for node in mesh.nodes if node is not gone)
-        # And when it comes back, it has what it had.
+        # When it comes back, it has the same subnet as before.
         writes = gone.kernel.writes
         await mesh.start(gone)
         await until(mesh.is_full, "it is back")
@@ -165,7 +165,7 @@ async def test_a_host_is_removed_for_good(tmp_path: Path, autojump_clock: MockCl
         await mesh.start(newcomer)
         await until(lambda: mesh.is_full(1), "another is in")
         assert mesh.subnets_of(newcomer) == freed
-        # The removed one comes back: there is no place for it, and it lets go of what it had.
+        # The removed host comes back: no subnet is left for it, and it gives up what it had.
         await mesh.start(gone)
         assert isinstance(gone.running.membership.errors[PROD], PoolExhaustedError)
         await until(lambda: not gone.state().links, "its old links go", 5)

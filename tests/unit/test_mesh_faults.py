@@ -1,4 +1,4 @@
-"""A mesh in one process, and what goes wrong: the store, its values, the kernel."""
+"""Faults of a mesh in one process: of the store, its values and the kernel."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_one_that_was_cut_off_catches_up(tmp_path: Path, autojump_clock: M
 async def test_one_that_was_cut_off_while_all_history_went_catches_up(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """Nothing was written since: what it knows is older than any history that there is."""
+    """Nothing was written since: what the host knows is older than all history that etcd has."""
     async with open_mesh(tmp_path) as mesh:
         await full_mesh(mesh, 3)
         lost = mesh.nodes[0]
@@ -97,7 +97,7 @@ async def test_one_that_was_cut_off_while_all_history_went_catches_up(
 async def test_an_older_copy_that_went_on_and_was_compacted_is_refused(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """No history tells; the listing does: it has a network as it never was by then."""
+    """The history is gone, but the listing has a network in a state that it never had by then."""
     async with open_mesh(tmp_path) as mesh:
         await full_mesh(mesh, 2)
         node = mesh.nodes[0]
@@ -172,7 +172,7 @@ async def test_an_empty_or_another_store_is_not_believed(
 async def test_nothing_is_written_to_another_store(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """Nor is what was asked for meanwhile forgotten when the real one is back."""
+    """What was asked for meanwhile is not forgotten either when the real store is back."""
     async with open_mesh(tmp_path) as mesh:
         await full_mesh(mesh, 2)
         node = mesh.nodes[0]
@@ -294,7 +294,7 @@ async def test_what_the_kernel_drops_when_it_is_mended_is_mended_at_once(
         node.kernel.by_hand(Table.LINK, "mnv4097", wrong)
         for key, mac in before.neighbours.items():
             node.kernel.by_hand(Table.NEIGHBOUR, key, mac)
-        # Setting the MAC right flushes the neighbours, which nobody tells us of.
+        # Correcting the MAC flushes the neighbours, and the kernel does not notify us of that.
         await until(lambda: node.essence() == before, "all is as before", 1.2 * RESYNC_S)
 
 
@@ -325,7 +325,8 @@ async def test_settling_waits_for_a_pass_that_began_later(
         key, route = next(iter(node.state().routes.items()))
 
         def somebody_breaks_it() -> None:
-            del node.kernel._state.routes[key]  # without a word: `by_hand` would set off a pass
+            # Without a notification, which `by_hand` would send: it would trigger a pass.
+            del node.kernel._state.routes[key]
 
         passes = reconciler.full_passes
         async with trio.open_nursery() as nursery:
@@ -351,7 +352,7 @@ async def test_settling_waits_for_a_pass_that_began_later(
 async def test_nobody_waits_for_a_pass_of_an_agent_that_has_stopped(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """Not even clean-up that is shielded: an agent that stopped while a container ended hung."""
+    """Not even shielded clean-up: an agent that stopped while a container ended once hung."""
     async with open_mesh(tmp_path) as mesh:
         await full_mesh(mesh, 1)
         node, reconciler = mesh.nodes[0], mesh.nodes[0].running.reconciler

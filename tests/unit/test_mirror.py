@@ -1,4 +1,4 @@
-"""The copy of the store: what was good stays in force, and nothing gone stays."""
+"""The copy of the store: good values stay in force, and deleted ones do not stay."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(sorted(keys_of(SNAPSHOT))), st.boolea
 
 
 def after(steps: Steps, held: dict[str, KeyValue], revision: int) -> dict[str, KeyValue]:
-    """What a store holds after some steps more."""
+    """Return what a store holds after some more steps."""
     every, held = keys_of(SNAPSHOT), dict(held)
     for at, (key, is_put) in enumerate(steps, revision + 1):
         held.pop(key, None)
@@ -127,7 +127,7 @@ OTHERWISE = {
 @pytest.mark.parametrize("is_put", [True, False], ids=["put", "deleted"])
 @pytest.mark.parametrize("key", OTHERWISE)
 def test_a_listing_of_another_history_contradicts(key: str, is_put: bool) -> None:
-    """Of a store that was restored from before the last change that was seen, and went on."""
+    """A store was restored from before the last change that was seen, and went on."""
     start = {k: KeyValue(k, v, 1) for k, v in keys_of(SNAPSHOT).items()}
     seen = {k: item for k, item in start.items() if k != key}
     if is_put:

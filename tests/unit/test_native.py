@@ -1,4 +1,4 @@
-"""The native engine by itself: its library, its table of members, what it hands back."""
+"""The native engine alone: its library, its table of members, and what it hands back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ARP and neighbour discovery by hand, looked at by scapy; what counts as a conflict."""
+"""ARP and neighbour discovery packets, checked by scapy, and what counts as a conflict."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def advertisement(target: IPv6Address, *, hop_limit: int = 255, mac: bytes = THE
 
 
 def resolution(target: IPv6Address) -> bytes:
-    """Somebody looks for the address; that is not to have it."""
+    """A request from somebody who looks for the address, and so does not have it."""
     header = IPv6(src="fe80::1", dst=str(IPv6Address(nd.solicited_node(target))), hlim=255)
     return bytes(Ether(src=THEIRS.hex(":")) / header / ICMPv6ND_NS(tgt=str(target)))
 

@@ -1,4 +1,4 @@
-"""No shell is ever given a command to interpret: read from the source of every module."""
+"""No shell ever gets a command to interpret: checked in the source of every module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STARTERS = {
     *("partial", "popen", "spawn"),
 }
 _PRINTS_A_SCRIPT = "argcomplete.shellcode"
-"""For people to source; its argument `shell` is a name."""
+"""It prints a script for people to source; its argument `shell` is a name."""
 _GATES = (
     ("meshnet/lab/host.py", "_GATE"),
     ("meshnet/runtime/engine/oci_runtime.py", "_HIDE_UNIFIED"),
@@ -35,7 +35,7 @@ which no shell reads."""
 
 
 def offences(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and reason of every way to a shell."""
+    """List the line and the reason of every call that could reach a shell."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)

@@ -24,7 +24,7 @@ OTHER = Op(Table.ROUTE, RouteKey(bytes(4), 9), Route(0), False)
 
 
 class Writer:
-    """Refuses what it is told to, and remembers what it was given."""
+    """Refuses the operations that a test names, and remembers all that it was given."""
 
     def __init__(self, *refused: Op, code: int = errno.EPERM) -> None:
         self.runs: list[list[Op]] = []

@@ -1,4 +1,4 @@
-"""A client that cannot be taken is told so, by the descriptor that was kept back."""
+"""A client that cannot be served is told so, through the descriptor that was kept in reserve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes over some hosts end where a pass over everything ends."""
+"""Passes over some hosts have the same result as a pass over everything."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_a_narrower_path_takes_a_pass_over_everything(
     assert passes.run_part(kernel, part(mesh.snapshot(), mesh.touched)) is None
     passes.run_all(kernel, full(mesh.snapshot()))
     assert {link.mtu_bytes for link in kernel.dump().links.values()} == {1350}
-    # As narrow again is no news.
+    # A second path that is as narrow changes nothing: a pass over that host is enough.
     kernel.routed[underlay_ip(201)] = UnderlayPath("eth0", False, 1400)
     mesh.change("move", HostId("h8"), 201)
     assert passes.run_part(kernel, part(mesh.snapshot(), mesh.touched)) is not None

@@ -1,4 +1,4 @@
-"""From what the mesh agreed on to what one host's kernel should hold."""
+"""Tests of the plan: from what the mesh agreed on to what one host's kernel should hold."""
 
 from __future__ import annotations
 

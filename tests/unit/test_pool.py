@@ -388,7 +388,7 @@ async def test_a_network_that_is_removed(autojump_clock: MockClock, wire: Wire) 
     assert await wire.holders() == {}
     with pytest.raises(NotFoundError):
         await one.attach(2)
-    # One of that name made anew is another.
+    # A new network of that name is another network.
     await wire.network(host_access=True)
     with pytest.raises(NotFoundError):
         await one.attach(3)
@@ -401,7 +401,7 @@ async def test_hostile_keys(autojump_clock: MockClock, wire: Wire) -> None:
     first = address_key(network.name, ip_address("10.9.8.1"))
     nonsense = f"{ADDRESSES}phys/x\n"
     await wire.store.commit([], [Put(first, b"{"), Put(nonsense, b'{"v":1,"host":"h1"}')])
-    assert await one.attach(1) == ["10.9.8.4/16"]  # whoever it is keeps it
+    assert await one.attach(1) == ["10.9.8.4/16"]  # the other machine keeps it
     assert one.pool.report().bad_values.keys() == {first, printable_key(nonsense)}
     with pytest.raises(ConflictError, match="cannot be read"):
         await one.attach(2, "10.9.8.1")
@@ -420,7 +420,7 @@ async def test_what_the_store_lost_is_taken_again(autojump_clock: MockClock, wir
         one.endpoints.append(_endpoint(network, one, number, text))
     keys = [address_key(network.name, a.ip) for e in one.endpoints for a in e.addresses]
     await wire.store.commit([], [Delete(key) for key in keys])
-    # One of them was given to another host meanwhile.
+    # Another host got one of them meanwhile.
     assert await two.attach(9) == ["10.9.8.1/16"]
     async with one.running():
         one.pool.refresh()

@@ -1,4 +1,4 @@
-"""Published ports: their text, who is in whose way, and who has which."""
+"""Published ports: their text, their conflicts, and who has which."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ async def test_held_again_after_a_restart(host: FakePorts, autojump_clock: MockC
         await trio.sleep(60)
         assert len(ports.report()) == 1
         host.others.clear()
-        # To look at the status changes nothing: it may be asked for by anybody, at any time.
+        # Asking for the status changes nothing: anybody may ask at any time.
         assert len(ports.report()) == 1
         assert len(host.held) == 3
         await until(lambda: ports.report() == [], "the port is held")
@@ -306,7 +306,7 @@ def test_ports_of_others_are_refused(
     taken = binding._replace(port=server.getsockname()[1])
     with pytest.raises(OSError, match="in use"):
         KernelPorts().hold(taken)
-    assert KernelPorts().find_user(taken) is None  # its own are none of others
+    assert KernelPorts().find_user(taken) is None  # its own ports do not count as others'
     pid = os.getpid()
     monkeypatch.setattr("meshnet_agent.endpoints.published_ports.os.getpid", lambda: 0)
     assert (KernelPorts().find_user(taken) or "").endswith(f"(pid {pid})")

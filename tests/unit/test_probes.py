@@ -1,4 +1,4 @@
-"""Probes on the wire: what the userspace VTEP sends, answers, and takes for an answer."""
+"""Probes on the wire: what the userspace VTEP sends, answers and accepts as an answer."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def on(ifname: str, mac: str, *addresses: str) -> dict[str, object]:
 
 
 def with_device(of: Endpoint) -> Endpoint:
-    """As an agent reads it of its own disk: 0.1 did not write the device of a namespace."""
+    """Complete a record as an agent that reads it does: 0.1 did not write a namespace's device."""
     netns = of.sandbox.netns._replace(device=Path("/proc/self/ns/net").stat().st_dev)
     return replace(of, sandbox=replace(of.sandbox, netns=netns))
 

@@ -1,4 +1,4 @@
-"""What agents do with the store: two at the same instant never both win."""
+"""What agents do with the store: of two at the same instant, never do both win."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ async def test_a_restarted_agent_takes_over_at_once(
 
 
 async def test_a_copy_of_a_state_directory_is_no_restart(registry: Registry) -> None:
-    """Two machines would take the host from each other, and every host follow them."""
+    """Two machines would take the host from each other, and every host would follow."""
     await registry.claim_host(make_host(), make_claim(), 15, set())
     with pytest.raises(ConflictError, match=r"10\.9\.0\.1 with this state directory, or a copy"):
         await registry.claim_host(make_host(number=2), make_claim(number=2), 15, set())

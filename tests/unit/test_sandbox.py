@@ -114,7 +114,7 @@ async def test_nobody_inherits_a_namespace_without_processes(
 
 
 def test_endpoints_of_a_process(process: subprocess.Popen[bytes]) -> None:
-    """Of one that has ended those are its that it was attached by."""
+    """When a process has ended, its endpoints are those that were attached by its pid."""
     own = ProcessSandbox(pid=1, pid_start_ticks=1, netns=own_netns())
     gone = replace(own, pid=process.pid, netns=own.netns._replace(inode=1))
     here, there = (replace(make_endpoint(), sandbox=each) for each in (own, gone))

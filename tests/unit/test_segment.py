@@ -267,7 +267,7 @@ def test_udp_trains(
 @settings(max_examples=50, deadline=None)
 @ways
 def test_corruption_is_never_laundered(way: str, version: int, data: st.DataObject) -> None:
-    """A byte changed on the way is still wrong, or the packet still says so, at the end."""
+    """A byte that changed on the way is still detectably wrong at the end."""
     payload = bytes(i * 7 & 0xFF for i in range(3000))
     whole = tcp_packet(version, payload, unfinished=True)
     found = cut(whole, 500)

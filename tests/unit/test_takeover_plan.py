@@ -1,4 +1,4 @@
-"""The steps of a takeover, carried out on tables in memory: no gap, and all can be undone."""
+"""The steps of a takeover on tables in memory: they leave no gap, and all can be undone."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_after_every_batch_nothing_is_nowhere(held: Contents) -> None:
 
 @given(held_contents(), st.integers(0, 3), st.integers(0, 3))
 def test_whatever_was_cut_short_is_undone(held: Contents, taken: int, given_back: int) -> None:
-    """Taking over stops after some batches, giving back too; giving back again mends it."""
+    """Taking over stops after some batches, and giving back too; giving back again repairs it."""
     tables = Tables(held)
     for batch in plan_taking(PARENT, BRIDGE, held)[:taken]:
         tables.carry_out(batch)

@@ -1,4 +1,4 @@
-"""What an agent takes over, and when: once, never in a loop, and back when a network is gone."""
+"""What an agent takes over, and when: once, never in a loop, and back as the network ends."""
 
 from __future__ import annotations
 

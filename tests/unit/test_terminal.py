@@ -1,4 +1,4 @@
-"""The client's end of a container's stdio, with a conmon that is gone already."""
+"""The client's end of a container's stdio when conmon is gone already."""
 
 from __future__ import annotations
 

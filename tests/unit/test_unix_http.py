@@ -99,8 +99,8 @@ def test_bodies(serve: Serve, raw: bytes, body: bytes) -> None:
     [
         (b"", "no answer"),
         (b"HTTP/1.1 200", "ended early"),
-        (b"SSH-2.0-OpenSSH\r\n", "no HTTP"),
-        (b"HTTP/1.1 two\r\n\r\n", "no HTTP"),
+        (b"SSH-2.0-OpenSSH\r\n", "not HTTP"),
+        (b"HTTP/1.1 two\r\n\r\n", "not HTTP"),
         (b"HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\nabc", "ended early"),
         (b"HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\n3\r\nab", "ended early"),
         (b"HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "without a length"),

@@ -19,10 +19,12 @@ def add_parser(commands: Subparsers) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "completion",
-        help="print a script that makes a shell complete meshnet's commands",
+        help="print a completion script for a shell",
+        description="Print a script that makes a shell complete meshnet's commands, options and "
+        "names.",
         epilog='example: eval "$(meshnet completion bash)"',
     )
-    parser.add_argument("shell", choices=_SHELLS)
+    parser.add_argument("shell", choices=_SHELLS, help="the shell")
     parser.set_defaults(run=_completion)
 
 
@@ -34,7 +36,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell and exit."""
+    """Answer the shell's request for completions, and exit."""
     import argcomplete
 
     argcomplete.autocomplete(parser)
@@ -68,7 +70,7 @@ def _local_endpoints(parsed_args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _ask(parsed_args: argparse.Namespace, what: str) -> Any:  # noqa: ANN401
-    """What the agent answers; None: it does not."""
+    """Return the agent's answer, or None without one: a completion must never print an error."""
     from meshnet.cli.client import Client
     from meshnet.errors import MeshnetError
 

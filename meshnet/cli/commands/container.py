@@ -1,4 +1,7 @@
-"""``meshnet ps``, ``logs``, ``stop`` and so on: containers of this host (``run``: `cli.run`)."""
+"""``meshnet ps``, ``logs``, ``stop`` and so on: containers of this host.
+
+`meshnet.cli.commands.run` has the commands that start one.
+"""
 
 from __future__ import annotations
 
@@ -27,28 +30,39 @@ _UNIX_TIME = re.compile(r"\d+(?:\.\d+)?")
 def add_parser(commands: Subparsers) -> None:
     """Add the commands."""
     ps = commands.add_parser("ps", help="list the containers of this host")
-    ps.add_argument("-a", "--all", action="store_true", help="also those that have ended")
-    ps.add_argument("-q", "--quiet", action="store_true", help="print ids only, one a line")
+    ps.add_argument("-a", "--all", action="store_true", help="list also containers that do not run")
+    ps.add_argument("-q", "--quiet", action="store_true", help="print only ids, one a line")
     add_json(ps)
     ps.set_defaults(run=_ps)
     logs = _add_one(commands, "logs", "print what a container printed", _logs, json=False)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
-    logs.add_argument("-t", "--timestamps", action="store_true", help="with the time of each line")
-    logs.add_argument("-n", "--tail", default="all", metavar="N", help="the last N lines only")
+    logs.add_argument("-t", "--timestamps", action="store_true", help="print the time of each line")
     logs.add_argument(
-        "--since", metavar="TIME", help="not older than that: 10m, 2026-01-31T12:00:00 or Unix time"
+        "-n", "--tail", default="all", metavar="N",
+        help="print only the last N lines (default: %(default)s)",
+    )  # fmt: skip
+    logs.add_argument(
+        "--since",
+        metavar="TIME",
+        help="leave out what is older: 10m, 2026-01-31T12:00:00 or Unix time",
     )
-    stop = _add_one(commands, "stop", "end a container: its stop signal, then SIGKILL", _stop)
-    stop.add_argument("-t", "--time", type=int, metavar="S", help="seconds in between")
+    stop = _add_one(commands, "stop", "stop a container: its stop signal, then SIGKILL", _stop)
     restart = _add_one(commands, "restart", "stop a container and start it again", _restart)
-    restart.add_argument("-t", "--time", type=int, metavar="S", help="as of stop")
+    for parser in (stop, restart):
+        parser.add_argument(
+            "-t", "--time", type=int, metavar="S",
+            help="wait so many seconds before SIGKILL (default: its --stop-timeout, or 10)",
+        )  # fmt: skip
     kill = _add_one(commands, "kill", "send a signal to a container", _kill)
-    kill.add_argument("-s", "--signal", default="KILL", metavar="SIG", help="default: KILL")
+    kill.add_argument(
+        "-s", "--signal", default="KILL", metavar="SIG",
+        help="send this signal (default: %(default)s)",
+    )  # fmt: skip
     rm = _add_one(commands, "rm", "remove a container that has ended", _rm)
-    rm.add_argument("-f", "--force", action="store_true", help="end it, if it runs")
-    rm.add_argument("-v", "--volumes", action="store_true", help="its anonymous volumes too")
-    _add_one(commands, "inspect", "show all that is known of a container", _inspect)
-    _add_one(commands, "wait", "wait until a container has ended; print its status", _wait)
+    rm.add_argument("-f", "--force", action="store_true", help="kill it first if it runs")
+    rm.add_argument("-v", "--volumes", action="store_true", help="remove its anonymous volumes too")
+    _add_one(commands, "inspect", "show everything about a container", _inspect)
+    _add_one(commands, "wait", "wait until a container ends and print its status", _wait)
     _add_one(commands, "stats", "show what a running container uses", _stats)
 
 
@@ -61,7 +75,9 @@ def _add_one(
     json: bool = True,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary)
-    parser.add_argument("name", metavar="NAME").completer = complete_containers  # type: ignore[attr-defined]
+    parser.add_argument(
+        "name", metavar="NAME", help="the container's name or id"
+    ).completer = complete_containers  # type: ignore[attr-defined]
     if json:
         add_json(parser)
     parser.set_defaults(run=run)
@@ -104,7 +120,8 @@ def _logs(args: argparse.Namespace) -> int:
         query["since"] = str(parse_since(args.since, time.time()))
     continued = {b"stdout": False, b"stderr": False}
     for line in Client(args.socket).stream("containers", args.name, "logs", query=query):
-        # TIME STREAM P|F TEXT; a P line has no line feed of its own.
+        # TIME STREAM P|F TEXT, the format k8s-file of conmon.  P marks a piece of a longer line:
+        # the line feed after it is the log's and not the program's.
         fields = line.split(b" ", 3)
         if len(fields) == 4:
             when, stream, kind, text = fields
@@ -118,10 +135,15 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def parse_since(text: str, now_s: float) -> float:
-    """Unix time of ``10m`` or ``1h30m`` ago, of an RFC 3339 time (local without zone), of itself.
+    """Convert what ``--since`` takes to Unix time, in seconds.
+
+    Args:
+        text: how long ago (``10m``, ``1h30m``), an RFC 3339 time (local if it has no zone), or a
+            Unix time.
+        now_s: the Unix time now.
 
     Raises:
-        UsageError: none of these.
+        UsageError: `text` is something else.
     """
     from datetime import datetime
 
@@ -135,7 +157,7 @@ def parse_since(text: str, now_s: float) -> float:
         return datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError) as error:
         raise UsageError(
-            f"--since {text!r} is no time: give 10m, 2026-01-31T12:00:00 or Unix time"
+            f"--since {text!r} is not a time: give 10m, 2026-01-31T12:00:00 or Unix time"
         ) from error
 
 

@@ -41,14 +41,22 @@ def _add_attach(commands: Subparsers) -> None:
     attach = commands.add_parser(
         "attach",
         help="put a running process on a network",
-        description="Give the network namespace of a process an interface on a network. It lives "
-        "as long as the namespace has a process.",
+        description="Give the network namespace of a process an interface on a network. The "
+        "interface stays as long as a process is in the namespace.",
         epilog="example: unshare --net sleep 1000 & meshnet attach $! --net prod",
     )
     _add_target(attach)
-    attach.add_argument("--ifname", metavar="IF", default="eth0", help="default: eth0")
-    attach.add_argument("--ip", metavar="A", help="this address of this host's subnet")
-    attach.add_argument("--name", metavar="N", help="name of the endpoint")
+    attach.add_argument(
+        "--ifname", metavar="IF", default="eth0", help="name the interface (default: %(default)s)"
+    )
+    attach.add_argument(
+        "--ip",
+        metavar="A",
+        help="take this address of the host's subnet (default: the lowest free)",
+    )
+    attach.add_argument(
+        "--name", metavar="N", help="name the endpoint (default: made from the pid and its id)"
+    )
     attach.add_argument(
         "--no-default-route",
         dest="default_route",
@@ -60,8 +68,8 @@ def _add_attach(commands: Subparsers) -> None:
         metavar="SPEC",
         action="append",
         default=[],
-        help="a port of this host that leads to one of the process, [[IP:]HOST:]PORT[/udp], such "
-        "as 8080:80; as often as needed",
+        help="publish a port of the process on this host: [[IP:]HOST:]PORT[/udp], for example "
+        "8080:80; may be repeated",
     )
     attach.set_defaults(run=_attach)
 
@@ -71,19 +79,18 @@ def _add_publication(actions: Subparsers) -> None:
     publish = actions.add_parser(
         "publish",
         help="publish ports of an endpoint of this host",
-        description="Have ports of this host lead to ports of an endpoint, at once.",
+        description="Publish ports of an endpoint on this host, at once.",
         epilog="example: meshnet endpoint publish web 8080:80 127.0.0.1:5353:53/udp",
     )
     unpublish = actions.add_parser(
         "unpublish",
-        help="take published ports of an endpoint away",
-        description="Ports of this host lead to the endpoint no more; connections that are open "
-        "go on.",
+        help="stop publishing ports of an endpoint",
+        description="Stop publishing ports of an endpoint. Open connections go on.",
         epilog="example: meshnet endpoint unpublish web 8080",
     )
     for parser, run, what in (
-        (publish, _publish, "[[IP:]HOST:]PORT[/udp]"),
-        (unpublish, _unpublish, "as it was published, or the host's port: HOST[/udp]"),
+        (publish, _publish, "a port to publish: [[IP:]HOST:]PORT[/udp]"),
+        (unpublish, _unpublish, "a port as it was published, or the host's port: HOST[/udp]"),
     ):
         name = parser.add_argument("name", metavar="NAME", help="the endpoint's name or id")
         name.completer = complete_endpoints  # type: ignore[attr-defined]
@@ -95,7 +102,9 @@ def _add_publication(actions: Subparsers) -> None:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pid", metavar="PID", type=int, help="a process with its own namespace")
+    parser.add_argument(
+        "pid", metavar="PID", type=int, help="a process in a network namespace of its own"
+    )
     network = parser.add_argument("--net", metavar="NAME", required=True, help="the network")
     network.completer = complete_networks  # type: ignore[attr-defined]
     parser.add_argument("--json", action="store_true", help="print one JSON document")

@@ -23,11 +23,11 @@ def add_parser(commands: Subparsers) -> None:
     actions = group.add_subparsers(prog=group.prog, metavar="ACTION", required=True)
     rm = actions.add_parser(
         "rm",
-        help="forget a host: its subnets and endpoints are freed",
-        description="Forget a host that is gone for good. All others drop their routes to it and "
-        "its subnets may be given to other hosts. Its agent must have stopped.",
+        help="remove a host that is gone for good",
+        description="Remove a host that is gone for good, and free its subnets and endpoints. All "
+        "others drop their routes to it. Its agent must have stopped.",
     )
-    rm.add_argument("id", metavar="ID")
+    rm.add_argument("id", metavar="ID", help="the host's id, as in hosts")
     rm.add_argument("--json", action="store_true", help="print one JSON document")
     rm.set_defaults(run=_rm)
 
@@ -65,8 +65,8 @@ def _rm(args: argparse.Namespace) -> int:
     if document["endpoints"] and not args.json:
         names = ", ".join(e["name"] for e in document["endpoints"])
         print(
-            f"meshnet: warning: no host has a way any more to {names}: if {args.id} still runs, "
-            "what is attached there is cut off",
+            f"meshnet: warning: no host has a route to {names} any longer: if {args.id} still "
+            "runs, what is attached there is cut off",
             file=sys.stderr,
         )
     return print_either(args.json, document, document["id"])

@@ -38,42 +38,42 @@ def add_parser(commands: Subparsers) -> None:
     load = actions.add_parser(
         "load",
         help="load images from a file or a directory",
-        description="Load all images for this host's platform from an OCI image layout, a "
-        "directory or a tar of it, or from what docker save made; also compressed by gzip.",
+        description="Load all images for this host's platform from an OCI image layout (a "
+        "directory or a tar) or from what docker save made. A tar may be compressed with gzip.",
         epilog="example: docker save busybox | meshnet image load -",
     )
-    load.add_argument("path", metavar="FILE|DIR", help="-: standard input")
-    load.add_argument("--name", metavar="REF", help="what to call the image")
+    load.add_argument("path", metavar="FILE|DIR", help="what to load; - is standard input")
+    load.add_argument("--name", metavar="REF", help="name the image (default: as its file says)")
     _finish(load, _load)
     _finish(actions.add_parser("ls", help="list images"), _ls)
-    inspect = actions.add_parser("inspect", help="show one image and how it wants to be run")
+    inspect = actions.add_parser("inspect", help="show an image and how it wants to be run")
     _add_image(inspect)
     _finish(inspect, _inspect)
     rm = actions.add_parser(
         "rm",
         help="remove images",
-        description="Take names away, or images by their ids; an image goes with its last name, "
-        "a layer with its last image. Refused while a container has the image.",
+        description="Remove names of images, or images by their ids. An image goes with its last "
+        "name, and a layer with its last image. Refused while a container has the image.",
     )
     _add_image(rm, nargs="+")
     _finish(rm, _rm)
     pull = actions.add_parser(
         "pull",
         help="get an image from a registry",
-        description="Get an image from a registry by skopeo, with your own credentials.",
+        description="Get an image from a registry through skopeo, with your own credentials.",
     )
     _add_image(pull)
     _finish(pull, _pull)
     push = actions.add_parser(
         "push",
         help="send an image to the registry that its name says",
-        description="Send an image to a registry by skopeo, with your own credentials.",
+        description="Send an image to a registry through skopeo, with your own credentials.",
     )
     _add_image(push)
     _finish(push, _push)
     for registry in (pull, push):
         registry.add_argument(
-            "--insecure", action="store_true", help="speak HTTP too, and believe any certificate"
+            "--insecure", action="store_true", help="speak HTTP too, and trust any certificate"
         )
 
 
@@ -128,18 +128,18 @@ def _open(path: str) -> IO[bytes]:
         raise NotFoundError(f"{path} does not exist: give a file or a directory") from error
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read ({error.strerror}): give a file that can"
+            f"{path} cannot be read ({error.strerror}): give a file that you can read"
         ) from error
 
 
 def _pack(directory: str, output: IO[bytes]) -> None:
-    """Write an image layout as a tar: what belongs to it, and nothing else that is there."""
+    """Write an image layout as a tar: its own files, and nothing else of the directory."""
     try:
         with tarfile.open(fileobj=output, mode="w|", bufsize=1 << 18) as tar:
             for name in ("oci-layout", "index.json", "blobs"):
                 tar.add(os.path.join(directory, name), name)
     except ConnectionError:
-        raise  # the agent's
+        raise  # of the agent, which hung up; ConnectionError is an OSError, too
     except OSError as error:
         raise UsageError(
             f"{directory} cannot be read as an OCI image layout ({error}): give one, or a file"
@@ -203,7 +203,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _text(value: object) -> str:
-    """What an image says of itself, as one line that does nothing to a terminal."""
+    """Show an image's own text on one line.  Escape sequences in it must not reach a terminal."""
     if isinstance(value, dict):
         value = [f"{key}={text}" for key, text in value.items()]
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)

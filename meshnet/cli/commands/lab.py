@@ -1,7 +1,8 @@
 """``meshnet lab``: a mesh of several hosts on this one machine, to try things out.
 
 The hosts are network namespaces (`meshnet.lab`).  Unlike the other command groups this one calls
-no agent: it makes them.  Imports what it needs in each command: the client has to start fast.
+does not call an agent: it starts them.  Each command imports what it needs, because the client must
+start fast.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from meshnet.lab.state import LabDocument
     from meshnet.lab.topology import Lab
 
-_LAB_HELP = "hosts as network namespaces on this machine, with etcd"
+_LAB_HELP = "run a mesh of several hosts on this machine"
 _LAB_DESCRIPTION = """\
-Run a whole mesh on this machine: every "host" is a network namespace with its own agent, all of
-them hang on a switch (another namespace), and so does an etcd.  The agents, kernel devices and
-packets are real.  Nothing in the machine's own network namespace is touched."""
+Run a whole mesh on this machine. Every "host" is a network namespace with its own agent. A switch,
+which is another namespace, connects them with each other and with an etcd. The agents, kernel
+devices and packets are real. The machine's own network namespace stays untouched."""
 _LAB_EPILOG = """\
 example, as root:
   meshnet lab up --hosts 3
@@ -31,18 +32,17 @@ example, as root:
 
 _UP_DESCRIPTION = """\
 Make the hosts h1, h2, ..., start etcd and an agent on every host, and wait until all are ready.
-If anything fails, what was made is removed again.  Several labs can be up under different names."""
+If anything fails, all of it is removed again. Several labs can be up under different names."""
 _UP_EPILOG = """\
 examples:
   meshnet lab up
   meshnet lab up --hosts 5 --name wide --underlay ipv6 --mtu 9000"""
 
 _EXEC_DESCRIPTION = """\
-Run a command in a host's network namespace, as a shell on that host would.  MESHNET_SOCKET names
-the host's agent, so that 'meshnet' there talks to it; MESHNET_ETCD is etcd's URL.  The exit status
-is the command's own.  Two more places can be named as HOST: 'sw', the switch (its bridge is br0,
-its ports are named as the hosts), and 'etcd' (with three members also 'etcd2' and
-'etcd3').  Options go before HOST."""
+Run a command in a host's network namespace, as a shell on that host would. MESHNET_SOCKET names
+the host's agent, so that 'meshnet' there talks to it; MESHNET_ETCD is etcd's URL. The exit status
+is the command's own. HOST may also be 'sw', the switch (its bridge is br0, and its ports have the
+hosts' names), or 'etcd' (with three members also 'etcd2' and 'etcd3'). Options go before HOST."""
 _EXEC_EPILOG = """\
 examples:
   meshnet lab exec h1 -- meshnet network create prod --subnet 10.42.0.0/16 --mode vxlan
@@ -50,8 +50,8 @@ examples:
   meshnet lab exec sw -- tcpdump -ni br0 udp port 4789"""
 
 _DOWN_DESCRIPTION = """\
-End every process of a lab, and remove its namespaces and directories.  Harmless when it is not
-up; also cleans up what an interrupted 'up' or 'down' has left."""
+End every process of a lab, and remove its namespaces and directory. This is harmless when the lab
+is not up, and cleans up after an interrupted 'up' or 'down'."""
 _DOWN_EPILOG = """\
 example:
   meshnet lab down --name wide"""
@@ -69,28 +69,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     up = _command(commands, "up", "make the hosts and start them", _UP_DESCRIPTION, _UP_EPILOG)
     up.add_argument(
-        "--hosts", type=int, default=3, metavar="N", help="how many (default: %(default)s)"
+        "--hosts", type=int, default=3, metavar="N", help="make N hosts (default: %(default)s)"
     )
     _add_name(up)
     up.add_argument(
         "--underlay",
         choices=("ipv4", "ipv6"),
         default="ipv4",
-        help="address family between the hosts (default: %(default)s)",
+        help="choose the address family between the hosts (default: %(default)s)",
     )
     up.add_argument(
         "--mtu",
         type=int,
         default=1500,
         metavar="BYTES",
-        help="MTU between the hosts (default: %(default)s)",
+        help="set the MTU between the hosts (default: %(default)s)",
     )
     up.add_argument(
         "--etcd-members",
         type=int,
         choices=(1, 3),
         default=1,
-        help="members of etcd, each with an address of its own (default: %(default)s)",
+        help="run etcd with so many members, each with its own address (default: %(default)s)",
     )
     _add_json(up)
     up.set_defaults(run=run_up)
@@ -98,18 +98,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     execute = _command(commands, "exec", "run a command on a host", _EXEC_DESCRIPTION, _EXEC_EPILOG)
     execute.usage = "%(prog)s [--name NAME] HOST -- CMD..."
     _add_name(execute)
-    execute.add_argument("host", metavar="HOST", help="h1, h2, ...; sw; or etcd")
+    execute.add_argument("host", metavar="HOST", help="h1, h2, ..., sw or etcd")
     execute.add_argument(
         "command", metavar="CMD", nargs=argparse.REMAINDER, help="the command and its arguments"
     )
     execute.set_defaults(run=run_exec)
 
-    down = _command(commands, "down", "remove all of it", _DOWN_DESCRIPTION, _DOWN_EPILOG)
+    down = _command(commands, "down", "remove a lab", _DOWN_DESCRIPTION, _DOWN_EPILOG)
     _add_name(down)
     _add_json(down)
     down.set_defaults(run=run_down)
 
-    ls = _command(commands, "ls", "list the labs", _LS_DESCRIPTION, _LS_EPILOG)
+    ls = _command(commands, "ls", "list the labs that are up", _LS_DESCRIPTION, _LS_EPILOG)
     _add_json(ls)
     ls.set_defaults(run=run_ls)
 
@@ -139,7 +139,7 @@ def run_up(args: argparse.Namespace) -> int:
 
 
 def run_exec(args: argparse.Namespace) -> int:
-    """Run ``meshnet lab exec``: becomes the command, and returns only by an error."""
+    """Run ``meshnet lab exec``: become the command, and return only with an error."""
     import signal
 
     from meshnet.errors import NotFoundError, UsageError
@@ -161,7 +161,8 @@ def run_exec(args: argparse.Namespace) -> int:
         document.host(args.host)
         environment = state.host_environment(base_dir, args.host, document.etcd_url)
     netns.set_netns(netns.netns_path(netns.netns_name(args.name, args.host)))
-    # Python ignores these two, and a program inherits that: 'yes | head' would never end.
+    # Python ignores these two, and exec keeps ignored signals ignored: 'yes | head' would never
+    # end.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     sys.stdout.flush()
@@ -247,19 +248,19 @@ def _command(
 
 def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--name", default="lab", help="which lab, if there are several (default: %(default)s)"
+        "--name", default="lab", help="choose the lab, by its name (default: %(default)s)"
     )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _require_root() -> None:
     from meshnet.errors import PolicyRefusedError
 
     if os.geteuid() != 0:
-        raise PolicyRefusedError("a lab's processes and namespaces are root's: use sudo")
+        raise PolicyRefusedError("a lab's processes and namespaces belong to root: use sudo")
 
 
 def _read_lab(name: str, base_dir: Path) -> LabDocument:

@@ -23,16 +23,16 @@ def add_parser(commands: Subparsers) -> None:
     ls = actions.add_parser("ls", help="list networks")
     ls.add_argument("--json", action="store_true", help="print one JSON document")
     ls.set_defaults(run=_ls)
-    inspect = actions.add_parser("inspect", help="show one network, its hosts and endpoints here")
-    inspect.add_argument("name", metavar="NAME").completer = complete_networks  # type: ignore[attr-defined]
+    inspect = actions.add_parser("inspect", help="show a network, its hosts and endpoints here")
+    inspect.add_argument("name", metavar="NAME", help="the network").completer = complete_networks  # type: ignore[attr-defined]
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
     inspect.set_defaults(run=_inspect)
     rm = actions.add_parser(
         "rm",
         help="remove a network that has no endpoints",
-        description="Remove a network from every host. Its endpoints must be detached before.",
+        description="Remove a network from every host. Detach its endpoints first.",
     )
-    rm.add_argument("name", metavar="NAME").completer = complete_networks  # type: ignore[attr-defined]
+    rm.add_argument("name", metavar="NAME", help="the network").completer = complete_networks  # type: ignore[attr-defined]
     rm.add_argument("--json", action="store_true", help="print one JSON document")
     rm.set_defaults(run=_rm)
 
@@ -45,36 +45,46 @@ def _add_create(actions: Subparsers) -> None:
         "subnets of all others.",
         epilog="example: meshnet network create prod --subnet 10.42.0.0/16 --subnet fd00:42::/48",
     )
-    create.add_argument("name", metavar="NAME")
+    create.add_argument("name", metavar="NAME", help="name of the network")
     create.add_argument(
         "--subnet",
         metavar="CIDR",
         action="append",
         required=True,
-        help="addresses of the network; give it twice for IPv4 and IPv6",
+        help="set the network's addresses; repeat for IPv4 and IPv6",
     )
     _add_mode(create)
     create.add_argument(
         "--host-prefix",
         metavar="N",
         type=int,
-        help="prefix length of one host's subnet (default: 24; of an IPv6-only network 64)",
+        help="set the prefix length of each host's subnet (default: 24; in an IPv6-only network "
+        "64)",
     )
     create.add_argument(
         "--host-prefix6",
         metavar="N",
         type=int,
-        help="the same for the IPv6 subnet of a dual-stack network (default: 64)",
+        help="set the prefix length of each host's IPv6 subnet in a dual-stack network (default: "
+        "64)",
     )
-    create.add_argument("--vni", metavar="N", type=int, help="default: the lowest free from 4097")
+    create.add_argument(
+        "--vni",
+        metavar="N",
+        type=int,
+        help="set the VXLAN network identifier (default: the lowest free from 4097)",
+    )
     create.add_argument(
         "--port",
         metavar="N",
         type=int,
-        help="UDP port (default: 4789; mode udp: one of its own, 20000 to 29999)",
+        help="set the tunnel's UDP port (default: 4789; in mode udp 20000 + VNI modulo 10000)",
     )
     create.add_argument(
-        "--mtu", metavar="N", type=int, help="default: the underlay's, less the encapsulation"
+        "--mtu",
+        metavar="N",
+        type=int,
+        help="set the endpoints' MTU in bytes (default: the underlay's less the encapsulation)",
     )
     create.add_argument(
         "--direct-routing",
@@ -85,8 +95,8 @@ def _add_create(actions: Subparsers) -> None:
         "--fallback",
         choices=("auto", "never"),
         default="never",
-        help="auto: send to peers that VXLAN does not reach by a userspace VTEP on another port "
-        "(default: never)",
+        help="send through a userspace VTEP on another port to peers that VXLAN does not reach "
+        "(default: %(default)s)",
     )
     _add_physical(create)
     create.add_argument("--json", action="store_true", help="print one JSON document")
@@ -101,42 +111,42 @@ def _add_mode(create: argparse.ArgumentParser) -> None:
         metavar="MODE",
         choices=[str(mode) for mode in Mode],
         default=str(DEFAULT_MODE),
-        help="one of %(choices)s (default: %(default)s)",
+        help="choose the mode: %(choices)s (default: %(default)s)",
     )
 
 
 def _add_physical(create: argparse.ArgumentParser) -> None:
-    """Options of what is beside the overlay: the physical network, and the host."""
+    """Add the options that concern the physical network and the host, not the overlay."""
     create.add_argument(
         "--parent",
         metavar="IF",
-        help="the hosts' link on the physical network (modes macvlan and underlay-bridge)",
+        help="name the hosts' link on the physical network (modes macvlan and underlay-bridge)",
     )
     create.add_argument(
         "--range",
         metavar="FIRST-LAST",
         action="append",
         default=[],
-        help="endpoints get addresses from these of the physical network; twice for IPv4 and IPv6 "
-        "(default: the whole CIDR)",
+        help="give endpoints only these addresses of the physical network; repeat for IPv4 and "
+        "IPv6 (default: the whole CIDR)",
     )
     create.add_argument(
         "--gateway",
         metavar="IP",
         action="append",
         default=[],
-        help="the physical network's router; twice for IPv4 and IPv6",
+        help="name the physical network's router; repeat for IPv4 and IPv6 (default: none)",
     )
     create.add_argument(
         "--internal",
         action="store_true",
-        help="endpoints have no way out of the network (modes macvlan and underlay-bridge: "
-        "they get no default route, and reach the physical network)",
+        help="give endpoints no way out of the network (modes macvlan and underlay-bridge: no "
+        "default route, but they reach the physical network)",
     )
     create.add_argument(
         "--host-access",
         action="store_true",
-        help="let a host reach its own endpoints, which macvlan else forbids",
+        help="let a host reach its own endpoints, which mode macvlan otherwise prevents",
     )
 
 

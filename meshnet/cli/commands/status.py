@@ -17,9 +17,9 @@ def add_parser(commands: Subparsers) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "status",
-        help="how this host is doing",
-        description="Show the store's connection and, for each network, whether the kernel is as "
-        "it should be and what is wrong.",
+        help="show how this host is doing",
+        description="Show whether the store is connected and, for each network, whether the kernel "
+        "is in sync and what is wrong.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_status)

@@ -24,16 +24,17 @@ def add_parser(commands: Subparsers) -> None:
         help="remove a volume and its content",
         description="Remove a volume and its content. Refused while a container has it.",
     )
-    argument = rm.add_argument("name", metavar="NAME")
+    argument = rm.add_argument("name", metavar="NAME", help="the volume")
     argument.completer = complete_volumes  # type: ignore[attr-defined]
     _finish(rm, _rm)
     prune = actions.add_parser(
         "prune",
-        help="remove the anonymous volumes that no container has",
-        description="Remove volumes that no container has: those without a name of their own, "
-        "with --all any.",
+        help="remove anonymous volumes that no container has",
+        description="Remove anonymous volumes that no container has.",
     )
-    prune.add_argument("-a", "--all", action="store_true", help="also those with a name")
+    prune.add_argument(
+        "-a", "--all", action="store_true", help="remove also those that have a name"
+    )
     _finish(prune, _prune)
 
 

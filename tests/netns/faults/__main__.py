@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _SEQUENCES_A_STAGE = 10
-"""After so many a fresh lab is made."""
+"""Number of sequences after which a new lab is made."""
 
 
 def main() -> int:
@@ -88,7 +88,7 @@ def _run_jobs(options: argparse.Namespace, seed: int) -> int:
     try:
         statuses = [child.wait() for child in children]
     except KeyboardInterrupt:
-        # They got it, too, and take their labs down.
+        # The processes got the signal, too, and take their labs down.
         statuses = [child.wait() for child in children]
     except SystemExit:
         for child in children:
@@ -142,7 +142,7 @@ def _append(results: Path, report: SequenceReport) -> None:
 
 
 def to_markdown(results: Path) -> str:
-    """The table: fault by fault, what it cost and how long until all was whole."""
+    """Make the table: for each fault, what it cost and how long until all was whole."""
     documents = [json.loads(line) for line in results.read_text().splitlines()]
     by_name: dict[str, list[dict[str, Any]]] = {}
     for document in documents:

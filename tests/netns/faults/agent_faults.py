@@ -1,4 +1,4 @@
-"""Faults of the agent's process: none may cost a packet."""
+"""Faults of the agent's process: they must not cost a packet."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class SecondAgent:
 
 @dataclass(frozen=True, slots=True)
 class OutOfDescriptors:
-    """The agent may open hardly any file more; what it cannot do it says, and goes on."""
+    """The agent can open hardly any more files; it reports what it cannot do, and goes on."""
 
     name: str = "out of descriptors"
 
@@ -136,7 +136,7 @@ class OutOfDescriptors:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, before[1]))
         container = host.spawn_container()
         try:
-            # Whatever becomes of it: the client gets an answer, the agent lives.
+            # Whatever the outcome, the client gets an answer and the agent lives.
             network = rng.choice(sorted({member.network for member in mesh.members}))
             command = ["meshnet", "attach", str(container.pid), "--net", network]
             done = host.run(command, check=False, timeout=90)

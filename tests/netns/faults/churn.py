@@ -1,4 +1,4 @@
-"""What happens to a mesh on an ordinary day: endpoints, networks and hosts come and go."""
+"""An ordinary day of a mesh: endpoints, networks and hosts come and go."""
 
 from __future__ import annotations
 

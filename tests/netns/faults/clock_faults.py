@@ -1,4 +1,4 @@
-"""Faults of the wall clock: nothing waits by it, so nothing may come of them."""
+"""Faults of the wall clock: nothing waits by it, so they must have no effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.netns.faults.mesh import FaultMesh
 
 _JUMPS_S = (-315_360_000, -3_600, -TTL_S, TTL_S, 3_600, 315_360_000)
-"""Ten years, an hour, and what a time server mends."""
+"""Ten years, an hour, and what a time server corrects."""
 _FREED = re.compile(r"^(\S+) .*endpoint freed, its process ended", re.MULTILINE)
 
 
@@ -62,7 +62,7 @@ def _set(file: Path, jump_s: int) -> None:
 
 @contextlib.contextmanager
 def _preloaded(file: Path) -> Iterator[None]:
-    """Have processes that are started in the block look at a clock of their own."""
+    """Give processes that are started in the block their own clock."""
     more = {"LD_PRELOAD": str(compile_library("clock")), "FAULT_CLOCK": str(file)}
     os.environ |= more
     try:

@@ -1,4 +1,4 @@
-"""Faults of the state directory: nothing that was recorded is lost, and no packet."""
+"""Faults of the state directory: neither a record nor a packet is lost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _start_instance(host: LabHost) -> None:
 
 
 def _refused_attach(mesh: FaultMesh, host: LabHost, rng: Random) -> None:
-    """Nothing can be attached that cannot be recorded; the client is told, and all is undone."""
+    """Check that an attach which cannot be recorded is refused and undone."""
     container = host.spawn_container()
     network = rng.choice(sorted({member.network for member in mesh.members}))
     try:
@@ -200,7 +200,7 @@ class NewerState:
 
         def heal() -> None:
             for file, content in before.items():
-                # A key that is not known is no obstacle.
+                # An unknown key is ignored.
                 document = json.loads(content) | {"new": 1}
                 del document["crc32"]
                 body = json.dumps(document).removesuffix("}").encode()

@@ -1,4 +1,4 @@
-"""Faults of etcd: none may cost a packet, and nothing may be lost for good."""
+"""Faults of etcd: they must not cost a packet, and nothing may be lost for good."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ class RolledBack:
 
 
 def _refuses_writes(host: LabHost, network: str, reason: str) -> None:
-    """An operator's commands must not reach an etcd that is not this mesh's."""
+    """Check that an operator's commands do not reach an etcd that is not this mesh's."""
     for command in (
         ("network", "create", "late", "--subnet", "10.99.0.0/16"),
         ("network", "rm", network),

@@ -1,4 +1,4 @@
-"""What traffic saw, and what of it no fault excuses.  Pure: times and books come as arguments.
+"""Judges what traffic saw: what no fault excuses.  Pure: times and books are arguments.
 
 All times are nanoseconds of CLOCK_MONOTONIC, which every namespace of a machine shares.
 """
@@ -134,7 +134,7 @@ class Verdict:
         misdelivered: datagrams that came where they must not.
         leaked: datagrams that came to another network while a fault had opened the way.
         late: datagrams for a former owner of an address.
-        violations: what must not be, as sentences.
+        violations: what must not happen and did, as sentences.
     """
 
     lost: int = 0
@@ -168,8 +168,8 @@ def judge(
 ) -> Verdict:
     """Say what of the evidence no cut excuses.
 
-    Losses that queues of this machine or buffers of the probers account for are no losses of the
-    network: they are counted apart, and only as many as there were overruns.
+    Losses that queues of this machine or buffers of the probers account for are not losses of the
+    network.  They are counted apart, and only as many as there were overruns.
 
     Args:
         endpoints: all there ever were, by id.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def cuts_nothing(_source: Member, _target: Member) -> bool:
-    """Most faults are of the control plane: no packet may be lost."""
+    """Say no: most faults are of the control plane, and no packet may be lost."""
     return False
 
 

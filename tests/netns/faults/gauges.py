@@ -1,4 +1,4 @@
-"""What may grow in a mesh, counted: memory, descriptors, threads, kernel objects, keys in etcd."""
+"""Counts what may grow in a mesh: memory, descriptors, threads, kernel objects, keys in etcd."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Series = dict[str, Points]
 
 _PERIOD_S = 1.0
 _COMMAND_EVERY = 5
-"""What takes a command is read only every so many samples."""
+"""Gauges that need a command are read only every so many samples."""
 _PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
 _AF_BRIDGE = 7
 _DUMPS = {
@@ -77,7 +77,7 @@ def count_objects(sock: socket.socket, request: int, family: int) -> int:
 
 
 def drifts(series: Series, seconds: float) -> list[str]:
-    """Every series that is not flat, as a sentence.
+    """Describe every series that is not flat, each in a sentence.
 
     Flat: the median of the last quarter is no more above that of the second quarter than its kind
     may be.  The first quarter is for what an agent learns and keeps.  What was hardly there (a

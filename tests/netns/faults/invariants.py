@@ -1,7 +1,7 @@
 """What must hold in a mesh that is whole: the book, etcd, agents, kernels and endpoints agree.
 
 `check` compares them all and says what is wrong, in sentences; it changes nothing and is cheap
-enough to be asked again and again.  The book, `FaultMesh.members`, is right by definition, and no
+enough to be called again and again.  The book, `FaultMesh.members`, is right by definition, and no
 fault can touch it: what the mesh has beyond it is left over, what it lacks is lost.
 """
 
@@ -97,7 +97,7 @@ def wait_whole(mesh: FaultMesh, deadline_s: float) -> float:
 
 
 def _check_book(members: Iterable[Member]) -> list[str]:
-    """No address twice, nor two endpoints of one id, in all that was ever answered."""
+    """Look for addresses and ids that two endpoints have, in everything that was ever answered."""
     given = Counter(
         (member.network, address) for member in members for address in addresses_of(member.document)
     )

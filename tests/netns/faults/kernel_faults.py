@@ -1,6 +1,6 @@
-"""Faults of the kernel's state: somebody removes, changes or duplicates objects of ours by hand.
+"""Faults of the kernel's state: somebody removes, changes or duplicates our objects.
 
-The agent hears of it and puts it right, long before its next resync.  What the object carries is
+The agent hears of it and repairs it, long before its next resync.  What the object carries is
 cut until then.
 """
 

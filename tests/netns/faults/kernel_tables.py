@@ -1,4 +1,4 @@
-"""The objects that a kernel has, as the lines of text of `tests.netns.faults.wanted`.
+"""Reads a kernel's objects as lines of text, as `tests.netns.faults.wanted` writes them.
 
 Only those that could be the product's: by the name of their link, by routing protocol 109, by a
 nexthop id of its range, by the name of the nftables tables.

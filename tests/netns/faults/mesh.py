@@ -1,8 +1,8 @@
 """The mesh that faults happen to: a lab, its networks and its endpoints.
 
 A `Member` is one endpoint: what the mesh was asked for (host, network) and what it answered.  The
-tests' own book of endpoints is here, so that what etcd, the agents and the kernels say is compared
-with something that no fault can touch.
+tests' own book of endpoints is here: what etcd, agents and kernels say is compared with it, and no
+fault can touch it.
 """
 
 from __future__ import annotations

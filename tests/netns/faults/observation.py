@@ -1,4 +1,4 @@
-"""What a mesh looks like right now: etcd, kernels, agents, disks and endpoints, each asked itself.
+"""Looks at a mesh as it is right now, by asking etcd, kernels, agents, disks and endpoints.
 
 Nothing here is the product's: keys are read with etcdctl, kernels with ip, bridge and nft, agents
 by HTTP.  A host costs three short processes, an endpoint one, and all run side by side, because
@@ -48,7 +48,7 @@ class StoreKey(NamedTuple):
 
     @property
     def document(self) -> Document:
-        """The value; empty if it is no object of JSON."""
+        """The value; empty if it is not a JSON object."""
         try:
             document = json.loads(self.value)
         except ValueError:

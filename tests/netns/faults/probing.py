@@ -23,7 +23,7 @@ PORT = 7001
 FOREIGN_EVERY = 16
 """To endpoints of other networks a datagram each so many rounds."""
 _SETTLE_S = 1.0
-"""How long a datagram may be on its way before it is lost."""
+"""How long a datagram may be on its way before it counts as lost."""
 
 
 class PathId(NamedTuple):

@@ -1,4 +1,4 @@
-"""Who reaches whom: one UDP packet from each endpoint to each other, of whatever network.
+"""Tests who reaches whom: one UDP packet from each endpoint to each other, in all networks.
 
 The packets that must not arrive are sent first: each has been delivered or dropped once what its
 socket sent after it has arrived, so nobody waits for nothing to happen.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
 _FAULTS_OF_TEN = 5
-"""How many of ten steps are faults; the others are churn."""
+"""How many of ten steps are faults.  The others are churn."""
 _CHURN_WEIGHTS = {"endpoints": 3, "networks": 1, "hosts": 1}
 
 

@@ -167,7 +167,7 @@ class Stage:
         try:
             self._run(step, faults, rng, cuts)
         except WHATEVER as exc:
-            # Whatever it is: the sequence ends, and what is known of it is kept.
+            # Whatever it is, the sequence ends, and its evidence is kept.
             step.broken += [f"{type(exc).__name__}: {exc}", traceback.format_exc()]
         now_ns = time.monotonic_ns()
         step.verdict = self.traffic.judge([replace(cut, to_ns=cut.to_ns or now_ns) for cut in cuts])
@@ -213,7 +213,7 @@ class Stage:
         return sentences
 
     def keep(self, directory: Path, steps: Sequence[Step]) -> None:
-        """Write down all that tells what went wrong."""
+        """Write down everything that may show what went wrong."""
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         document = [asdict(step) for step in steps]
@@ -228,7 +228,7 @@ class Stage:
                         done = host.run(command.split(), check=False, timeout=20)
                         said = f"{done.stdout}{done.stderr}"
                     except subprocess.TimeoutExpired as exc:
-                        said = str(exc)  # maybe that is what went wrong
+                        said = str(exc)  # that may be what went wrong
                     file.write(f"# {command}\n{said}\n")
         try:
             (directory / "etcd.txt").write_text(self.lab.etcd.ctl("get", "", "--prefix"))

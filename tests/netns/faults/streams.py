@@ -48,7 +48,7 @@ class Streams:
         for endpoint in come:
             program = Program(endpoint.member.container, "stream", PORT, PERIOD_US)
             self._programs[endpoint.id] = (endpoint, program)
-        # A receiver is there before its sender.
+        # Receivers start before their senders.
         sending = {stream.source.id for stream in self._streams.values()}
         for source, _ in list(self._programs.values()):
             if source.id not in sending:
@@ -89,7 +89,7 @@ class Streams:
         self._ask(source.id, f"open {stream.id} {target.addresses[version]}")
 
     def _close(self, stream: _Stream) -> None:
-        # The sender first: it would connect again.
+        # The sender ends first, as it would otherwise connect again.
         for end in (stream.source, stream.target):
             self._ask(end.id, f"close {stream.id}")
         del self._streams[stream.id]

@@ -1,4 +1,4 @@
-"""Traffic across a fault mesh: who takes part, what is seen, and what of it is wrong."""
+"""Runs traffic across a fault mesh, and judges what becomes of it."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Traffic:
         return self._matrix.sent
 
     def follow(self) -> None:
-        """Have the endpoints that the mesh has now take part, and no others.
+        """Let exactly the endpoints that the mesh has now take part.
 
-        What is to be removed in order: call `leave` first, then it is as if it had never been.
+        Call `leave` first for an endpoint that is removed in order: then nothing of it counts.
         """
         members = [member for member in self._mesh.members if member.container.is_alive()]
         gone = [endpoint for endpoint in self._present if endpoint.member not in members]
@@ -72,7 +72,7 @@ class Traffic:
         self._change([member for member in members if member not in known], gone)
 
     def leave(self, member: Member) -> None:
-        """Take a member out that is about to be removed."""
+        """Exclude a member that is about to be removed."""
         self._matrix.collect()
         self._streams.collect()
         found = [endpoint for endpoint in self._present if endpoint.member is member]

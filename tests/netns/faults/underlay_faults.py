@@ -1,4 +1,4 @@
-"""Faults of the underlay: they cut what crosses the place where they are, and nothing else."""
+"""Faults of the underlay: they cut only what crosses the place where they happen."""
 
 from __future__ import annotations
 

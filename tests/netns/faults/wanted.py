@@ -1,6 +1,6 @@
 """What must be in the kernels of a mesh: computed from what etcd and the tests' book say.
 
-The rules are those of docs/architecture.md, written down a second time: nothing of the product is
+The rules are those of docs/architecture.md, written a second time.  Nothing of the product is
 imported but names of types.  An object is a line of text, as a person would say it to another, so
 that a table is a bag of lines and a difference reads as it is.
 """

@@ -1,4 +1,4 @@
-"""What a systemd unit says of a service, with its drop-ins: read from the files themselves."""
+"""Reads what a systemd unit and its drop-ins say about a service, from the files themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A systemd of its own on a lab's host, in namespaces, with nothing of this machine in its reach.
+"""Runs a systemd on a lab's host, in namespaces, where it cannot reach anything of this machine.
 
 It has this machine's file system below an overlay whose upper layer is in memory, its own /run,
 /tmp and devices, control groups below one of its own, and may set no sysctl but those of its
