@@ -97,7 +97,8 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
     for setting in SETTINGS:
         if setting.secret and f"--{setting.name}" in {word.partition("=")[0] for word in given}:
             raise UsageError(  # the parser's own message would repeat it
-                f"--{setting.name} is no option, for ps would show it: use --{setting.name}-file"
+                f"--{setting.name} is not an option, because ps would show it: use "
+                f"--{setting.name}-file"
             )
     parsed = vars(parser.parse_args(given))
     path = parsed.pop("config") or os.environ.get("MESHNET_CONFIG")

@@ -71,7 +71,7 @@ def check_key_name(name: str) -> None:
         BadValueError: nobody could have created what is named so.
     """
     if not NAME_PATTERN.fullmatch(name):
-        raise BadValueError(f"the key names {name[:80]!r}, which is no name")
+        raise BadValueError(f"the key names {name[:80]!r}, which is not a name")
 
 
 def network_field(text: str) -> IpNetwork:

@@ -85,7 +85,7 @@ def decode_reservation(network: NetworkName, subnet_key: str, raw: bytes) -> Res
     """Read a reservation; `subnet_key` is the last part of its key (see `subnet_to_key`).
 
     Raises:
-        BadValueError: malformed value, or a key that is no subnet.
+        BadValueError: malformed value, or a key that is not a subnet.
     """
     value = decode(_reservation, raw)
     check_key_name(network)

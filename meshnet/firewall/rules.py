@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.firewall import elements
 from meshnet.firewall.elements import SETS, TABLE, render_elements
+from meshnet.wire.icmp import ICMPV6
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,8 +65,6 @@ COUNTERS = {
 _FAMILY = {4: "ip", 6: "ip6"}
 _NFPROTO = {4: "ipv4", 6: "ipv6"}
 _LOOPBACK = "127.0.0.0/8"
-_ICMPV6 = 58
-"""Protocol number (RFC 4443 §1)."""
 _MULTICAST = {4: "224.0.0.0/4", 6: "ff00::/8"}
 
 
@@ -316,7 +315,7 @@ def _bridge() -> str:
             [
                 # By number: nft looks names of protocols up in /etc/protocols, and refuses the
                 # whole script on a small host that lacks the file.
-                f"meta l4proto {_ICMPV6} jump from_icmpv6",
+                f"meta l4proto {ICMPV6} jump from_icmpv6",
                 f"{ipv6} @sources6 accept",
                 _drop("spoofed_ipv6"),
             ],

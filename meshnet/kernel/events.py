@@ -99,7 +99,7 @@ def _open(protocol: int, groups: Collection[int], own_ports: Collection[int]) ->
 
 _FDB_OF_OURS = (
     *((LOAD_U16, 0, 0, 4), (IF_EQUAL, 0, 5, socket.htons(rtnl.RTM_NEWNEIGH))),  # nlmsg_type
-    *((LOAD_U8, 0, 0, 16), (IF_EQUAL, 0, 3, bulk.AF_BRIDGE)),  # ndm_family
+    *((LOAD_U8, 0, 0, 16), (IF_EQUAL, 0, 3, rtnl.AF_BRIDGE)),  # ndm_family
     *((LOAD_U8, 0, 0, 26), (IF_BITS, 0, 1, bulk.NTF_EXT_LEARNED)),  # ndm_flags
     (RETURN, 0, 0, 0),
 )
@@ -130,7 +130,7 @@ def neighbour_id(message: rtnl.Message) -> NeighbourId:
     """Identifies the neighbour or FDB entry that a message is about."""
     family, ifindex, *_ = rtnl.NDMSG.unpack_from(message.data, message.start)
     attrs = rtnl.parse_attrs(message.data, message.start + 12, message.end)
-    key = bulk.NDA_LLADDR if family == bulk.AF_BRIDGE else bulk.NDA_DST
+    key = bulk.NDA_LLADDR if family == rtnl.AF_BRIDGE else bulk.NDA_DST
     return family, ifindex, attrs.get(key, b"")
 
 

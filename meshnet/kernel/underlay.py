@@ -64,11 +64,11 @@ class UnderlayObserver:
         # Thousands of peers are behind a few routes, and for all peers behind one the kernel's
         # answer is the same, byte for byte: it is decoded once.
         routes = {answer for answer in answers if isinstance(answer, bytes)}
-        ways = {route: route_lookups.decode_route_lookup(route) for route in routes}
+        found_by = {route: route_lookups.decode_route_lookup(route) for route in routes}
         known = self._namespace.by_index.keys()
-        if not known >= {way[0] for way in ways.values() if way is not None}:
+        if not known >= {lookup[0] for lookup in found_by.values() if lookup is not None}:
             self._namespace.look_at_links()
-        by_route = {route: self._to_path(way) for route, way in ways.items() if way is not None}
+        by_route = {route: self._to_path(found) for route, found in found_by.items() if found}
         found = {}
         for address, answer in zip(addresses, answers, strict=True):
             path = by_route.get(answer) if isinstance(answer, bytes) else None
@@ -76,8 +76,8 @@ class UnderlayObserver:
                 found[address] = path
         return found
 
-    def _to_path(self, way: tuple[int, bool, int]) -> UnderlayPath | None:
-        ifindex, on_link, mtu_bytes = way
+    def _to_path(self, lookup: tuple[int, bool, int]) -> UnderlayPath | None:
+        ifindex, on_link, mtu_bytes = lookup
         out = self._namespace.by_index.get(ifindex)
         return (
             UnderlayPath(out.name, on_link, mtu_bytes or out.mtu_bytes) if out is not None else None
@@ -100,7 +100,7 @@ class UnderlayObserver:
         return [
             (ip_address(info.address), by_index[info.ifindex])
             for info in links.decode_addresses(messages)
-            if info.ifindex in by_index and info.scope == links.RT_SCOPE_UNIVERSE
+            if info.ifindex in by_index and info.scope == rtnl.RT_SCOPE_UNIVERSE
         ]
 
     def _find_underlay(

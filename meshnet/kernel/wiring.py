@@ -368,7 +368,7 @@ def _encode_routes(
             0,
             bulk.RT_TABLE_MAIN,
             RTPROT_STATIC,
-            bulk.RT_SCOPE_UNIVERSE,
+            rtnl.RT_SCOPE_UNIVERSE,
             bulk.RTN_UNICAST,
             0,
         )

@@ -32,7 +32,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
     ``dict`` of it is a message without repeated fields.
 
     Raises:
-        ValueError: this is no message.
+        ValueError: this is not a message.
     """
     at, end, kind = 0, len(data), 0
     try:

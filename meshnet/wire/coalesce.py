@@ -75,8 +75,8 @@ class Coalescer:
             unfinished: its checksum is not finished, and that is all right.
 
         Returns:
-            What is to be written now, each starting with a virtio header; None: it is no segment to
-            be joined, and `flush_flow` has to come before it.
+            What is to be written now, each starting with a virtio header; None: it is not a
+            segment to be joined, and `flush_flow` has to come before it.
         """
         shape = _shape(packet, inner)
         if shape is None:

@@ -56,7 +56,7 @@ def pack(probe: Probe, size_bytes: int = SHORTEST_BYTES) -> bytes:
 
 
 def parse(payload: bytes | memoryview) -> Probe | None:
-    """The header; None: it is no probe of this version."""
+    """The header; None: it is not a probe of this version."""
     if len(payload) < SHORTEST_BYTES:
         return None
     version, kind, _, number, sent_ns = _HEADER.unpack_from(payload)

@@ -194,7 +194,7 @@ def _object(message: rtnl.Message) -> Object | None:
         case rtnl.RTM_NEWNEIGH | rtnl.RTM_DELNEIGH:
             family = rtnl.NDMSG.unpack_from(data, start)[0]
             attrs = rtnl.parse_attrs(data, start + 12, end)
-            if family == bulk.AF_BRIDGE:
+            if family == rtnl.AF_BRIDGE:
                 key = attrs.get(bulk.NDA_LLADDR)
                 return Object("fdb", key) if key else None
             key = attrs.get(bulk.NDA_DST)

@@ -316,7 +316,7 @@ def test_two_processes_in_one_namespace(make_lab: MakeLab) -> None:
     wait_until(lambda: _netns(second.pid) == _netns(first.pid), 5, "it is in the namespace")
     attach(first, host, "local", "--name", "web", "--publish", "8080:80")
     refused = meshnet(host, "attach", second.pid, "--net", "local", status=5)
-    assert "attached to network local already, as web" in refused
+    assert "already attached to network local, as endpoint web" in refused
     listener = first.popen(["python3", "-m", "http.server", "80"])
     served = ["ss", "-Hltn", "sport", "=", ":80"]
     wait_until(lambda: first.run(served).stdout, 10, "it serves")

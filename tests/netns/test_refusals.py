@@ -57,7 +57,7 @@ def test_networks(host: LabHost) -> None:
     refused(5, "underlay address of host h1", "dev", "--subnet", "10.255.0.0/16")
     refused(2, "give a CIDR", "dev", "--subnet", "10.42.0.1/16")
     refused(2, "give a CIDR", "dev", "--subnet", "banana")
-    refused(2, "word of meshnet run", "none", "--subnet", "10.9.0.0/16")
+    refused(2, "another meaning in meshnet run", "none", "--subnet", "10.9.0.0/16")
     refused(2, "has no --port", "dev", "--subnet", "10.9.0.0/16", "--mode", "bridge", "--port", "4")
     macvlan = ("dev", "--subnet", "10.9.0.0/16", "--mode", "macvlan", "--parent")
     refused(2, "'longer-than-a-link' is not a link name", *macvlan, "longer-than-a-link")

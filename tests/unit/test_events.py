@@ -22,7 +22,7 @@ def events() -> EventFilter:
 
 
 def make_filter() -> EventFilter:
-    deleted = {(2, OWN, GONE), (bulk.AF_BRIDGE, OWN, bytes(6))}
+    deleted = {(2, OWN, GONE), (rtnl.AF_BRIDGE, OWN, bytes(6))}
     found = EventFilter(deleted, lambda name: name != ENDED)
     found.look_at({BRIDGE}, {OWN}, {UNDERLAY})
     return found
@@ -40,7 +40,7 @@ def address(index: int) -> bytes:
 def neighbour(
     index: int, address: bytes = bytes(4), kind: int = rtnl.RTM_DELNEIGH, family: int = 2
 ) -> bytes:
-    key = bulk.NDA_LLADDR if family == bulk.AF_BRIDGE else bulk.NDA_DST
+    key = bulk.NDA_LLADDR if family == rtnl.AF_BRIDGE else bulk.NDA_DST
     body = rtnl.NDMSG.pack(family, index, 0, 0, 0) + rtnl.attr(key, address)
     return datagram(kind, body)
 
@@ -73,7 +73,7 @@ def netconf(index: int) -> bytes:
         address(BRIDGE),
         neighbour(OWN),
         neighbour(OWN, GONE, rtnl.RTM_NEWNEIGH),
-        neighbour(OWN, bytes((2, 0, 0, 0, 0, 1)), family=bulk.AF_BRIDGE),
+        neighbour(OWN, bytes((2, 0, 0, 0, 0, 1)), family=rtnl.AF_BRIDGE),
         route(ROUTE_PROTOCOL),
         route(4, OWN),
         route(4, UNDERLAY),
@@ -101,7 +101,7 @@ def test_what_concerns_us(events: EventFilter, data: bytes) -> None:
         neighbour(UNDERLAY),
         neighbour(BRIDGE),  # an endpoint, which the host resolved by itself
         neighbour(OWN, GONE),
-        neighbour(OWN, bytes(6), family=bulk.AF_BRIDGE),
+        neighbour(OWN, bytes(6), family=rtnl.AF_BRIDGE),
         route(4, OTHER),
         route(ROUTE_PROTOCOL, table=99),
         nexthop(NEXTHOP_ID_FIRST - 1),

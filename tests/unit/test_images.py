@@ -125,7 +125,7 @@ def unlike(field: str, value: object) -> bytes:
 @pytest.mark.parametrize(
     ("raw", "error", "words"),
     [
-        (b"", BadImageError, "no tar archive"),
+        (b"", BadImageError, "not a tar archive"),
         (b"no tar" * 200, BadImageError, "damaged"),
         (tar(), BadImageError, "neither index.json nor"),
         (gzip.compress(docker_save("one", BASE))[:-9], BadImageError, "damaged"),
@@ -144,7 +144,7 @@ def unlike(field: str, value: object) -> bytes:
         (Layout().add("a:1", tar(Member("ok"), Member("../new"))).tar(), BadImageError,
          r"layer [0-9a-f]{12}: member '../new'"),
         (tar(symlink("manifest.json", "/etc/passwd")), BadImageError, "neither"),
-        (tar(Member("index.json", tarfile.FIFOTYPE)), BadImageError, "is no file"),
+        (tar(Member("index.json", tarfile.FIFOTYPE)), BadImageError, "is not a file"),
         (tar(Member("manifest.json", data=dumps([{"Config": "../../etc/passwd", "Layers": []}]))),
          BadImageError, "has no file"),
     ],

@@ -54,6 +54,14 @@ def _add_create(actions: Subparsers) -> None:
         help="set the network's addresses; repeat for IPv4 and IPv6",
     )
     _add_mode(create)
+    _add_overlay(create)
+    _add_physical(create)
+    create.add_argument("--json", action="store_true", help="print one JSON document")
+    create.set_defaults(run=_create)
+
+
+def _add_overlay(create: argparse.ArgumentParser) -> None:
+    """Options of subnets and tunnels between hosts."""
     create.add_argument(
         "--host-prefix",
         metavar="N",
@@ -98,9 +106,6 @@ def _add_create(actions: Subparsers) -> None:
         help="send through a userspace VTEP on another port to peers that VXLAN does not reach "
         "(default: %(default)s)",
     )
-    _add_physical(create)
-    create.add_argument("--json", action="store_true", help="print one JSON document")
-    create.set_defaults(run=_create)
 
 
 def _add_mode(create: argparse.ArgumentParser) -> None:

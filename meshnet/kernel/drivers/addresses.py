@@ -27,7 +27,7 @@ class AddressDriver:
         names = self._namespace.names()
         messages = self._namespace.rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
         for info in links.decode_addresses(messages):
-            if info.scope != links.RT_SCOPE_UNIVERSE:
+            if info.scope != rtnl.RT_SCOPE_UNIVERSE:
                 continue
             dev = names.get(info.ifindex, "")
             if dev in state.links and state.links[dev].kind is not LinkKind.VETH:

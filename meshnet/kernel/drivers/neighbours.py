@@ -48,14 +48,14 @@ class FdbDriver:
 
     def dump(self, state: KernelState) -> None:
         """See `meshnet.kernel.drivers.Driver`."""
-        for dev, index, bodies in _dump(self._namespace, state, bulk.AF_BRIDGE):
+        for dev, index, bodies in _dump(self._namespace, state, rtnl.AF_BRIDGE):
             state.fdb.update(bulk.decode_fdb(bodies, dev, index))
 
     def write(self, ops: Sequence[Op]) -> list[Failure]:
         """See `meshnet.kernel.drivers.Driver`."""
 
         def note(sent: Sequence[Op]) -> None:
-            _note_deletions(self._namespace, sent, lambda op: (bulk.AF_BRIDGE, op.key.mac))
+            _note_deletions(self._namespace, sent, lambda op: (rtnl.AF_BRIDGE, op.key.mac))
 
         return write_packed(self._namespace, bulk.encode_fdb, ops, note)
 

@@ -18,6 +18,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from meshnet.kernel.wire import rtnl
+from meshnet.kernel.wire.rtnl import AF_BRIDGE, RT_SCOPE_UNIVERSE
 from meshnet.state import (
     NEXTHOP_ID_FIRST,
     NEXTHOP_ID_LAST,
@@ -36,14 +37,13 @@ if TYPE_CHECKING:
     from meshnet.state import PackedIp
     from meshnet.tables import Op
 
-AF_BRIDGE = 7
 NUD_PERMANENT, NTF_SELF, NTF_EXT_LEARNED = 0x80, 0x02, 0x10
 NDA_DST, NDA_LLADDR, NDA_IFINDEX, NDA_PROTOCOL = 1, 2, 8, 12
 NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 RTNH_F_ONLINK = 4
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC = 1, 4, 5, 6, 7
 RTA_METRICS, RTA_TABLE, RTA_ENCAP, RTA_NH_ID = 8, 15, 22, 30
-RT_TABLE_MAIN, RT_SCOPE_UNIVERSE = 254, 0
+RT_TABLE_MAIN = 254
 RTN_UNSPEC, RTN_UNICAST, RTN_UNREACHABLE = 0, 1, 7
 IPV6_METRIC = 1024
 """The metric the kernel gives an IPv6 route that names none (IP6_RT_PRIO_USER)."""
@@ -296,32 +296,32 @@ def encode_routes(ops: Sequence[Op], indices: Mapping[str, int], first: int) -> 
     for sequence, op in enumerate(ops, first):
         (prefix, length, metric), route = op.key, op.value
         if route is None:
-            request, flags, kind, way = rtnl.RTM_DELROUTE, _DELETE, RTN_UNSPEC, b""
+            request, flags, kind, target = rtnl.RTM_DELROUTE, _DELETE, RTN_UNSPEC, b""
         else:
             request, flags = rtnl.RTM_NEWROUTE, _REPLACE if op.exists else _CREATE
-            kind, way = _encode_way(route, indices)
+            kind, target = _encode_target(route, indices)
         size = len(prefix)
         shape = _ROUTE[size]
         messages.append(shape.pack(
-            shape.size + len(way), request, flags, sequence, 0,
+            shape.size + len(target), request, flags, sequence, 0,
             _FAMILY[size], length, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, RT_SCOPE_UNIVERSE, kind,
             RTNH_F_ONLINK if route is not None and route.via and route.via.gateway else 0,
             4 + size, RTA_DST, prefix,
             8, RTA_PRIORITY, _METRIC[size] if metric is None else metric,
-        ) + way)  # fmt: skip
+        ) + target)  # fmt: skip
     return messages
 
 
-def _encode_way(route: Route, indices: Mapping[str, int]) -> tuple[int, bytes]:
+def _encode_target(route: Route, indices: Mapping[str, int]) -> tuple[int, bytes]:
     """Type of a route, and the attributes that say where it leads."""
-    kind, way = RTN_UNREACHABLE, b""
+    kind, target = RTN_UNREACHABLE, b""
     if route.nexthop_id:
-        kind, way = RTN_UNICAST, _NUMBER.pack(8, RTA_NH_ID, route.nexthop_id)
+        kind, target = RTN_UNICAST, _NUMBER.pack(8, RTA_NH_ID, route.nexthop_id)
     elif route.via is not None:
         dev, gateway = route.via
-        kind, way = RTN_UNICAST, _NUMBER.pack(8, RTA_OIF, indices[dev])
-        way += rtnl.attr(RTA_GATEWAY, gateway) if gateway else b""
-    return kind, way + _source(route.source) if route.source else way
+        kind, target = RTN_UNICAST, _NUMBER.pack(8, RTA_OIF, indices[dev])
+        target += rtnl.attr(RTA_GATEWAY, gateway) if gateway else b""
+    return kind, target + _source(route.source) if route.source else target
 
 
 @functools.lru_cache
@@ -364,11 +364,11 @@ def decode_routes(bodies: Iterable[Body], names: Mapping[int, str]) -> dict[Rout
             continue
         metric = rtnl.number_in(attrs, RTA_PRIORITY)
         key = RouteKey(prefix, length, None if metric == _METRIC[len(prefix)] else metric)
-        found[key] = _decode_way(kind, attrs, names)
+        found[key] = _decode_target(kind, attrs, names)
     return found
 
 
-def _decode_way(kind: int, attrs: Mapping[int, bytes], names: Mapping[int, str]) -> Route:
+def _decode_target(kind: int, attrs: Mapping[int, bytes], names: Mapping[int, str]) -> Route:
     source = attrs.get(RTA_PREFSRC, b"")
     if kind == RTN_UNREACHABLE:
         return Route(0, source)

@@ -13,6 +13,7 @@ import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.kernel.wire import rtnl
+from meshnet.kernel.wire.rtnl import AF_BRIDGE, RT_SCOPE_UNIVERSE
 from meshnet.state import LinkKind, Vxlan
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from meshnet.kernel.wire.rtnl import Body
 
-AF_BRIDGE = 7  # linux/socket.h
 IFF_UP, IFF_RUNNING, IFF_LOWER_UP = 0x1, 0x40, 0x10000
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
 IFLA_PROTINFO, IFLA_LINKINFO, IFLA_NET_NS_FD, IFLA_AF_SPEC = 12, 18, 28, 26
@@ -34,7 +34,6 @@ IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE = 8, 1
 IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 15, 17
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
 IFA_F_NODAD = 0x02
-RT_SCOPE_UNIVERSE = 0
 
 _KINDS = {
     b"vxlan": LinkKind.VXLAN,

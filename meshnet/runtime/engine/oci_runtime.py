@@ -126,7 +126,7 @@ def ways_to_run(name: str) -> list[tuple[str, ...]]:
 
     crun refuses cgroups v1 where a v2 tree beside them has controllers (hybrid), and takes v1 alone
     where it does not see that tree.  So it gets a mount namespace without it, one for each call:
-    one that lasted would keep root file systems mounted that are no more.  What the container
+    one that lasted would keep root file systems mounted that are gone.  What the container
     mounts is in a namespace of its own in any case.
     """
     unshare = shutil.which("unshare")

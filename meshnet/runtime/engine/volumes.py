@@ -73,7 +73,7 @@ class VolumeStore:
         """Where the content of a volume is, if it is there.
 
         Raises:
-            UsageError: that can be no name.
+            UsageError: that cannot be a name.
         """
         check_name("volume", name)
         return self._root / name / _DATA

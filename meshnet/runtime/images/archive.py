@@ -83,7 +83,7 @@ class Archive:
             stream: a tar, or one compressed by gzip.
 
         Raises:
-            BadImageError: it is no tar, or a blob is not what its name says.
+            BadImageError: it is not a tar, or a blob is not what its name says.
             PolicyRefusedError: it exceeds the budget.
         """
         with decompressed(stream) as plain:
@@ -105,14 +105,16 @@ class Archive:
                         posixpath.join(posixpath.dirname(name), member.linkname)
                     )
                 elif not member.isdir():
-                    raise BadImageError(f"{member.name!r} of the archive is no file: make it anew")
+                    raise BadImageError(
+                        f"{member.name!r} of the archive is not a file: create the archive again"
+                    )
             tar.drain(budget)
 
     def images(self, host: Platform) -> list[ArchivedImage]:
         """Its images for a host.
 
         Raises:
-            BadImageError: it is no image archive, or something in it is missing or malformed.
+            BadImageError: it is not an image archive, or something in it is missing or malformed.
             NotFoundError: it has no image for the host's platform.
         """
         if "index.json" in self._files:

@@ -131,7 +131,7 @@ class _Tree:
         """A descriptor of a directory, valid until the next call.
 
         Raises:
-            BadImageError: something on the way is no directory.
+            BadImageError: something on the path is not a directory.
             FileNotFoundError: or is missing, and not to be created.
         """
         if not parts:
@@ -151,7 +151,7 @@ class _Tree:
                     below = os.open(part, _DIRECTORY, dir_fd=here)
                 except NotADirectoryError:
                     raise BadImageError(
-                        f"its name leads through {part!r}, which is no directory of the layer"
+                        f"its name leads through {part!r}, which is not a directory of the layer"
                     ) from None
                 os.close(here)
                 here = below
@@ -277,7 +277,7 @@ class _Layer:
             os.link(target[-1], name, src_dir_fd=there, dst_dir_fd=here, follow_symlinks=False)
         except (FileNotFoundError, PermissionError) as error:
             raise BadImageError(
-                f"it is a hard link to {member.linkname!r}, which is no file of the layer"
+                f"it is a hard link to {member.linkname!r}, which is not a file of the layer"
             ) from error
         finally:
             os.close(here)

@@ -33,7 +33,7 @@ def find(entries: list[Entry], text: str) -> list[Entry]:
 
     Raises:
         NotFoundError: there is none.
-        UsageError: several ids begin so, or it is no name.
+        UsageError: several ids begin like that, or it is not a name.
     """
     name = canonical(text)
     found = [e for e in entries if e.name == name]

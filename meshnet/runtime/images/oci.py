@@ -83,10 +83,10 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"
     def names(self) -> tuple[Reference, ...]:
         """What the descriptor calls the image.
 
-        A mere tag, which some tools write, is no name.
+        A mere tag, which some tools write, is not a name.
 
         Raises:
-            BadImageError: its name is no reference.
+            BadImageError: its name is not a reference.
         """
         found = self.annotations or {}
         name = found.get(FULL_NAME) or found.get(REF_NAME, "")

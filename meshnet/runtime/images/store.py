@@ -98,7 +98,7 @@ class ImageStore:
 
         Raises:
             NotFoundError: there is none.
-            UsageError: several ids begin so, or it is no name.
+            UsageError: several ids begin like that, or it is not a name.
         """
         with self._dir.locked():
             return self._image(find(self._dir.entries(), text))

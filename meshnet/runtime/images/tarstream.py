@@ -120,7 +120,7 @@ class TarStream:
     """The members of a tar, one after the other.
 
     Raises:
-        BadImageError: by every method, when it is no tar or is damaged.
+        BadImageError: by every method, when it is not a tar, or is damaged.
     """
 
     def __init__(self, stream: Readable) -> None:
@@ -178,9 +178,9 @@ def _damage() -> Iterator[None]:
     except (
         tarfile.TarError, EOFError, ValueError, OverflowError, gzip.BadGzipFile, zlib.error
     ) as error:  # fmt: skip
-        raise BadImageError(f"it is no tar archive, or is damaged ({error}): get it anew") from (
-            error
-        )
+        raise BadImageError(
+            f"it is not a tar archive, or is damaged ({error}): fetch it again"
+        ) from (error)
 
 
 def compression(start: bytes) -> str:

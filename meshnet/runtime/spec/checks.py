@@ -139,7 +139,7 @@ def _check_etc(options: ContainerOptions) -> None:
         try:
             ip_address(server)
         except ValueError as error:
-            raise UsageError(f"--dns {server!r} is no address: give one of a server") from error
+            raise UsageError(f"--dns {server!r} is not an address: give a name server's") from error
     shared = any(shared_with(n) is not None for n in options.networks)
     if shared and (options.add_hosts or options.dns):
         raise UsageError("--net container:NAME shares /etc: give --add-host and --dns to NAME")

@@ -229,7 +229,7 @@ def _mounts(options: ContainerOptions, around: Surroundings) -> list[Document]:
         _mount("/dev/mqueue", "mqueue", safe),
         _mount("/dev/shm", "tmpfs", [*safe, "mode=1777", f"size={options.shm_size_bytes}"]),
     ]
-    # sysfs shows the network namespace's own links, and can be mounted only by who owns it.
+    # sysfs shows the network namespace's own links, and only the owner of that may mount it.
     if around.namespaces.get("network", "") is None:
         mounts.insert(3, _bind("/sys", "/sys", read_only=not options.privileged))
     else:

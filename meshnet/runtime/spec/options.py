@@ -15,7 +15,7 @@ _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([bkmgt]?)b?", re.IGNORECASE)
 _RESTART = re.compile(r"no|always|on-failure(?::(\d+))?")
 NO_NETWORKS = ("none", "host")
-"""Words of ``--net`` that are no network's name."""
+"""Words of ``--net`` that are not names of networks."""
 _CONTAINER = "container:"
 _VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,62}")
 """Of two letters or more, as in Docker: a single one would be a drive of Windows there."""

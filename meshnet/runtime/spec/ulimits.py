@@ -1,6 +1,6 @@
 """Resource limits of a process, ``--ulimit NAME=SOFT[:HARD]`` (setrlimit(2)).
 
-Names and values are Docker's; -1 is no limit.  Pure: imports no socket, file, clock or trio.
+Names and values are Docker's; -1 means unlimited.  Pure: imports no socket, file, clock or trio.
 """
 
 from __future__ import annotations

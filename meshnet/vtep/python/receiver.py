@@ -115,7 +115,7 @@ class Receiver:
                 peer.rx_calls += 1
                 return 1
         self._carry(got, controls, address[0], hold=False)
-        self._flush()  # a train that is no one packet is held in part
+        self._flush()  # a train that is not one packet is held in part
         return 1
 
     def _quick(self, peer: TunnelPeer, at: int, length: int) -> bool:

@@ -106,7 +106,7 @@ class Sender:
         return 1
 
     def _quick(self, slot: int, got: int) -> TunnelPeer | None:
-        """Make a datagram of an IPv4 packet without options that is no super-packet.
+        """Make a datagram of an IPv4 packet without options that is not a super-packet.
 
         Returns:
             Whom it is for; None: it takes a closer look, and nothing was changed.
@@ -314,7 +314,7 @@ class Sender:
             return made.sendmsg(buffers, controls)
 
     def forget_sockets(self) -> None:
-        """Close the sockets of those that are no members any more."""
+        """Close the sockets of those that are not members any more."""
         addresses = {peer.address for peer in self._table.by_underlay.values()}
         for address in self._connected.keys() - addresses:
             self._connected.pop(address).close()
