@@ -169,7 +169,7 @@ async def test_answers_are_of_their_types(tmp_path: Path, autojump_clock: MockCl
 
         for path in ("/healthz", "/readyz", "/openapi.json"):
             await api.ask("GET", path)
-        # Images need a store on a disk: tests/unit/test_container_documents.py has their documents.
+        # Images need a store on a disk: agent/containers/ has their documents.
         of_images = ("/v1/images", "/v1/archives")
         documented = [o for o in api.operations if not o.path.startswith(of_images)]
         assert api.asked == {(o.method, o.template) for o in documented}
