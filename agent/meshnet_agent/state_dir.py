@@ -4,8 +4,8 @@ The state directory survives a reboot of the host, the run directory does not.
 
 Files are replaced as a whole (`meshnet.system.files`), and each record ends with a checksum, so
 that damage is noticed.  A file that cannot be used is set aside as ``NAME.bad`` (``NAME.bad.1``, …
-if that exists) and reported, never deleted.  A record of a newer version is not damaged: while there
-is one, the agent does not start and changes nothing.
+if that exists) and reported, never deleted.  A record of a newer version is not damaged: while
+there is one, the agent does not start and changes nothing.
 """
 
 from __future__ import annotations
