@@ -138,8 +138,8 @@ class Passes:
             ops = find_ops(plan.state, actual)
         failures = self._apply(kernel, ops, stages)
         refused = {f.op.key for f in failures if f.op.table is Table.LINK}
-        # Over holes the kernel keeps objects that no plan has: a pass over some hosts must not build
-        # on that.
+        # Over holes the kernel keeps objects that no plan has: a pass over some hosts must not
+        # build on that.
         if not snapshot.holes:
             self._applied = _remember(snapshot, local, underlay, plan.networks, failures)
         return PassResult(
