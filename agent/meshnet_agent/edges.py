@@ -92,8 +92,7 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
         if config.vtep_engine == "native":
-            # If the library was not built, say so once, at start, and not for each network.
-            library.load()
+            library.load()  # if it was not built, say so at start, not for each network
         vteps = VtepProcesses(run_dir.vtep, config.vtep_engine)
         wired = WiredElements()
         etcd = [target(url) for url in config.etcd]
@@ -108,8 +107,6 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
             underlay = await kernel.run(
                 lambda k: k.observe(config.underlay_ip, config.underlay_dev)
             )
-            # The agent's own writes must not wake it, so the kernel drops notifications of what
-            # these sockets wrote.
             events = NetlinkEvents(
                 [
                     await kernel.run(lambda k: k.port_id),

@@ -116,7 +116,7 @@ def decode_endpoint(raw: bytes) -> Endpoint:
     value = decode(_endpoint, raw)
     try:
         if any("%" in text for text in (*value.addresses, *value.gateways)):
-            raise BadValueError("an endpoint's address or gateway has a scope (%…)")
+            raise BadValueError("an endpoint's address or gateway has a scope: it must not")
         addresses = tuple(ip_interface(a) for a in value.addresses)
         gateways = tuple(ip_address(g) for g in value.gateways)
     except ValueError as error:

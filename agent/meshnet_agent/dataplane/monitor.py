@@ -55,8 +55,8 @@ class NetlinkEvents:
     """`KernelEvents` of this network namespace.
 
     Args:
-        own_ports: netlink port ids of the sockets through which this agent writes itself; the
-            kernel drops their notifications.
+        own_ports: netlink port ids of the sockets through which this agent writes itself.  The
+            kernel drops notifications of these writes: they must not wake the agent.
         own_nft_ports: the same for the sockets that write nftables elements.
     """
 
