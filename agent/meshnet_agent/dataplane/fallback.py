@@ -182,6 +182,9 @@ class Fallback:
             del self._peers[pair]
         for pair in self.falls.keys() - pairs:
             del self.falls[pair]
+        # A network that is made again under a name begins with a count of its own.
+        for network in self._counts.keys() - {network for network, _ in pairs}:
+            del self._counts[network]
         for pair in sorted(pairs - self._peers.keys()):
             # Multiples of the golden ratio spread them evenly over a round, however many there are
             # and however many more come later.
@@ -258,11 +261,11 @@ class Fallback:
             if not peer.waiting:
                 self._schedule(sent.pair, sent.at + self.round_s)
 
-    def settle(self, now: float) -> set[HostId]:
+    def settle(self, now: float) -> set[Pair]:
         """Count probes that were not answered in time as lost, and decide.
 
         Returns:
-            The hosts whose packets leave by the other tunnel from now on.
+            The networks and hosts whose packets leave by the other tunnel from now on.
         """
         for number, sent in list(self._sent.items()):
             if sent.at + TIMEOUT_S > now:
@@ -279,10 +282,10 @@ class Fallback:
                 why = self._why_fall(peer)
                 if why is not None:
                     self._fall(pair, peer, why, now)
-                    moved.add(pair[1])
+                    moved.add(pair)
             elif self._is_healthy(peer, fall, now):
                 del self.falls[pair]
-                moved.add(pair[1])
+                moved.add(pair)
         return moved
 
     def _lose(self, sent: _Sent) -> None:

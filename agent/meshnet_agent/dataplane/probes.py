@@ -20,7 +20,7 @@ from meshnet_agent.mesh.view import MeshListener
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from meshnet.model import HostId, MeshSnapshot
+    from meshnet.model import MeshSnapshot
     from meshnet.store.mirror import Changes
     from meshnet_agent.dataplane.dirty import Dirty
     from meshnet_agent.dataplane.fallback import Fallback, Pair, Probe
@@ -121,7 +121,7 @@ class Probes(MeshListener):
         moved = self._fallback.settle(trio.current_time())
         if moved:
             self._log_moves(moved)
-            self._dirty.touch(moved)
+            self._dirty.touch({host for _, host in moved})
 
     def _note(self, answers: Iterable[tuple[int, str, float]]) -> None:
         now = trio.current_time()
@@ -132,13 +132,13 @@ class Probes(MeshListener):
             if target is not None and target.underlay_ip == underlay_ip:
                 self._fallback.answered(number, rtt_ms, now)
 
-    def _log_moves(self, moved: Collection[HostId]) -> None:
-        for host in sorted(moved)[:_LOGGED]:
-            falls = [(name, fall) for (name, h), fall in self._fallback.falls.items() if h == host]
-            for name, fall in falls:
-                _log.warning("peer in fallback", network=name, peer=host, reason=fall.why)
-            if not falls:
-                _log.info("peer by VXLAN again", peer=host)
+    def _log_moves(self, moved: Collection[Pair]) -> None:
+        for network, host in sorted(moved)[:_LOGGED]:
+            fall = self._fallback.falls.get((network, host))
+            if fall is not None:
+                _log.warning("peer in fallback", network=network, peer=host, reason=fall.why)
+            else:
+                _log.info("peer by VXLAN again", network=network, peer=host)
         if len(moved) > _LOGGED:
             _log.warning("more peers moved", peers=len(moved) - _LOGGED)
 

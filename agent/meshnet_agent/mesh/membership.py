@@ -187,7 +187,8 @@ class Membership(MeshListener):
                 pause_s, said = renew_s, ""
             except LeaseExpiredError:
                 if self._lease != lease or self._claiming.locked():
-                    continue  # this agent itself replaced it, or is about to
+                    pause_s = renew_s  # this agent itself replaced it, or is about to
+                    continue
                 _log.warning("lease ran out")
                 self._lease = None
                 self.lease_ok = False

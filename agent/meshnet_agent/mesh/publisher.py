@@ -40,11 +40,12 @@ class Publisher:
         self._mesh = mesh
         self._endpoints = endpoints
         self._host = host
-        self._published: dict[str, bytes] | None = None
+        self._published: dict[str, bytes] = {}
+        self._stale = True
 
     def refresh(self) -> None:
         """List what is published again, and publish what is missing.  Returns at once."""
-        self._published = None
+        self._stale = True
         self._endpoints.changed.set()
 
     async def run(self) -> None:
@@ -54,7 +55,7 @@ class Publisher:
             with trio.move_on_after(_REFRESH_S * random.uniform(0.9, 1.1)) as waiting:
                 await self._endpoints.changed.wait()
             if waiting.cancelled_caught:
-                self._published = None
+                self._stale = True
             try:
                 await self._sync()
                 backoff.reset()
@@ -63,16 +64,18 @@ class Publisher:
                 if str(error) != said:  # an outage may last for hours: say it once
                     _log.warning("endpoints not published", reason=str(error))
                 said = str(error)
-                self._published = None
+                self._stale = True
                 await trio.sleep(backoff.failed())
                 self._endpoints.changed.set()
 
     async def _sync(self) -> None:
         # Endpoints were once published in an etcd that all agents refuse, and were missing in the
         # real one: there `network rm` then cut them off.
-        if self._published is None or not self._mesh.connected:
+        if self._stale or not self._mesh.connected:
             await self._mesh.check_store()
-        if self._published is None:
+        if self._stale:
+            # Before the listing: a refresh that is asked for meanwhile must not be forgotten.
+            self._stale = False
             published: dict[str, bytes] = {}
             for network in self._mesh.snapshot.networks:
                 published |= await self._registry.list_published(network, self._host)
