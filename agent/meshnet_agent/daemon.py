@@ -117,8 +117,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     claimant = _claimant(config, edges)
     host = claimant.host.id
     dirty, right_of_way = Dirty(), RightOfWay()
-    registry = Registry(edges.store)
-    identity = MeshIdentity(edges.store, edges.state_dir.mesh)
+    registry, identity = Registry(edges.store), MeshIdentity(edges.store, edges.state_dir.mesh)
     follower = Follower(edges.store, identity, right_of_way)
     saver = Saver(follower, identity, host, edges.state_dir.snapshot)
     liveness = Liveness(follower, config.grace_s)

@@ -85,7 +85,7 @@ def decode_saved(raw: bytes) -> SavedMesh:
         BadValueError: damaged, or of another version.
     """
     try:
-        record = _FORMAT.decode(checked(raw))
+        record = _FORMAT.decode(checked(raw, required=True))
     except (ValueError, RecursionError) as error:  # DecodeError, UnicodeDecodeError
         raise BadValueError(str(error)) from error
     mirror = Mirror(from_disk=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from meshnet.codec.checksum import with_checksum
 from meshnet.lab.poll import wait_until
 from meshnet.system.files import write_whole
 from tests.netns.mesh import address_of, attach, create_network, meshnet, wait_in_sync
@@ -162,8 +163,8 @@ def test_a_file_that_cannot_be_used(make_lab: MakeLab, damage: str) -> None:
         {
             "cut": raw[: len(raw) // 2],
             "flipped": raw.replace(b"10.42", b"10.47", 1),
-            "other mesh": json.dumps(document | {"mesh": "another"}).encode(),
-            "other host": json.dumps(document | {"host": "h9"}).encode(),
+            "other mesh": with_checksum(json.dumps(document | {"mesh": "another"}).encode()),
+            "other host": with_checksum(json.dumps(document | {"host": "h9"}).encode()),
         }[damage]
     )
     lab.etcd.stop()
