@@ -25,12 +25,10 @@ from tests.netns.mesh import (
     ping,
     wait_in_sync,
 )
-from tests.netns.wire import Wire, counted, drops, marker
+from tests.netns.wire import Case, Wire, drops, marker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from scapy.packet import Packet
 
     from meshnet.lab.host import LabContainer, LabHost
     from meshnet.lab.topology import Lab
@@ -63,25 +61,6 @@ class Endpoint:
             self.container.run(["ip", "-j", "neigh", "show", self.gateway, "dev", "eth0"]).stdout
         )
         return str(found["lladdr"])
-
-
-class Case:
-    """A sender on a host that counts."""
-
-    def __init__(self, host: LabHost, sender: Wire) -> None:
-        self._host = host
-        self._sender = sender
-
-    def refuses(self, reason: str, bad: Packet, good: Packet, receiver: Wire) -> None:
-        """The bad frame is dropped for that reason, and the good one arrives."""
-        from scapy.packet import Raw
-
-        bad_marker, good_marker = marker(), marker()
-        with counted(self._host, reason):
-            self._sender.send(bad / Raw(bad_marker))
-        self._sender.send(good / Raw(good_marker))
-        wait_until(lambda: receiver.has_seen(good_marker), 5, f"what is right beside {reason}")
-        assert not receiver.has_seen(bad_marker)
 
 
 @pytest.fixture

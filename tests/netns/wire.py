@@ -102,3 +102,26 @@ def counted(host: LabHost, reason: str) -> Iterator[None]:
     yield
     wait_until(lambda: drops(host)[reason] > before, 5, f"{reason} is counted")
     assert drops(host)[reason] == before + 1
+
+
+class Case:
+    """A sender on a host that counts."""
+
+    def __init__(self, host: LabHost, sender: Wire) -> None:
+        self._host = host
+        self._sender = sender
+
+    def refuses(self, reason: str | None, bad: Packet, good: Packet, receiver: Wire) -> None:
+        """The bad frame is dropped for that reason, and the good one arrives.
+
+        Args:
+            reason: as the counter is called; None: the kernel drops it by itself.
+        """
+        from scapy.packet import Raw
+
+        bad_marker, good_marker = marker(), marker()
+        with counted(self._host, reason) if reason else contextlib.nullcontext():
+            self._sender.send(bad / Raw(bad_marker))
+        self._sender.send(good / Raw(good_marker))
+        wait_until(lambda: receiver.has_seen(good_marker), 5, f"what is right beside {reason}")
+        assert not receiver.has_seen(bad_marker)

@@ -1,0 +1,72 @@
+"""What a machine on the same LAN sends, and what leaves the host towards it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.netns.mesh import address_of, attach, meshnet, wait_in_sync
+from tests.netns.talk import ask, serving
+from tests.netns.wire import Case, Wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scapy.packet import Packet
+
+    from meshnet.lab.commands import Namespace
+    from meshnet.lab.topology import Lab
+
+    MakeLab = Callable[..., Lab]
+
+pytestmark = pytest.mark.root
+LOCAL = ("--subnet", "172.30.0.0/24", "--subnet", "fd00:30::/64", "--mode", "bridge")
+
+
+def mac_of(namespace: Namespace, link: str = "eth0") -> str:
+    """MAC of a link."""
+    (found,) = json.loads(namespace.run(["ip", "-j", "link", "show", link]).stdout)
+    return str(found["address"])
+
+
+def test_loopback_addresses_are_for_the_host_alone(make_lab: MakeLab) -> None:
+    """Not for a neighbour or an endpoint that puts them into a frame to the host's MAC."""
+    from scapy.layers.inet import IP, TCP, UDP
+    from scapy.layers.inet6 import IPv6
+    from scapy.layers.l2 import Ether
+
+    lab = make_lab(1)
+    (host,) = lab.hosts
+    neighbour = lab.add_host("neighbour", agent=False)
+    bridge = f"mnb{meshnet(host, 'network', 'create', 'local', *LOCAL)['vni']}"
+    wait_in_sync(host)
+    web, beside = host.spawn_container(), host.spawn_container()
+    published = [f"{at}:{p}" for at in ("8080", "127.0.0.1:8082") for p in ("80", "80/udp")]
+    attach(web, host, "local", *(word for text in published for word in ("--publish", text)))
+    from_beside = attach(beside, host, "local")
+    address = str(host.underlay_ip)
+    outside = Ether(src=mac_of(neighbour), dst=mac_of(host))
+    inside = Ether(src=from_beside["mac"], dst=mac_of(host, bridge))
+
+    def transport(protocol: str, port: int) -> Packet:
+        return UDP(sport=9, dport=port) if protocol == "udp" else TCP(dport=port, flags="S")
+
+    with serving((web, "web")), Wire(neighbour) as lan, Wire(beside) as own, Wire(web) as server:
+        for sender, frame, source, source6 in (
+            (lan, outside, str(neighbour.underlay_ip), "fd00:99::1"),
+            (own, inside, address_of(from_beside), address_of(from_beside, 6)),
+        ):
+            case = Case(host, sender)
+            for protocol in ("tcp", "udp"):
+                good = frame / IP(src=source, dst=address) / transport(protocol, 8080)
+                for target, port in (("127.0.0.1", 8082), ("127.0.0.1", 8080), ("127.7.7.7", 8080)):
+                    bad = frame / IP(src=source, dst=target) / transport(protocol, port)
+                    case.refuses("loopback", bad, good, server)
+                # The kernel itself drops these, and does not tell (ip6_rcv_core).
+                bad = frame / IPv6(src=source6, dst="::1") / transport(protocol, 8080)
+                case.refuses(None, bad, good, server)
+        for protocol in ("tcp", "udp"):
+            assert ask(host, "127.0.0.1", 8082, protocol).name == "web"
+            assert ask(host, "127.7.7.7", 8080, protocol).name == "web"
