@@ -7,7 +7,8 @@ other table is touched.  A packet's way through them::
                       │
     bridge mnbN  ─┐   ▼        ┌─ from a network's link to the same network's ────────── accept
     VXLAN  mnvN  ─┼─► forward ─┼─ from a network ─► leave: tunnel port, other network ── drop
-    elsewhere    ─┘            └─ to a network ──► enter: neither answer nor published ─ drop
+    elsewhere    ─┘            │                  cannot be masqueraded ──────────────── drop
+                               └─ to a network ──► enter: neither answer nor published ─ drop
                                                               │
                         postrouting: from this host's subnet ─┴─ to outside ── masquerade
 
@@ -37,7 +38,7 @@ from meshnet.firewall.elements import SETS, TABLE, render_elements
 from meshnet.wire.icmp import ICMPV6
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from meshnet.firewall import Firewall, FirewallNetwork
     from meshnet.model import IpAddress, IpNetwork
@@ -59,6 +60,7 @@ COUNTERS = {
     "other_network": "inet",
     "internal": "inet",
     "unpublished": "inet",
+    "untranslatable": "inet",
     "loopback": "inet",
 }
 """Why packets are dropped (docs/firewall.md), and the family of the table that counts them."""
@@ -217,6 +219,9 @@ def _forward(
 
     A tunnel packet that an endpoint makes would be masqueraded and reach other hosts with this
     host's address, a member's: so it may not leave.  One that stays within its network is harmless.
+
+    What connection tracking calls invalid (a FIN or RST of no connection), or leaves alone, is not
+    translated: it would leave the host with its endpoint's own address.
     """
     internal = _quoted([link for n in networks if n.internal for link in n.links])
     paths = _braces(
@@ -230,6 +235,10 @@ def _forward(
     if ports:
         leave.append(f"udp dport {_braces(map(str, ports))} {_drop('tunnel_from_endpoint')}")
     leave.append("ct status dnat accept")
+    leave += [
+        f"ct state invalid,untracked {outward} {_drop('untranslatable')}"
+        for outward in _outward(networks)
+    ]
     if len(networks) > 1:
         leave.append("jump isolate")
     enter = ["ct state established,related accept", "ct status dnat accept"]
@@ -266,21 +275,14 @@ def _nat(networks: Sequence[FirewallNetwork]) -> str:
     # An answer to 127.0.0.1 would not leave the endpoint's own namespace.
     answer = [f"ip saddr {_LOOPBACK} masquerade fully-random"]
     masquerade = ["ct status dnat jump answer"]
-    all_cidrs = _cidrs(networks)
     for version, ip in _FAMILY.items():
         subnets = [s for n in networks for s in n.subnets if s.version == version]
-        outward = [s for n in networks if not n.internal for s in n.subnets if s in subnets]
         if subnets:
             # From an endpoint to a published port of its own bridge: the answer would go straight
             # from port to port, untranslated.
             answer += [f"{ip} saddr {s} {ip} daddr {s} masquerade fully-random" for s in subnets]
             answer.append(f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random")
-        if outward:
-            masquerade.append(
-                f"{ip} saddr {_braces(map(str, outward))} "
-                f"{ip} daddr != {_braces(map(str, all_cidrs[version]))} "
-                f"{ip} daddr != {_MULTICAST[version]} masquerade fully-random"
-            )
+    masquerade += [f"{outward} masquerade fully-random" for outward in _outward(networks)]
     return (
         _chain("nat_prerouting", publish, "nat hook prerouting priority dstnat")
         # In numbers: not every nft takes the name dstnat in output.
@@ -288,6 +290,18 @@ def _nat(networks: Sequence[FirewallNetwork]) -> str:
         + _chain("answer", answer)
         + _chain("postrouting", masquerade, "nat hook postrouting priority srcnat")
     )
+
+
+def _outward(networks: Sequence[FirewallNetwork]) -> Iterator[str]:
+    """Matches of what leaves this host's subnets for the outside, by IP version."""
+    for version, cidrs in _cidrs(networks).items():
+        ip = _FAMILY[version]
+        subnets = [s for n in networks if not n.internal for s in n.subnets if s.version == version]
+        if subnets:
+            yield (
+                f"{ip} saddr {_braces(map(str, subnets))} "
+                f"{ip} daddr != {_braces(map(str, cidrs))} {ip} daddr != {_MULTICAST[version]}"
+            )
 
 
 def _bridge() -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from tests.netns.mesh import address_of, attach, meshnet, wait_in_sync
+from tests.netns.mesh import address_of, attach, create_network, meshnet, wait_in_sync
 from tests.netns.talk import ask, serving
-from tests.netns.wire import Case, Wire
+from tests.netns.wire import Case, Wire, endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +29,36 @@ def mac_of(namespace: Namespace, link: str = "eth0") -> str:
     """MAC of a link."""
     (found,) = json.loads(namespace.run(["ip", "-j", "link", "show", link]).stdout)
     return str(found["address"])
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("direct", [False, True])
+def test_nothing_leaves_with_an_address_of_its_own(
+    make_lab: MakeLab, family: Literal[4, 6], direct: bool
+) -> None:
+    """What connection tracking cannot place is not masqueraded; within the mesh it may go on."""
+    from scapy.layers.inet import IP, TCP, UDP
+    from scapy.layers.inet6 import ICMPv6ND_NS, IPv6
+    from scapy.layers.l2 import Ether
+
+    lab = make_lab(2, underlay_family=family)
+    h1, h2 = lab.hosts
+    options = ("--direct-routing",) if direct else ()
+    create_network(lab, "prod", "--subnet", "10.42.0.0/16", "--subnet", "fd00:42::/48", *options)
+    places = (h1, "prod"), (h2, "prod")
+    with endpoints(*places) as (sender, remote), Wire(lab.switch, "br0") as wire:
+        case = Case(h1, sender.wire)
+        layer = IP if family == 4 else IPv6
+        own, there = (e.ip if family == 4 else e.ip6 for e in (sender, remote))
+        frame = Ether(src=sender.mac, dst=sender.gateway_mac())
+        out = frame / layer(src=own, dst=lab.outside_ip)
+        strays: list[Packet] = [TCP(sport=7, dport=80, flags=flags) for flags in ("R", "FA", "SR")]
+        if family == 6:
+            strays.append(ICMPv6ND_NS(tgt=lab.outside_ip))
+        for stray in strays:
+            within = frame / layer(src=own, dst=there) / stray
+            case.refuses("untranslatable", out / stray, out / UDP(sport=7, dport=9), wire)
+            case.refuses("untranslatable", out / stray, within, remote.wire)
 
 
 def test_loopback_addresses_are_for_the_host_alone(make_lab: MakeLab) -> None:

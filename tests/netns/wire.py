@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.kernel.netns import inside
 from meshnet.lab.poll import wait_until
+from tests.netns.mesh import Document, address_of, attach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from scapy.packet import Packet
 
     from meshnet.lab.commands import Namespace
-    from meshnet.lab.host import LabHost
+    from meshnet.lab.host import LabContainer, LabHost
 
 _ETH_P_ALL = 3
 
@@ -125,3 +126,36 @@ class Case:
         self._sender.send(good / Raw(good_marker))
         wait_until(lambda: receiver.has_seen(good_marker), 5, f"what is right beside {reason}")
         assert not receiver.has_seen(bad_marker)
+
+
+class Endpoint:
+    """An attached container, its addresses and its link."""
+
+    def __init__(self, host: LabHost, network: str) -> None:
+        self.container: LabContainer = host.spawn_container()
+        document: Document = attach(self.container, host, network)
+        self.mac: str = document["mac"]
+        self.ip = address_of(document)
+        self.ip6 = address_of(document, 6) if "address6" in document else ""
+        self.gateway: str = document["gateway"]
+        self.wire = Wire(self.container)
+        link = json.loads(self.container.run(["ip", "-j", "-6", "address", "show", "eth0"]).stdout)
+        self.link_local = next(a["local"] for a in link[0]["addr_info"] if a["scope"] == "link")
+
+    def gateway_mac(self) -> str:
+        """MAC of the bridge, which leads out."""
+        self.container.run(["ping", "-n", "-c1", "-W2", self.gateway])
+        (found,) = json.loads(
+            self.container.run(["ip", "-j", "neigh", "show", self.gateway, "dev", "eth0"]).stdout
+        )
+        return str(found["lladdr"])
+
+
+@contextlib.contextmanager
+def endpoints(*places: tuple[LabHost, str]) -> Iterator[list[Endpoint]]:
+    """Endpoints, by host and network."""
+    with contextlib.ExitStack() as stack:
+        found = [Endpoint(*place) for place in places]
+        for endpoint in found:
+            stack.enter_context(endpoint.wire)
+        yield found
