@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from meshnet.modes import Mode
+    from meshnet.sandbox import Sandbox
 
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
@@ -269,44 +270,6 @@ class PublishedPort(NamedTuple):
         if self.host_ip is not None and self.host_ip.version == 6:
             at = f"[{self.host_ip}]:"
         return f"{at}{self.host_port}:{self.port}/{self.protocol}"
-
-
-class NetnsId(NamedTuple):
-    """Identifies a network namespace among all that exist: its file in nsfs (namespaces(7)).
-
-    Never a path through a pid, which may lead to another namespace tomorrow.
-
-    Attributes:
-        device: 0: unknown, as in records of versions before this field.
-    """
-
-    device: int
-    inode: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessSandbox:
-    """A sandbox that lives as long as its namespace has a process.
-
-    Attributes:
-        pid_start_ticks: start time of `pid` (field 22 of /proc/PID/stat): pids are reused.
-    """
-
-    pid: int
-    pid_start_ticks: int
-    netns: NetnsId
-
-    @property
-    def label(self) -> str:
-        """Default name of an endpoint."""
-        return f"pid{self.pid}"
-
-    def __str__(self) -> str:
-        return f"process {self.pid}"
-
-
-Sandbox = ProcessSandbox
-"""What an endpoint lives in: a network namespace, and what keeps that alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

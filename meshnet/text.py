@@ -20,6 +20,9 @@ NAME_PATTERN = re.compile(NAME)
 # IFNAMSIZ is 16 with the final NUL; the kernel refuses "." and ".." (dev_valid_name).
 IFNAME_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,15}")
 
+OWNER_PATTERN = re.compile(r"[\x21-\x7e]{1,255}")
+"""An owner key of a hold: what a front makes of its own ids, without blanks."""
+
 
 def printable(text: str, most: int) -> str:
     """Text that is safe in a terminal, a log and a JSON document: cut, and escaped where needed.
@@ -44,6 +47,19 @@ def check_name(kind: str, name: str) -> None:
         raise UsageError(
             f"{kind} name {name[:80]!r} is not usable: use 1 to 63 letters, digits, '_', '.' or "
             "'-', starting with a letter or digit"
+        )
+
+
+def check_owner(owner: str) -> None:
+    """Refuse an owner key that could not be a field of a table and a word on a command line.
+
+    Raises:
+        UsageError: it is empty, too long, or has blanks or characters other than ASCII's.
+    """
+    if not OWNER_PATTERN.fullmatch(owner):
+        raise UsageError(
+            f"owner key {printable(owner, 80)!r} is not usable: use 1 to 255 characters of ASCII "
+            "without blanks"
         )
 
 

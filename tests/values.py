@@ -15,15 +15,14 @@ from meshnet.model import (
     Host,
     HostId,
     MeshSnapshot,
-    NetnsId,
     Network,
     NetworkName,
-    ProcessSandbox,
     Reservations,
     Vni,
 )
 from meshnet.modes import Mode
 from meshnet.plan import LocalView, MeshPlan, plan_mesh
+from meshnet.sandbox import NetnsId, ProcessSandbox
 from meshnet.wire.mac import endpoint_mac
 
 if TYPE_CHECKING:

@@ -101,8 +101,8 @@ class StateDir:
         """Look at the version of every file that has one, before any of them is used."""
         for directory, pattern, known in (
             (self.path, self.mesh.name, 1),
-            (self.endpoints, f"*{RECORD}", 1),
-            (self.endpoints, f"*{DRAFT}", 1),
+            (self.endpoints, f"*{RECORD}", 2),
+            (self.endpoints, f"*{DRAFT}", 2),
             (self.containers, "*/container.json", 2),
             (self.takeover, "*.json", 1),
         ):

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import msgspec
 
 from meshnet.errors import MeshnetError
-from meshnet.text import IFNAME_PATTERN, NAME, NAME_PATTERN, parse_address, parse_network, printable
+from meshnet.text import (
+    IFNAME_PATTERN,
+    NAME,
+    NAME_PATTERN,
+    OWNER_PATTERN,
+    parse_address,
+    parse_network,
+    printable,
+)
 from meshnet.wire.mtu import MINIMUM_MTU_BYTES
 
 if TYPE_CHECKING:
@@ -45,6 +53,8 @@ PidField = Annotated[int, msgspec.Meta(ge=1, le=MAX_PID)]
 NumberField = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 MtuField = Annotated[int, msgspec.Meta(ge=MINIMUM_MTU_BYTES[4], le=MAX_MTU_BYTES)]
 IfnameField = Annotated[str, msgspec.Meta(pattern=rf"^{IFNAME_PATTERN.pattern}\Z")]
+OwnerField = Annotated[str, msgspec.Meta(pattern=rf"^{OWNER_PATTERN.pattern}\Z")]
+PathField = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00-\x1f\x7f]*\Z", max_length=4096)]
 MacField = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}\Z")]
 
 _T = TypeVar("_T")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_interface
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -15,6 +15,8 @@ from meshnet.codec.document import (
     MtuField,
     NameField,
     NumberField,
+    OwnerField,
+    PathField,
     PidField,
     PortField,
     address_field,
@@ -25,17 +27,17 @@ from meshnet.model import (
     Endpoint,
     EndpointId,
     HostId,
-    NetnsId,
     NetworkName,
-    ProcessSandbox,
     Protocol,
     PublishedPort,
 )
+from meshnet.sandbox import HoldSandbox, NetnsId, ProcessSandbox
 from meshnet.text import NAME
 from meshnet.wire.mac import parse_mac
 
 if TYPE_CHECKING:
     from meshnet.model import IpAddress
+    from meshnet.sandbox import Sandbox
 
 
 class _PublishedV1(msgspec.Struct, frozen=True):
@@ -45,12 +47,11 @@ class _PublishedV1(msgspec.Struct, frozen=True):
     host_ip: AddressField | None = None
 
 
-class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=1):
+class _Endpoint(msgspec.Struct, frozen=True, kw_only=True, tag_field="v"):
     id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{12}\Z")]
     network: NameField
     host: NameField
     name: NameField
-    pid: PidField
     ifname: IfnameField
     addresses: Annotated[list[AddressField], msgspec.Meta(min_length=1, max_length=2)]
     gateways: Annotated[list[AddressField], msgspec.Meta(max_length=2)]
@@ -59,9 +60,23 @@ class _EndpointV1(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag=
     default_route: bool
     netns_inode: NumberField
     netns_device: NumberField = 0
-    pid_start_ticks: NumberField
     published: list[_PublishedV1] = []
     parent: IfnameField | None = None
+
+
+class _EndpointV1(_Endpoint, frozen=True, kw_only=True, tag=1):
+    """In the sandbox of a process: all that versions before holds know."""
+
+    pid: PidField
+    pid_start_ticks: NumberField
+
+
+class _EndpointV2(_Endpoint, frozen=True, kw_only=True, tag=2):
+    """In a hold."""
+
+    owner: OwnerField
+    netns_path: PathField
+    boot_id: Annotated[str, msgspec.Meta(max_length=64)]
 
 
 class _AddressHolderV1(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="v", tag=1):
@@ -71,40 +86,45 @@ class _AddressHolderV1(msgspec.Struct, frozen=True, omit_defaults=True, tag_fiel
 
 
 # Made once: making one costs more than using it a hundred times.
-_endpoint = msgspec.json.Decoder(_EndpointV1)
+_endpoint = msgspec.json.Decoder(_EndpointV1 | _EndpointV2)
 _address_holder = msgspec.json.Decoder(_AddressHolderV1)
 
 
 def encode_endpoint(endpoint: Endpoint) -> bytes:
     """The value of an endpoint's key, and the content of its file on disk."""
-    return msgspec.json.encode(
-        _EndpointV1(
-            id=endpoint.id,
-            network=endpoint.network,
-            host=endpoint.host,
-            name=endpoint.name,
-            pid=endpoint.sandbox.pid,
-            ifname=endpoint.ifname,
-            addresses=[str(a) for a in endpoint.addresses],
-            gateways=[str(g) for g in endpoint.gateways],
-            mac=endpoint.mac.hex(":"),
-            mtu=endpoint.mtu_bytes,
-            default_route=endpoint.default_route,
-            netns_inode=endpoint.sandbox.netns.inode,
-            netns_device=endpoint.sandbox.netns.device,
-            pid_start_ticks=endpoint.sandbox.pid_start_ticks,
-            published=[
-                _PublishedV1(
-                    p.protocol,
-                    p.host_port,
-                    p.port,
-                    str(p.host_ip) if p.host_ip is not None else None,
-                )
-                for p in endpoint.published
-            ],
-            parent=endpoint.parent,
+    sandbox = endpoint.sandbox
+    common: dict[str, Any] = {
+        "id": endpoint.id,
+        "network": endpoint.network,
+        "host": endpoint.host,
+        "name": endpoint.name,
+        "ifname": endpoint.ifname,
+        "addresses": [str(a) for a in endpoint.addresses],
+        "gateways": [str(g) for g in endpoint.gateways],
+        "mac": endpoint.mac.hex(":"),
+        "mtu": endpoint.mtu_bytes,
+        "default_route": endpoint.default_route,
+        "netns_inode": sandbox.netns.inode,
+        "netns_device": sandbox.netns.device,
+        "published": [
+            _PublishedV1(
+                p.protocol,
+                p.host_port,
+                p.port,
+                str(p.host_ip) if p.host_ip is not None else None,
+            )
+            for p in endpoint.published
+        ],
+        "parent": endpoint.parent,
+    }
+    value: _EndpointV1 | _EndpointV2
+    if isinstance(sandbox, ProcessSandbox):
+        value = _EndpointV1(pid=sandbox.pid, pid_start_ticks=sandbox.pid_start_ticks, **common)
+    else:
+        value = _EndpointV2(
+            owner=sandbox.owner, netns_path=sandbox.path, boot_id=sandbox.boot_id, **common
         )
-    )
+    return msgspec.json.encode(value)
 
 
 def decode_endpoint(raw: bytes) -> Endpoint:
@@ -132,11 +152,7 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         network=NetworkName(value.network),
         host=HostId(value.host),
         name=value.name,
-        sandbox=ProcessSandbox(
-            pid=value.pid,
-            pid_start_ticks=value.pid_start_ticks,
-            netns=NetnsId(value.netns_device, value.netns_inode),
-        ),
+        sandbox=_sandbox_of(value),
         ifname=value.ifname,
         addresses=addresses,
         gateways=gateways,
@@ -154,6 +170,13 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         ),
         parent=value.parent,
     )
+
+
+def _sandbox_of(value: _EndpointV1 | _EndpointV2) -> Sandbox:
+    netns = NetnsId(value.netns_device, value.netns_inode)
+    if isinstance(value, _EndpointV1):
+        return ProcessSandbox(pid=value.pid, pid_start_ticks=value.pid_start_ticks, netns=netns)
+    return HoldSandbox(path=value.netns_path, netns=netns, owner=value.owner, boot_id=value.boot_id)
 
 
 def encode_address_holder(holder: AddressHolder) -> bytes:

@@ -7,16 +7,23 @@ not used: it creates a namespace that does not exist.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 from typing import TYPE_CHECKING
 
 from meshnet.errors import NotFoundError, PolicyRefusedError
-from meshnet.model import NetnsId
+from meshnet.sandbox import NetnsId
 from meshnet.system import libc
 from meshnet.system.proc import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+NOT_ENOUGH = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing about a process or a namespace: nothing may be freed because of them."""
+_NS_GET_NSTYPE = 0xB703
+"""linux/nsfs.h."""
 
 
 def open_netns(pid: int) -> int:
@@ -37,6 +44,54 @@ def open_netns(pid: int) -> int:
             f"this agent may not look at the namespaces of process {pid}: give the pid of another "
             "process in the same namespace"
         ) from error
+
+
+def open_bound(path: str, root_of: int | None = None) -> int:
+    """A descriptor of the network namespace that is bound to a path; the caller closes it.
+
+    Args:
+        path: absolute.
+        root_of: pid of the process in whose file system the path is; None: in the agent's own.
+
+    Raises:
+        NotFoundError: there is nothing at that path, or not a network namespace.
+        PolicyRefusedError: the agent may not look there.
+        OSError: the agent is out of descriptors.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        if root_of is None:
+            fd = os.open(path, flags)
+        else:
+            root = os.open(f"/proc/{root_of}/root", os.O_PATH | os.O_CLOEXEC)
+            try:
+                fd = libc.openat2(root, path, flags, libc.RESOLVE_IN_ROOT)
+            finally:
+                os.close(root)
+    except PermissionError as error:
+        raise PolicyRefusedError(f"this agent may not open {path}: run it as root") from error
+    except OSError as error:
+        if error.errno in NOT_ENOUGH:
+            raise
+        raise NotFoundError(
+            f"network namespace {path} cannot be opened: {error.strerror}: give the path of one, "
+            "as `ip netns add` makes them below /run/netns"
+        ) from error
+    if not _is_netns(fd):
+        os.close(fd)
+        # What is left of a namespace after it is unmounted: an empty file.
+        raise NotFoundError(
+            f"{path} is not a network namespace (perhaps not any more): give the path of one, as "
+            "`ip netns add` makes them below /run/netns"
+        )
+    return fd
+
+
+def _is_netns(fd: int) -> bool:
+    try:
+        return fcntl.ioctl(fd, _NS_GET_NSTYPE) == libc.CLONE_NEWNET
+    except OSError:  # ENOTTY: not of nsfs
+        return False
 
 
 def netns_id(fd: int) -> NetnsId:

@@ -18,6 +18,10 @@ CLONE_NEWNET = 0x4000_0000
 MNT_DETACH = 2
 """linux/fs.h: unmount at once also where files are open."""
 
+RESOLVE_IN_ROOT = 0x10
+"""linux/openat2.h: absolute paths and links start at the directory, as after chroot(2)."""
+_OPENAT2 = 437
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 _libc.mount.argtypes = (
@@ -53,6 +57,22 @@ def umount(target: str | Path, flags: int = 0) -> None:
 def syncfs(fd: int) -> None:
     """Write all of the file system that a descriptor is on to its disk: syncfs(2)."""
     _check(_libc.syncfs(fd))
+
+
+class _OpenHow(ctypes.Structure):
+    """``struct open_how`` of linux/openat2.h."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def openat2(directory_fd: int, path: str, flags: int, resolve: int) -> int:
+    """Open a file below a directory: openat2(2), Linux 5.6.
+
+    Args:
+        resolve: how links and ``..`` are followed, as `RESOLVE_IN_ROOT`.
+    """
+    how = _OpenHow(flags, 0, resolve)
+    return syscall(_OPENAT2, directory_fd, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
 
 
 def syscall(number: int, *arguments: object) -> int:

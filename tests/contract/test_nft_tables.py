@@ -12,7 +12,7 @@ from meshnet.firewall import UNKNOWN, Firewall
 from meshnet.kernel.drivers.nft import NftTables
 from meshnet.kernel.netns import inside
 from tests.contract.hosts import host_namespace
-from tests.unit.test_firewall_rules import DUAL, PROD, UNDERLAY
+from tests.unit.core.test_firewall_rules import DUAL, PROD, UNDERLAY
 
 if TYPE_CHECKING:
     from pathlib import Path

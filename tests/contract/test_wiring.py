@@ -24,7 +24,7 @@ from meshnet.kernel import EndpointWiring
 from meshnet.kernel.fakes.wiring import MemoryWiring, NamespaceLink
 from meshnet.kernel.netns import netns_id
 from meshnet.kernel.wiring import NetlinkWiring
-from meshnet.model import NetnsId
+from meshnet.sandbox import NetnsId
 from meshnet.state import Ruleset, endpoint_link_name
 from meshnet.tables import Op, Table
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES

@@ -21,10 +21,8 @@ from meshnet.model import (
     Host,
     HostId,
     MeshSnapshot,
-    NetnsId,
     Network,
     NetworkName,
-    ProcessSandbox,
     Protocol,
     PublishedPort,
     Reservations,
@@ -32,6 +30,8 @@ from meshnet.model import (
 )
 from meshnet.modes import Mode
 from meshnet.plan import LocalView
+from meshnet.sandbox import HoldSandbox, NetnsId, ProcessSandbox
+from meshnet.text import OWNER_PATTERN
 
 if TYPE_CHECKING:
     from meshnet.model import IpAddress, IpNetwork
@@ -111,6 +111,19 @@ def published_ports(draw: st.DrawFn) -> PublishedPort:
 
 
 _numbers = st.integers(0, (1 << 63) - 1)
+_namespaces = st.builds(NetnsId, _numbers, _numbers)
+_sandboxes = st.builds(
+    ProcessSandbox,
+    pid=st.integers(1, MAX_PID),
+    pid_start_ticks=_numbers,
+    netns=_namespaces,
+) | st.builds(
+    HoldSandbox,
+    path=st.from_regex(r"/[^\x00-\x1f\x7f]{0,40}", fullmatch=True),
+    netns=_namespaces,
+    owner=st.from_regex(OWNER_PATTERN, fullmatch=True),
+    boot_id=st.from_regex(r"[0-9a-f-]{0,36}", fullmatch=True),
+)
 
 
 @st.composite
@@ -123,11 +136,7 @@ def endpoints(draw: st.DrawFn) -> Endpoint:
         network=NetworkName(draw(names)),
         host=HostId(draw(names)),
         name=draw(names),
-        sandbox=ProcessSandbox(
-            pid=draw(st.integers(1, MAX_PID)),
-            pid_start_ticks=draw(_numbers),
-            netns=NetnsId(draw(_numbers), draw(_numbers)),
-        ),
+        sandbox=draw(_sandboxes),
         ifname=draw(st.from_regex(r"[A-Za-z0-9_.-]{1,15}", fullmatch=True)),
         addresses=addresses,
         gateways=tuple(a.network.network_address + 1 for a in addresses),

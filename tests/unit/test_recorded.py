@@ -20,15 +20,14 @@ from meshnet.model import (
     Host,
     HostId,
     MeshSnapshot,
-    NetnsId,
     Network,
     NetworkName,
-    ProcessSandbox,
     Protocol,
     PublishedPort,
     Vni,
 )
 from meshnet.modes import Mode
+from meshnet.sandbox import NetnsId, ProcessSandbox
 from tests.recorded import readers
 from tests.recorded.readers import HeldEndpoint
 

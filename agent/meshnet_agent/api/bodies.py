@@ -27,6 +27,7 @@ from meshnet.modes import DEFAULT_MODE, Mode
 from meshnet.ports import parse_all_published
 from meshnet.runtime.spec.options import NO_NETWORKS
 from meshnet.text import parse_address, parse_network, printable
+from meshnet_agent.endpoints.hold import BoundNetns
 from meshnet_agent.endpoints.request import AttachRequest
 
 if TYPE_CHECKING:
@@ -67,10 +68,30 @@ class NetworkBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     host_access: bool = False
 
 
-class AttachBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Body of ``POST /v1/attach``."""
+class NetnsBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A network namespace by its path.
 
-    pid: _Pid
+    Attributes:
+        pid: a process in whose file system the path is; None: in the agent's.
+        inode: the namespace's, as that process sees it there; None: it did not look.
+    """
+
+    path: str
+    pid: _Pid | None = None
+    inode: int | None = None
+
+    @property
+    def value(self) -> BoundNetns:
+        """As the parts take it."""
+        return BoundNetns(path=self.path, root_of=self.pid, inode=self.inode)
+
+
+class AttachBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Body of ``POST /v1/attach``: of a process, or of a namespace for an owner."""
+
+    pid: _Pid | None = None
+    netns: NetnsBody | None = None
+    owner: str | None = None
     network: str
     ifname: str = "eth0"
     ip: str | None = None
@@ -80,10 +101,25 @@ class AttachBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
 
 
 class DetachBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Body of ``POST /v1/detach``."""
+    """Body of ``POST /v1/detach``: a process, or a namespace."""
 
-    pid: _Pid
+    pid: _Pid | None = None
+    netns: NetnsBody | None = None
     network: str
+
+
+class ReleaseBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Body of ``POST /v1/release``; without a network: on all of them."""
+
+    owner: str
+    network: str | None = None
+
+
+class CollectBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Body of ``POST /v1/collect``: of the owners with that prefix, only the valid ones stay."""
+
+    prefix: Annotated[str, msgspec.Meta(min_length=1)]
+    valid: list[str]
 
 
 class PublishBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

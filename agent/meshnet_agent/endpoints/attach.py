@@ -21,14 +21,16 @@ import trio
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError
 from meshnet.model import Endpoint, EndpointId
 from meshnet.ports import select_published
+from meshnet.sandbox import HoldSandbox
 from meshnet.state import LinkKind
 from meshnet.wire.mac import endpoint_mac
 from meshnet_agent.endpoints.request import check_names, check_publishable, gateways_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from meshnet.model import HostId, IpInterface, NetnsId, PublishedPort, Sandbox
+    from meshnet.model import HostId, IpInterface, PublishedPort
+    from meshnet.sandbox import NetnsId, Sandbox
     from meshnet_agent.endpoints.addresses.subnet import Addresses
     from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.keeper import Keeper
@@ -112,7 +114,8 @@ class Attacher:
                 # Before the link is made: an agent that is out of descriptors fails here, while
                 # there is nothing in the kernel to undo.
                 end = sandbox.end()
-                undo.callback(end.close)
+                if end is not None:
+                    undo.callback(end.close)
                 endpoint = await self._links.connect(
                     sandbox, replace(draft, published=published), ready, is_new=True
                 )
@@ -152,6 +155,48 @@ class Attacher:
         raise NotFoundError(
             f"the namespace has no endpoint on network {network}: meshnet endpoint ls lists them"
         )
+
+    async def release(self, owner: str, network: str | None = None) -> list[Endpoint]:
+        """Free what an owner holds; returns it.  Idempotent, and needs no namespace.
+
+        Args:
+            network: only there; None: on every network.
+
+        Raises:
+            KernelRefusedError: a link or a record cannot be removed; that one is still attached.
+        """
+        async with self._directory.changing():
+            return await self._free_held(
+                lambda hold: hold.owner == owner,
+                [e for e in self._directory.all if network in (None, e.network)],
+            )
+
+    async def collect(self, prefix: str, valid: Collection[str]) -> list[Endpoint]:
+        """Free what owners of a kind hold that are not valid any more; returns it.
+
+        Args:
+            prefix: what the keys of the owners of that kind begin with.
+            valid: keys of those that live.
+
+        Raises:
+            KernelRefusedError: a link or a record cannot be removed; that one is still attached.
+        """
+        kept = frozenset(valid)
+        async with self._directory.changing():
+            return await self._free_held(
+                lambda hold: hold.owner.startswith(prefix) and hold.owner not in kept,
+                self._directory.all,
+            )
+
+    async def _free_held(
+        self, concerns: Callable[[HoldSandbox], bool], endpoints: Iterable[Endpoint]
+    ) -> list[Endpoint]:
+        freed = []
+        for endpoint in endpoints:
+            if isinstance(endpoint.sandbox, HoldSandbox) and concerns(endpoint.sandbox):
+                await self._keeper.free(endpoint)
+                freed.append(endpoint)
+        return freed
 
     # --- published ports ------------------------------------------------------------------------
 
@@ -245,14 +290,28 @@ class Attacher:
                     f"endpoint name {request.name} is taken by {endpoint.sandbox} on network "
                     f"{endpoint.network}: choose another --name"
                 )
+            if endpoint.network == request.network and _same_owner(endpoint.sandbox, sandbox):
+                raise ConflictError(
+                    f"owner {_owner_of(sandbox)} already has endpoint {endpoint.name} on network "
+                    f"{request.network}: release that first"
+                )
         for other, other_sandbox in self._attaching:
-            if (other_sandbox.netns, other.network) == (sandbox.netns, request.network) or (
-                request.name is not None and other.name == request.name
-            ):
+            if (
+                other.network == request.network
+                and (other_sandbox.netns == sandbox.netns or _same_owner(other_sandbox, sandbox))
+            ) or (request.name is not None and other.name == request.name):
                 raise ConflictError(
                     f"{other_sandbox} is being attached to network {other.network} right now: "
                     "wait until that is done, or choose another --name"
                 )
+
+
+def _owner_of(sandbox: Sandbox) -> str | None:
+    return sandbox.owner if isinstance(sandbox, HoldSandbox) else None
+
+
+def _same_owner(one: Sandbox, other: Sandbox) -> bool:
+    return _owner_of(one) is not None and _owner_of(one) == _owner_of(other)
 
 
 def _draft(

@@ -16,13 +16,15 @@ import trio
 from meshnet.errors import NotFoundError
 from meshnet.model import EndpointId
 from meshnet.state import endpoint_link_name
-from meshnet_agent.endpoints.sandbox import select_of_process
+from meshnet_agent.endpoints.sandbox import select_bound, select_of_process
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 
-    from meshnet.model import Endpoint, HostId, IpNetwork, NetnsId, NetworkName
+    from meshnet.model import Endpoint, HostId, IpNetwork, NetworkName
+    from meshnet.sandbox import NetnsId
+    from meshnet_agent.endpoints.hold import BoundNetns
     from meshnet_agent.endpoints.records import EndpointRecords
 
 
@@ -107,6 +109,20 @@ class EndpointDirectory:
                 return endpoint
         raise NotFoundError(
             f"process {pid} has no endpoint on network {network}: meshnet endpoint ls lists them"
+        )
+
+    def find_bound(self, bound: BoundNetns, network: str) -> Endpoint:
+        """The one on a network in the namespace that is bound to a path, or was.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        for endpoint in select_bound(self._endpoints.values(), bound):
+            if endpoint.network == network:
+                return endpoint
+        raise NotFoundError(
+            f"network namespace {bound.path} has no endpoint on network {network}: "
+            "meshnet endpoint ls lists them"
         )
 
     def subnet_of(self, network: NetworkName, version: int) -> IpNetwork | None:

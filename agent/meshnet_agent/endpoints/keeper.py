@@ -2,7 +2,7 @@
 
 An endpoint lives as long as its sandbox.  When the process it was attached to ends, another process
 of the same namespace takes its place.  If there is none, the endpoint goes and its addresses are
-free again.
+free again.  An endpoint in a hold goes when its owner releases it, and when its namespace is gone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import ConflictError, MeshnetError
+from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.sandbox import HoldSandbox
 from meshnet.state import endpoint_link_name
 from meshnet_agent.endpoints.sandbox import reopen
 from meshnet_agent.mesh.view import MeshListener
@@ -77,13 +78,11 @@ class Keeper(MeshListener):
         others = [e for e in self._directory.inherited if e.host != host]
         link_names = await self._links.list_all() if others else set()
         for endpoint in others:
-            found = await self._sandboxes.find(endpoint, link_names)
-            if found is not None:
-                found.close()
+            if await self._sandboxes.lives(endpoint, link_names):
                 raise ConflictError(
                     f"endpoint {endpoint.name} was attached under host id {endpoint.host}, and "
                     f"this agent's is {host}: start it with --host-id {endpoint.host}, or end "
-                    f"{endpoint.sandbox} and all other attached processes"
+                    f"{endpoint.sandbox} and all others that are attached"
                 )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -149,7 +148,15 @@ class Keeper(MeshListener):
 
     async def _connect_again(self, endpoint: Endpoint) -> None:
         try:
-            with reopen(endpoint.sandbox) as sandbox:
+            try:
+                opened = reopen(endpoint.sandbox)
+            except NotFoundError:
+                if isinstance(endpoint.sandbox, HoldSandbox):
+                    _log.info("endpoint freed, its namespace is gone", endpoint=endpoint.name)
+                    await self.free(endpoint)
+                    return
+                raise
+            with opened as sandbox:
                 ready = await self._networks.ready(endpoint.network)
                 await self._links.connect(sandbox, endpoint, ready, is_new=False)
         except (MeshnetError, OSError) as error:
@@ -175,12 +182,15 @@ class Keeper(MeshListener):
 
     # --- the life of an endpoint ----------------------------------------------------------------
 
-    def watch(self, endpoint: Endpoint, end: SandboxEnd) -> None:
+    def watch(self, endpoint: Endpoint, end: SandboxEnd | None) -> None:
         """Free the endpoint when its sandbox ends.
 
         Args:
-            end: this closes it when it is no longer needed, also if it raises.
+            end: this closes it when it is no longer needed, also if it raises.  None: somebody
+                releases it.
         """
+        if end is None:
+            return
         if self._nursery is None:
             end.close()
             raise RuntimeError("endpoints are watched only while run() runs")
@@ -287,15 +297,23 @@ class Keeper(MeshListener):
         directory.changed.set()  # even if there are none: the store may still have earlier ones
 
     async def _take_over_or_free(self, endpoint: Endpoint, link_names: Collection[str]) -> None:
-        found = await self._sandboxes.find(endpoint, link_names)
-        if found is None:
-            _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
-            await self._links.discard(endpoint)
-            return
-        try:
+        if isinstance(endpoint.sandbox, HoldSandbox):
+            if not self._sandboxes.is_held(endpoint, link_names):
+                _log.info("endpoint freed, its namespace is gone", endpoint=endpoint.name)
+                await self._links.discard(endpoint)
+                return
             await self._links.take_over(endpoint)
-        except BaseException:
-            found.close()
-            raise
-        self._keep_in(found, endpoint)
+            self._directory.add(endpoint)
+        else:
+            found = await self._sandboxes.find(endpoint, link_names)
+            if found is None:
+                _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
+                await self._links.discard(endpoint)
+                return
+            try:
+                await self._links.take_over(endpoint)
+            except BaseException:
+                found.close()
+                raise
+            self._keep_in(found, endpoint)
         await self._ports.take_over(endpoint)

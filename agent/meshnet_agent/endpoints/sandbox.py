@@ -1,4 +1,4 @@
-"""Sandboxes of processes: opened by pid or found again, and watched for their end.
+"""Sandboxes: opened by pid or path, found again, and watched for their end.
 
 The one place in the agent that knows that a pid leads to a namespace.  A process is known by its
 pid and start time, its namespace by device and inode.  An open sandbox holds both by descriptors,
@@ -8,27 +8,33 @@ so that neither can be mistaken for another, even if the kernel reuses a pid or 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from typing import TYPE_CHECKING, Self, final
 
 import trio
 
 from meshnet.errors import MeshnetError, NotFoundError, PolicyRefusedError
-from meshnet.kernel.netns import find_process, host_netns, netns_id, netns_of, open_netns
-from meshnet.model import ProcessSandbox
+from meshnet.kernel.netns import (
+    NOT_ENOUGH,
+    find_process,
+    host_netns,
+    netns_id,
+    netns_of,
+    open_netns,
+)
+from meshnet.sandbox import HoldSandbox, ProcessSandbox
 from meshnet.state import endpoint_link_name
 from meshnet.system.proc import start_ticks
+from meshnet_agent.endpoints.hold import of_this_boot, open_hold, open_seen, reopen_hold
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from meshnet.kernel import Wiring
-    from meshnet.model import Endpoint, NetnsId, Sandbox
+    from meshnet.model import Endpoint
+    from meshnet.sandbox import NetnsId, Sandbox
+    from meshnet_agent.endpoints.hold import BoundNetns
     from meshnet_agent.tasks.worker import Worker
-
-_NOT_ENOUGH = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors that say nothing about the process: its endpoints must not be freed because of them."""
 
 
 @final
@@ -56,7 +62,7 @@ class OpenSandbox:
         netns_fd: its namespace; closed with the sandbox.
     """
 
-    def __init__(self, value: Sandbox, netns_fd: int, pid_fd: int) -> None:
+    def __init__(self, value: Sandbox, netns_fd: int, pid_fd: int | None) -> None:
         self.value = value
         self.netns_fd = netns_fd
         self._pid_fd = pid_fd
@@ -69,16 +75,19 @@ class OpenSandbox:
 
     def close(self) -> None:
         """Close its descriptors; each `SandboxEnd` has one of its own, which stays open."""
-        os.close(self._pid_fd)
+        if self._pid_fd is not None:
+            os.close(self._pid_fd)
         os.close(self.netns_fd)
 
-    def end(self) -> SandboxEnd:
+    def end(self) -> SandboxEnd | None:
         """What tells of its process's end, with a descriptor of its own; the caller closes it.
+
+        None: it is a hold, which somebody releases.
 
         Raises:
             OSError: the agent is out of descriptors.
         """
-        return SandboxEnd(os.dup(self._pid_fd))
+        return SandboxEnd(os.dup(self._pid_fd)) if self._pid_fd is not None else None
 
 
 def open_sandbox(pid: int) -> OpenSandbox:
@@ -90,25 +99,50 @@ def open_sandbox(pid: int) -> OpenSandbox:
         OSError: the agent is out of descriptors.
     """
     opened = _open(pid)
+    _refuse_host(opened, "start it in one of its own, for example with `unshare --net`")
+    return opened
+
+
+def open_bound_sandbox(bound: BoundNetns, owner: str | None) -> OpenSandbox:
+    """Open the sandbox of a namespace bound to a path, to attach an endpoint to it.
+
+    Raises:
+        UsageError: the path or the owner key is not usable.
+        NotFoundError: there is no network namespace at the path.
+        PolicyRefusedError: it is the host's own, or the agent may not look there.
+        OSError: the agent is out of descriptors.
+    """
+    hold, netns_fd = open_hold(bound, owner)
+    opened = OpenSandbox(hold, netns_fd, None)
+    _refuse_host(opened, "give the path of another, for example of `ip netns add`")
+    return opened
+
+
+def _refuse_host(opened: OpenSandbox, remedy: str) -> None:
+    """Close a sandbox that is in the host's own namespace, and raise `PolicyRefusedError`."""
     try:
         if opened.value.netns in host_netns():
             raise PolicyRefusedError(
-                f"process {pid} is in this host's own network namespace: start it in one of its "
-                "own, for example with `unshare --net`"
+                f"{opened.value} is in this host's own network namespace: {remedy}"
+                if isinstance(opened.value, ProcessSandbox)
+                else f"{opened.value} is this host's own: {remedy}"
             )
     except BaseException:
         opened.close()
         raise
-    return opened
 
 
 def reopen(sandbox: Sandbox) -> OpenSandbox:
     """Open a sandbox that was open before.
 
     Raises:
-        NotFoundError: its process has ended, or has left for another namespace.
+        NotFoundError: its process has ended, or has left for another namespace; nothing holds its
+            namespace any more.
         PolicyRefusedError: the agent may not look at it.
+        OSError: the agent is out of descriptors.
     """
+    if isinstance(sandbox, HoldSandbox):
+        return OpenSandbox(sandbox, reopen_hold(sandbox), None)
     opened = _open(sandbox.pid)
     if opened.value != sandbox:
         opened.close()
@@ -119,11 +153,28 @@ def reopen(sandbox: Sandbox) -> OpenSandbox:
 def select_of_process(endpoints: Iterable[Endpoint], pid: int) -> list[Endpoint]:
     """Endpoints in a process's network namespace; if it has ended, those attached by its pid."""
     netns = netns_of(pid)
-    return [
-        e
-        for e in endpoints
-        if (e.sandbox.pid == pid if netns is None else e.sandbox.netns == netns)
-    ]
+    if netns is not None:
+        return [e for e in endpoints if e.sandbox.netns == netns]
+    return [e for e in endpoints if isinstance(e.sandbox, ProcessSandbox) and e.sandbox.pid == pid]
+
+
+def select_bound(endpoints: Iterable[Endpoint], bound: BoundNetns) -> list[Endpoint]:
+    """Endpoints in the namespace at a path; if none is there any more, those attached by the path.
+
+    Raises:
+        PolicyRefusedError: the agent may not look there.
+    """
+    try:
+        netns_fd = open_seen(bound)
+    except NotFoundError:
+        return [e for e in endpoints if _is_hold_at(e.sandbox, bound.path)]
+    netns = netns_id(netns_fd)
+    os.close(netns_fd)
+    return [e for e in endpoints if e.sandbox.netns == netns]
+
+
+def _is_hold_at(sandbox: Sandbox, path: str) -> bool:
+    return isinstance(sandbox, HoldSandbox) and sandbox.path == path
 
 
 def _open(pid: int) -> OpenSandbox:
@@ -131,7 +182,7 @@ def _open(pid: int) -> OpenSandbox:
         try:
             pid_fd = os.pidfd_open(pid)
         except OSError as error:
-            if error.errno in _NOT_ENOUGH:
+            if error.errno in NOT_ENOUGH:
                 raise
             raise NotFoundError(
                 f"process {pid} does not exist: give the pid of a running process"
@@ -166,6 +217,35 @@ class Sandboxes:
             # macvlan's does not show here: `find_heir` looks for it inside.
             return await self.find_heir(endpoint)
         return None
+
+    async def lives(self, endpoint: Endpoint, link_names: Collection[str]) -> bool:
+        """Whether the sandbox of an endpoint on disk is still there (`find`, `is_held`)."""
+        if isinstance(endpoint.sandbox, HoldSandbox):
+            return self.is_held(endpoint, link_names)
+        found = await self.find(endpoint, link_names)
+        if found is None:
+            return False
+        found.close()
+        return True
+
+    def is_held(self, endpoint: Endpoint, link_names: Collection[str]) -> bool:
+        """Whether an endpoint's hold may still be there, as far as this agent can see.
+
+        The host's end of a veth pair proves that the namespace lives, even if no path that this
+        agent sees leads there.  Of a macvlan nothing shows here, so only a reboot proves its end.
+
+        Args:
+            link_names: all host-side links that exist.
+        """
+        if not isinstance(endpoint.sandbox, HoldSandbox) or not of_this_boot(endpoint.sandbox):
+            return False
+        if endpoint.parent is not None or endpoint_link_name(endpoint.id) in link_names:
+            return True
+        try:
+            reopen(endpoint.sandbox).close()
+        except NotFoundError:
+            return False
+        return True
 
     async def find_heir(self, endpoint: Endpoint) -> OpenSandbox | None:
         """The sandbox by another process of its namespace; None: there is none."""

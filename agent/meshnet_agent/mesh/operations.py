@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 from meshnet.errors import ConflictError, MeshnetError, NotFoundError, StoreUnavailableError
 from meshnet.model import HostId, Network, NetworkName
-from meshnet_agent.endpoints.sandbox import open_sandbox
+from meshnet_agent.endpoints.sandbox import open_bound_sandbox, open_sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from meshnet.model import Endpoint, PublishedPort, Vni
     from meshnet.store.registry import Registry
     from meshnet_agent.endpoints.attach import Attacher
     from meshnet_agent.endpoints.directory import EndpointDirectory
+    from meshnet_agent.endpoints.hold import BoundNetns
     from meshnet_agent.endpoints.networks import ReadyNetworks
     from meshnet_agent.endpoints.request import AttachRequest
     from meshnet_agent.mesh.view import MeshView
@@ -125,6 +126,30 @@ class MeshOperations:
         """Detach a process; returns the endpoint that was (`Attacher.detach`)."""
         found = self._endpoints.find_of_process(pid, network)
         return await self._attacher.detach(found.sandbox.netns, network)
+
+    async def attach_bound(
+        self, bound: BoundNetns, owner: str | None, request: AttachRequest
+    ) -> Endpoint:
+        """Attach a namespace bound to a path, perhaps without a process (`Attacher.attach`).
+
+        Args:
+            owner: key of who will release it; None: the namespace is its own owner.
+        """
+        with open_bound_sandbox(bound, owner) as sandbox:
+            return await self._attacher.attach(sandbox, request)
+
+    async def detach_bound(self, bound: BoundNetns, network: str) -> Endpoint:
+        """Detach a namespace bound to a path; returns the endpoint that was."""
+        found = self._endpoints.find_bound(bound, network)
+        return await self._attacher.detach(found.sandbox.netns, network)
+
+    async def release(self, owner: str, network: str | None) -> Sequence[Endpoint]:
+        """Free what an owner holds (`Attacher.release`)."""
+        return await self._attacher.release(owner, network)
+
+    async def collect(self, prefix: str, valid: Collection[str]) -> Sequence[Endpoint]:
+        """Free what owners hold that are not valid any more (`Attacher.collect`)."""
+        return await self._attacher.collect(prefix, valid)
 
     async def publish(self, name: str, ports: Sequence[PublishedPort]) -> Endpoint:
         """Publish ports of a live endpoint (`Attacher.publish`)."""

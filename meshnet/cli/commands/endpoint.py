@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 from meshnet.cli.client import Client
@@ -11,6 +13,7 @@ from meshnet.cli.commands.completion import (
     complete_published,
 )
 from meshnet.cli.output import joined, print_either, print_json, print_table
+from meshnet.errors import UsageError
 
 TYPE_CHECKING = False  # see meshnet.unix_http
 if TYPE_CHECKING:
@@ -25,9 +28,12 @@ def add_parser(commands: Subparsers) -> None:
     detach = commands.add_parser(
         "detach",
         help="take a process off a network",
-        description="Undo what attach did: interface, addresses and routes go.",
+        description="Undo what attach did: interface, addresses and routes go. With --owner all "
+        "that this owner holds goes, also if its namespace is gone; doing so twice is not an "
+        "error.",
+        epilog="example: meshnet detach --owner job7",
     )
-    _add_target(detach)
+    _add_target(detach, "release what is held for this owner, on --net or on every network")
     detach.set_defaults(run=_detach)
     group = commands.add_parser("endpoint", help="list endpoints, publish their ports")
     actions = group.add_subparsers(prog=group.prog, metavar="ACTION", required=True)
@@ -35,17 +41,28 @@ def add_parser(commands: Subparsers) -> None:
     ls.add_argument("--json", action="store_true", help="print one JSON document")
     ls.set_defaults(run=_ls)
     _add_publication(actions)
+    gc = actions.add_parser(
+        "gc",
+        help="free what owners hold that are gone",
+        description="Free all that is held for owners of a kind, except for those that are given.",
+        epilog="example: meshnet endpoint gc nomad/ nomad/alloc1 nomad/alloc2",
+    )
+    gc.add_argument("prefix", metavar="PREFIX", help="what the owners' keys begin with")
+    gc.add_argument("valid", metavar="KEY", nargs="*", help="an owner that keeps what it holds")
+    gc.add_argument("--json", action="store_true", help="print one JSON document")
+    gc.set_defaults(run=_gc)
 
 
 def _add_attach(commands: Subparsers) -> None:
     attach = commands.add_parser(
         "attach",
         help="put a running process on a network",
-        description="Give the network namespace of a process an interface on a network. The "
-        "interface stays as long as a process is in the namespace.",
+        description="Give a network namespace an interface on a network. That of a process has "
+        "it as long as a process is in the namespace; that at a path has it until it is detached, "
+        "and needs no process.",
         epilog="example: unshare --net sleep 1000 & meshnet attach $! --net prod",
     )
-    _add_target(attach)
+    _add_target(attach, "hold the namespace for this owner: any key (default: made from its inode)")
     attach.add_argument(
         "--ifname", metavar="IF", default="eth0", help="name the interface (default: %(default)s)"
     )
@@ -101,21 +118,32 @@ def _add_publication(actions: Subparsers) -> None:
         parser.set_defaults(run=run)
 
 
-def _add_target(parser: argparse.ArgumentParser) -> None:
+def _add_target(parser: argparse.ArgumentParser, owner_help: str) -> None:
     parser.add_argument(
-        "pid", metavar="PID", type=int, help="a process in a network namespace of its own"
+        "pid",
+        metavar="PID",
+        type=int,
+        nargs="?",
+        help="a process in a network namespace of its own",
     )
-    network = parser.add_argument("--net", metavar="NAME", required=True, help="the network")
+    parser.add_argument(
+        "--netns", metavar="PATH", help="a network namespace bound to a path, instead of a process"
+    )
+    parser.add_argument("--owner", metavar="KEY", help=owner_help)
+    network = parser.add_argument("--net", metavar="NAME", help="the network")
     network.completer = complete_networks  # type: ignore[attr-defined]
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _attach(args: argparse.Namespace) -> int:
+    if args.owner is not None and args.netns is None:
+        raise UsageError("--owner is for a namespace at a path: give --netns PATH, too")
     document = Client(args.socket).post(
         "attach",
         body={
-            "pid": args.pid,
-            "network": args.net,
+            **_target(args),
+            "owner": args.owner,
+            "network": _network(args),
             "ifname": args.ifname,
             "ip": args.ip,
             "name": args.name,
@@ -124,6 +152,30 @@ def _attach(args: argparse.Namespace) -> int:
         },
     )
     return print_either(args.json, document, document["address"])
+
+
+def _target(args: argparse.Namespace) -> dict[str, object]:
+    """The process or the namespace that is meant, as the API takes it.
+
+    Raises:
+        UsageError: there is not exactly one.
+    """
+    if (args.pid is None) == (args.netns is None):
+        raise UsageError("give either a PID or --netns PATH: see meshnet attach --help")
+    if args.pid is not None:
+        return {"pid": args.pid}
+    # Which namespace this process sees there proves to the agent that it opens the same one.
+    path = os.path.abspath(args.netns)
+    seen = {}
+    with contextlib.suppress(OSError):
+        seen = {"inode": os.stat(path).st_ino}
+    return {"netns": {"path": path, "pid": os.getpid(), **seen}}
+
+
+def _network(args: argparse.Namespace) -> str:
+    if args.net is None:
+        raise UsageError("give the network: --net NAME")
+    return str(args.net)
 
 
 def _publish(args: argparse.Namespace) -> int:
@@ -140,8 +192,20 @@ def _change_published(args: argparse.Namespace, what: str) -> int:
 
 
 def _detach(args: argparse.Namespace) -> int:
-    document = Client(args.socket).post("detach", body={"pid": args.pid, "network": args.net})
+    client = Client(args.socket)
+    if args.owner is not None:
+        if args.pid is not None:
+            raise UsageError("a process has no owner: give either PID or --owner KEY")
+        released = client.post("release", body={"owner": args.owner, "network": args.net})
+        return print_either(args.json, released, "\n".join(e["name"] for e in released))
+    document = client.post("detach", body={**_target(args), "network": _network(args)})
     return print_either(args.json, document, document["name"])
+
+
+def _gc(args: argparse.Namespace) -> int:
+    body = {"prefix": args.prefix, "valid": args.valid}
+    freed = Client(args.socket).post("collect", body=body)
+    return print_either(args.json, freed, "\n".join(e["name"] for e in freed))
 
 
 def _ls(args: argparse.Namespace) -> int:
@@ -152,13 +216,14 @@ def _ls(args: argparse.Namespace) -> int:
         print_json(answer["endpoints"])
         return 0
     print_table(
-        ("NETWORK", "HOST", "NAME", "PID", "IFNAME", "ADDRESS", "ADDRESS6", "PUBLISHED"),
+        ("NETWORK", "HOST", "NAME", "PID", "OWNER", "IFNAME", "ADDRESS", "ADDRESS6", "PUBLISHED"),
         (
             (
                 e["network"],
                 e["host"],
                 e["name"],
-                e["pid"],
+                e["pid"] or "-",
+                e["owner"] or "-",
                 e["ifname"],
                 e["address"],
                 e.get("address6", "-"),

@@ -219,9 +219,16 @@ def _inspect(args: argparse.Namespace) -> int:
     print_table(("HOST", "SUBNETS"), ((h, joined(s)) for h, s in sorted(document["hosts"].items())))
     print()
     print_table(
-        ("ENDPOINT", "PID", "ADDRESS", "IFNAME", "PUBLISHED"),
+        ("ENDPOINT", "PID", "OWNER", "ADDRESS", "IFNAME", "PUBLISHED"),
         (
-            (e["name"], e["pid"], e["address"], e["ifname"], joined(e["published"]))
+            (
+                e["name"],
+                e["pid"] or "-",
+                e["owner"] or "-",
+                e["address"],
+                e["ifname"],
+                joined(e["published"]),
+            )
             for e in document["endpoints"]
         ),
     )

@@ -23,7 +23,8 @@ from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 if TYPE_CHECKING:
     from meshnet.kernel import EndpointWiring
     from meshnet.kernel.fakes.kernel import MemoryKernel
-    from meshnet.model import Endpoint, IpAddress, IpInterface, IpNetwork, NetnsId
+    from meshnet.model import Endpoint, IpAddress, IpInterface, IpNetwork
+    from meshnet.sandbox import NetnsId
 
 _DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 

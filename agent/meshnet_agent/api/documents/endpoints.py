@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from meshnet.sandbox import HoldSandbox, ProcessSandbox
+
 if TYPE_CHECKING:
     from meshnet.model import Endpoint
 
@@ -14,6 +16,8 @@ class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
     """An endpoint; addresses are in CIDR form.
 
     Attributes:
+        pid: None: it is held for `owner`.
+        netns: path of the namespace of a hold, where its owner bound it.
         address6, gateway6: present only for an endpoint with both IP versions.
         gateway, gateway6: None if it does not have one.
     """
@@ -22,7 +26,9 @@ class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
     network: str
     host: str
     name: str
-    pid: int
+    pid: int | None
+    owner: str | None
+    netns: str | None
     ifname: str
     address: str
     gateway: str | None
@@ -51,12 +57,15 @@ def endpoint_document(endpoint: Endpoint) -> EndpointDocument:
     """The document of an endpoint."""
     gateways = {gateway.version: str(gateway) for gateway in endpoint.gateways}
     first, *others = endpoint.addresses
+    sandbox = endpoint.sandbox
     return EndpointDocument(
         id=endpoint.id,
         network=endpoint.network,
         host=endpoint.host,
         name=endpoint.name,
-        pid=endpoint.sandbox.pid,
+        pid=sandbox.pid if isinstance(sandbox, ProcessSandbox) else None,
+        owner=sandbox.owner if isinstance(sandbox, HoldSandbox) else None,
+        netns=sandbox.path if isinstance(sandbox, HoldSandbox) else None,
         ifname=endpoint.ifname,
         address=str(first),
         gateway=gateways.get(first.version),

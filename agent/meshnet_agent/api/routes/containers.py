@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import aclosing
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from starlette.responses import Response, StreamingResponse
 
-from meshnet.errors import UsageError
 from meshnet.runtime.engine.conmon import StartError
 from meshnet.runtime.spec.options import ContainerOptions
 from meshnet_agent.api.documents.containers import (
@@ -28,15 +27,13 @@ from meshnet_agent.api.operation import Operation, operation
 from meshnet_agent.containers.log import read_log
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator
 
-    from starlette.datastructures import QueryParams
     from starlette.requests import Request
     from starlette.types import Send
 
     from meshnet_agent.containers.lifecycle import Containers
 
-_T = TypeVar("_T", int, float)
 _LOG = "application/octet-stream"
 
 
@@ -52,18 +49,19 @@ class StopRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     timeout_s: int | None = None
 
 
-def _number(query: QueryParams, key: str, kind: Callable[[str], _T], remedy: str) -> _T | None:
-    """A number, 0 or more, from a query that may lack it."""
-    text = query.get(key)
-    if text is None:
-        return None
-    try:
-        number = kind(text)
-        if number >= 0:
-            return number
-    except ValueError:
-        pass
-    raise UsageError(f"{key} {text[:40]!r} is not usable: give {remedy}")
+class LogQuery(msgspec.Struct, frozen=True):
+    """Parameters of ``GET /v1/containers/NAME/logs``."""
+
+    follow: bool = False
+    tail: Annotated[int, msgspec.Meta(ge=0, description="lines")] | None = None
+    since: Annotated[float, msgspec.Meta(ge=0, description="seconds of Unix time")] | None = None
+
+
+class RemovalQuery(msgspec.Struct, frozen=True):
+    """Parameters of ``DELETE /v1/containers/NAME``."""
+
+    force: bool = False
+    volumes: bool = False
 
 
 class ClosingStream(StreamingResponse):
@@ -116,19 +114,18 @@ def _looking(containers: Containers) -> list[Operation]:
     async def stats(request: Request) -> UsageDocument:
         return usage_document(*await containers.usage(_name_of(request)))
 
-    async def logs(request: Request) -> Response:
+    async def logs(request: Request, query: LogQuery) -> Response:
         container = containers.directory.find(_name_of(request))
-        query = request.query_params
-        tail = _number(query, "tail", int, "a number of lines")
-        since_s = _number(query, "since", float, "seconds of Unix time")
-        body = read_log(container, follow=query.get("follow") == "1", tail=tail, since_s=since_s)
+        body = read_log(container, follow=query.follow, tail=query.tail, since_s=query.since)
         return ClosingStream(body, _LOG)
 
     return [
         operation("GET", "/v1/containers", list_all, answer=list[ContainerDocument]),
         operation("GET", "/v1/containers/{name}", inspect, answer=ContainerDetails),
         operation("GET", "/v1/containers/{name}/stats", stats, answer=UsageDocument),
-        operation("GET", "/v1/containers/{name}/logs", logs, answer=None, media=_LOG),
+        operation(
+            "GET", "/v1/containers/{name}/logs", logs, query=LogQuery, answer=None, media=_LOG
+        ),
     ]
 
 
@@ -165,10 +162,9 @@ def _ending(containers: Containers) -> list[Operation]:
     async def wait(request: Request) -> EndedDocument:
         return ended_document(await containers.wait(_name_of(request)))
 
-    async def remove(request: Request) -> ContainerDocument:
-        force = request.query_params.get("force") == "1"
-        volumes = request.query_params.get("volumes") == "1"
-        removed = await containers.remove(_name_of(request), force=force, volumes=volumes)
+    async def remove(request: Request, query: RemovalQuery) -> ContainerDocument:
+        name = _name_of(request)
+        removed = await containers.remove(name, force=query.force, volumes=query.volumes)
         return container_document(removed)
 
     one = "/v1/containers/{name}"
@@ -176,5 +172,5 @@ def _ending(containers: Containers) -> list[Operation]:
         operation("POST", f"{one}/stop", stop, body=StopRequest, answer=ContainerDocument),
         operation("POST", f"{one}/kill", kill, body=SignalRequest, answer=ContainerDocument),
         operation("GET", f"{one}/wait", wait, answer=EndedDocument),
-        operation("DELETE", one, remove, answer=ContainerDocument),
+        operation("DELETE", one, remove, query=RemovalQuery, answer=ContainerDocument),
     ]

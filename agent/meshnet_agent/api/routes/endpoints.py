@@ -5,8 +5,16 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from meshnet.errors import UsageError
 from meshnet.ports import parse_all_published
-from meshnet_agent.api.bodies import AttachBody, DetachBody, PublishBody, attach_request
+from meshnet_agent.api.bodies import (
+    AttachBody,
+    CollectBody,
+    DetachBody,
+    PublishBody,
+    ReleaseBody,
+    attach_request,
+)
 from meshnet_agent.api.documents.endpoints import (
     AttachedDocument,
     EndpointDocument,
@@ -28,11 +36,26 @@ def endpoint_operations(mesh: MeshOperations) -> list[Operation]:
     async def attach(_request: Request, body: AttachBody) -> AttachedDocument:
         request = attach_request(body)
         started = time.perf_counter()
-        endpoint = await mesh.attach(body.pid, request)
+        if body.netns is not None and body.pid is None:
+            endpoint = await mesh.attach_bound(body.netns.value, body.owner, request)
+        elif body.pid is not None and body.netns is None and body.owner is None:
+            endpoint = await mesh.attach(body.pid, request)
+        else:
+            raise UsageError("an attach takes a pid, or a netns with or without an owner")
         return attached_document(endpoint, (time.perf_counter() - started) * 1000)
 
     async def detach(_request: Request, body: DetachBody) -> EndpointDocument:
-        return endpoint_document(await mesh.detach(body.pid, body.network))
+        if body.netns is not None and body.pid is None:
+            return endpoint_document(await mesh.detach_bound(body.netns.value, body.network))
+        if body.pid is not None and body.netns is None:
+            return endpoint_document(await mesh.detach(body.pid, body.network))
+        raise UsageError("a detach takes a pid, or a netns")
+
+    async def release(_request: Request, body: ReleaseBody) -> list[EndpointDocument]:
+        return list(map(endpoint_document, await mesh.release(body.owner, body.network)))
+
+    async def collect(_request: Request, body: CollectBody) -> list[EndpointDocument]:
+        return list(map(endpoint_document, await mesh.collect(body.prefix, body.valid)))
 
     async def publish(_request: Request, body: PublishBody) -> EndpointDocument:
         ports = parse_all_published(body.ports)
@@ -50,6 +73,8 @@ def endpoint_operations(mesh: MeshOperations) -> list[Operation]:
     return [
         operation("POST", "/v1/attach", attach, body=AttachBody, answer=AttachedDocument),
         operation("POST", "/v1/detach", detach, body=DetachBody, answer=EndpointDocument),
+        operation("POST", "/v1/release", release, body=ReleaseBody, answer=list[EndpointDocument]),
+        operation("POST", "/v1/collect", collect, body=CollectBody, answer=list[EndpointDocument]),
         operation("POST", "/v1/publish", publish, body=PublishBody, answer=EndpointDocument),
         operation("POST", "/v1/unpublish", unpublish, body=PublishBody, answer=EndpointDocument),
         operation("GET", "/v1/endpoints", list_all, answer=EndpointsDocument),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 _TAR = "application/x-tar"
 
 
+class LoadQuery(msgspec.Struct, frozen=True):
+    """Parameters of ``POST /v1/images``: the name for an archive that holds none."""
+
+    name: str | None = None
+
+
 def image_operations(images: Images) -> list[Operation]:
     """The operations on images."""
 
@@ -40,9 +47,9 @@ def image_operations(images: Images) -> list[Operation]:
     async def list_all(_request: Request) -> list[ImageSummary]:
         return list(map(image_summary, await images.all()))
 
-    async def load(request: Request) -> list[ImageSummary]:
+    async def load(request: Request, query: LoadQuery) -> list[ImageSummary]:
         async with aclosing(_chunks(request)) as archive:
-            loaded = await images.load(archive, request.query_params.get("name"))
+            loaded = await images.load(archive, query.name)
         return list(map(image_summary, loaded))
 
     async def inspect(request: Request) -> ImageDetails:
@@ -57,7 +64,7 @@ def image_operations(images: Images) -> list[Operation]:
 
     return [
         operation("GET", "/v1/images", list_all, answer=list[ImageSummary]),
-        operation("POST", "/v1/images", load, answer=list[ImageSummary]),
+        operation("POST", "/v1/images", load, query=LoadQuery, answer=list[ImageSummary]),
         # Names of images contain slashes.
         operation("GET", "/v1/images/{image:path}", inspect, answer=ImageDetails),
         operation("DELETE", "/v1/images/{image:path}", remove, answer=RemovedImage),

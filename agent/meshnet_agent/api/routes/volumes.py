@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from meshnet_agent.api.documents.volumes import RemovedVolume, VolumeDocument, volume_document
 from meshnet_agent.api.operation import Operation, operation
 
@@ -11,6 +13,12 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from meshnet_agent.containers.volumes import Volumes
+
+
+class PruneQuery(msgspec.Struct, frozen=True):
+    """Parameters of ``DELETE /v1/volumes``: `all` removes the named ones, too."""
+
+    all: bool = False
 
 
 def volume_operations(volumes: Volumes) -> list[Operation]:
@@ -24,12 +32,12 @@ def volume_operations(volumes: Volumes) -> list[Operation]:
         await volumes.remove(name)
         return RemovedVolume(name=name)
 
-    async def prune(request: Request) -> list[RemovedVolume]:
-        removed = await volumes.prune(named=request.query_params.get("all") == "1")
+    async def prune(_request: Request, query: PruneQuery) -> list[RemovedVolume]:
+        removed = await volumes.prune(named=query.all)
         return [RemovedVolume(name=name) for name in removed]
 
     return [
         operation("GET", "/v1/volumes", list_all, answer=list[VolumeDocument]),
-        operation("DELETE", "/v1/volumes", prune, answer=list[RemovedVolume]),
+        operation("DELETE", "/v1/volumes", prune, query=PruneQuery, answer=list[RemovedVolume]),
         operation("DELETE", "/v1/volumes/{name}", remove, answer=RemovedVolume),
     ]

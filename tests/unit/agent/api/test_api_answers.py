@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from meshnet.errors import UsageError
 from meshnet.model import EndpointId, HostId, NetworkName
+from meshnet.sandbox import ProcessSandbox
 from meshnet_agent.api.app import Served, make_app, operations_of
 from meshnet_agent.api.bodies import convert
 from meshnet_agent.api.documents.errors import HealthDocument, ReadyDocument
@@ -48,6 +49,7 @@ def check_answer(document: object, kind: Any) -> None:  # noqa: ANN401
 
 def _of_process(pid: int, network: str) -> Endpoint:
     made = make_endpoint()
+    assert isinstance(made.sandbox, ProcessSandbox)
     sandbox = replace(made.sandbox, pid=pid)
     return replace(made, network=NetworkName(network), sandbox=sandbox)
 
@@ -148,6 +150,8 @@ async def test_answers_are_of_their_types(tmp_path: Path, autojump_clock: MockCl
         attached = await api.ask("POST", "/v1/attach", body={"pid": 7, "network": "prod"})
         assert attached["agent_ms"] >= 0
         await api.ask("POST", "/v1/detach", body={"pid": 7, "network": "prod"})
+        await api.ask("POST", "/v1/release", body={"owner": "job7"})
+        await api.ask("POST", "/v1/collect", body={"prefix": "cni/", "valid": ["cni/1"]})
         for path in ("/v1/publish", "/v1/unpublish"):
             await api.ask("POST", path, body={"endpoint": "web", "ports": ["8080:80"]})
         assert len((await api.ask("GET", "/v1/endpoints"))["endpoints"]) == 2
@@ -169,7 +173,7 @@ async def test_answers_are_of_their_types(tmp_path: Path, autojump_clock: MockCl
 
         for path in ("/healthz", "/readyz", "/openapi.json"):
             await api.ask("GET", path)
-        # Images need a store on a disk: tests/unit/test_container_documents.py has their documents.
+        # Images need a store on a disk: agent/containers/ has their documents.
         of_images = ("/v1/images", "/v1/archives")
         documented = [o for o in api.operations if not o.path.startswith(of_images)]
         assert api.asked == {(o.method, o.template) for o in documented}

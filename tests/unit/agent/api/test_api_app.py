@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from meshnet_agent.api.operation import Operation
 
-_DOCS = Path(__file__).parents[2] / "docs" / "api.md"
+_DOCS = Path(__file__).parents[4] / "docs" / "api.md"
 
 
 def make_api(*, mesh: object = None, reports: object = None, containers: object = None) -> Api:

@@ -13,7 +13,7 @@ from meshnet.errors import NotFoundError, PolicyRefusedError
 from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.kernel.fakes.wiring import MemoryWiring
 from meshnet.kernel.netns import own_netns
-from meshnet.model import ProcessSandbox
+from meshnet.sandbox import ProcessSandbox
 from meshnet_agent.endpoints import sandbox as module
 from meshnet_agent.endpoints.sandbox import Sandboxes, open_sandbox, reopen, select_of_process
 from tests.unit.mesh import InlineWorker
@@ -22,7 +22,7 @@ from tests.values import make_endpoint, underlay_ip
 if TYPE_CHECKING:
     import subprocess
 
-    from meshnet.model import NetnsId
+    from meshnet.sandbox import NetnsId
 
 LINK = "mne0123456789ab"
 
@@ -58,6 +58,7 @@ def test_another_process_of_the_same_pid_is_another_sandbox(
 ) -> None:
     with open_sandbox(process.pid) as opened:
         value = opened.value
+    assert isinstance(value, ProcessSandbox)
     reopen(value).close()
     before = len(os.listdir("/proc/self/fd"))
     elsewhere = value.netns._replace(inode=1)
@@ -71,6 +72,7 @@ def test_another_process_of_the_same_pid_is_another_sandbox(
 async def test_its_end_is_told_also_after_it_was_closed(process: subprocess.Popen[bytes]) -> None:
     with open_sandbox(process.pid) as opened:
         end = opened.end()
+    assert end is not None
     with trio.move_on_after(0.05) as waiting:
         await end.wait()
     assert waiting.cancelled_caught
