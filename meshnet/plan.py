@@ -323,15 +323,15 @@ def _peers(
 
 
 def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:
-    """Switch forwarding on for the links that packets to and from outside the networks cross.
+    """Switch forwarding on for the links that packets from outside the networks may come by.
 
     IPv6 has one switch for the whole host.  A host that forwards ignores router advertisements
-    unless ``accept_ra`` is 2, and the host's default route may come from one.
+    unless ``accept_ra`` is 2, and addresses and default routes may come from them.
     """
     for dev in underlay.forwarding_links:
         state.sysctls[f"net/ipv4/conf/{dev}/forwarding"] = "1"
     if any(s.version == 6 for n in snapshot.networks.values() for s in n.subnets) and underlay.ipv6:
-        # First: between the two writes the host must not lose that route.
+        # First: the kernel drops default routes of links that do not listen (addrconf.c).
         for dev in underlay.ra_links:
             state.sysctls[f"net/ipv6/conf/{dev}/accept_ra"] = "2"
         state.sysctls["net/ipv6/conf/all/forwarding"] = "1"

@@ -157,6 +157,7 @@ class EventFilter:
         self._tunnels: set[int] = set()
         self._looks: dict[int, tuple[object, ...]] = {}
         self._underlay_links: set[int] = set()
+        self._host_links: set[int] = set()
         self._awaited: set[str] = set()
 
     def look_at(
@@ -164,16 +165,20 @@ class EventFilter:
         bridges: Collection[int],
         tunnels: Collection[int],
         underlay_links: Collection[int],
+        host_links: Collection[int] = (),
         awaited: Collection[str] = (),
     ) -> None:
         """Name the links whose notifications matter, by ifindex.
 
         Args:
+            host_links: links of the host of which only settings matter; others than these that come
+                up or get an address matter, too.
             awaited: names of links that matter if they appear.
         """
         self._own_links = {*bridges, *tunnels}
         self._tunnels = set(tunnels)
         self._underlay_links = set(underlay_links)
+        self._host_links = set(host_links)
         self._awaited = set(awaited)
         known = self._own_links | self._underlay_links
         self._looks = {i: looks for i, looks in self._looks.items() if i in known}
@@ -190,8 +195,11 @@ class EventFilter:
             case rtnl.RTM_NEWLINK | rtnl.RTM_DELLINK:
                 return self._link(message)
             case rtnl.RTM_NEWADDR | rtnl.RTM_DELADDR:
-                index = rtnl.IFADDR.unpack_from(message.data, message.start)[4]
-                return index in self._own_links or index in self._underlay_links
+                _, _, _, scope, index = rtnl.IFADDR.unpack_from(message.data, message.start)
+                if index in self._own_links or index in self._underlay_links:
+                    return True
+                new = index not in self._host_links and scope == rtnl.RT_SCOPE_UNIVERSE
+                return new and message.kind == rtnl.RTM_NEWADDR
             case rtnl.RTM_NEWNEIGH | rtnl.RTM_DELNEIGH:
                 return self._neighbour(message)
             case rtnl.RTM_NEWROUTE | rtnl.RTM_DELROUTE:
@@ -201,7 +209,10 @@ class EventFilter:
             case rtnl.RTM_NEWNETCONF:  # a sysctl of a link changed
                 attrs = rtnl.parse_attrs(message.data, message.start + 4, message.end)
                 index = rtnl.U32.unpack(attrs.get(NETCONFA_IFINDEX, bytes(4)))[0]
-                return index in self._own_links or index in self._underlay_links
+                return any(
+                    index in links
+                    for links in (self._own_links, self._underlay_links, self._host_links)
+                )
             case _:
                 return False
 
@@ -227,7 +238,15 @@ class EventFilter:
         if ENDPOINT_LINK.fullmatch(name):
             ends = message.kind == rtnl.RTM_DELLINK or not flags & links.IFF_UP
             return ends and self.expects_endpoint(name)
-        return name in self._awaited or bool(NETWORK_LINK.fullmatch(name))
+        if name in self._awaited or NETWORK_LINK.fullmatch(name):
+            return True
+        # A port's packets come by its master.
+        stands_alone = flags & links.IFF_UP and links.IFLA_MASTER not in attrs
+        return (
+            message.kind == rtnl.RTM_NEWLINK
+            and bool(stands_alone)
+            and index not in self._host_links
+        )
 
     def _neighbour(self, message: rtnl.Message) -> bool:
         # Neighbours on a bridge are endpoints, which the kernel resolves by itself.

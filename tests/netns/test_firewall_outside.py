@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 from tests.netns.mesh import address_of, attach, create_network, meshnet, wait_in_sync
 from tests.netns.talk import ask, serving
-from tests.netns.wire import Case, Wire, endpoints
+from tests.netns.wire import Case, Wire, endpoints, mac_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from scapy.packet import Packet
 
-    from meshnet.lab.commands import Namespace
     from meshnet.lab.topology import Lab
 
     MakeLab = Callable[..., Lab]
 
 pytestmark = pytest.mark.root
 LOCAL = ("--subnet", "172.30.0.0/24", "--subnet", "fd00:30::/64", "--mode", "bridge")
-
-
-def mac_of(namespace: Namespace, link: str = "eth0") -> str:
-    """MAC of a link."""
-    (found,) = json.loads(namespace.run(["ip", "-j", "link", "show", link]).stdout)
-    return str(found["address"])
 
 
 @pytest.mark.parametrize("family", [4, 6])

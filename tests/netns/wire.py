@@ -84,6 +84,12 @@ def _in_namespace(namespace: Namespace, ifname: str) -> socket.socket:
         return pool.submit(open_there).result()
 
 
+def mac_of(namespace: Namespace, link: str = "eth0") -> str:
+    """MAC of a link."""
+    (found,) = json.loads(namespace.run(["ip", "-j", "link", "show", link]).stdout)
+    return str(found["address"])
+
+
 def marker() -> bytes:
     """Bytes to know a packet by."""
     return secrets.token_hex(8).encode()

@@ -131,6 +131,7 @@ class Monitor:
         self._filter.look_at(
             known([name for names in links for name in names.local]),
             known([name for names in links for name in names.tunnels]),
-            known([*underlay.forwarding_links, *parents]),
+            known({underlay.dev, *(path.dev for path in underlay.paths.values()), *parents}),
+            known({"lo", *underlay.forwarding_links}),
             parents,
         )
