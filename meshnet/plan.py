@@ -1,7 +1,7 @@
-"""From what the mesh agreed on to what this host's kernel should hold.
+"""Plans what this host's kernel should hold, from what the mesh has agreed on.
 
-Pure: imports no socket, file, clock or trio.  The plan depends on nothing but its arguments: a
-snapshot of the store, what the agent knows of itself, and what the kernel says of the underlay.
+Pure: imports no socket, file, clock or trio.  A plan depends only on its arguments: a snapshot of
+the store, what the agent knows about its own host, and what the kernel says about the underlay.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalView:
-    """What this agent knows of its own host.
+    """What this agent knows about its own host.
 
     Attributes:
-        subnets: the subnets it holds reservations for.
+        subnets: the subnets that it holds reservations for.
         addresses: its own addresses from underlay networks' pools, at most one for each IP version.
-        takeovers: for networks that take their parent over, why that failed; "": it is done; a
-            missing network: it is under way.
+        takeovers: for networks that take over their parent, why that failed; "" if it is done; a
+            network that is missing here is still being taken over.
         expired: hosts dead for longer than the grace period.
-        fallen: peers that a network reaches by its fallback now.
+        fallen: peers that this host reaches by a network's fallback now.
     """
 
     host: HostId
@@ -61,15 +61,16 @@ class LocalView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkOutcome:
-    """How one network came out.
+    """The result of planning one network.
 
     Attributes:
         plan: None: this host does not take part in it (yet).
+        refused: whether it will not work on this host until somebody changes something.
         peers: how many other hosts have a subnet of it.
-        peer_errors: those of them that this host cannot reach, and why.
-        path_mtu_bytes: of the narrowest path, which decides its endpoints' MTU; 0: the network
-            itself has a fixed MTU.
-        refused: whether it will not work on this host until something changes.
+        path_mtu_bytes: MTU of the narrowest path to a peer, which decides its endpoints' MTU; 0:
+            the network itself has a fixed MTU.
+        errors: why it does not work on this host, or not fully.
+        peer_errors: peers that this host cannot reach, and why.
     """
 
     plan: NetworkPlan | None = None
@@ -82,7 +83,7 @@ class NetworkOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshPlan:
-    """The desired kernel state, and how each network came out."""
+    """The desired kernel state, and each network's outcome."""
 
     state: KernelState
     networks: Mapping[NetworkName, NetworkOutcome] = field(default_factory=dict)
@@ -93,8 +94,8 @@ class HostsPlan:
     """What some other hosts add to the desired kernel state.
 
     Attributes:
-        peers: by network, how many of them have a subnet of it.
-        errors: by network, those of them that this host cannot reach, and why.
+        peers: by network, how many of these hosts have a subnet of it.
+        errors: by network, which of them this host cannot reach, and why.
     """
 
     state: KernelState
@@ -108,12 +109,12 @@ def plan_mesh(
     """The kernel state this host should have.
 
     Args:
-        ids: names nexthop objects; it must have adopted the kernel's.
+        ids: gives nexthop objects their ids; it must have adopted those in the kernel.
     """
     state = KernelState()
     outcomes: dict[NetworkName, NetworkOutcome] = {}
     guarded: list[FirewallNetwork] = []
-    # Oldest first: of two that exclude each other every host refuses the same one.
+    # Oldest first: where two networks exclude each other, every host must refuse the same one.
     for network in snapshot.networks.values():
         conflict = _find_conflict(network, outcomes, snapshot, underlay)
         if conflict is not None:
@@ -138,7 +139,7 @@ def plan_hosts(
     outcomes: Mapping[NetworkName, NetworkOutcome],
     hosts: Collection[HostId],
 ) -> HostsPlan:
-    """The part of `plan_mesh` that some other hosts account for, at the cost of those hosts alone.
+    """The part of `plan_mesh` that some other hosts account for, at the cost of these hosts only.
 
     Args:
         outcomes: from `plan_mesh`, for the same networks, subnets and underlay.
@@ -171,7 +172,7 @@ def probed_peers(
     local: LocalView,
     underlay: Underlay,
 ) -> dict[HostId, Peer]:
-    """The peers that may need a network's fallback; the others need no probes."""
+    """The peers that may need a network's fallback; other peers need no probes."""
     if not network.fallback:
         return {}
     backend = backend_of(network).on(underlay)
@@ -183,9 +184,9 @@ def probed_peers(
 def fallen_peers(
     snapshot: MeshSnapshot, actual: KernelState
 ) -> frozenset[tuple[NetworkName, HostId]]:
-    """The peers that a kernel reaches by the fallback, as its routes say.
+    """The peers that a kernel reaches by the fallback, according to its routes.
 
-    So a restarted agent goes on where the last one was.
+    From these a restarted agent goes on where the last one stopped, and moves nobody.
     """
     networks = {
         backend_of(n).userspace_vtep(n): n.name for n in snapshot.networks.values() if n.fallback
@@ -208,7 +209,8 @@ def _find_conflict(
 ) -> str | None:
     """Why a network excludes an older one, and is refused; None: it excludes none.
 
-    `meshnet.store.registry` never creates two of that kind, but other writers of etcd may.
+    `meshnet.store.registry` never creates two such networks, but other writers of etcd may.  It
+    does create networks that conflict only on hosts without kernel VXLAN.
     """
     for name in earlier:
         conflict = find_conflict(
@@ -220,7 +222,7 @@ def _find_conflict(
 
 
 def plan_takeovers(snapshot: MeshSnapshot, underlay: Underlay) -> dict[str, Network]:
-    """The bridges that should take links of this host over, and the network of each."""
+    """The bridges that should take over links of this host, and the network of each."""
     names = list(snapshot.networks)
     bridges = {}
     for number, network in enumerate(snapshot.networks.values()):
@@ -308,7 +310,10 @@ def _peers(
         host = snapshot.hosts.get(owner)
         if host is None:
             owned = ", ".join(map(str, subnets))
-            errors[owner] = f"subnet {owned} belongs to host {owner}, which has no entry in etcd"
+            errors[owner] = (
+                f"subnet {owned} belongs to host {owner}, which has no entry in etcd: start its "
+                f"agent, or run meshnet host rm {owner}"
+            )
             continue
         good = subnets
         if not all(map(network.is_host_subnet, subnets)):
@@ -323,15 +328,16 @@ def _peers(
 
 
 def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:
-    """Switch forwarding on for the links that packets from outside the networks may come by.
+    """Enable forwarding on the links by which packets from outside the networks may come.
 
     IPv6 has one switch for the whole host.  A host that forwards ignores router advertisements
-    unless ``accept_ra`` is 2, and addresses and default routes may come from them.
+    unless ``accept_ra`` is 2 (Documentation/networking/ip-sysctl.rst), and its addresses and default
+    routes may come from them.
     """
     for dev in underlay.forwarding_links:
         state.sysctls[f"net/ipv4/conf/{dev}/forwarding"] = "1"
     if any(s.version == 6 for n in snapshot.networks.values() for s in n.subnets) and underlay.ipv6:
-        # First: the kernel drops default routes of links that do not listen (addrconf.c).
+        # accept_ra first: otherwise the kernel would drop those routes between the two writes.
         for dev in underlay.ra_links:
             state.sysctls[f"net/ipv6/conf/{dev}/accept_ra"] = "2"
         state.sysctls["net/ipv6/conf/all/forwarding"] = "1"

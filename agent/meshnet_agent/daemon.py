@@ -6,12 +6,12 @@
       └─ store: keep-alive, watch, reservations, endpoint publication, addresses of pools
            └─ data plane: kernel monitor, reconciler, endpoints
 
-The innermost is stopped first.  Stopping, crashing or losing the store removes nothing from the
-kernel.  An unexpected exception ends the process; systemd starts it again.
+The innermost nursery is stopped first.  Stopping, crashing or losing the store removes nothing from
+the kernel.  An unexpected exception ends the process, and systemd starts it again.
 
-Parts know each other by small read-only protocols: what the mesh is (`mesh.view`), what the data
-plane last did (`dataplane.view`), which endpoints are here.  What happens reaches them in two ways:
-the follower and the reconciler tell their listeners, and everybody marks what is `Dirty`.
+Parts see each other through small read-only protocols: what the mesh is (`mesh.view`), what the
+data plane last did (`dataplane.view`), which endpoints this host has.  They learn of events in two
+ways: the follower and the reconciler tell their listeners, and any part marks what is `Dirty`.
 """
 
 from __future__ import annotations
@@ -75,12 +75,14 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
+"""How long the first pass waits for this host's subnets at most."""
 _LEAVE_S = 2.0
+"""How long giving the lease back may delay the end of the agent; else the lease runs out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """One host's agent."""
+    """All parts of one host's agent (see "Parts" in docs/architecture.md)."""
 
     edges: Edges
     readiness: Readiness
@@ -107,7 +109,7 @@ class Parts:
 
 
 def make_parts(config: AgentConfig, edges: Edges) -> Parts:
-    """Make all parts; nothing runs yet."""
+    """Make all parts; none of them runs yet."""
     claimant = _claimant(config, edges)
     host = claimant.host.id
     dirty, right_of_way = Dirty(), RightOfWay()
@@ -168,9 +170,9 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
 
 
 def _introduce(parts: Parts) -> None:
-    """Tell the parts that hear of changes whom to tell, in this order.
+    """Register the listeners; they are told in this order.
 
-    Liveness comes first: the inputs of passes ask it who has expired.
+    Liveness comes first, because the inputs of passes ask it which hosts have expired.
     """
     parts.edges.event_filter.expects_endpoint = parts.endpoints.expects_link
     parts.follower.tell(
@@ -204,13 +206,17 @@ def _claimant(config: AgentConfig, edges: Edges) -> Claimant:
 async def run_parts(
     parts: Parts, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Join the mesh and serve it until cancelled; started when the first pass is applied.
+    """Join the mesh and serve it until cancelled; started once the first pass is applied.
+
+    Cancellation gives the lease back and removes nothing from the kernel.
 
     Raises:
-        ConflictError: another agent is this host, or this one was another host before.
-        StoreUnavailableError: the store did not answer at start.
+        ConflictError: another agent runs as this host, or this state directory is another host's.
+        StoreUnavailableError: the store did not answer while the agent started.
         PolicyRefusedError: the store is not this host's mesh.
     """
+    # Records first: a host whose id changed must not take over endpoints of the id before, and has
+    # to be refused before it claims anything.
     await parts.keeper.load()
     await parts.membership.join()
     await parts.follower.list_all()
@@ -225,7 +231,8 @@ async def run_parts(
                 data_plane.start_soon(parts.ports.run)
                 await parts.pool.load()
                 store.start_soon(parts.pool.run)
-                # Networks may have been removed while this agent was down.
+                # The listing came before the keeper ran, and networks may have been removed while
+                # this agent was down.
                 parts.keeper.mesh_changed(parts.follower.snapshot, None)
                 await _start_data_plane(parts, data_plane)
                 parts.readiness.ready = True
@@ -237,10 +244,11 @@ async def run_parts(
 
 
 async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
-    """Listen first, then look: what changes in between is not missed."""
+    """Listen first, then dump: otherwise a change in between would be missed."""
     edges = parts.edges
     await nursery.start(edges.kernel_events.listen, edges.event_filter, parts.dirty)
-    # The first pass is a useful one if it has the first reservations.
+    # Without its first subnets the first pass would program next to nothing, and "ready" would come
+    # too early.
     with trio.move_on_after(_FIRST_RESERVATIONS_S):
         await parts.membership.settled()
     await _adopt_fallen(parts)
@@ -251,7 +259,7 @@ async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
 
 
 async def _adopt_fallen(parts: Parts) -> None:
-    """Start from the tunnels that the kernel sends by: a restart moves nobody."""
+    """Take from the kernel's routes which peers are in fallback: a restart must move nobody."""
     snapshot = parts.follower.snapshot
     if any(network.fallback for network in snapshot.networks.values()):
         state = await parts.edges.kernel.run(lambda kernel: kernel.dump())
@@ -261,8 +269,8 @@ async def _adopt_fallen(parts: Parts) -> None:
 async def serve(config: AgentConfig) -> None:
     """Run the agent of this host until SIGTERM or SIGINT.
 
-    Containers stop first: a container that ends is put away with the help of the mesh's parts,
-    which are not there any more otherwise.  The API is the last.
+    The containers' tasks stop first, because cleaning up after a container that ended needs the
+    mesh's parts.  The API stops last, so that requests get an answer until the end.
     """
     notifier = Notifier()
     with hold_namespace(), contextlib.closing(RuntimeDir(Path(config.run_dir))) as run_dir:
@@ -309,7 +317,7 @@ async def _serve(config: AgentConfig, run_dir: RuntimeDir, notifier: Notifier) -
 
 
 def make_operations(parts: Parts) -> MeshOperations:
-    """What is done on behalf of callers."""
+    """The operations that the API and the containers call."""
     return MeshOperations(
         parts.follower,
         parts.registry,
@@ -320,7 +328,7 @@ def make_operations(parts: Parts) -> MeshOperations:
 
 
 def report_sources(parts: Parts, runtime: RuntimeProvider) -> ReportedParts:
-    """What the API's reports are taken of."""
+    """The parts that the API's reports are made from."""
     return ReportedParts(
         follower=parts.follower,
         liveness=parts.liveness,
@@ -343,5 +351,6 @@ async def _stop_on_signal(
         async for number in signals:
             _log.info("stopping", signal=signal.Signals(number).name)
             notifier.tell("STOPPING=1")
-            readiness.ready = False  # from here on requests are refused, not cut off
+            # Before anything stops: a new request is refused with a reason, not cut off.
+            readiness.ready = False
             running.cancel()

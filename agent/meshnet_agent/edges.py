@@ -1,4 +1,4 @@
-"""The real things that the agent stands on, opened: store, kernel, disk, processes."""
+"""Opens the real things that the agent depends on: store, kernel, disk, processes."""
 
 from __future__ import annotations
 
@@ -43,16 +43,19 @@ _USES_VXLAN = {"auto": None, "kernel": True, "userspace": False}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edges:
-    """What the agent stands on: the real things (`open_edges`), or fakes.
+    """What the agent depends on: the real things (`open_edges`), or fakes.
 
     Attributes:
-        underlay_ip: where this host is on the underlay.
-        datapath: what forwards its packets on networks that the kernel could carry.
-        vteps: its userspace VTEPs; None: there can be none.
-        prober: asks the wire whether an address is free.
-        host_ports: the ports of this host, to keep its processes off published ones.
-        takeovers: takes this host's links over, for networks that have them for a parent.
-        kernel_events: the kernel's notifications, as `event_filter` lets them pass.
+        kernel: the thread that observes, dumps and applies, for the reconciler.
+        wiring: the thread that makes and removes endpoints' links, so that an attach never waits
+            for a pass.
+        underlay_ip: this host's address on the underlay.
+        datapath: what forwards this host's packets on networks that the kernel could carry.
+        vteps: this host's userspace VTEPs; None: it cannot have any.
+        prober: asks on the physical network whether an address is free.
+        host_ports: holds published ports, so that no process of this host can take them.
+        takeovers: takes over the links of this host that networks have as their parent.
+        kernel_events: the kernel's notifications, filtered by `event_filter`.
     """
 
     store: Store
@@ -71,13 +74,13 @@ class Edges:
 
 @contextlib.asynccontextmanager
 async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[Edges]:
-    """Hold the state directory and open everything, until the block ends.
+    """Lock the state directory and open everything; closed when the block ends.
 
     Raises:
         ConflictError: another agent holds the state directory.
-        MeshnetError: a setting is not usable on this host, or the kernel refused.
+        MeshnetError: a setting cannot be used on this host, or the kernel refused.
     """
-    # Imported here: pyroute2 takes 0.2 s, and --help needs none of it.
+    # Imported here because pyroute2 takes 0.2 s to import, and --help does not need it.
     from meshnet.kernel.netlink import NetlinkKernel
     from meshnet.kernel.wiring import NetlinkWiring
     from meshnet.store.etcd import target
@@ -89,12 +92,12 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
         if config.vtep_engine == "native":
-            library.load()  # to say now, and not of each network, that it is not built
+            library.load()  # if it was not built, say so at start, not for each network
         vteps = VtepProcesses(run_dir.vtep, config.vtep_engine)
         wired = WiredElements()
         etcd = [target(url) for url in config.etcd]
         takeovers = TakeoverProcesses(disk.path, etcd, config.takeover_confirm_s)
-        # Before anybody is asked for anything: what was cut short may be in the way.
+        # First of all: a takeover that was cut short may have left this host without a way to etcd.
         await takeovers.settle()
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
@@ -136,8 +139,8 @@ async def _open_store(config: AgentConfig) -> AsyncIterator[Store]:
 
     store = EtcdStore(
         EtcdConfig(
-            # Shuffled: otherwise every host would use the first one, and all of them the next when
-            # that fails.
+            # Shuffled: otherwise all hosts would use the first member, and all would move to the
+            # second one when the first fails (docs/design/etcd-load.md).
             endpoints=tuple(random.sample(config.etcd, len(config.etcd))),
             ca_file=_path(config.etcd_ca),
             cert_file=_path(config.etcd_cert),
@@ -159,7 +162,7 @@ def _read_password(config: AgentConfig) -> str | None:
     try:
         return Path(config.etcd_password_file).read_text().splitlines()[0]
     except UnicodeDecodeError:
-        reason = "it is not UTF-8"  # and the error quotes it
+        reason = "it is not UTF-8"  # Python's own error would quote the password
     except IndexError:
         reason = "it is empty"
     except OSError as error:

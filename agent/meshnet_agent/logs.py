@@ -12,14 +12,17 @@ _REPEAT_S = 10.0
 
 
 class _AcceptFailures(logging.Handler):
-    """What trio says, ten times a second, while the API's socket cannot take a client."""
+    """Thins out trio's messages: ten a second while the API's socket cannot accept a client.
+
+    That is so while the agent is out of descriptors.  The messages once filled its log.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._said_at = -_REPEAT_S
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say it in our own form, and seldom."""
+        """Log the failure in our own form, at most once in `_REPEAT_S` seconds."""
         if time.monotonic() - self._said_at < _REPEAT_S:
             return
         self._said_at = time.monotonic()
@@ -28,10 +31,10 @@ class _AcceptFailures(logging.Handler):
 
 
 def configure_logs(level: str, style: str) -> None:
-    """Set up structlog, once, at start.
+    """Set up structlog; called once, at start.  Logs go to standard error.
 
     Args:
-        level: least severe level to log: debug, info, warning or error.
+        level: the least severe level that is logged: debug, info, warning or error.
         style: ``text`` or ``json``.
     """
     renderer: structlog.typing.Processor = (

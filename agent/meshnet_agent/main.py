@@ -1,6 +1,6 @@
-"""``meshnet-agent``: reads its settings, sets the process up and runs the agent.
+"""``meshnet-agent``: reads its settings, sets up the process and runs the agent.
 
-The only ``trio.run`` of the agent.
+This is the agent's only ``trio.run``.
 """
 
 from __future__ import annotations
@@ -26,17 +26,28 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SWITCH_S = 0.0001
-"""How long a thread may keep the interpreter while another wants it."""
+"""How long a thread may keep the interpreter while another one waits for it."""
 _COLLECTED = 10_000, 20, 50
-"""How many objects gather before it is looked for garbage in cycles (`gc.set_threshold`).
+"""How many objects accumulate before the collector looks for cycles (`gc.set_threshold`).
 
-A client leaves about 30, and what gathers is memory: with 50,000 an agent grew for ten minutes.
-Too often is slow: listing 10,000 hosts makes 100,000 objects, and none of them is garbage.
+Each client leaves about 30 objects in cycles, and until collected they hold memory: with a
+threshold of 50,000 an agent grew for ten minutes.  A low threshold is slow: listing 10,000 hosts
+makes 100,000 objects, and none of them is garbage.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the agent; returns its exit status."""
+    """Run the agent until it is told to stop.
+
+    Args:
+        arguments: the command line without the program's name; None: the process's own.
+
+    Returns:
+        The exit status: 0, or that of the `MeshnetError` that ended the agent.
+
+    Raises:
+        BaseExceptionGroup: something unexpected happened, alone or along with a `MeshnetError`.
+    """
     try:
         config = _read_config(arguments)
         configure_logs(config.log_level, config.log_format)
@@ -47,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseExceptionGroup as group:
         ours, rest = group.split(MeshnetError)
         if ours is None or rest is not None:
+            # A bug must show its traceback, even where an expected error happened beside it.
             raise
         return _fail(_first(ours))
     return 0
@@ -64,11 +76,12 @@ def _first(error: MeshnetError | BaseExceptionGroup[MeshnetError]) -> MeshnetErr
 
 
 def _set_up_process() -> None:
-    # One pidfd an endpoint: the usual soft limit of 1,024 is soon reached.
+    # The agent holds one pidfd for each endpoint: it soon reaches the usual soft limit of 1,024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.set_threshold(*_COLLECTED)
-    # A pass is busy in a thread for a while; others must not wait 5 ms for every turn of theirs.
+    # A pass keeps its thread busy for a while.  With Python's default of 5 ms, an attach would wait
+    # that long after each of its system calls.
     sys.setswitchinterval(_SWITCH_S)
 
 
@@ -96,7 +109,7 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
     given = sys.argv[1:] if arguments is None else arguments
     for setting in SETTINGS:
         if setting.secret and f"--{setting.name}" in {word.partition("=")[0] for word in given}:
-            raise UsageError(  # the parser's own message would repeat it
+            raise UsageError(  # the parser's own message would quote the secret
                 f"--{setting.name} is not an option, because ps would show it: use "
                 f"--{setting.name}-file"
             )
@@ -117,7 +130,8 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
     )
     for setting in SETTINGS:
         if setting.secret:
-            os.environ.pop(setting.variable, None)  # userspace VTEPs would inherit it
+            # The processes of userspace VTEPs, which outlive the agent, would inherit it.
+            os.environ.pop(setting.variable, None)
     return config
 
 

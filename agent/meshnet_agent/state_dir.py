@@ -1,11 +1,11 @@
-"""The agent's two directories: every path in them, who holds them, and the instance's name.
+"""The agent's two directories: every path in them, their locks, and the instance's name.
 
-The state directory outlives the host's reboots, the run directory does not.
+The state directory survives a reboot of the host, the run directory does not.
 
-Files are replaced whole (`meshnet.system.files`), and a record ends with a checksum, so that no
-damage is believed.  A file that cannot be used is set aside as ``NAME.bad`` (``NAME.bad.1``, … if
-that is there) and reported, never deleted.  A record that a newer version wrote is not damaged:
-while there is one the agent does not start, and touches nothing.
+Files are replaced as a whole (`meshnet.system.files`), and each record ends with a checksum, so
+that damage is noticed.  A file that cannot be used is set aside as ``NAME.bad`` (``NAME.bad.1``, …
+if that exists) and reported, never deleted.  A record of a newer version is not damaged: while
+there is one, the agent does not start and changes nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 RECORD, DRAFT = ".json", ".draft"
-"""Suffixes of an endpoint's files: what there is, and what is about to be made."""
+"""Suffixes of an endpoint's files: one that exists, and one that is about to be made."""
 
 
 class StateDir:
@@ -39,22 +39,22 @@ class StateDir:
 
     Attributes:
         path: the directory itself, absolute.
-        instance: random name of the directory; a restarted agent keeps it.
+        instance: random name of this directory; it stays the same when the agent restarts.
         endpoints: records of this host's endpoints (`meshnet_agent.endpoints.records`).
         containers: a directory for each container, with its record, root file system and log.
         images: layers and names of images.
         volumes: named volumes.
         mesh: which mesh this host is a member of (`meshnet_agent.mesh.identity`).
-        firewall: what was loaded into nftables last (`meshnet.kernel.nft`).
+        firewall: the firewall that was last loaded into nftables (`meshnet.kernel.nft`).
         takeover: journals of takeovers (`meshnet.kernel.takeover.journal`).
 
     Args:
-        random_name: makes the instance name of a new directory.
+        random_name: makes the instance's name when the directory is new.
 
     Raises:
         ConflictError: another agent holds the directory.
         PolicyRefusedError: a newer agent has written to it.
-        KernelRefusedError: it cannot be made or written.
+        KernelRefusedError: the directory cannot be made or written to.
     """
 
     def __init__(self, path: Path, random_name: Callable[[], str]) -> None:
@@ -98,7 +98,11 @@ class StateDir:
         return name
 
     def _refuse_newer(self) -> None:
-        """Look at the version of every file that has one, before any of them is used."""
+        """Check the version of every file that has one, before any of them is used.
+
+        An older agent once set aside what a newer one had written, or read it as its own; after the
+        upgrade the newer one had lost its endpoints and its mesh.
+        """
         for directory, pattern, known in (
             (self.path, self.mesh.name, 1),
             (self.endpoints, f"*{RECORD}", 2),
@@ -116,7 +120,7 @@ class StateDir:
 
 
 def _version_of(file: Path) -> int:
-    """The version of a file; 0 of one without, or that cannot be read: it is not a newer one."""
+    """The version that a file names; 0 if it names none or cannot be read: it is not newer then."""
     try:
         document = json.loads(checked(file.read_bytes()))
     except (OSError, ValueError, RecursionError, BadValueError):
@@ -130,15 +134,15 @@ class RuntimeDir:
 
     Attributes:
         path: the directory itself, absolute.
-        socket: the API's.
+        socket: the API's Unix socket.
         vtep: a directory for each userspace VTEP (`meshnet.vtep.rundir`).
-        containers: bundles of containers, and of programs in them.
-        userns: mounts of containers with ids of their own; others may enter, not look.
+        containers: bundles of containers, and of programs that are executed in them.
+        userns: mounts of containers with a user namespace; other users may enter it, not list it.
         oci: the OCI runtime's own state.
 
     Raises:
-        ConflictError: another agent holds it.
-        KernelRefusedError: it cannot be made.
+        ConflictError: another agent holds the directory.
+        KernelRefusedError: the directory cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,12 +167,16 @@ class RuntimeDir:
 
 
 def hold_namespace() -> socket.socket:
-    """Be the only agent of this network namespace: two would undo each other's work.
+    """Be the only agent in this network namespace: two would undo each other's work.
 
-    An abstract Unix socket belongs to the network namespace it was bound in (unix(7)).
+    The lock is an abstract Unix socket, since that belongs to the network namespace in which it was
+    bound (unix(7)).  A lock file would not: labs run many agents on one file system.
+
+    Returns:
+        The socket; closing it releases the lock, and so does the end of the process.
 
     Raises:
-        ConflictError: another agent is there.
+        ConflictError: another agent runs in this network namespace.
     """
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     try:
@@ -194,7 +202,11 @@ def _hold(file: Path, what: str) -> int:
 
 
 def set_aside(file: Path, reason: str) -> None:
-    """Rename a file that cannot be used, over none that was set aside before."""
+    """Rename a file that cannot be used, without replacing one that was set aside before.
+
+    Raises:
+        OSError: the file cannot be renamed.
+    """
     bad = file.with_suffix(".bad")
     for number in itertools.count(1):
         if not bad.exists():

@@ -4,6 +4,6 @@ Values in etcd are hostile input (design decision D14): whatever is there, `deco
 returns a value of `meshnet.model` that is safe to act on or raises `BadValueError` saying why.
 Fields that a newer version added are ignored; another ``v`` is refused.
 
-One module a kind of value; `document` has what they share.  Pure: imports no socket, file, clock or
-trio.  Layout of the keys: `meshnet.store.registry`.
+There is one module for each kind of value; `document` has what they share.  Pure: imports no
+socket, file, clock or trio.  Layout of the keys: `meshnet.store.mirror`.
 """

@@ -1,6 +1,6 @@
-"""The last field of a record on disk, a JSON object: by it no damage is believed.
+"""The checksum of a record on disk: the last field of its JSON object, so that damage is noticed.
 
-A version without it passes over it; a record without it, of such a version, is taken as it is.
+Versions before it ignore the field.  Their records have none and are accepted as they are.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ _CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"}\Z')
 
 
 def with_checksum(record: bytes) -> bytes:
-    """A record with a last field by which `checked` knows it."""
+    """The record with its checksum (CRC-32 of all bytes before the field) as the last field."""
     body = record.removesuffix(b"}")
     return body + b',"crc32":"%08x"}' % zlib.crc32(body)
 
 
 def checked(record: bytes) -> bytes:
-    """A record, if it is as it was written.
+    """The record, unchanged, if its checksum is right or it has none.
 
     Raises:
-        BadValueError: it is not.
+        BadValueError: the checksum is wrong or damaged.
     """
     found = _CHECKSUM.search(record)
+    # A damaged field must not make the record look like one of an earlier version.
     if found is None and b'"crc32":' in record:
         raise BadValueError("its checksum is damaged")
     if found is not None and int(found[1], 16) != zlib.crc32(record[: found.start()]):
-        raise BadValueError("its checksum is of another content")
+        raise BadValueError("its checksum does not match its content")
     return record

@@ -1,4 +1,4 @@
-"""What the values of the store share: limits, the types of their fields, reading a document."""
+"""What the store's values have in common: limits, types of fields, how a document is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BROADCAST = IPv4Address("255.255.255.255")
 MAX_PID = 1 << 22
 """PID_MAX_LIMIT of linux/threads.h."""
 MAX_REASON = 300
-"""Characters of what is said of a bad value: it is shown, logged and kept."""
+"""Most characters of a reason, since it quotes hostile input and is shown, logged and kept."""
 
 
 class BadValueError(MeshnetError):
@@ -67,7 +67,7 @@ def decode(decoder: msgspec.json.Decoder[_T], raw: bytes) -> _T:
         BadValueError: too large, malformed, or a field is out of range.
     """
     if len(raw) > MAX_VALUE_BYTES:
-        raise BadValueError(f"{len(raw)} bytes, more than {MAX_VALUE_BYTES}")
+        raise BadValueError(f"the value has {len(raw)} bytes, more than {MAX_VALUE_BYTES}")
     try:
         return decoder.decode(raw)
     except (ValueError, RecursionError) as error:  # DecodeError, UnicodeDecodeError
@@ -75,10 +75,10 @@ def decode(decoder: msgspec.json.Decoder[_T], raw: bytes) -> _T:
 
 
 def check_key_name(name: str) -> None:
-    """Refuse a name in a key of the store.
+    """Check a name that is part of a key of the store.
 
     Raises:
-        BadValueError: nobody could have created what is named so.
+        BadValueError: no network or host can have this name.
     """
     if not NAME_PATTERN.fullmatch(name):
         raise BadValueError(f"the key names {name[:80]!r}, which is not a name")
@@ -109,7 +109,7 @@ def address_field(text: str) -> IpAddress:
 
 
 def underlay_address_field(text: str) -> IpAddress:
-    """The address of a field that is to be a tunnel's end.
+    """The address of a field that has to be the end of a tunnel.
 
     Raises:
         BadValueError: not an address, or one that no host can have.

@@ -1,4 +1,4 @@
-"""Endpoints, and who holds the addresses of pools that they take."""
+"""Endpoints, and the holders of addresses from pools."""
 
 from __future__ import annotations
 
@@ -136,17 +136,19 @@ def decode_endpoint(raw: bytes) -> Endpoint:
     value = decode(_endpoint, raw)
     try:
         if any("%" in text for text in (*value.addresses, *value.gateways)):
-            raise BadValueError("an endpoint's addresses have no scope")
+            raise BadValueError("an endpoint's address or gateway has a scope: it must not")
         addresses = tuple(ip_interface(a) for a in value.addresses)
         gateways = tuple(ip_address(g) for g in value.gateways)
     except ValueError as error:
         raise BadValueError(str(error)) from error
     versions = [a.version for a in addresses]
     if versions != sorted(set(versions)):
-        raise BadValueError("an endpoint has at most one address of an IP version, IPv4 first")
+        raise BadValueError("an endpoint may have one address of each IP version, IPv4 first")
     led = [g.version for g in gateways]
     if led != sorted(set(led) & set(versions)):
-        raise BadValueError("an endpoint has at most one gateway for each of its addresses")
+        raise BadValueError(
+            "an endpoint may have one gateway for each of its addresses, IPv4 first"
+        )
     return Endpoint(
         id=EndpointId(value.id),
         network=NetworkName(value.network),
@@ -193,18 +195,19 @@ def address_from_key(part: str) -> IpAddress:
     """
     address = address_field(part)
     if str(address) != part:
-        raise BadValueError(f"{part} is not an address's canonical form ({address})")
+        raise BadValueError(f"{part} is not the canonical form of address {address}")
     return address
 
 
 def decode_address_holder(raw: bytes) -> AddressHolder:
-    """Read who has an address of a pool.
+    """Read the holder of an address from a pool.
 
     Raises:
-        BadValueError: malformed, or it has both a host and a machine outside the mesh, or neither.
+        BadValueError: malformed, or it names both a host and a machine outside the mesh, or
+            neither.
     """
     value = decode(_address_holder, raw)
     if bool(value.host) == (value.held_by is not None) or (value.endpoint and not value.host):
-        raise BadValueError("an address is held by a host or by a machine outside the mesh")
+        raise BadValueError("an address must be held by a host or by a machine outside the mesh")
     held_by = parse_mac(value.held_by) if value.held_by is not None else b""
     return AddressHolder(HostId(value.host), value.endpoint, held_by)

@@ -93,7 +93,7 @@ def decode_reservation(network: NetworkName, subnet_key: str, raw: bytes) -> Res
 
 
 def subnet_to_key(subnet: IpNetwork) -> str:
-    """``10.42.3.0-24``: a subnet as a part of a key."""
+    """A subnet as part of a key, such as ``10.42.3.0-24``: "/" separates the parts of a key."""
     return f"{subnet.network_address}-{subnet.prefixlen}"
 
 
@@ -105,5 +105,5 @@ def subnet_from_key(part: str) -> IpNetwork:
     """
     subnet = network_field(part.replace("-", "/", 1))
     if subnet_to_key(subnet) != part:
-        raise BadValueError(f"{part} is not a subnet's canonical form ({subnet_to_key(subnet)})")
+        raise BadValueError(f"{part} is not the canonical form of subnet {subnet_to_key(subnet)}")
     return subnet

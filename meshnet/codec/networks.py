@@ -1,4 +1,4 @@
-"""Networks: their JSON, and which of them can work."""
+"""Networks: their JSON, and the check whether one can work."""
 
 from __future__ import annotations
 

@@ -198,8 +198,8 @@ class Store(Protocol):
         ...
 
     def reconnect(self) -> None:
-        """Make all connections anew: this machine's address is another, and no answer comes to the
-        one they were made from.  Calls and watches that are under way fail, as if the store broke.
+        """Replace all connections, because this machine's address has changed: no answer would
+        arrive at the old one.  Calls and watches that are under way fail, as if the store broke.
         """
         ...
 

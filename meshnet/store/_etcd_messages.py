@@ -83,7 +83,8 @@ class WatchResponse:
 
 
 def _encode(key: str) -> bytes:
-    # etcd's keys are bytes.  Whoever wrote one that is not UTF-8, it can be listed and deleted.
+    # etcd's keys are bytes.  One that is not UTF-8, whoever wrote it, must not break a listing, and
+    # it must be possible to delete it.
     return key.encode("utf-8", "surrogateescape")
 
 
@@ -97,7 +98,7 @@ class Stubs:
     def __init__(self, channel: _GrpcChannel) -> None:
         lease = etcdrpc.LeaseStub(channel)
         self._unary: dict[type[Message], _GrpcMethod] = {
-            # What a deserializer does happens on gRPC's thread, not in trio's loop.
+            # Deserializers run on gRPC's threads: decoding does not hold up trio's event loop.
             etcdrpc.RangeRequest: channel.unary_unary(
                 "/etcdserverpb.KV/Range",
                 request_serializer=etcdrpc.RangeRequest.SerializeToString,

@@ -20,7 +20,7 @@ import trio
 
 from meshnet.store import _etcd_messages as messages
 
-# From there and not by itself: it must be imported after the environment is set.
+# grpc comes from there, because it must be imported after that module has set the environment.
 from meshnet.store._etcd_messages import Message, WatchResponse, grpc
 
 if TYPE_CHECKING:

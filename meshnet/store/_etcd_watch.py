@@ -36,12 +36,12 @@ class Watch:
     """The iterator of one watch stream.
 
     Args:
-        stream: the stream; who makes the iterator closes it.
+        stream: the stream; the creator of the iterator closes it.
         url: the endpoint at its other end, for messages.
         prefix: what is watched, for messages.
         after_revision: the last revision that the caller has.
         silence_s: how long to hear nothing before the stream counts as broken.
-        on_broken: called when it broke by the endpoint's fault.
+        on_broken: called when the stream broke and the endpoint is to blame.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Watch:
             raise RpcFailedError("CANCELLED", response.cancel_reason or "etcd ended the watch")
         changes = tuple(c for c in response.changes if c.revision > self._revision)
         if response.changes and not changes:
-            return None  # the one revision that was asked for too much
+            return None  # the one revision that the stream started early
         self._revision = max(self._revision, response.revision)
         return WatchBatch(changes, self._revision)
 

@@ -59,9 +59,9 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
             else:
                 at += _FIXED[kind]
     except LookupError as error:
-        raise ValueError(f"not a protobuf message: it breaks off, or has kind {kind}") from error
+        raise ValueError(f"not a protobuf message: it is cut short, or has kind {kind}") from error
     if at > end:
-        raise ValueError("not a protobuf message: it breaks off")
+        raise ValueError("not a protobuf message: it is cut short")
 
 
 def _long_varint(data: bytes, at: int) -> tuple[int, int]:

@@ -1,12 +1,12 @@
-"""The pools of underlay networks in the store: who has which address of the physical network.
+"""The pools of underlay networks in the store: who holds which address of the physical network.
 
 One key an address::
 
     /meshnet/v1/addresses/NETWORK/ADDRESS
 
-Nobody watches them: an agent lists a network's when it starts and when it lost a race, and what it
-knows of them is a hint.  A transaction on the key's absence decides who gets an address, so no two
-endpoints of the mesh ever have one.
+No agent watches these keys.  An agent lists those of a network when it starts and when it lost a
+race, so what it knows is only a hint.  A transaction on the key's absence decides who gets an
+address, so no two endpoints of the mesh ever have the same one.
 
 Every function raises `StoreUnavailableError` when the store does not answer.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from meshnet.store import Condition, Store, Write
 
 SET_ASIDE_S = 600
-"""How long an address stays set aside that somebody outside the mesh answered for."""
+"""How long an address stays set aside after a machine outside the mesh answered for it."""
 
 _BATCH = 100
 """Writes a transaction: etcd allows 128."""
@@ -42,8 +42,9 @@ class PoolListing:
     """All that is held of a network's pool, as of one revision.
 
     Attributes:
-        network_revision: of the last write of the network's key: a take depends on it.
-        holders: by address; one whose value cannot be read is held by "", by nobody known.
+        network_revision: revision of the last write of the network's key; `hold_addresses` depends
+            on it.
+        holders: by address; the holder of one whose value cannot be read is "", which is nobody.
         bad_values: keys that cannot be used, and why.
     """
 
@@ -58,7 +59,7 @@ def address_key(network: NetworkName, address: IpAddress) -> str:
 
 
 async def list_pool(store: Store, network: Network) -> PoolListing:
-    """Who has what of a network's pool.
+    """List the holders of all addresses of a network's pool.
 
     Raises:
         NotFoundError: the network is gone, or another one has its name.
@@ -93,13 +94,13 @@ async def hold_addresses(
     addresses: Collection[IpAddress],
     holder: AddressHolder,
 ) -> bool:
-    """Hold all of some addresses, in one transaction.
+    """Take several addresses in one transaction: all of them or none.
 
     Args:
         network_revision: of `list_pool`.
 
     Returns:
-        False: one is held already, or the network changed, and nothing was written.
+        Whether they were taken; if not, one is held already or the network changed.
     """
     keys = [address_key(network, address) for address in addresses]
     value = encode_address_holder(holder)
@@ -111,7 +112,7 @@ async def hold_addresses(
 async def free_addresses(
     store: Store, network: NetworkName, held: Mapping[IpAddress, AddressHolder]
 ) -> None:
-    """Give addresses back that are held as said; one that somebody else has by now is left."""
+    """Free addresses whose holders are as given; one that has another holder by now is left."""
     items = [
         (address_key(network, address), encode_address_holder(holder))
         for address, holder in held.items()
@@ -120,6 +121,7 @@ async def free_addresses(
         batch = items[first : first + _BATCH]
         if await _delete(store, batch):
             continue
+        # One address that has another holder fails the whole transaction: free the others singly.
         for item in batch:
             await _delete(store, [item])
 
@@ -136,12 +138,15 @@ async def set_aside(
     answers: Mapping[IpAddress, bytes],
     ttl_s: int,
 ) -> None:
-    """Turn addresses that this host took into such that somebody outside the mesh has.
+    """Mark addresses that this host took as held by a machine outside the mesh.
 
     Args:
-        held: all that were taken together; those of them that nobody answers for are freed.
-        answers: the MAC that answered, by address.
-        ttl_s: how long they stay set aside; then they may be tried again.
+        held: all addresses that were taken together; those without an answer are freed.
+        answers: by address, the MAC that answered (6 bytes).
+        ttl_s: how many seconds they stay set aside; after that they may be tried again.
+
+    Raises:
+        ConflictError: one of them has another holder by now, as after ``network rm``.
     """
     lease = await store.grant_lease(ttl_s)
     when: list[Condition] = []

@@ -169,7 +169,7 @@ class EtcdStore:
         return Commit(*messages.transaction_outcome(response))
 
     async def grant_lease(self, ttl_s: int) -> LeaseId:
-        """Make a lease.  Made twice by a retry, the other one runs out by itself.
+        """Make a lease.  If a retry makes a second one, the first runs out by itself.
 
         etcd raises a TTL below its election time-outs (by default: below 2 s).
         """
@@ -184,7 +184,7 @@ class EtcdStore:
         response = await self._call(messages.keep_alive_request(lease_id), "renew a lease")
         ttl_s = messages.time_to_live_s(response)
         if ttl_s <= 0:
-            raise LeaseExpiredError(f"etcd does not know lease {lease_id:x} (any more): grant anew")
+            raise LeaseExpiredError(f"etcd does not know lease {lease_id:x}: grant a new one")
         return ttl_s
 
     async def revoke_lease(self, lease_id: LeaseId) -> None:
@@ -239,7 +239,8 @@ class EtcdStore:
             reasons.append(f"{endpoint.url}: {reason_of(failure, share_s)}")
             if not repeatable and _NEVER_SENT not in failure.details:
                 break
-        # In one order, whichever was asked first: what is said again need not be logged again.
+        # Sorted, so that the text does not depend on which endpoint came first: callers log a
+        # reason only when its text changes.
         reasons.sort()
         raise StoreUnavailableError(
             f"cannot {about}: {'; '.join(reasons)}; {remedy_for(reasons)}"
@@ -247,7 +248,7 @@ class EtcdStore:
 
     def _refusal(self, failure: rpc.RpcFailedError, about: str) -> Exception | None:
         """The error for an answer that no other endpoint would give differently."""
-        # A watch's refusal has "rpc error: code = PermissionDenied desc = " before it.
+        # For a watch, "rpc error: code = PermissionDenied desc = " precedes etcd's own text.
         details = failure.details.rpartition("etcdserver: ")[2]
         user = f"user {self._config.user!r}"
         nobody = self._config.user is None and self._config.cert_file is None
@@ -289,7 +290,7 @@ class _Endpoint:
 
 
 class _Session:
-    """The log-in: a token, got when first needed and again when etcd rejects it."""
+    """The log-in: a token, requested when first needed and again when etcd rejects it."""
 
     def __init__(self, user: str | None, password: str | None) -> None:
         self._user = user

@@ -5,9 +5,9 @@ without a process or a network, so that many agents in one trio run can share it
 same contract tests (``tests/contract/test_store.py``).  Place: tests only; never in production.
 May import of meshnet only `meshnet.store` and `meshnet.errors`.
 
-Time is a clock that the caller gives; with `trio.testing.MockClock` hours pass at once.  Leases
-are looked at when somebody looks: every call first ends those that have run out, and a waiting
-watch wakes when the next one is due, so that it sees the keys go.
+Time is a clock that the caller passes; with `trio.testing.MockClock` hours pass at once.  No task
+ends leases: every call first ends those that have run out, and a waiting watch wakes when the next
+one is due, so that it sees the keys go.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class MemoryStore:
         self._watches: set[_Watch] = set()
 
     def connect(self) -> MemoryStore:
-        """Another client of the same database, available by itself."""
+        """Another client of the same database, with a `set_available` of its own."""
         client = MemoryStore()
         client._database = self._database
         return client
@@ -252,7 +252,7 @@ class MemoryStore:
         lease_id = LeaseId(database.last_lease)
         database.leases[lease_id] = _Lease(ttl_s, database.clock() + ttl_s)
         for watch in database.watches:
-            watch.wake()  # its time to wake may be earlier now
+            watch.wake()  # this lease may run out before the one that it sleeps for
         return lease_id
 
     async def keep_alive(self, lease_id: LeaseId) -> int:
@@ -289,7 +289,7 @@ class MemoryStore:
             return self._database.leases[lease_id]
         except KeyError:
             raise LeaseExpiredError(
-                f"the store does not know lease {lease_id:x} (any more): grant a new lease"
+                f"the store does not know lease {lease_id:x}: grant a new one"
             ) from None
 
     def _unavailable(self, about: str) -> StoreUnavailableError:

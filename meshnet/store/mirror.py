@@ -11,8 +11,9 @@ Keys (docs/etcd-layout.md)::
     /meshnet/v1/mesh-id                       random name of the mesh
     /meshnet/v1/serial/networks               written with every change of the set of networks
 
-A value that cannot be used is left out, remembered with its reason, and shown by ``status``; what
-was known under its key before stays in force, so that damage in the store does no more damage here.
+A value that cannot be used is left out, remembered with the reason, and shown by ``status``.  What
+was known under its key before stays in force, so that damage in the store does not spread to the
+kernel.
 
 No I/O: the agent's watch task feeds it.
 """
@@ -53,17 +54,17 @@ ADDRESSES = ROOT + "addresses/"
 MESH_ID = ROOT + "mesh-id"
 NETWORKS_SERIAL = ROOT + "serial/networks"
 _SHOWN_CHARACTERS = 400
-"""Of a bad key; those that can be right are shorter."""
+"""Most characters of a bad key that are shown; valid keys are shorter."""
 
 
 @dataclass(slots=True)
 class Changes:
-    """What some changes of the store come to.
+    """What some changes of the store affect.
 
     Attributes:
-        hosts: whose entry or subnets are not what they were.
-        leases: hosts that got or lost a lease, appeared or went.
-        networks: whether networks, or what cannot be read, are not what they were.
+        hosts: hosts whose entry or subnets changed.
+        leases: hosts that got or lost a lease, or whose entry appeared, changed or went.
+        networks: whether networks, or the set of unreadable values, changed.
     """
 
     hosts: set[HostId] = field(default_factory=set)
@@ -74,17 +75,17 @@ class Changes:
 class Mirror:
     """The copy.  Not thread-safe; `snapshot` is a value that may go to any thread.
 
-    Filled with `take` and `finish`, then kept current with `apply`.
+    Filled with `add_listed` and `finish`, then kept current with `apply`.
 
     Args:
         before: the copy that this one is to replace: where the listing has a value that cannot be
             used, what was known before stays in force.
 
     Attributes:
-        last_put, last_deletion: key and revision of the latest that it knows of: by these a store
-            that has another history is found out.
-        contradiction: a key that the listing has as it was before the copy to be replaced, which
-            knew it otherwise: that one is of another history.
+        last_put, last_deletion: key and revision of the latest ones known.  A store that does not
+            have them has another history (it was restored from an older copy).
+        contradiction: a key whose listed value is older than the copy to be replaced, and yet
+            differs from it: the listing comes from another history.
     """
 
     def __init__(self, before: Mirror | None = None) -> None:
@@ -112,14 +113,14 @@ class Mirror:
                 self.contradiction = item.key
 
     def finish(self, revision: int) -> None:
-        """The listing, complete, was of this revision."""
+        """Note that the listing is complete, and its revision."""
         self.revision = revision
         self._before = None
         self._shown = None
         self._changes = Changes()
 
     def apply(self, batch: WatchBatch) -> Changes:
-        """Take changes in; returns what they come to."""
+        """Take in changes; returns what they affect."""
         for change in batch.changes:
             if change.value is None:
                 self.last_deletion = (change.key, change.revision)
@@ -134,10 +135,10 @@ class Mirror:
         return changes
 
     def view(self) -> MeshSnapshot:
-        """All of it, as of now, without a copy: good until the next change is taken in.
+        """The whole mesh as of now, without copying: valid until the next change is taken in.
 
-        Networks come in the order they were created in, the same for every agent: of two that
-        contradict each other the older one counts (`meshnet.plan`).
+        Networks are in the order of their creation, the same on every agent: of two that exclude
+        each other, the older one is used (`meshnet.plan`).
         """
         if self._shown is None or self._shown.revision != self.revision:
             shown = self._shown
@@ -153,7 +154,7 @@ class Mirror:
         return self._shown
 
     def snapshot(self) -> MeshSnapshot:
-        """All of it, as of now: later changes do not show in the value returned."""
+        """The whole mesh as of now, as a copy that later changes do not affect."""
         now = self.view()
         return MeshSnapshot(
             revision=now.revision,
@@ -230,7 +231,10 @@ class Mirror:
         return None
 
     def _contradicts(self, item: KeyValue) -> bool:
-        """Whether the copy before would have known this, and did not."""
+        """Whether the copy before should have known this, and did not.
+
+        Leases are left out: one that ran out and was granted again is no other history.
+        """
         before = self._before
         return (
             before is not None
@@ -242,7 +246,7 @@ class Mirror:
         )
 
     def _inherit(self, key: str) -> bool:
-        """Take over what the copy before this one knew under a key; whether it knew anything."""
+        """Take over what the copy before knew under a key; returns whether it knew anything."""
         before = self._before
         if before is None or before._value(key) is None:
             return False
@@ -308,12 +312,12 @@ def load(listing: Listing, before: Mirror | None = None) -> Mirror:
 
 
 def _host_id(text: str) -> HostId:
-    """A host's id, one object however many keys name it."""
+    """A host's id, interned: thousands of keys name the same hosts."""
     return HostId(sys.intern(text))
 
 
 def printable_key(key: str) -> str:
-    """A key as text that can be shown: keys are bytes, and what is no UTF-8 is surrogates here."""
+    """A key as printable text: bytes of it that are not UTF-8 are surrogates in the `str`."""
     text = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return printable(text, _SHOWN_CHARACTERS)
 

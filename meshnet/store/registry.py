@@ -76,8 +76,8 @@ _TRIES = 64
 _STALE = 3
 """Failed transactions after which reservations are read anew instead of one by one."""
 _ORDERLY = 16
-"""A network of fewer reservations gives its lowest subnet first: small meshes are read by people.
-In larger ones every host starts at random."""
+"""A network with fewer reservations gives out its lowest subnet first, because people read small
+meshes.  In larger ones each host chooses at random, so that hosts that join at once do not race."""
 _BATCH = 100
 """Writes a transaction: etcd allows 128."""
 
@@ -98,13 +98,14 @@ class Registry:
     ) -> LeaseId:
         """Become `host`: publish it and put its key under a lease of `ttl_s` seconds.
 
-        What the host's key says is of this agent, and taken over at once, if it is under a lease
-        that it was granted, or of the same instance at the same underlay address.  An instance
-        alone may be in a copied state directory, on another machine.
+        A claim that is there already is this agent's own, and replaced at once, if it is under a
+        lease that the agent was granted, or has the same instance and underlay address.  The same
+        instance is not enough: a cloned machine has a copy of the state directory, and the two
+        would take the host from each other again and again.
 
         Args:
-            granted: leases that the agent was granted since it started and may have the host under;
-                those of this call are added before the store can know of them.
+            granted: leases that the agent was granted since it started and that the host's key may
+                be under; this call adds its own before it writes with them.
 
         Raises:
             ConflictError: another agent holds the id; the message says where it runs.
@@ -115,10 +116,10 @@ class Registry:
             try:
                 return await self._claim_host(host, claim, lease, ttl_s, granted)
             except LeaseExpiredError:
-                continue  # etcd, or this machine, took longer than the lease lasts
+                continue  # etcd or this machine is so slow that the lease ran out meanwhile
         raise StoreUnavailableError(
-            f"no lease of {ttl_s} s lasts until etcd has written host {host.id}: give a longer "
-            "--lease-ttl, or see why etcd is slow"
+            f"a lease of {ttl_s} s runs out before etcd has written host {host.id}: give a longer "
+            "--lease-ttl, or find out why etcd is slow"
         )
 
     async def _claim_host(
@@ -143,12 +144,14 @@ class Registry:
                 if held.lease_id not in (0, lease):
                     await self.store.revoke_lease(type(lease)(held.lease_id))
                 return lease
-        raise ConflictError(f"host id {host.id} changes hands all the time: choose another")
+        raise ConflictError(
+            f"other agents keep claiming host id {host.id}: choose another --host-id"
+        )
 
     async def _publication(self, host: Host) -> tuple[list[Condition], list[Write]]:
         """What publishes a host: nothing, if it is published, on condition that it stays so.
 
-        Every write is news to every agent, and a host that starts again has seldom changed.
+        Every write is delivered to every agent, and a host that starts again has rarely changed.
         """
         put = Put(host_key(host.id), encode_host(host))
         if any(item.value == put.value for item in (await self.store.read(put.key)).items):
@@ -179,7 +182,8 @@ class Registry:
         endpoints = [e for prefix in prefixes for e in await self._endpoints_below(prefix)]
         writes: list[Write] = [DeletePrefix(prefix) for prefix in prefixes]
         writes += [Delete(key) for key in (*owned, *await addresses_of(self.store, host))]
-        writes.append(Delete(host_key(host)))  # last: what is cut short can be asked for again
+        # Last: if this is cut short, the host still exists and can be removed again.
+        writes.append(Delete(host_key(host)))
         for first in range(0, len(writes), _BATCH):
             when = [Absent(alive_key(host))]
             if not (await self.store.commit(when, writes[first : first + _BATCH])).succeeded:
@@ -229,7 +233,7 @@ class Registry:
                 subnet = prefer
             else:
                 orderly = attempt == 1 and len(taken) < _ORDERLY
-                # A full network costs the store nothing: its hosts ask again at every change.
+                # Raises without asking the store: hosts of a full network try again and again.
                 subnet = choose_subnet(
                     network, version, taken, random_below=None if orderly else random_below
                 )
@@ -254,8 +258,8 @@ class Registry:
             raise NotFoundError(f"network {network} does not exist (any more)")
         reservation = Reservation(network=network, subnet=subnet, host=host)
         key = subnet_key(network, subnet)
-        # The network's own revision: one that is removed and made anew meanwhile may have other
-        # addresses, and the reservation would outlive the first.
+        # On condition of the network's revision: if it is removed and created again meanwhile, it
+        # may have other addresses, and a reservation of the old ones would stay.
         return await self.store.commit(
             [Absent(key), Unchanged(network_key(network), network_revision)],
             [Put(key, encode_reservation(reservation))],
@@ -295,7 +299,7 @@ class Registry:
             )
             if done.succeeded:
                 return network
-        raise ConflictError("other networks are being created all the time: try again")
+        raise ConflictError("other networks are created or removed all the time: try again")
 
     async def remove_network(self, name: NetworkName) -> None:
         """Remove a network and its reservations.
@@ -334,13 +338,13 @@ class Registry:
         return next((item.mod_revision for item in (await self.store.read(key)).items), 0)
 
     async def snapshot(self) -> MeshSnapshot:
-        """Everything, read now (the agent follows changes instead)."""
+        """The whole mesh, read now (the agent itself follows changes instead)."""
         return load(await self.store.list_prefix(MESH)).snapshot()
 
     # --- endpoints ----------------------------------------------------------------------------
 
     async def list_endpoints(self, network: NetworkName | None = None) -> Sequence[Endpoint]:
-        """Published endpoints of all hosts; those unreadable, or not their key's, are left out."""
+        """Published endpoints of all hosts; unreadable ones, and misplaced ones, are left out."""
         return await self._endpoints_below(
             ENDPOINTS + (f"{network}/" if network is not None else "")
         )

@@ -1,6 +1,6 @@
-"""What the registry decides by: whose a subnet is, who holds a host id, which networks conflict.
+"""The registry's rules: who owns a subnet, who holds a host id, which networks conflict.
 
-Values in, values and errors out: `meshnet.store.registry` reads and writes.  Pure.
+Values in, values and errors out; `meshnet.store.registry` reads and writes.  Pure.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def owners_of(network: NetworkName, items: Sequence[KeyValue]) -> dict[IpNetwork
         part = item.key.removeprefix(f"{SUBNETS}{network}/")
         with contextlib.suppress(BadValueError):
             subnet = subnet_from_key(part)
-            # A value that cannot be read still holds its subnet: nobody overwrites it.
+            # A value that cannot be read still reserves its subnet: nobody may overwrite it.
             owners[subnet] = HostId("")
             owners[subnet] = decode_reservation(network, part, item.value).host
     return owners
@@ -106,7 +106,8 @@ def check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
             f"network {network.name} exists: choose another name, or meshnet network rm it first"
         )
     for other in snapshot.networks.values():
-        # On hosts with the kernel's VXLAN; those without it have more such networks, and say so.
+        # Only conflicts on hosts with kernel VXLAN.  Hosts without it have more conflicts, and
+        # refuse the younger network by themselves (`meshnet.plan`).
         conflict = find_conflict(network, other, kernel_vxlan=True)
         if conflict is not None:
             raise ConflictError(f"{conflict.problem}: {conflict.choose}")

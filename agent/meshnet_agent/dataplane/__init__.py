@@ -1,1 +1,1 @@
-"""Bringing the kernel to what the mesh and this host say, and keeping it so."""
+"""Brings the kernel to the state that the mesh and this host ask for, and keeps it there."""

@@ -1,7 +1,7 @@
-"""What the next pass is to look at: everything, or hosts that changed.
+"""What the next pass has to look at: everything, or the hosts that changed.
 
-The flag that parts set when something may differ from what the kernel holds.  It gathers and never
-queues: a burst of events is one pass.
+Parts set this flag when the kernel may differ from what it should hold.  It coalesces and never
+queues: a burst of events becomes one pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Dirty:
     """Marked by many, waited for and cleared by the reconciler.
 
     Attributes:
-        everything: whether the next pass is to look at everything.
+        everything: whether the next pass has to look at everything.
     """
 
     def __init__(self) -> None:
@@ -35,13 +35,17 @@ class Dirty:
         self._flag.set()
 
     def touch(self, hosts: Iterable[HostId]) -> None:
-        """Ask for a pass over hosts that changed; with none, for a look at the clock."""
+        """Ask for a pass over hosts that changed.
+
+        With no hosts it only wakes the reconciler, which then computes anew when the next grace
+        period ends.
+        """
         self._hosts.update(hosts)
         self._flag.set()
 
     @property
     def hosts(self) -> int:
-        """How many hosts changed and have not been looked at."""
+        """How many changed hosts wait for a pass."""
         return len(self._hosts)
 
     async def wait(self) -> None:
@@ -49,12 +53,12 @@ class Dirty:
         await self._flag.wait()
 
     def clear_all(self) -> None:
-        """A pass over everything begins."""
+        """Note that a pass over everything begins: it covers all changed hosts."""
         self.everything = False
         self._hosts.clear()
 
     def clear_some(self, most: int) -> set[HostId]:
-        """A pass over some hosts begins: returns at most so many, and leaves the rest."""
+        """Note that a pass over some hosts begins; returns up to `most` of them, the rest stays."""
         batch = set(itertools.islice(self._hosts, most))
         self._hosts -= batch
         if self._hosts:

@@ -6,13 +6,13 @@
           ┌─ VXLAN ────────────────────────────────────────────────────────────────► fallback ─┐
           └────◄──── VXLAN answered for 10 s without loss; after another fall soon, 60 s ──────┘
 
-A *round* is a small probe and one of full size by VXLAN, and, for a peer whose last round was not
-answered or that is in fallback, one of full size by the fallback.  Rounds are a second apart, or
-further with many peers, since there is a bound on probes a second; after one that is not answered
-they are 0.3 s apart.  A peer that answers neither stays where it is, and after some such
-rounds costs no more than others.
+A *round* is a small probe and one of full size by VXLAN.  A peer whose last round was not answered,
+or that is in fallback, also gets one of full size by the fallback.  Rounds are one second apart, or
+more with many peers, since probes a second are bounded; after a round without an answer they are
+0.3 s apart.  A peer that answers neither tunnel stays where it is, and after some such rounds it
+costs no more than other peers.
 
-Pure: time is an argument; knows no socket and no trio.
+Pure: time is an argument, in seconds of a monotonic clock; imports no socket and no trio.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ if TYPE_CHECKING:
 Pair = tuple[NetworkName, HostId]
 
 RATE_PER_S = 100.0
-"""Probes of all networks together, with a burst of as many."""
+"""Most probes a second, all networks together; a burst may be as large."""
 ROUND_S, FAST_S, TIMEOUT_S = 1.0, 0.3, 1.0
 DEAD_PROBES = 6
-"""With a fifth of all probes lost six in a row are lost once in 16,000 rounds."""
+"""So many lost in a row make a tunnel dead.  Where a fifth of all probes is lost, six in a row are
+lost once in 16,000 rounds; three in a row would be every few minutes."""
 ALIVE_PROBES = 3
-"""Answers in a row, and no loss since, that a tunnel must have given to be moved to."""
+"""Answers in a row, and no loss since, before packets may move to a tunnel."""
 GIVE_UP_PROBES = 15
+"""Lost in a row, after which a peer is no longer probed in quick rounds: it is dead, or its agent
+knows no probes."""
 HEALTHY_S, HEALTHY_LONGER_S, AGAIN_S = 10.0, 60.0, 300.0
 HEALTHY_PROBES = 5
 
 
 class ProbeKind(IntEnum):
-    """What a probe probes."""
+    """The tunnel and the size of a probe."""
 
     SMALL = 0
     FULL = 1
@@ -60,10 +63,12 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Fall:
-    """That a peer is in fallback.
+    """Since when and why a peer is in fallback.
 
     Attributes:
-        healthy_s: how long VXLAN must answer before it is used again.
+        since: when it fell, in the caller's time (seconds).
+        why: the reason, as ``status`` shows it.
+        healthy_s: how many seconds VXLAN must answer before it is used again.
     """
 
     since: float
@@ -72,7 +77,7 @@ class Fall:
 
 
 class Statistics(NamedTuple):
-    """Of a network's VXLAN probes: since start, and round trips of the last small ones."""
+    """A network's VXLAN probes since start, and the last small probes' round trips."""
 
     sent: int
     lost: int
@@ -91,7 +96,14 @@ class _Stream:
 
 @dataclass(slots=True)
 class _Peer:
-    """A peer; `waiting`: VXLAN probes of the last round that are not answered."""
+    """One peer.
+
+    Attributes:
+        due_at: when its next round is due.
+        waiting: how many VXLAN probes of the last round are not answered.
+        good_since: when VXLAN began to answer without loss; None: it lost its last probe.
+        fell_at: when it fell last, to notice one that falls again soon.
+    """
 
     due_at: float
     sent_at: float = 0.0
@@ -115,8 +127,8 @@ class FallbackReport:
 
     Attributes:
         falls: peers in fallback.
-        now: the time that `Fall.since` counts in.
-        statistics: of networks whose peers were probed.
+        now: the present, on the clock of `Fall.since`.
+        statistics: by network, of those whose peers were probed.
     """
 
     falls: Mapping[Pair, Fall]
@@ -124,7 +136,7 @@ class FallbackReport:
     statistics: Mapping[NetworkName, Statistics]
 
     def of(self, network: NetworkName) -> Statistics:
-        """What the probes of one network came to."""
+        """The statistics of one network; zeros if none of its peers was probed."""
         return self.statistics.get(network, Statistics(0, 0, None, None))
 
 
@@ -132,7 +144,8 @@ class Fallback:
     """What is known of the tunnels to all peers.
 
     Args:
-        first_id: of the first probe; a number nobody can guess.
+        first_id: where probe ids start; it must be hard to guess, or others could forge answers.
+        now: the present, in seconds.
 
     Attributes:
         falls: peers in fallback.
@@ -159,9 +172,9 @@ class Fallback:
         return max(ROUND_S, 2 * len(self._peers) / (0.9 * RATE_PER_S))
 
     def adopt(self, pairs: Iterable[Pair], now: float) -> None:
-        """Take over peers that are in fallback since before this agent started."""
+        """Take over peers that were in fallback before this agent started."""
         for pair in pairs:
-            self.falls[pair] = Fall(now, "it was so when this agent started")
+            self.falls[pair] = Fall(now, "it was in fallback when this agent started")
 
     def follow(self, pairs: Collection[Pair], now: float) -> None:
         """Probe these peers, and no others."""
@@ -169,14 +182,18 @@ class Fallback:
             del self._peers[pair]
         for pair in self.falls.keys() - pairs:
             del self.falls[pair]
+        # A network that is made again under a name begins with a count of its own.
+        for network in self._counts.keys() - {network for network, _ in pairs}:
+            del self._counts[network]
         for pair in sorted(pairs - self._peers.keys()):
-            # Spread over a round, whatever order they come in.
+            # Multiples of the golden ratio spread them evenly over a round, however many there are
+            # and however many more come later.
             part = (len(self._peers) * 0.618034) % 1
             self._peers[pair] = _Peer(0.0)
             self._schedule(pair, now + part * ROUND_S)
 
     def due(self, now: float) -> list[Probe]:
-        """The probes to send now, as far as there may be."""
+        """The probes to send now, as far as the bound on probes a second allows."""
         passed_s = now - self._allowed_at
         self._allowance = min(RATE_PER_S, self._allowance + passed_s * RATE_PER_S)
         self._allowed_at = now
@@ -185,7 +202,7 @@ class Fallback:
             due_at, pair = heapq.heappop(self._due)
             peer = self._peers.get(pair)
             if peer is None or peer.due_at != due_at:
-                continue  # gone, or scheduled anew
+                continue  # an old entry of the heap: the peer is gone, or was scheduled again
             kinds = [ProbeKind.SMALL, ProbeKind.FULL]
             if peer.waiting or pair in self.falls:
                 kinds.append(ProbeKind.FALLBACK)
@@ -203,7 +220,7 @@ class Fallback:
         return Probe(self._next_id, pair, kind)
 
     def _is_in_doubt(self, pair: Pair) -> bool:
-        """Whether to be quick about finding out."""
+        """Whether to probe quickly, to find out soon."""
         small, full, _ = self._peers[pair].streams
         return pair not in self.falls and max(small.lost, full.lost) < GIVE_UP_PROBES
 
@@ -212,16 +229,22 @@ class Fallback:
         heapq.heappush(self._due, (at, pair))
 
     def waits_for(self, network: NetworkName) -> bool:
-        """Whether a probe of a network is not answered."""
+        """Whether any probe of a network waits for an answer."""
         return any(sent.pair[0] == network for sent in self._sent.values())
 
     def pair_of(self, probe_id: int) -> Pair | None:
-        """Whom a probe that is not answered went to."""
+        """The peer that a probe went to; None: the probe does not wait for an answer."""
         sent = self._sent.get(probe_id)
         return sent.pair if sent is not None else None
 
     def answered(self, probe_id: int, rtt_ms: float, now: float) -> None:
-        """A probe was answered; one that is not waited for (any more) is none."""
+        """Note the answer to a probe; ignored if it came too late or belongs to no probe.
+
+        Args:
+            probe_id: the probe's `Probe.id`.
+            rtt_ms: round-trip time, as the userspace VTEP's process measured it.
+            now: the present, in seconds.
+        """
         sent = self._sent.pop(probe_id, None)
         peer = self._peers.get(sent.pair) if sent is not None else None
         if sent is None or peer is None:
@@ -238,15 +261,15 @@ class Fallback:
             if not peer.waiting:
                 self._schedule(sent.pair, sent.at + self.round_s)
 
-    def settle(self, now: float) -> set[HostId]:
-        """Count what was not answered in time, and decide.
+    def settle(self, now: float) -> set[Pair]:
+        """Count probes that were not answered in time as lost, and decide.
 
         Returns:
-            Hosts whose packets leave by the other tunnel from now on.
+            The networks and hosts whose packets leave by the other tunnel from now on.
         """
         for number, sent in list(self._sent.items()):
             if sent.at + TIMEOUT_S > now:
-                break  # later ones were sent later
+                break  # the dict keeps the order of sending: the rest is younger
             del self._sent[number]
             self._lose(sent)
         moved = set()
@@ -259,10 +282,10 @@ class Fallback:
                 why = self._why_fall(peer)
                 if why is not None:
                     self._fall(pair, peer, why, now)
-                    moved.add(pair[1])
+                    moved.add(pair)
             elif self._is_healthy(peer, fall, now):
                 del self.falls[pair]
-                moved.add(pair[1])
+                moved.add(pair)
         return moved
 
     def _lose(self, sent: _Sent) -> None:
@@ -297,7 +320,7 @@ class Fallback:
         small, full, fallback = peer.streams
         answered = min(small.answered, full.answered)
         if fallback.lost >= DEAD_PROBES and answered >= ALIVE_PROBES:
-            return True  # the fallback is what is dead
+            return True  # the fallback is the dead one: do not wait to go back
         return (
             peer.good_since is not None
             and now - peer.good_since >= fall.healthy_s
@@ -305,7 +328,7 @@ class Fallback:
         )
 
     def report(self, now: float) -> FallbackReport:
-        """Who is in fallback, and what the probes came to."""
+        """Which peers are in fallback, and the probes' statistics."""
         return FallbackReport(
             falls=dict(self.falls),
             now=now,
@@ -313,7 +336,7 @@ class Fallback:
         )
 
     def statistics(self, network: NetworkName) -> Statistics:
-        """What the probes of one network came to."""
+        """The statistics of one network's probes."""
         sent, lost = self._counts.get(network, (0, 0))
         rtts = [
             rtt

@@ -1,6 +1,6 @@
-"""What passes and probes work on: values, gathered from the parts that know them.
+"""The inputs of passes and probes: values, gathered from the parts that know them.
 
-Nothing else of the data plane asks the mesh or the endpoints for anything.
+No other module of the data plane asks the mesh or the endpoints for anything.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalParts:
-    """The parts that together know all of this host that a plan depends on."""
+    """The parts that together know everything about this host that a plan depends on."""
 
     membership: Membership
     endpoints: OwnEndpoints
@@ -40,7 +40,7 @@ class LocalParts:
     fallback: Fallback
 
     def view(self, expired: frozenset[HostId]) -> LocalView:
-        """What this agent knows of its own host, now."""
+        """What this agent knows about its own host now, as a value."""
         return LocalView(
             host=self.membership.host.id,
             subnets=dict(self.membership.subnets),
@@ -53,7 +53,7 @@ class LocalParts:
 
 
 class Target(NamedTuple):
-    """A peer to probe: by which TUN's process, where, and how long a packet may be."""
+    """A peer to probe: the TUN whose process sends, the peer's address, the MTU of the network."""
 
     tun: str
     underlay_ip: str
@@ -61,10 +61,10 @@ class Target(NamedTuple):
 
 
 class PassInputs(MeshListener):
-    """Gathers what passes work on, and marks what changes of the mesh make of it.
+    """Gathers the inputs of passes, and marks as dirty what changes of the mesh affect.
 
     Args:
-        underlay_dev: the link whose address the underlay's is, if that may change.
+        underlay_dev: the link that has this host's underlay address, if the address may change.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class PassInputs(MeshListener):
         self._local = local
         self._dirty = dirty
         self._underlay_dev = underlay_dev
-        # Those that the last input named: who of them is back matters to the kernel.
+        # The expired hosts of the last input: a lease matters to the kernel only if one of them
+        # comes back.
         self._expired: frozenset[HostId] = frozenset()
 
     def mesh_changed(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
@@ -88,15 +89,16 @@ class PassInputs(MeshListener):
         if changes is None or changes.networks or snapshot.holes:
             self._dirty.mark_all()
         else:
-            # A lease alone changes nothing in the kernel, except for a host that was given up.
+            # A lease alone changes nothing in the kernel, except for a host whose grace period has
+            # ended.
             self._dirty.touch(changes.hosts | (changes.leases & self._expired))
 
     def next_expiry_s(self) -> float:
-        """Seconds until `gather_part` changes by the clock alone."""
+        """Seconds until the next dead host expires, which changes `gather_part`'s result."""
         return self._liveness.next_expiry_s()
 
     def gather(self) -> PassInput:
-        """For a pass over everything."""
+        """The input of a pass over everything."""
         self._expired = self._liveness.expired()
         return PassInput(
             snapshot=self._mesh.copy_snapshot(),
@@ -106,14 +108,18 @@ class PassInputs(MeshListener):
         )
 
     def gather_part(self, hosts: Collection[HostId]) -> PartInput | None:
-        """For a pass over some hosts; None: nothing changed, or it takes one over everything."""
+        """The input of a pass over some hosts.
+
+        None: nothing changed, or a pass over everything is needed, which it has asked for.
+        """
         expired, before = self._liveness.expired(), self._expired
         self._expired = expired
         if not hosts and expired == before:
             return None
         snapshot = self._mesh.snapshot
         if snapshot.holes:
-            self._dirty.mark_all()  # that one knows what may be deleted
+            # Only a pass over everything knows what may be deleted while a value is unreadable.
+            self._dirty.mark_all()
             return None
         return PartInput(
             hosts={h: HostView(snapshot.hosts.get(h), snapshot.reserved_by(h)) for h in hosts},
@@ -122,7 +128,7 @@ class PassInputs(MeshListener):
         )
 
     def probe_targets(self, result: PassResult) -> dict[Pair, Target] | None:
-        """Whom to probe, after a pass that came to `result`; None: not known now."""
+        """The peers to probe after a pass with this result; None: that is not known now."""
         snapshot = self._mesh.snapshot
         if result.underlay is None or snapshot.holes:
             return None
@@ -133,7 +139,7 @@ class PassInputs(MeshListener):
             if not network.fallback:
                 continue
             if outcome is None:
-                return None  # the next pass has it
+                return None  # a new network: ask again after the next pass, which plans it
             tun = backend_of(network).userspace_vtep(network)
             if outcome.plan is None or tun is None:
                 continue

@@ -1,7 +1,7 @@
-"""Listens to the kernel, and marks everything dirty when somebody changed what is ours.
+"""Listens to the kernel, and marks everything dirty when somebody else changed an object of ours.
 
-A socket whose buffer overran (ENOBUFS) has lost notifications; the pass that follows dumps
-everything, so nothing else is lost.
+When a socket's buffer overflows (ENOBUFS, netlink(7)), notifications are lost.  The pass that
+follows dumps everything, so nothing more is lost than them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ class KernelEvents(Protocol):
         dirty: Dirty,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Mark `dirty` for what concerns us, for ever; started once nothing can be missed.
+        """Mark `dirty` when a notification concerns us.  Never returns.
+
+        Started once the sockets are subscribed, so that nothing after that is missed.
 
         Raises:
-            OSError: a socket cannot be had.
+            OSError: a socket cannot be opened or read.
         """
         ...
 
@@ -53,8 +55,9 @@ class NetlinkEvents:
     """`KernelEvents` of this network namespace.
 
     Args:
-        own_ports: netlink addresses of the sockets that we write through ourselves.
-        own_nft_ports: the same of nftables' elements.
+        own_ports: netlink port ids of the sockets through which this agent writes itself.  The
+            kernel drops notifications of these writes: they must not wake the agent.
+        own_nft_ports: the same for the sockets that write nftables elements.
     """
 
     def __init__(self, own_ports: Collection[int], own_nft_ports: Collection[int]) -> None:
@@ -98,7 +101,10 @@ async def _receive(
 
 
 class Monitor:
-    """Tells the filter after every pass which links matter, by their indices of now."""
+    """Tells the filter which links matter, after every pass over everything.
+
+    The filter goes by index, and a link that was removed and made again has another one.
+    """
 
     def __init__(self, kernel: Worker[Kernel], event_filter: EventFilter, mesh: MeshView) -> None:
         self._kernel = kernel
@@ -108,12 +114,12 @@ class Monitor:
         self._look = Flag()
 
     def passed(self, result: PassResult) -> None:
-        """See `PassListener`: links may have been made, and others looked up."""
+        """See `PassListener`: links may have been made, and have new indices."""
         self._underlay = result.underlay
         self._look.set()
 
     async def run(self) -> None:
-        """Keep the filter current for ever."""
+        """Keep the filter current.  Never returns."""
         while True:
             await self._look.wait()
             if self._underlay is not None:

@@ -1,4 +1,4 @@
-"""What a pass works on, and what it comes to: values for the event loop and the kernel's thread."""
+"""Inputs and results of passes: values, passed between the event loop and the kernel's thread."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassInput:
-    """What a pass over everything works on: values, safe to hand to the kernel's thread.
+    """The input of a pass over everything: values, safe to hand to the kernel's thread.
 
     Attributes:
-        underlay_ip: the host's address on the underlay so far.
-        underlay_dev: the link whose address it is, if that may change.
+        underlay_ip: this host's underlay address, as last known.
+        underlay_dev: the link that has this address, if the address may change.
     """
 
     snapshot: MeshSnapshot
@@ -32,7 +32,7 @@ class PassInput:
 
 
 class HostView(NamedTuple):
-    """What the store says of one host: its entry, if it has one, and what it owns by network."""
+    """What the store says about one host: its entry, if any, and its subnets by network."""
 
     host: Host | None
     subnets: Mapping[NetworkName, tuple[IpNetwork, ...]]
@@ -40,12 +40,12 @@ class HostView(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartInput:
-    """What a pass over some hosts works on.
+    """The input of a pass over some hosts.
 
     Attributes:
-        hosts: those that changed, as they are now.
-        expired: hosts dead for longer than the grace period, of all hosts.
-        fallen: peers that are sent to by a network's fallback, of all hosts.
+        hosts: the hosts that changed, as they are now.
+        expired: all hosts that have been dead for longer than the grace period.
+        fallen: all peers that this host reaches by a network's fallback.
     """
 
     hosts: Mapping[HostId, HostView]
@@ -55,7 +55,7 @@ class PartInput:
 
 @dataclass(slots=True)
 class Stages:
-    """Where the time of a pass went, in seconds."""
+    """How long each stage of a pass took, in seconds."""
 
     observe_s: float = 0.0
     dump_s: float = 0.0
@@ -76,18 +76,18 @@ class Stages:
 
 @dataclass(slots=True)
 class Progress:
-    """Operations of the pass that is running; read from other threads, for ``status``."""
+    """Operations of the running pass; may be read from other threads, for ``status``."""
 
     total: int = 0
     done: int = 0
 
     def begin(self, total: int) -> None:
-        """A pass has so many operations to carry out."""
+        """A pass starts to carry out `total` operations."""
         self.done = 0
         self.total = total
 
     def advance(self, count: int) -> None:
-        """So many more are carried out."""
+        """`count` more operations are carried out."""
         self.done += count
 
     @property
@@ -102,11 +102,15 @@ class PassResult:
 
     Attributes:
         scope: everything, or the hosts that changed.
-        networks: how each came out, as of now.
-        failures: operations that were refused, in this pass or before it, and not made good.
-        missing: names of endpoint links that were not there.
-        writes: operations carried out or tried.
-        again: links were made or changed, which makes the kernel drop what hung on them.
+        networks: the outcome of each network, as of this pass.
+        failures: operations that the kernel refused, in this pass or an earlier one, and that have
+            not succeeded since.
+        missing: names of endpoints' links that did not exist.
+        underlay: the underlay as the pass found it; None before the first pass.
+        writes: operations carried out or attempted.
+        again: links were made or changed.  The kernel then drops routes, neighbours and FDB entries
+            on them, so another pass has to follow.
+        seconds: how long the whole pass took.
     """
 
     scope: Literal["all", "part"] = "all"

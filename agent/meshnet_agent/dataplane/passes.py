@@ -1,13 +1,14 @@
-"""Passes: bringing the kernel to what the mesh and this host say, in the kernel's thread.
+"""Passes: they bring the kernel to the state that mesh and host ask for, in the kernel's thread.
 
-A pass over everything is: observe the underlay → find the way to each peer → dump the kernel →
+A pass over everything is: observe the underlay → find the path to each peer → dump the kernel →
 plan → diff → apply.  It is the safety net, and with nothing to do it writes nothing.  In between, a
-change of some hosts costs a pass over those alone: what they added to the desired state before is
-planned again from what was remembered, what they add now is planned from their new values, and the
-difference of the two is written.  The planner and the diff are the same; only the dump is spared.
+change of some hosts costs a pass over these hosts only.  What they added to the desired state
+before is planned again from what was remembered, what they add now is planned from their new
+values, and the difference is written.  Planner and diff are the same; only the dump is left out.
 
-A pass over some hosts gives up, and one over everything follows, wherever their change may matter
-to others.  No I/O but through the `Kernel` that is handed in.
+Where such a change may matter to other hosts, a pass over some hosts gives up, and one over
+everything follows (docs/design/incremental-passes.md).  No I/O but through the `Kernel` that is
+handed in.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Applied:
-    """What the kernel was last brought to, and what that was planned from.
+    """What the state that the kernel was last brought to was planned from.
 
     Attributes:
-        at: how many hosts are at each underlay address (packed).
+        at: how many hosts have each underlay address (packed, network byte order).
     """
 
     snapshot: MeshSnapshot
@@ -60,7 +61,7 @@ class _Applied:
     failures: dict[tuple[Table, Any], Failure]
 
     def plan(self, ids: NexthopIds, hosts: Collection[HostId]) -> HostsPlan:
-        """What some hosts add to the desired state, as things are remembered."""
+        """What some hosts add to the desired state, planned from what is remembered."""
         return plan_hosts(self.snapshot, self.local, self.underlay, ids, self.networks, hosts)
 
     def touched(self, given: PartInput) -> set[HostId]:
@@ -74,7 +75,7 @@ class _Applied:
         return touched
 
     def take(self, given: PartInput, paths: Mapping[IpAddress, UnderlayPath]) -> None:
-        """Remember what the hosts are now."""
+        """Remember the hosts that changed as they are now."""
         for host, view in given.hosts.items():
             before = self.hosts.pop(host, None)
             if before is not None:
@@ -89,7 +90,7 @@ class _Applied:
         self.local = replace(self.local, expired=given.expired, fallen=given.fallen)
 
     def shares(self, addresses: Collection[bytes], touched: Collection[HostId]) -> bool:
-        """Whether a host that did not change is at one of some underlay addresses, or two hosts."""
+        """Whether one of `addresses` belongs to a host that did not change, or to two hosts."""
         known = (self.hosts[host] for host in touched if host in self.hosts)
         changed = Counter(host.underlay_ip.packed for host in known)
         return any(self.at[a] > min(1, changed[a]) for a in addresses)
@@ -108,10 +109,10 @@ class Passes:
         self._applied: _Applied | None = None
 
     def run_all(self, kernel: Kernel, given: PassInput) -> PassResult:
-        """Compare and mend everything.
+        """Compare everything with the kernel, and correct what differs.
 
         Raises:
-            MeshnetError: the underlay address is gone.
+            MeshnetError: this host has no underlay address any more, or ``nft`` is missing.
             OSError: the kernel did not answer.
         """
         with _no_collection():
@@ -119,6 +120,7 @@ class Passes:
 
     def _run_all(self, kernel: Kernel, given: PassInput) -> PassResult:
         started = time.perf_counter()
+        # If this pass fails halfway, nobody knows what the kernel holds.
         self._applied = None
         stages = Stages()
         snapshot, local = given.snapshot, given.local
@@ -136,6 +138,8 @@ class Passes:
             ops = find_ops(plan.state, actual)
         failures = self._apply(kernel, ops, stages)
         refused = {f.op.key for f in failures if f.op.table is Table.LINK}
+        # Over holes the kernel keeps objects that no plan has: a pass over some hosts must not
+        # build on that.
         if not snapshot.holes:
             self._applied = _remember(snapshot, local, underlay, plan.networks, failures)
         return PassResult(
@@ -150,13 +154,14 @@ class Passes:
         )
 
     def run_part(self, kernel: Kernel, given: PartInput) -> PassResult | None:
-        """Bring the kernel to what some hosts are now; None: it takes a pass over everything.
+        """Update the kernel for some hosts; None: a pass over everything is needed instead.
 
         Raises:
             OSError: the kernel did not answer.
         """
         started = time.perf_counter()
-        applied, self._applied = self._applied, None  # whatever goes wrong: everything is next
+        # Put back only at the end: whatever goes wrong, a pass over everything comes next.
+        applied, self._applied = self._applied, None
         if applied is None:
             return None
         stages = Stages()
@@ -202,9 +207,9 @@ class Passes:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the collector of cycles out: a pass makes none, and a hundred thousand tuples.
+    """Disable the cycle collector: a pass makes 100,000 tuples and not one cycle.
 
-    Looking through them took a fifth of a pass over 30,000 hosts, with everybody waiting.
+    Walking over them took a fifth of a pass over 30,000 hosts, and it stopped all threads.
     """
     gc.disable()
     try:
@@ -214,11 +219,12 @@ def _no_collection() -> Iterator[None]:
 
 
 def _diff_over_holes(desired: KernelState, actual: KernelState) -> list[Op]:
-    """The difference where the snapshot lacks something: nothing is deleted for not being in it.
+    """The difference where the snapshot has holes: nothing is deleted because it is not in it.
 
-    (Design decision D5.)  Elements of the firewall that may stand for what it lacks become wanted,
-    since the firewall may be loaded anew.  Not so those of this host's endpoints, which are known,
-    nor one for everything else, which is never ours.
+    (Design decision D5.)  Firewall elements that may belong to a hole are added to the desired
+    state, because the firewall may be loaded again, which would drop them.  This does not include
+    elements of this host's endpoints, which are all known, nor a catch-all element (empty key),
+    which is never ours.
     """
     kept = {k: v for k, v in actual.elements.items() if k.key and not SETS[k.set_name].wired}
     desired = replace(desired, elements=kept | desired.elements)
@@ -236,7 +242,7 @@ def _remember(
     networks: Mapping[NetworkName, NetworkOutcome],
     failures: Sequence[Failure],
 ) -> _Applied:
-    """Everything in tables of its own, and a snapshot that shows them."""
+    """Copy everything that later passes over some hosts change; the snapshot shares the copies."""
     hosts = dict(snapshot.hosts)
     reservations = {name: held.copy() for name, held in snapshot.reservations.items()}
     paths = dict(underlay.paths)
@@ -254,7 +260,7 @@ def _remember(
 
 
 def _is_narrower(applied: _Applied, given: PartInput) -> bool:
-    """Whether a network's MTU must shrink; one that could grow grows with the next resync."""
+    """Whether a network's MTU must shrink now; one that may grow can wait for the next resync."""
     for view in given.hosts.values():
         path = applied.paths.get(view.host.underlay_ip) if view.host is not None else None
         for name in view.subnets if path is not None else ():
@@ -271,12 +277,15 @@ def _concerns_others(
     after: KernelState,
     ops: Sequence[Op],
 ) -> bool:
-    """Whether it takes a dump to know what an operation would do.
+    """Whether a dump is needed to know what an operation would do.
 
-    That is so where the last operation on the same object failed, where a nexthop on the underlay
-    comes or goes that another host at the same address has a part in, where the firewall forgets an
-    address that another host is at, and where there is another host at the address of a userspace
-    VTEP's member: which of them is one depends on both.
+    That is the case where
+
+    - the last operation on the same object failed;
+    - a nexthop on the underlay comes or goes, and another host at the same address uses it, too;
+    - the firewall would forget an address that another host has, too;
+    - a userspace VTEP's member has the address of another host: which one is the member depends on
+      both.
     """
     if any((op.table, op.key) in applied.failures for op in ops):
         return True
@@ -294,7 +303,7 @@ def _with_hosts(
     before: HostsPlan,
     after: HostsPlan,
 ) -> NetworkOutcome:
-    """A network's outcome once some hosts are what they are now."""
+    """A network's outcome, updated for the hosts that changed."""
     others = {host: text for host, text in outcome.peer_errors.items() if host not in touched}
     return replace(
         outcome,

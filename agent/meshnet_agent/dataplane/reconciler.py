@@ -1,9 +1,9 @@
-"""The reconciler: when to run which pass (`meshnet_agent.dataplane.passes`), and how it went.
+"""The reconciler: when to run which pass (`meshnet_agent.dataplane.passes`), and with what result.
 
-A pass over everything runs when something raised the flag (networks or this host's part in them
-changed, or the kernel), at every resync, and while operations are refused.  Hosts that changed are
-gathered in a set, never in a queue, and taken from it in batches: each costs a pass over those
-alone.  All passes run in the kernel's thread, so that the event loop stays free.
+A pass over everything runs when something asked for it (networks, this host's part in them, or the
+kernel changed), at every resync, and while operations are refused.  Hosts that changed are gathered
+in a set, never in a queue, and taken from it in batches; each batch costs a pass over its hosts
+only.  All passes run in the kernel's thread, so that the event loop stays free.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _PAUSE_S, _REST_S = 0.02, 1.0
-"""Longest rest after a pass, and before one over everything after another such, else as long as it
-took: a burst of events becomes one pass."""
+"""Longest rest after any pass, and between two passes over everything.  Up to that, the rest is as
+long as the pass was, so that a burst of events becomes one pass."""
 _TRIFLE_S = 0.001
-"""After so short a pass resting costs more than it saves."""
+"""After a pass this short, a rest would cost more than it saves."""
 _RETRY_S = (0.5, 30.0)
-"""Longest first and last pause before failed operations are tried again."""
+"""Upper bounds of the first and of the longest pause before failed operations are retried."""
 _BATCH_HOSTS = 100
 _LOGGED_FAILURES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassesReport:
-    """What passes came to (see the attributes of `Reconciler`)."""
+    """The results of passes (see the attributes of `Reconciler`)."""
 
     result: PassResult = field(default_factory=PassResult)
     blocked: str | None = None
@@ -62,17 +62,17 @@ class Reconciler:
 
     Attributes:
         result: of the last pass that could run.
-        blocked: why the last pass could not run at all, or None.
-        passes: that ran, since start.
-        full_passes: those of them that looked at everything.
-        writes: operations of all passes, since start.
+        blocked: why the last pass could not run at all; None if it ran.
+        passes: how many passes ran since start.
+        full_passes: how many of them looked at everything.
+        writes: operations of all passes since start.
 
     Args:
-        inputs: what passes work on.
-        dirty: what they are to look at.
-        right_of_way: given way to before a pass over some hosts.
-        resync_s: longest time between two passes over everything, give or take a tenth: agents
-            spread out.
+        inputs: gathers what passes work on.
+        dirty: says what the next pass has to look at.
+        right_of_way: the reconciler gives way before a pass over some hosts.
+        resync_s: longest time between two passes over everything; a random tenth more or less
+            spreads agents out.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Reconciler:
         return due + self._dirty.hosts + len(self.result.failures)
 
     def report(self) -> PassesReport:
-        """What passes came to, now."""
+        """The results of passes so far."""
         return PassesReport(
             result=self.result,
             blocked=self.blocked,
@@ -150,15 +150,16 @@ class Reconciler:
                 raise KernelRefusedError(f"the firewall cannot be changed: {failure}")
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run passes for ever; started after the first one.
+        """Run passes.  Never returns; started after the first pass that could run.
 
-        A failed operation is tried again with growing delays; a pass that could not run at all
-        (the underlay address is gone) likewise.
+        Failed operations are retried with growing pauses, and so is a pass that could not run at
+        all (such as when the underlay address is gone).
         """
         try:
             await self._run_passes(task_status)
         finally:
-            # Nobody waits for a pass that never comes: clean-up may be shielded.
+            # Wake those who wait for a pass that will not come: clean-up of a container that ended
+            # is shielded, and once kept an agent from stopping.
             self._over = True
             self._tried.send()
 
@@ -186,13 +187,13 @@ class Reconciler:
 
     @property
     def _all_at(self) -> float:
-        """When to look at everything: with the resync, or once rested if there is a reason."""
+        """When to look at everything: at the resync, or after the rest if it was asked for."""
         if self._dirty.everything:
             return min(self._resync_at, self._rested_at)
         return self._resync_at
 
     def _plan_next(self) -> None:
-        """After a pass over everything: when to begin the next, without and with a reason."""
+        """After a pass over everything: set when the next one is due, if asked for and if not."""
         now = trio.current_time()
         if self.blocked is None and not self.result.failures:
             self._backoff.reset()
@@ -200,7 +201,8 @@ class Reconciler:
         else:
             wait_s = min(self._resync_s, self._backoff.failed())
         self._resync_at = now + wait_s
-        # Somebody who changes something all the time gets half of a processor at most.
+        # A program that changes our objects all the time must cost half a processor at most.  No
+        # rest after links changed: routes that the kernel dropped with them are missing.
         self._rested_at = now + (0 if self.result.again else min(_REST_S, self.result.seconds))
 
     async def _pass_over_all(self) -> None:
@@ -227,14 +229,14 @@ class Reconciler:
             self._dirty.mark_all()
 
     async def _run(self, work: Callable[[Kernel], PassResult | None]) -> PassResult | None:
-        """Run a pass in the kernel's thread; None: it could not, or would not, come to an end."""
+        """Run a pass in the kernel's thread; None: it could not run, or gave up."""
         self._running = True
         before = {(f.op.table, f.op.key, f.reason) for f in self.result.failures}
         try:
             result = await self._worker.run(work)
         except (MeshnetError, OSError) as error:
-            # The underlay's address is gone, nft is missing, a dump was cut short: what is in the
-            # kernel stays, and the next pass may find it mended.
+            # The underlay's address is gone, nft is missing, or a dump was cut short.  The kernel
+            # stays as it is, and by the next pass somebody may have put it right.
             if str(error) != self.blocked:
                 _log.error("pass not possible", reason=str(error))
             self.blocked = str(error)

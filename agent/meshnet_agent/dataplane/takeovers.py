@@ -1,9 +1,9 @@
-"""Links that networks take over (`Backend.takeover_bridge`), and give back when they are gone.
+"""Takes over the links that networks want (`Backend.takeover_bridge`), and gives them back later.
 
-Follows the snapshot, one link after the other.  The work is done by processes that outlive this
-agent (`meshnet.kernel.takeover`), which confirm it or undo it by themselves.  One that failed, or
-that somebody took apart, is tried again after `_RETRY_S` and no sooner: a host's link does not
-flap.  Stopping gives nothing back.
+A link is given back when its network is gone.  Links are dealt with one after the other.  Processes
+that outlive this agent do the work (`meshnet.kernel.takeover`), and confirm or undo it by
+themselves.  A takeover that failed, or that somebody took apart, is retried after `_RETRY_S` and no
+sooner, so that the host's link does not flap.  Stopping the agent gives nothing back.
 """
 
 from __future__ import annotations
@@ -30,27 +30,36 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _RETRY_S = 300.0
 _GIVE_BACK_AGAIN_S = (0.5, 60.0)
-"""Pause before a link is tried to be given back again: while endpoints are going, and after an
-error."""
+"""Pauses before another attempt to give a link back: while its endpoints are being removed, and
+after an error."""
 
 
 class TakeoverRunner(Protocol):
     """Takes links over: `meshnet.kernel.takeover.process.TakeoverProcesses`, or a fake."""
 
     def bridges(self) -> list[str]:
-        """Bridges that have taken a link, or were about to."""
+        """The bridges that have taken over a link, or were about to."""
         ...
 
     async def standing(self) -> dict[str, str]:
-        """Those that have, confirmed: bridge and link."""
+        """The takeovers that are complete and confirmed: link by bridge."""
         ...
 
     async def take_over(self, bridge: str, parent: str, gateways: Sequence[IpAddress]) -> None:
-        """Have a bridge in the place of a link, or leave everything as it was."""
+        """Put a bridge in the place of a link, or leave everything as it was.
+
+        Raises:
+            MeshnetError: it did not succeed, and was undone.
+        """
         ...
 
     async def give_back(self, bridge: str) -> None:
-        """Move everything that a bridge has back to its link; not while endpoints hang on it."""
+        """Move everything that a bridge has back to its link.
+
+        Raises:
+            ConflictError: endpoints are still attached to the bridge.
+            MeshnetError: it did not succeed.
+        """
         ...
 
 
@@ -68,7 +77,7 @@ class Takeovers:
         dirty: marked when `states` changed.
 
     Attributes:
-        states: by network, why its parent is not taken over; "": it is (`LocalView.takeovers`).
+        states: by network, why its parent is not taken over; "" if it is (`LocalView.takeovers`).
     """
 
     def __init__(self, runner: TakeoverRunner, mesh: MeshView, dirty: Dirty) -> None:
@@ -83,12 +92,12 @@ class Takeovers:
         self._again_at = float("inf")
 
     def passed(self, result: PassResult) -> None:
-        """See `PassListener`: which links there are may have changed."""
+        """See `PassListener`: links may have come or gone."""
         self._underlay = result.underlay
         self._look.set()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take over and give back for ever; started when what stands is known."""
+        """Take over and give back.  Never returns; started once existing takeovers are known."""
         standing = await self._runner.standing()
         for network in self._mesh.snapshot.networks.values():
             bridge = backend_of(network).takeover_bridge(network)
@@ -106,6 +115,7 @@ class Takeovers:
             named = {backend_of(n).takeover_bridge(n) for n in snapshot.networks.values()}
             try:
                 standing = await self._runner.standing()
+                # An unreadable value may be the network that a bridge belongs to.
                 if not snapshot.holes:
                     for bridge in set(self._runner.bridges()) - named:
                         await self._give_back(bridge)
@@ -130,8 +140,9 @@ class Takeovers:
                 if not self.states.get(network.name):
                     self._set(
                         network,
-                        f"somebody took link {parent} out of bridge {bridge}, or removed that: it "
-                        "is mended by the next try, or when the agent is restarted",
+                        f"somebody took link {parent} out of bridge {bridge}, or removed the "
+                        f"bridge: the agent tries again within {_RETRY_S:.0f} s; to have it do so "
+                        "at once, restart the agent",
                     )
                 self._again_at = min(self._again_at, due)
                 return
@@ -180,7 +191,7 @@ class Takeovers:
     def _complain(self, bridge: str, reason: str) -> None:
         if self._complaints.get(bridge) != reason:
             self._complaints[bridge] = reason
-            _log.error("takeover", bridge=bridge, reason=reason)
+            _log.error("takeover failed", bridge=bridge, reason=reason)
 
     def _again_in(self, seconds: float) -> None:
         self._again_at = min(self._again_at, trio.current_time() + seconds)

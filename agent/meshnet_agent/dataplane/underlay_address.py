@@ -1,4 +1,4 @@
-"""Follows this host's underlay address, which its link may be given anew."""
+"""Follows this host's underlay address, which may change while the agent runs (DHCP)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = structlog.get_logger()
 
 
 class UnderlayAddress:
-    """Has the host published anew where it is now."""
+    """Has the host's entry published again when its underlay address changes."""
 
     def __init__(self, store: Store, membership: Membership) -> None:
         self._store = store
@@ -28,6 +28,7 @@ class UnderlayAddress:
         if underlay is None or underlay.ip == host.underlay_ip:
             return
         _log.warning("underlay address changed", before=str(host.underlay_ip), now=str(underlay.ip))
-        # A connection from the old address would hang until it times out.
+        # Answers from etcd would go to the old address: the host once waited 5 s for them before it
+        # told the others where it is.
         self._store.reconnect()
         self._membership.move(replace(host, underlay_ip=underlay.ip))

@@ -1,4 +1,4 @@
-"""What the data plane last did, for the parts that go by it."""
+"""What the data plane last did, for the parts that depend on it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 class DataplaneView(Protocol):
-    """What the passes came to."""
+    """The results of passes."""
 
     @property
     def result(self) -> PassResult:
-        """Of the last pass that could run."""
+        """The result of the last pass that could run."""
         ...
 
     async def wait_for_pass(self) -> None:
@@ -21,11 +21,11 @@ class DataplaneView(Protocol):
         ...
 
     async def settle(self) -> None:
-        """Have a pass over everything that begins after this call, and wait until it has ended.
+        """Ask for a pass over everything that begins after this call, and wait for its end.
 
         Raises:
-            KernelRefusedError: it could not run, or the firewall is not as it should be; both are
-                tried again.  Or the agent is stopping, and there are no more passes.
+            KernelRefusedError: it could not run, or the kernel refused a change of the firewall;
+                the reconciler retries both.  Or the agent is stopping, and no more passes come.
         """
         ...
 
@@ -34,5 +34,5 @@ class PassListener(Protocol):
     """A part that is told when a pass over everything has ended."""
 
     def passed(self, result: PassResult) -> None:
-        """It ended so.  Returns at once."""
+        """A pass over everything ended with `result`.  Returns at once."""
         ...

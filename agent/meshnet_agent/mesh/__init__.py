@@ -1,1 +1,1 @@
-"""This host's part in the mesh: what the store says, who this host is, what it publishes."""
+"""This host as a member of the mesh: what the store says, who this host is, what it publishes."""

@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _DELAYS_S = (0.1, 10.0)
 _RETURNS_A_SECOND, _LISTINGS_A_SECOND = 1000, 200
-"""What all agents together may ask of etcd when it is back, or when all must list again
-(docs/design/etcd-load.md)."""
+"""How fast all agents together may come back to etcd after an outage, and list it again after a
+compaction: a listing costs 150 times as much as resuming a watch (docs/design/etcd-load.md)."""
 _SLICE_KEYS = 100
-"""Keys that are decoded without letting others run: 1 ms."""
+"""How many keys are decoded before other tasks may run: 1 ms of work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreReport:
-    """How the store is heard.
+    """Whether this agent hears from the store.
 
     Attributes:
-        connected: the watch runs.
-        lag_s: seconds since it was last heard of.
-        error: why the watch does not run.
+        connected: whether the watch runs.
+        lag_s: seconds since the store was last heard from.
+        error: why the watch does not run; None while it does.
     """
 
     connected: bool
@@ -55,11 +55,11 @@ class Follower:
 
     Attributes:
         connected: whether the watch runs.
-        error: why not.
-        snapshot: what the store says; good until the next change (`Mirror.view`).
+        error: why it does not run; None while it does.
+        snapshot: what the store says; valid until the next change (`Mirror.view`).
 
     Args:
-        right_of_way: given way to between slices of many changes.
+        right_of_way: the follower gives way between slices of many changes.
     """
 
     def __init__(self, store: Store, identity: MeshIdentity, right_of_way: RightOfWay) -> None:
@@ -79,31 +79,33 @@ class Follower:
 
     @property
     def lag_s(self) -> float:
-        """Seconds since the store was last heard of; small while connected."""
+        """Seconds since the store was last heard from; small while connected."""
         return trio.current_time() - self._heard_at
 
     def report(self) -> StoreReport:
-        """How the store is heard now."""
+        """Whether this agent hears from the store now."""
         return StoreReport(connected=self.connected, lag_s=self.lag_s, error=self.error)
 
     async def check_store(self) -> None:
         """See `MeshView`."""
         await self._identity.check()
         if self.connected:
-            return  # its history was looked at when the watch began
+            return  # `_watch_once` checked its history when the watch began
         try:
             await self._identity.check_history(self._mirror)
         except CompactedError as error:
             raise StoreUnavailableError(
-                "etcd's history was compacted and is being listed again: try again in a moment"
+                "etcd's history was compacted, and this agent is listing the mesh again: try again "
+                "in a moment"
             ) from error
 
     async def list_all(self) -> None:
-        """Read everything.
+        """List the mesh anew, and tell the listeners.
 
         Raises:
             StoreUnavailableError: the store does not answer.
-            PolicyRefusedError: it is not this host's mesh (`MeshIdentity`).
+            PolicyRefusedError: the store is not this host's mesh (`MeshIdentity`), or its history
+                is not the one that this agent has seen.
         """
         await self._identity.check()
         started = time.perf_counter()
@@ -114,6 +116,8 @@ class Follower:
             mirror.add_listed(listing.items[first : first + _SLICE_KEYS])
             await self._right_of_way.give()
         mirror.finish(listing.revision)
+        # Where the history that this agent saw is compacted away, `check_history` cannot tell: an
+        # etcd restored from an older copy, and written to and compacted since, was once followed.
         if mirror.contradiction is not None:
             raise self._identity.refusal_of(mirror.contradiction, self._mirror.revision)
         self._mirror = mirror
@@ -139,7 +143,7 @@ class Follower:
                 await self._watch_once(just_listed=just_listed)
             except CompactedError:
                 _log.warning("history compacted, listing again", revision=self._mirror.revision)
-                # Nothing is known of who is dead until then.
+                # Not connected any more: until the listing, nobody knows which hosts are dead.
                 self.connected, self.error = False, "history compacted, listing again"
                 await trio.sleep(random.uniform(0, len(self.snapshot.hosts) / _LISTINGS_A_SECOND))
                 try:
@@ -157,21 +161,25 @@ class Follower:
                 backoff.reset()
             self.connected = False
             self.error = reason
-            # Spread out, or all agents would come back in the same instant.
+            # With the back-off alone, 10,000 agents would come back within 0.8 s of a restart that
+            # took 2 s, which is more than etcd can serve (docs/design/etcd-load.md).
             spread_s = len(self.snapshot.hosts) / _RETURNS_A_SECOND
             await trio.sleep(random.uniform(0, max(backoff.failed(), spread_s)))
 
     async def _watch_once(self, *, just_listed: bool) -> None:
         after = self._mirror.revision
-        # A watch of an empty store, or of one that went back in time, would only be silent.
+        # A watch on an etcd that is empty or was restored from an older copy raises no error: it
+        # just stays silent.
         await self._identity.check()
         if not just_listed:
-            # What was listed may be older than the history that the store still has.
+            # While this agent was away, etcd may have been restored and written to until its
+            # revision was no longer behind.  Not right after a listing: where all history is
+            # compacted, the check asks for a listing, and an agent once listed for ever.
             await self._identity.check_history(self._mirror)
         async with self._store.watch_prefix(MESH, after_revision=after) as batches:
             if not self.connected:
                 _log.info("store followed", revision=after)
-            was_lost = self.error is not None  # at the start it is not
+            was_lost = self.error is not None  # None when the agent starts
             self.connected = True
             self.error = None
             if was_lost:
@@ -184,7 +192,11 @@ class Follower:
                 self._identity.observe(batch.revision)
 
     async def _take(self, batch: WatchBatch) -> None:
-        """Take changes in, thousands of them in slices; the last one brings the revision."""
+        """Take in changes, many of them in slices; only the last slice moves the revision on.
+
+        Before that the mirror lacks some of the batch, and a part that asks whether the snapshot
+        shows a revision yet (`Membership`) must not be told that it does.
+        """
         changes = batch.changes
         while len(changes) > _SLICE_KEYS:
             part, changes = changes[:_SLICE_KEYS], changes[_SLICE_KEYS:]

@@ -1,10 +1,10 @@
-"""Which mesh this host belongs to: the guard before anything is believed or written.
+"""Which mesh this host belongs to: checked before anything is read from the store or written.
 
-An etcd that was wiped, restored from an older copy, or is simply another one answers like any
+An etcd that was wiped, was restored from an older copy, or is a different one answers like any
 other, and says that all networks are gone.  So the first agent of a mesh writes a random name into
-the store, every agent remembers it and the latest revision it saw, and a store that does not know
-the name, or has gone back in time, is not listened to: the data path stays as it is until an
-operator restores the store or removes the file that remembers.
+the store, and every agent remembers that name and the latest revision that it saw.  Agents refuse a
+store that does not have the name, or whose revision is older: the data path stays as it is until an
+operator restores the store or removes the file with the name.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _SAVE_EVERY = 1000
-"""Revisions after which the latest one is written down again."""
+"""How many revisions pass before the latest one is written to disk again."""
 
 
 class _Remembered(msgspec.Struct, frozen=True):
-    """What the file holds."""
+    """The content of the file."""
 
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     revision: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -48,7 +48,7 @@ _FORMAT = msgspec.json.Decoder(_Remembered)
 
 
 class MeshIdentity:
-    """The name and the revision, remembered in a file.
+    """The mesh's name and its latest revision, remembered in a file.
 
     Args:
         file: ``mesh.json`` in the state directory.
@@ -61,20 +61,23 @@ class MeshIdentity:
         self._saved = self._revision
 
     def observe(self, revision: int) -> None:
-        """Note a revision that was seen; it is on disk after the next `check` or `save`."""
+        """Note a revision that was seen; `save` writes it to disk, and so does a later `check`."""
         self._revision = max(self._revision, revision)
 
     async def check(self) -> None:
-        """Look whether the store is this host's mesh, no older than it was.
+        """Check that the store holds this host's mesh, and that its revision did not go back.
+
+        A host that belongs to no mesh yet joins that of the store, and names it if it has no name.
 
         Raises:
-            PolicyRefusedError: it is not; the message says how and what to do.
-            StoreUnavailableError: it does not answer.
+            PolicyRefusedError: it does not; the message says why, and what to do.
+            StoreUnavailableError: the store does not answer.
         """
         before = self._id
         found, revision = await self._look()
         if self._id is None:
             if found is None:
+                # Two first agents may race here, so the name is read again: the first one's counts.
                 await self._store.commit(
                     [Absent(MESH_ID)], [Put(MESH_ID, secrets.token_hex(8).encode())]
                 )
@@ -102,15 +105,15 @@ class MeshIdentity:
             self.save()
 
     async def check_history(self, mirror: Mirror) -> None:
-        """Look whether what was learned of the store is still in its history.
+        """Check that the last changes that the mirror knows are in the store's history.
 
-        One that was restored from an older copy, and has been written to since, may have come to
-        any revision.
+        The revision alone does not show it: a store that was restored from an older copy and has
+        been written to since may have reached any revision.
 
         Raises:
-            PolicyRefusedError: it is not.
-            CompactedError: that history is gone: list again.
-            StoreUnavailableError: it does not answer.
+            PolicyRefusedError: they are not.
+            CompactedError: that part of the history is compacted away: list again.
+            StoreUnavailableError: the store does not answer.
         """
         for known, put in ((mirror.last_put, True), (mirror.last_deletion, False)):
             if known is None:
@@ -121,15 +124,18 @@ class MeshIdentity:
                 raise self.refusal_of(key, revision)
 
     def refusal_of(self, key: str, revision: int) -> PolicyRefusedError:
-        """The error for a key that at a revision is not what it was when that was seen."""
+        """The error for a key that at `revision` differs from what this agent saw there."""
         return PolicyRefusedError(
-            f"etcd's {printable(key, 200)} at revision {revision} is not what it was: it was "
+            f"etcd's {printable(key, 200)} at revision {revision} is not what it was: etcd was "
             "restored from an older copy, which may lack networks that are in use; to accept that "
             f"stop this agent and remove {self._file}"
         )
 
     def save(self) -> None:
-        """Write down what is known; a disk that refuses weakens the guard, and is logged."""
+        """Write name and revision to disk.
+
+        A disk error is logged and not raised: it weakens this guard, but stops nothing else.
+        """
         if self._id is None:
             return
         document = _Remembered(self._id, self._revision)
@@ -148,7 +154,7 @@ class MeshIdentity:
 
 
 def _read(file: Path) -> tuple[str | None, int]:
-    """What the file remembers; nothing if there is none, or it is damaged and set aside."""
+    """Name and revision in the file; None and 0 if there is none, or it is damaged (set aside)."""
     try:
         raw = file.read_bytes()
     except FileNotFoundError:

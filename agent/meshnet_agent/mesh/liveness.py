@@ -1,7 +1,7 @@
-"""Which hosts are dead, for how long, and which of them are given up.
+"""Which hosts are dead, for how long, and which of them have outlived their grace period.
 
-A host whose lease ended keeps its routes for a grace period (design decision D5).  What counts is
-how long *this* agent has seen it dead: clocks of hosts differ.
+A host whose lease ended keeps its routes for a grace period (design decision D5).  It counts from
+when *this* agent saw the lease end, because the clocks of hosts differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Liveness(MeshListener):
     """Hosts without a lease.
 
     Args:
-        grace_s: how long a dead host's routes stay.
+        grace_s: how many seconds a dead host's routes stay.
     """
 
     def __init__(self, mesh: MeshView, grace_s: float) -> None:
@@ -31,9 +31,10 @@ class Liveness(MeshListener):
         self._dead_since: dict[HostId, float] = {}
 
     def dead_for_s(self) -> dict[HostId, float]:
-        """Hosts without a lease, and for how long this agent has seen them so.
+        """Hosts without a lease, and for how many seconds this agent has seen them without one.
 
-        Empty while the store is not followed: nobody knows then who is dead.
+        Empty while the store is not followed: nobody knows then which hosts are dead, and no route
+        may go for that reason.
         """
         if not self._mesh.connected:
             return {}
@@ -65,7 +66,7 @@ class Liveness(MeshListener):
     def store_returned(self) -> None:
         """See `MeshListener`.
 
-        What was dead when the store was lost may have come back meanwhile.  Grace periods begin
-        again, or they would end on old news.
+        A host that was dead when the store was lost may have come back meanwhile.  So grace periods
+        start again: they must not end because of what was known before the outage.
         """
         self._dead_since = dict.fromkeys(self._dead_since, trio.current_time())

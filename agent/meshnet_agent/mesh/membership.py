@@ -1,7 +1,7 @@
-"""This host's part in the mesh: its lease, its entry, its subnets of overlay networks.
+"""This host's membership of the mesh: its lease, its entry, its subnets of overlay networks.
 
-Losing the lease, or etcd, changes nothing in the kernel: the host is shown dead to others until it
-has a lease again, and keeps its subnets as long as nobody else was given them.
+Losing the lease, or etcd, changes nothing in the kernel: others see the host as dead until it has a
+lease again, and it keeps its subnets as long as no other host was given them.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 _REJOIN_S = (0.1, 1.0)
-"""Least pause before keys that are gone, or that somebody else wrote over, are written again."""
+"""Range of the pause before keys that were removed or overwritten are written again."""
 _LONGEST_REJOIN_S = 300.0
 _NEWS_PER_S = 1_000_000
-"""When many hosts lost their leases at once, how much news they make together by coming back: each
-of them is news to every agent.  It is what three etcd members of four cores deliver
-(docs/design/etcd-load.md); more keeps etcd too busy to renew leases."""
+"""How many watch deliveries a second hosts may cause that come back after losing their leases at
+once: each host that comes back is delivered to every agent.  Three etcd members of four cores can
+deliver so much (docs/design/etcd-load.md); with more, etcd is too busy to renew leases."""
 
 
 _RESERVE_AGAIN_S = (0.2, 10.0)
@@ -52,7 +52,7 @@ _RESERVE_AGAIN_S = (0.2, 10.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claimant:
-    """As what an agent claims its host, and for how long without a renewal."""
+    """What an agent claims its host with: entry, claim, and the lease's time to live (seconds)."""
 
     host: Host
     claim: Claim
@@ -64,8 +64,8 @@ class MembershipReport:
     """This host's part in the mesh.
 
     Attributes:
-        lease_ok: this host's lease was renewed.
-        refusals: networks without a subnet for this host, and why.
+        lease_ok: whether the last renewal of this host's lease succeeded.
+        refusals: networks of which this host has no subnet, and why.
     """
 
     host: Host
@@ -77,17 +77,17 @@ class StoreGuard(Protocol):
     """Whether the store may be written to (`meshnet_agent.mesh.identity.MeshIdentity`)."""
 
     async def check(self) -> None:
-        """Look whether the store is this host's mesh.
+        """Check that the store holds this host's mesh.
 
         Raises:
-            PolicyRefusedError: it is not.
-            StoreUnavailableError: it does not answer.
+            PolicyRefusedError: it does not.
+            StoreUnavailableError: the store does not answer.
         """
         ...
 
 
 class SubnetUsers(Protocol):
-    """Who needs the subnets that this host had: its endpoints."""
+    """The endpoints of this host, which need the subnets that it had."""
 
     def subnet_of(self, network: NetworkName, version: int) -> IpNetwork | None:
         """The subnet of an IP version (4 or 6) that endpoints of a network are in."""
@@ -99,13 +99,13 @@ class Membership(MeshListener):
 
     Attributes:
         host: this host, as it is published.
-        subnets: this host's, by network, IPv4 first.
-        errors: why there are none.
-        lease_ok: whether the lease was renewed the last time.
+        subnets: this host's subnets, by network, IPv4 first.
+        errors: by network, why this host has no subnet of it.
+        lease_ok: whether the last renewal of the lease succeeded.
 
     Args:
         dirty: marked when `subnets` or `errors` changed.
-        endpoints: where another host does not have the subnet they are in, they get it back.
+        endpoints: the subnet that they are in is preferred, unless another host has it by now.
     """
 
     def __init__(
@@ -127,17 +127,18 @@ class Membership(MeshListener):
         self._dirty = dirty
         self._endpoints = endpoints
         self._lease: LeaseId | None = None
-        # Those that the host's key may be under: the answer to a write may have been lost.
+        # Leases that the host's key may be under: the answer to a claim may have been lost.
         self._granted: set[LeaseId] = set()
         self._snapshot: MeshSnapshot | None = None
-        # What was reserved last, and the revision from which on snapshots show it.
+        # What was reserved last, and the revision from which snapshots show it: until then this
+        # host must not reserve a second subnet.
         self._reserved: dict[tuple[NetworkName, int], tuple[IpNetwork, int]] = {}
         # Where a reservation may have been made without this host learning of it.
         self._unsure: set[tuple[NetworkName, int]] = set()
-        # How many there were of each network's, to tell when one is freed.
+        # Number of reservations by network: a full network is tried again only when that falls.
         self._counts: dict[NetworkName, int] = {}
         self._published = trio.Event()
-        # As what the host was published by this agent.
+        # The entry that this agent published last.
         self._claimed: Host | None = None
         self._look = Flag()
         self._claiming = trio.Lock()
@@ -147,7 +148,7 @@ class Membership(MeshListener):
         """Claim the host.
 
         Raises:
-            ConflictError: another agent is this host.
+            ConflictError: another agent runs as this host.
             StoreUnavailableError: the store does not answer.
             PolicyRefusedError: the store is not this host's mesh.
         """
@@ -165,7 +166,7 @@ class Membership(MeshListener):
         """Renew the lease three times per time to live, or get a new one.  Never returns.
 
         Raises:
-            ConflictError: while the lease was lost another agent became this host.
+            ConflictError: another agent claimed this host's id while the lease was lost.
         """
         renew_s = self._ttl_s / 3
         pause_s = renew_s
@@ -186,7 +187,8 @@ class Membership(MeshListener):
                 pause_s, said = renew_s, ""
             except LeaseExpiredError:
                 if self._lease != lease or self._claiming.locked():
-                    continue  # this agent ended it, for the one that it has now or soon
+                    pause_s = renew_s  # this agent itself replaced it, or is about to
+                    continue
                 _log.warning("lease ran out")
                 self._lease = None
                 self.lease_ok = False
@@ -196,12 +198,12 @@ class Membership(MeshListener):
                 if str(error) != said:  # it may be so for hours
                     _log.warning("lease not renewed", reason=str(error))
                 said = str(error)
-                # A call may take as long as a third of the lease before it fails: after a whole
-                # pause more the next one would come too late.
+                # A call takes up to 5 s to fail, a third of the default lease.  With a full pause
+                # after it, the lease ran out after a single renewal that timed out.
                 pause_s = renew_s * random.uniform(0.0, 0.5)
 
     def _rejoin_pause_s(self) -> float:
-        """How long to wait before this host is claimed again: longer the more hosts are dead."""
+        """Seconds to wait before claiming this host again: the more hosts are dead, the longer."""
         least_s, most_s = _REJOIN_S
         if self._snapshot is not None:
             hosts = self._snapshot.hosts.keys()
@@ -216,7 +218,7 @@ class Membership(MeshListener):
             self._lease = None
 
     async def settled(self) -> None:
-        """Wait until every network has a subnet of this host, or a reason why not."""
+        """Wait until this host has a subnet of every network, or an error that says why not."""
         while self._snapshot is None or any(
             name not in self.subnets and name not in self.errors for name in self._snapshot.networks
         ):
@@ -227,7 +229,7 @@ class Membership(MeshListener):
         return MembershipReport(host=self.host, lease_ok=self.lease_ok, refusals=dict(self.errors))
 
     def move(self, host: Host) -> None:
-        """Publish this host anew: its underlay address is another."""
+        """Publish this host again: its underlay address has changed."""
         self.host = host
         self._claim = replace(self._claim, underlay_ip=host.underlay_ip)
         self._look.set()
@@ -245,7 +247,7 @@ class Membership(MeshListener):
         self._reserved = {k: s for k, s in self._reserved.items() if k[0] in snapshot.networks}
         for name, network in snapshot.networks.items():
             if addressing_of(network) is not Addressing.SUBNETS:
-                # Nobody owns a part of it: every host has the whole.
+                # Hosts do not own parts of such a network: each uses its whole CIDR.
                 if self.subnets.get(name) != network.subnets:
                     self.subnets[name] = network.subnets
                     changed = True
@@ -282,10 +284,10 @@ class Membership(MeshListener):
         kept: Sequence[IpNetwork],
         snapshot: MeshSnapshot,
     ) -> tuple[IpNetwork, ...]:
-        """This host's subnets, one an IP version: reserved, or kept while nobody else has it.
+        """This host's subnets, one per IP version: reserved, or kept while no other host has it.
 
-        One that is not within the network belongs to a network of that name that was removed and
-        made anew, faster than this agent looked.
+        A kept subnet that does not fit the network is dropped: the network was removed, and another
+        one created by its name, before this agent noticed.
         """
         owners = snapshot.reservations.get(network.name, Reservations())
         mine = {
@@ -314,10 +316,11 @@ class Membership(MeshListener):
         if snapshot is None or self._lease is None:
             return
         if self._claimed != self.host:
-            # It moved, and nobody reaches it until they know.
+            # Its underlay address changed, and peers cannot reach it until they know.
             await self.join()
         elif not self._is_published(snapshot):
-            # Somebody may remove the keys again and again: not as fast as the store can write.
+            # Pause first: where somebody removes the keys again and again, agent and remover would
+            # keep etcd busy.
             self._published = trio.Event()
             with trio.move_on_after(self._rejoin_pause_s()):
                 await self._published.wait()
@@ -336,7 +339,7 @@ class Membership(MeshListener):
                     try:
                         await self._reserve(network, cidr.version)
                     except PolicyRefusedError as error:
-                        refused = error  # of this network: others may be allowed
+                        refused = error  # for this network only: go on with the others
         if refused is not None:
             raise refused
 
@@ -375,7 +378,7 @@ class Membership(MeshListener):
             _log.info("subnet reserved", network=network.name, subnet=str(subnet))
 
     def _is_published(self, snapshot: MeshSnapshot) -> bool:
-        """Whether this host's keys are there: somebody may have removed them by hand."""
+        """Whether the store has this host's keys: somebody may have removed them by hand."""
         return snapshot.hosts.get(self.host.id) == self.host and self.host.id in snapshot.alive
 
     def _announce(self) -> None:

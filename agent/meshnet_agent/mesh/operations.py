@@ -1,6 +1,6 @@
-"""What is done to the mesh and to this host's endpoints on behalf of a caller: values in and out.
+"""Operations on the mesh and on this host's endpoints on behalf of a caller: values in and out.
 
-For the API, for containers, and for whoever else asks; nothing here knows of HTTP or JSON.
+The API and containers call them; nothing here knows about HTTP or JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class CreatedNetwork:
     """A network that was created.
 
     Attributes:
-        mtu_bytes: what its endpoints get on this host; None: it has not come up here.
-        error: why not.
+        mtu_bytes: the MTU of its endpoints on this host; None: it has not come up here.
+        error: why it has not come up; None if it has.
     """
 
     network: Network
@@ -45,7 +45,7 @@ class MeshEndpoints:
     """Endpoints of all hosts, by network, host and name.
 
     Attributes:
-        warning: why only this host's are there.
+        warning: why only this host's are listed; None if all are.
     """
 
     endpoints: Sequence[Endpoint]
@@ -53,7 +53,7 @@ class MeshEndpoints:
 
 
 class MeshOperations:
-    """The operations on one agent; each raises `MeshnetError`."""
+    """The operations of one agent; each may raise `MeshnetError`."""
 
     def __init__(
         self,
@@ -76,14 +76,16 @@ class MeshOperations:
     ) -> CreatedNetwork:
         """Create a network and wait, for a while, until it is up here.
 
-        It exists also if it does not come up on this host: then `error` says why.
+        If it does not come up on this host, it exists all the same, and `error` says why.
 
         Args:
             build: makes the network, given its VNI.
-            vni: None: any that is free.
+            vni: the VNI asked for; None: a free one.
 
         Raises:
-            PolicyRefusedError: the store is not this host's mesh; also of what removes something.
+            ConflictError: its name, VNI, UDP port or addresses are in use.
+            PolicyRefusedError: the store is not this host's mesh; operations that remove something
+                raise it, too.
         """
         await self._mesh.check_store()
         network = await self._registry.create_network(build, vni)
@@ -100,7 +102,7 @@ class MeshOperations:
             NotFoundError: there is no such network.
             ConflictError: it has endpoints.
         """
-        # This host's own endpoints may not be published yet.
+        # The registry checks published endpoints only, and this host's may not be published yet.
         mine = [e for e in self._endpoints.all if e.network == name]
         if mine:
             some = ", ".join(e.name for e in mine[:3])
@@ -111,7 +113,7 @@ class MeshOperations:
         await self._registry.remove_network(NetworkName(name))
 
     async def remove_host(self, host: HostId) -> Sequence[Endpoint]:
-        """Forget a host (`Registry.remove_host`); returns the endpoints that it had published."""
+        """Remove a host (`Registry.remove_host`); returns the endpoints that it had published."""
         await self._mesh.check_store()
         return await self._registry.remove_host(host)
 
@@ -123,7 +125,7 @@ class MeshOperations:
             return await self._attacher.attach(sandbox, request)
 
     async def detach(self, pid: int, network: str) -> Endpoint:
-        """Detach a process; returns the endpoint that was (`Attacher.detach`)."""
+        """Detach a process; returns the endpoint that was removed (`Attacher.detach`)."""
         found = self._endpoints.find_of_process(pid, network)
         return await self._attacher.detach(found.sandbox.netns, network)
 
@@ -157,12 +159,12 @@ class MeshOperations:
         return await self._attacher.publish(name, ports)
 
     async def unpublish(self, name: str, ports: Sequence[str]) -> Endpoint:
-        """Take published ports of a live endpoint away (`Attacher.unpublish`)."""
+        """Stop publishing ports of a live endpoint (`Attacher.unpublish`)."""
         await self._find(name)
         return await self._attacher.unpublish(name, ports)
 
     async def _find(self, name: str) -> Endpoint:
-        """An endpoint of this host; the error names the host that has it."""
+        """An endpoint of this host; if another host has it, the error names that host."""
         try:
             return self._endpoints.find(name)
         except NotFoundError:

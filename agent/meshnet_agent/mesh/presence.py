@@ -1,4 +1,4 @@
-"""Notices that this host was away from the mesh: what it wrote may be gone."""
+"""Notices that this host was away from the mesh: its keys may have been removed meanwhile."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 class Writer(Protocol):
-    """A part that keeps keys of this host in the store."""
+    """A part that maintains keys of this host in the store."""
 
     def refresh(self) -> None:
-        """Compare with the store what is thought to be there."""
+        """Compare the keys with the store again, instead of trusting what was written before."""
         ...
 
 
 class Presence(MeshListener):
-    """Has this host's keys looked at again whenever somebody may have removed them.
+    """Has this host's keys checked whenever somebody may have removed them.
 
-    That is so when the host's lease is there again (``host rm`` in between removes all that the
-    host published), and when the store was away.
+    That is when the host has a lease again (a ``host rm`` in between removes everything that the
+    host published), and when the store is followed again after an outage.
     """
 
     def __init__(self, host: HostId, *writers: Writer) -> None:

@@ -1,7 +1,8 @@
 """Publishes this host's endpoints in the store, so that every agent can list them.
 
-Off the path of ``attach``: an endpoint works before others can list it.  At start, and after an
-outage of the store, what is published is compared with what there is.
+``attach`` does not wait for it: an endpoint works before others can list it.  At start, and after
+an outage of the store, the published keys are compared with the endpoints that exist
+(docs/design/published-endpoints.md).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _DELAYS_S = (0.2, 10.0)
 _REFRESH_S = 600.0
-"""Time after which what is published is looked at again, in case somebody removed it."""
+"""Seconds after which the published keys are listed again, in case somebody removed some."""
 
 
 class Publisher:
@@ -39,37 +40,42 @@ class Publisher:
         self._mesh = mesh
         self._endpoints = endpoints
         self._host = host
-        self._published: dict[str, bytes] | None = None
+        self._published: dict[str, bytes] = {}
+        self._stale = True
 
     def refresh(self) -> None:
-        """Look at what is published, and publish what is missing."""
-        self._published = None
+        """List what is published again, and publish what is missing.  Returns at once."""
+        self._stale = True
         self._endpoints.changed.set()
 
     async def run(self) -> None:
-        """Publish after every change, for ever."""
+        """Publish after every change.  Never returns."""
         backoff, said = Backoff(*_DELAYS_S), ""
         while True:
             with trio.move_on_after(_REFRESH_S * random.uniform(0.9, 1.1)) as waiting:
                 await self._endpoints.changed.wait()
             if waiting.cancelled_caught:
-                self._published = None
+                self._stale = True
             try:
                 await self._sync()
                 backoff.reset()
                 said = ""
             except (StoreUnavailableError, PolicyRefusedError) as error:
-                if str(error) != said:  # it may be so for hours
+                if str(error) != said:  # an outage may last for hours: say it once
                     _log.warning("endpoints not published", reason=str(error))
                 said = str(error)
-                self._published = None
+                self._stale = True
                 await trio.sleep(backoff.failed())
                 self._endpoints.changed.set()
 
     async def _sync(self) -> None:
-        if self._published is None or not self._mesh.connected:
+        # Endpoints were once published in an etcd that all agents refuse, and were missing in the
+        # real one: there `network rm` then cut them off.
+        if self._stale or not self._mesh.connected:
             await self._mesh.check_store()
-        if self._published is None:
+        if self._stale:
+            # Before the listing: a refresh that is asked for meanwhile must not be forgotten.
+            self._stale = False
             published: dict[str, bytes] = {}
             for network in self._mesh.snapshot.networks:
                 published |= await self._registry.list_published(network, self._host)

@@ -1,4 +1,4 @@
-"""What the mesh is, for the parts that go by it."""
+"""What the mesh is, for the parts that depend on it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class MeshView(Protocol):
-    """What the store says of the mesh, as far as this agent has heard."""
+    """What the store says about the mesh, as far as this agent knows."""
 
     @property
     def snapshot(self) -> MeshSnapshot:
-        """Good until the next change (`Mirror.view`): keep a copy, not this."""
+        """Valid until the next change (`Mirror.view`): to keep it, make a copy."""
         ...
 
     @property
@@ -23,27 +23,28 @@ class MeshView(Protocol):
         ...
 
     async def check_store(self) -> None:
-        """Look whether the store is this host's mesh; before anything is written to it.
+        """Check that the store holds this host's mesh; to be called before writing to it.
 
         Raises:
-            PolicyRefusedError: it is not this host's mesh, or is an older copy of it.
-            StoreUnavailableError: nobody can tell now.
+            PolicyRefusedError: it holds another mesh, or an older copy of this one.
+            StoreUnavailableError: the store does not answer.
         """
         ...
 
 
 class MeshListener:
-    """A part that is told what happens to the mesh.  Its methods return at once."""
+    """A part that is told about changes of the mesh.  Its methods return at once."""
 
     def mesh_changed(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
-        """The store says something new.
+        """The mesh changed.
 
         Args:
-            changes: what the change comes to; None: everything was read anew.
+            snapshot: the mesh now; valid until the next change.
+            changes: what changed; None: everything was listed again.
         """
 
     def store_returned(self) -> None:
         """The store is followed again.
 
-        It may have been another one in between, and what was written last may be lost.
+        Another etcd may have answered in between, and the last writes may be lost.
         """

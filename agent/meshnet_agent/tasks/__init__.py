@@ -1,1 +1,1 @@
-"""What tasks are built from: a coalescing event, a right of way, a thread that owns one object."""
+"""Building blocks of tasks: a coalescing event, a right of way, a thread that owns an object."""

@@ -1,4 +1,4 @@
-"""Pauses between tries: longer after each failure, and never in step with other agents."""
+"""Pauses between attempts: longer after each failure, and out of step with other agents."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import random
 
 
 class Backoff:
-    """The pauses of one task that tries something again.
+    """The pauses of one task that retries something.
 
     Args:
-        first_s: longest first pause; each further one is twice as long.
-        last_s: longest pause of all.
+        first_s: upper bound of the first pause, in seconds; it doubles with every failure.
+        last_s: upper bound of all pauses, in seconds.
     """
 
     def __init__(self, first_s: float, last_s: float) -> None:
@@ -20,18 +20,18 @@ class Backoff:
 
     @property
     def longest_s(self) -> float:
-        """The longest that the next pause can be."""
+        """Upper bound of the next pause, in seconds."""
         return self._next_s
 
     def reset(self) -> None:
-        """It went well: the pauses begin anew."""
+        """Note a success: the pauses start from the first one again."""
         self._next_s = self._first_s
 
     def failed(self) -> float:
-        """It failed: how many seconds to wait before the next try.
+        """Note a failure; returns how many seconds to wait before the next attempt.
 
-        At random from half of the pause to all of it.  Agents that lost etcd in one instant would
-        otherwise all come back in one instant.
+        The pause is random, from half of its upper bound to all of it.  Otherwise agents that lost
+        etcd at the same instant would all come back at the same instant.
         """
         longest_s = self._next_s
         self._next_s = min(self._last_s, longest_s * 2)

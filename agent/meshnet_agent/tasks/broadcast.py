@@ -1,4 +1,4 @@
-"""Something that happens again and again, and tasks that wait for the next time."""
+"""An event that happens again and again, for tasks that wait for its next occurrence."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import trio
 
 
 class Broadcast:
-    """Wakes all tasks that wait, each time.
+    """Wakes all waiting tasks each time it happens.
 
-    Unlike a `Flag` it remembers nothing: who begins to wait after it happened waits for the next.
+    Unlike a `Flag` it remembers nothing: a task that starts to wait afterwards waits for the next
+    time.
     """
 
     def __init__(self) -> None:
         self._next = trio.Event()
 
     def send(self) -> None:
-        """It has happened: whoever waits goes on."""
+        """Wake all tasks that wait now."""
         self._next.set()
         self._next = trio.Event()
 
     async def wait(self) -> None:
-        """Wait until it happens the next time."""
+        """Wait until the next `send`."""
         await self._next.wait()

@@ -1,6 +1,6 @@
-"""A coalescing event: many `set`s before the reader comes are one.
+"""A coalescing event: many calls of `set` before the reader wakes count as one.
 
-What event handlers set instead of growing a queue.
+Event handlers set a flag instead of growing a queue.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Flag:
         return self._event.is_set()
 
     async def wait(self) -> None:
-        """Wait until it is raised, then lower it."""
+        """Wait until it is raised, then lower it.  Cancellation leaves it as it is."""
         await self._event.wait()
+        # Lowered before the caller looks at anything: what is set while it works wakes it again.
         self._event = trio.Event()

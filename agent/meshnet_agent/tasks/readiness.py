@@ -1,4 +1,4 @@
-"""Whether requests that need the mesh can be served now."""
+"""Whether the agent can serve requests that need the mesh."""
 
 from __future__ import annotations
 

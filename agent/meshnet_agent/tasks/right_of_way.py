@@ -1,7 +1,7 @@
-"""The right of way: what somebody waits for goes before what only has to be done soon.
+"""The right of way: work that a caller waits for goes before work that only has to be done soon.
 
-An attach takes a few milliseconds.  Thousands of changes of the mesh take half a second, in pieces,
-and would make it wait for its turn in the interpreter after every system call.
+An attach takes a few milliseconds.  Thousands of changes of the mesh take half a second, in slices;
+without the right of way the attach would wait for the interpreter after each of its system calls.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PATIENCE_S = 0.05
+"""Longest wait of one `give`: a stream of attaches must not stop the mesh from being followed."""
 
 
 class RightOfWay:
-    """Taken by what is short; what is long gives way between its pieces."""
+    """Short work takes it; long work gives way between its slices."""
 
     def __init__(self) -> None:
         self._taken = 0
@@ -27,7 +28,7 @@ class RightOfWay:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """While the block runs others give way."""
+        """Have long work give way while the block runs; blocks of several tasks may overlap."""
         self._taken += 1
         if self._free.is_set():
             self._free = trio.Event()
@@ -39,7 +40,7 @@ class RightOfWay:
                 self._free.set()
 
     async def give(self) -> None:
-        """Let others run, and wait while somebody has the right of way, but not for long."""
+        """Let other tasks run, and wait, for 50 ms at most, while one has the right of way."""
         await trio.lowlevel.checkpoint()
         if self._taken:
             with trio.move_on_after(_PATIENCE_S):

@@ -1,7 +1,7 @@
-"""A thread of its own for the kernel, called from trio.
+"""A dedicated thread that owns one object, called from trio.
 
-Netlink sockets and network namespaces belong to threads, so everything that touches them runs in
-one thread each.  Calls queue up in order.
+Netlink sockets and network namespaces belong to threads (setns(2) moves one thread alone), so each
+object that uses them has a thread of its own.  Calls run in the order in which they were made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _R = TypeVar("_R")
 
 
 class Worker(Protocol[_T]):
-    """Owns one object and calls it for others, one call at a time."""
+    """Owns one object, and makes calls on it for tasks, one at a time."""
 
     async def run(self, call: Callable[[_T], _R]) -> _R:
         """Call `call` with the owned object, and return or raise what it does."""
@@ -41,7 +41,8 @@ class ThreadWorker(Generic[_T]):
     async def run(self, call: Callable[[_T], _R]) -> _R:
         """Call `call` with the owned object in the thread, and return or raise what it does.
 
-        Cancelling waits for a call that is under way: the kernel cannot be told to stop.
+        Cancellation waits until a call that is queued or running has ended: a kernel operation
+        cannot be interrupted halfway.
         """
         return await self._submit(lambda: call(self._owned))
 
@@ -69,7 +70,7 @@ class ThreadWorker(Generic[_T]):
 
     async def _stop(self, close: Callable[[_T], None]) -> None:
         with trio.CancelScope(shield=True):
-            if hasattr(self, "_owned"):
+            if hasattr(self, "_owned"):  # not if `make` failed
                 await self._submit(lambda: close(self._owned))
             self._calls.put(None)
             await trio.to_thread.run_sync(self._thread.join)
@@ -79,11 +80,12 @@ class ThreadWorker(Generic[_T]):
 async def open_worker(
     name: str, make: Callable[[], _T], close: Callable[[_T], None]
 ) -> AsyncIterator[ThreadWorker[_T]]:
-    """A thread that owns what `make` returns until the block ends.
+    """Start a thread that owns what `make` returns; it ends with the block.
 
     Args:
-        make: runs in the thread.
-        close: runs in the thread at the end, whatever happened.
+        name: the thread's name.
+        make: runs in the thread; what it raises is raised here.
+        close: runs in the thread at the end, even after an exception or cancellation.
     """
     worker: ThreadWorker[_T] = ThreadWorker(name)
     try:

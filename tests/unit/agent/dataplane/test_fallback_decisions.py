@@ -24,7 +24,7 @@ class World:
         self.paths = Fallback(1000, self.now)
         self.paths.follow(set(pairs), self.now)
         self.answers: Answers = lambda _pair, _kind: True
-        self.moves: list[tuple[float, HostId]] = []
+        self.moves: list[tuple[float, Pair]] = []
         self.sent: list[tuple[float, Pair, ProbeKind]] = []
         self._pending: list[int] = []
 
@@ -38,7 +38,7 @@ class World:
                 self.sent.append((self.now, probe.pair, probe.kind))
                 if self.answers(probe.pair, probe.kind):
                     self._pending.append(probe.id)
-            self.moves += [(self.now, host) for host in self.paths.settle(self.now)]
+            self.moves += [(self.now, pair) for pair in self.paths.settle(self.now)]
             self.now += TICK_S
 
 
@@ -54,8 +54,8 @@ def test_a_pair_whose_port_is_blocked_falls_within_five_seconds_and_no_other(pha
     assert not [kind for _, _, kind in world.sent if kind is ProbeKind.FALLBACK]
     blocked_at, world.answers = world.now, vxlan_dead(H2)
     world.run(60)
-    ((moved_at, host),) = world.moves
-    assert host == "h2"
+    ((moved_at, pair),) = world.moves
+    assert pair == H2
     assert 1 < moved_at - blocked_at < 4
     assert world.paths.fallen == {H2}
     assert "not answered" in world.paths.falls[H2].why
@@ -185,3 +185,12 @@ def test_statistics() -> None:
     assert world.paths.statistics(NetworkName("other")).rtt_p50_ms is None
     assert world.paths.pair_of(7) is None
     world.paths.answered(7, 1.0, world.now)  # of nothing that was asked
+
+
+def test_a_network_that_is_made_again_begins_to_count_anew() -> None:
+    world = World(H2)
+    world.answers = lambda _pair, _kind: False
+    world.run(20)
+    assert world.paths.report(world.now).statistics
+    world.paths.follow(set(), world.now)
+    assert not world.paths.report(world.now).statistics
