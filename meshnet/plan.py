@@ -331,8 +331,8 @@ def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState
     """Enable forwarding on the links by which packets from outside the networks may come.
 
     IPv6 has one switch for the whole host.  A host that forwards ignores router advertisements
-    unless ``accept_ra`` is 2 (Documentation/networking/ip-sysctl.rst), and its addresses and default
-    routes may come from them.
+    unless ``accept_ra`` is 2 (Documentation/networking/ip-sysctl.rst), and its addresses and
+    default routes may come from them.
     """
     for dev in underlay.forwarding_links:
         state.sysctls[f"net/ipv4/conf/{dev}/forwarding"] = "1"

@@ -57,6 +57,7 @@ from meshnet_agent.endpoints.networks import ReadyNetworks
 from meshnet_agent.endpoints.published_ports import PublishedPorts
 from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.endpoints.sandbox import Sandboxes
+from meshnet_agent.host_firewalls.opener import FirewallOpener
 from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.mesh.liveness import Liveness
@@ -106,6 +107,7 @@ class Parts:
     probes: Probes
     monitor: Monitor
     inputs: PassInputs
+    firewalls: FirewallOpener
 
 
 def make_parts(config: AgentConfig, edges: Edges) -> Parts:
@@ -164,6 +166,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         probes=probes,
         monitor=monitor,
         inputs=inputs,
+        firewalls=FirewallOpener(edges.firewalls, on=config.open_firewalls == "auto"),
     )
     _introduce(parts)
     return parts
@@ -191,6 +194,7 @@ def _introduce(parts: Parts) -> None:
         parts.takeovers,
         parts.keeper,
         parts.probes,
+        parts.firewalls,
     )
 
 
@@ -246,7 +250,9 @@ async def run_parts(
 async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     """Listen first, then dump: otherwise a change in between would be missed."""
     edges = parts.edges
-    await nursery.start(edges.kernel_events.listen, edges.event_filter, parts.dirty)
+    await nursery.start(
+        edges.kernel_events.listen, edges.event_filter, parts.dirty, parts.firewalls.changed
+    )
     # Without its first subnets the first pass would program next to nothing, and "ready" would come
     # too early.
     with trio.move_on_after(_FIRST_RESERVATIONS_S):
@@ -256,6 +262,7 @@ async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     nursery.start_soon(parts.monitor.run)
     await nursery.start(parts.reconciler.run)
     nursery.start_soon(parts.probes.run)
+    nursery.start_soon(parts.firewalls.run)
 
 
 async def _adopt_fallen(parts: Parts) -> None:
@@ -337,6 +344,7 @@ def report_sources(parts: Parts, runtime: RuntimeProvider) -> ReportedParts:
         fallback=parts.fallback,
         endpoints=parts.endpoints,
         ports=parts.ports,
+        firewalls=parts.firewalls,
         pool=parts.pool,
         wiring=parts.edges.wiring,
         vteps=parts.edges.vteps,

@@ -37,7 +37,7 @@ from meshnet.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Container
+    from collections.abc import Callable, Collection, Container, Iterator
 
 RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
 RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 5, 7
@@ -46,6 +46,8 @@ RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF, RTNLGRP_NEXTHOP = 24, 25, 32
 NFNLGRP_NFTABLES = 7
 NETLINK_ADD_MEMBERSHIP = 1
 NFT_MSG_NEWGEN = 15
+_RULES = range(9)
+"""Kinds of messages that are about tables, chains and rules (``enum nf_tables_msg_types``)."""
 NFTA_TABLE_NAME = 1
 NETCONFA_IFINDEX = 1
 
@@ -274,6 +276,16 @@ class EventFilter:
 
 def nftables_concerns_us(data: bytes) -> bool:
     """Whether any nf_tables message of a datagram is about a table of ours."""
+    return any(is_ours for is_ours, _ in _nftables_messages(data))
+
+
+def others_rules_changed(data: bytes) -> bool:
+    """Whether any nf_tables message of a datagram is about a chain or rule of somebody else."""
+    return any(not is_ours and kind in _RULES for is_ours, kind in _nftables_messages(data))
+
+
+def _nftables_messages(data: bytes) -> Iterator[tuple[bool, int]]:
+    """Of each nf_tables message of a datagram, whether its table is ours, and its kind."""
     for message in rtnl.split_messages(data):
         subsystem, kind = message.kind >> 8, message.kind & 0xFF
         # NEWGEN follows every transaction, anybody's, and names no table.
@@ -281,6 +293,4 @@ def nftables_concerns_us(data: bytes) -> bool:
             continue
         attrs = rtnl.parse_attrs(message.data, message.start + 4, message.end)
         # Attribute 1 is the table's name in every message kind of nf_tables.
-        if attrs.get(NFTA_TABLE_NAME, b"").rstrip(b"\0") == TABLE.encode():
-            return True
-    return False
+        yield attrs.get(NFTA_TABLE_NAME, b"").rstrip(b"\0") == TABLE.encode(), kind

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet.kernel.events import EventFilter, nftables_concerns_us
+from meshnet.kernel.events import EventFilter, nftables_concerns_us, others_rules_changed
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import NEXTHOP_ID_FIRST, ROUTE_PROTOCOL
 from tests.unit.messages import datagram, u32
@@ -156,6 +156,7 @@ def test_links_are_told_anew_after_every_pass(events: EventFilter) -> None:
 def test_random_bytes(data: bytes) -> None:
     EventFilter().concerns_us(data)
     nftables_concerns_us(data)
+    others_rules_changed(data)
 
 
 @given(st.sampled_from([16, 20, 24, 28, 80, 104]), st.binary(max_size=40))
@@ -168,6 +169,14 @@ def test_messages_that_cannot_be_read_may_concern_us(kind: int, body: bytes) -> 
 def rules(kind: int, table: str, subsystem: int = 10) -> bytes:
     body = bytes(4) + rtnl.attr(1, table.encode() + b"\0")
     return datagram(subsystem << 8 | kind, body)
+
+
+def test_rules_of_others() -> None:
+    assert others_rules_changed(rules(3, "filter"))
+    assert others_rules_changed(rules(6, "meshnet") + rules(6, "firewalld"))
+    assert not others_rules_changed(rules(6, "meshnet"))
+    assert not others_rules_changed(rules(12, "fail2ban"))  # an element of a set
+    assert not others_rules_changed(rules(15, "filter"))
 
 
 def test_nftables() -> None:
