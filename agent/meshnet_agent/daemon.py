@@ -57,6 +57,7 @@ from meshnet_agent.endpoints.networks import ReadyNetworks
 from meshnet_agent.endpoints.published_ports import PublishedPorts
 from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.endpoints.sandbox import Sandboxes
+from meshnet_agent.host_firewalls.opener import FirewallOpener
 from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.mesh.liveness import Liveness
@@ -110,6 +111,7 @@ class Parts:
     probes: Probes
     monitor: Monitor
     inputs: PassInputs
+    firewalls: FirewallOpener
 
 
 def make_parts(config: AgentConfig, edges: Edges) -> Parts:
@@ -169,6 +171,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         probes=probes,
         monitor=monitor,
         inputs=inputs,
+        firewalls=FirewallOpener(edges.firewalls, on=config.open_firewalls == "auto"),
     )
     _introduce(parts)
     return parts
@@ -197,6 +200,7 @@ def _introduce(parts: Parts) -> None:
         parts.takeovers,
         parts.keeper,
         parts.probes,
+        parts.firewalls,
     )
 
 
@@ -274,7 +278,9 @@ async def _learn_mesh(parts: Parts) -> None:
 async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     """Listen first, then dump: otherwise a change in between would be missed."""
     edges = parts.edges
-    await nursery.start(edges.kernel_events.listen, edges.event_filter, parts.dirty)
+    await nursery.start(
+        edges.kernel_events.listen, edges.event_filter, parts.dirty, parts.firewalls.changed
+    )
     # Without its first subnets the first pass would program next to nothing, and "ready" would come
     # too early.
     with trio.move_on_after(_FIRST_RESERVATIONS_S):
@@ -284,6 +290,7 @@ async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     nursery.start_soon(parts.monitor.run)
     await nursery.start(parts.reconciler.run)
     nursery.start_soon(parts.probes.run)
+    nursery.start_soon(parts.firewalls.run)
 
 
 async def _adopt_fallen(parts: Parts) -> None:
@@ -365,6 +372,7 @@ def report_sources(parts: Parts, runtime: RuntimeProvider) -> ReportedParts:
         fallback=parts.fallback,
         endpoints=parts.endpoints,
         ports=parts.ports,
+        firewalls=parts.firewalls,
         pool=parts.pool,
         wiring=parts.edges.wiring,
         vteps=parts.edges.vteps,

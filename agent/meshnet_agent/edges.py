@@ -21,12 +21,14 @@ from meshnet.model import Datapath
 from meshnet.vtep.native import library
 from meshnet_agent.dataplane.monitor import NetlinkEvents
 from meshnet_agent.endpoints.published_ports import KernelPorts
+from meshnet_agent.host_firewalls.firewalld import Firewalld
+from meshnet_agent.host_firewalls.iptables import IptablesChains
 from meshnet_agent.mesh.saver import SnapshotFile
 from meshnet_agent.state_dir import StateDir
 from meshnet_agent.tasks.worker import open_worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from meshnet.config import AgentConfig
     from meshnet.kernel import Kernel, Wiring
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from meshnet_agent.dataplane.monitor import KernelEvents
     from meshnet_agent.dataplane.takeovers import TakeoverRunner
     from meshnet_agent.endpoints.published_ports import HostPorts
+    from meshnet_agent.host_firewalls import HostFirewall
     from meshnet_agent.state_dir import RuntimeDir
     from meshnet_agent.tasks.worker import Worker
 
@@ -57,6 +60,7 @@ class Edges:
         prober: asks on the physical network whether an address is free.
         host_ports: holds published ports, so that no process of this host can take them.
         takeovers: takes over the links of this host that networks have as their parent.
+        firewalls: others' firewalls on this host, which may be told to let our packets pass.
         kernel_events: the kernel's notifications, filtered by `event_filter`.
     """
 
@@ -71,6 +75,7 @@ class Edges:
     prober: AddressProber
     host_ports: HostPorts
     takeovers: TakeoverRunner
+    firewalls: Sequence[HostFirewall] = ()
     vteps: VtepProcesses | None = None
     datapath: Datapath = Datapath.KERNEL
 
@@ -111,16 +116,11 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
             underlay = await kernel.run(
                 lambda k: k.observe(config.underlay_ip, config.underlay_dev)
             )
-            events = NetlinkEvents(
-                [
-                    await kernel.run(lambda k: k.port_id),
-                    await wiring.run(lambda w: w.port_id),
-                ],
-                [
-                    await kernel.run(lambda k: k.nft_port_id),
-                    await wiring.run(lambda w: w.nft_port_id),
-                ],
-            )
+            ports = [await kernel.run(lambda k: k.port_id), await wiring.run(lambda w: w.port_id)]
+            nft_ports = [
+                await kernel.run(lambda k: k.nft_port_id),
+                await wiring.run(lambda w: w.nft_port_id),
+            ]
             yield Edges(
                 store=store,
                 kernel=kernel,
@@ -129,10 +129,11 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
                 snapshot=snapshot,
                 underlay_ip=underlay.ip,
                 event_filter=EventFilter(await kernel.run(lambda k: k.deleted)),
-                kernel_events=events,
+                kernel_events=NetlinkEvents(ports, nft_ports),
                 prober=WireProber(),
                 host_ports=KernelPorts(),
                 takeovers=takeovers,
+                firewalls=(IptablesChains(), Firewalld()),
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from meshnet.errors import MeshnetError
     from meshnet.model import IpAddress, IpNetwork, MeshSnapshot, Network, Vni
     from meshnet.state import KernelState
+    from meshnet_agent.tasks.flag import Flag
 
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
@@ -176,6 +177,7 @@ class Node:
         self,
         event_filter: EventFilter,
         dirty: Dirty,
+        rules_changed: Flag,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Listen as `KernelEvents` does: changes by others are noticed at once."""

@@ -142,7 +142,7 @@ def _kernel_document(passes: PassesReport) -> KernelDocument:
 
 def _notes(report: StatusReport) -> list[str]:
     """What an operator should know, and is not an error."""
-    notes = list(report.port_notes)
+    notes = [*report.port_notes, *report.firewall_notes]
     notes += [f"{name} runs no containers here: {why}" for name, why in report.passed_over.items()]
     dead = sorted(report.dead)
     if dead:
