@@ -138,9 +138,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     )
     inputs = PassInputs(follower, liveness, local, dirty, config.underlay_dev)
     reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
-    probes = Probes(edges.vteps, inputs, fallback, dirty)
     monitor = Monitor(edges.kernel, edges.event_filter, follower)
-    publisher = Publisher(registry, follower, endpoints, host)
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
     links = EndpointLinks(edges.wiring, records)
     ports = PublishedPorts(edges.host_ports, reconciler)
@@ -158,7 +156,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         saver=saver,
         liveness=liveness,
         membership=membership,
-        publisher=publisher,
+        publisher=Publisher(registry, follower, endpoints, host),
         pool=pool,
         endpoints=endpoints,
         ports=ports,
@@ -168,7 +166,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         takeovers=takeovers,
         fallback=fallback,
         reconciler=reconciler,
-        probes=probes,
+        probes=Probes(edges.vteps, inputs, fallback, dirty),
         monitor=monitor,
         inputs=inputs,
         firewalls=FirewallOpener(edges.firewalls, on=config.open_firewalls == "auto"),
