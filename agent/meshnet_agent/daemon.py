@@ -48,7 +48,7 @@ from meshnet_agent.dataplane.takeovers import Takeovers
 from meshnet_agent.dataplane.underlay_address import UnderlayAddress
 from meshnet_agent.edges import open_edges
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
-from meshnet_agent.endpoints.addresses.subnet import HostAddresses, SubnetAddresses
+from meshnet_agent.endpoints.addresses.subnet import HostAddresses
 from meshnet_agent.endpoints.attach import Attacher
 from meshnet_agent.endpoints.directory import EndpointDirectory
 from meshnet_agent.endpoints.keeper import Keeper
@@ -142,7 +142,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
     links = EndpointLinks(edges.wiring, records)
     ports = PublishedPorts(edges.host_ports, reconciler)
-    addresses = HostAddresses(SubnetAddresses(endpoints), pool)
+    addresses = HostAddresses(endpoints, pool)
     keeper = Keeper(endpoints, Sandboxes(edges.wiring), links, ports, addresses, networks)
     attacher = Attacher(endpoints, keeper, links, ports, addresses, networks, right_of_way)
     parts = Parts(
