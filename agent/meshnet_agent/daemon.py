@@ -42,6 +42,7 @@ from meshnet_agent.dataplane.dirty import Dirty
 from meshnet_agent.dataplane.fallback import Fallback
 from meshnet_agent.dataplane.inputs import LocalParts, PassInputs
 from meshnet_agent.dataplane.monitor import Monitor
+from meshnet_agent.dataplane.occupancy import Occupancy
 from meshnet_agent.dataplane.probes import Probes
 from meshnet_agent.dataplane.reconciler import Reconciler
 from meshnet_agent.dataplane.takeovers import Takeovers
@@ -106,6 +107,7 @@ class Parts:
     probes: Probes
     monitor: Monitor
     inputs: PassInputs
+    occupancy: Occupancy
 
 
 def make_parts(config: AgentConfig, edges: Edges) -> Parts:
@@ -129,11 +131,11 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         pool=pool,
         takeovers=takeovers,
         fallback=fallback,
+        store=edges.store_addresses,
     )
     inputs = PassInputs(follower, liveness, local, dirty, config.underlay_dev)
     reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
     probes = Probes(edges.vteps, inputs, fallback, dirty)
-    monitor = Monitor(edges.kernel, edges.event_filter, follower)
     publisher = Publisher(registry, follower, endpoints, host)
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
     links = EndpointLinks(edges.wiring, records)
@@ -162,8 +164,9 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         fallback=fallback,
         reconciler=reconciler,
         probes=probes,
-        monitor=monitor,
+        monitor=Monitor(edges.kernel, edges.event_filter, follower),
         inputs=inputs,
+        occupancy=Occupancy(edges.kernel, edges.store_addresses, membership, config.underlay_dev),
     )
     _introduce(parts)
     return parts
@@ -174,6 +177,7 @@ def _introduce(parts: Parts) -> None:
 
     Liveness comes first, because the inputs of passes ask it which hosts have expired.
     """
+    parts.membership.occupied = parts.edges.occupied
     parts.edges.event_filter.expects_endpoint = parts.endpoints.expects_link
     parts.follower.tell(
         parts.liveness,
@@ -247,6 +251,7 @@ async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     """Listen first, then dump: otherwise a change in between would be missed."""
     edges = parts.edges
     await nursery.start(edges.kernel_events.listen, edges.event_filter, parts.dirty)
+    await nursery.start(edges.store_addresses.run, parts.dirty)
     # Without its first subnets the first pass would program next to nothing, and "ready" would come
     # too early.
     with trio.move_on_after(_FIRST_RESERVATIONS_S):
@@ -324,6 +329,7 @@ def make_operations(parts: Parts) -> MeshOperations:
         parts.networks,
         parts.endpoints,
         parts.attacher,
+        parts.occupancy,
     )
 
 

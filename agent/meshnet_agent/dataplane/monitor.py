@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 import trio
 
+from meshnet.backends.occupied import kept_off, spans_of
 from meshnet.backends.table import backend_of
 from meshnet.kernel.events import nftables_concerns_us, open_nftables_events, open_route_events
 from meshnet_agent.tasks.flag import Flag
@@ -129,6 +130,13 @@ class Monitor:
         indices = await self._kernel.run(lambda kernel: kernel.link_indices())
         networks = self._mesh.snapshot.networks.values()
         links = [backend_of(network).link_names(network) for network in networks]
+        spans = spans_of(networks)
+        # From a link that goes the kernel removes routes, and does not tell.
+        in_the_way = {
+            occupant.dev
+            for network in networks
+            for occupant in kept_off(network, underlay.occupied)
+        }
         parents = {name for names in links for name in names.parents}
 
         def known(names: Collection[str]) -> set[int]:
@@ -137,6 +145,7 @@ class Monitor:
         self._filter.look_at(
             known([name for names in links for name in names.local]),
             known([name for names in links for name in names.tunnels]),
-            known([*underlay.forwarding_links, *parents]),
+            known([*underlay.forwarding_links, *parents, *in_the_way]),
             parents,
+            spans,
         )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from meshnet.model import Endpoint, PublishedPort, Vni
     from meshnet.store.registry import Registry
+    from meshnet_agent.dataplane.occupancy import Occupancy
     from meshnet_agent.endpoints.attach import Attacher
     from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.hold import BoundNetns
@@ -62,12 +63,14 @@ class MeshOperations:
         networks: ReadyNetworks,
         endpoints: EndpointDirectory,
         attacher: Attacher,
+        occupancy: Occupancy,
     ) -> None:
         self._mesh = mesh
         self._registry = registry
         self._networks = networks
         self._endpoints = endpoints
         self._attacher = attacher
+        self._occupancy = occupancy
 
     # --- networks and hosts -----------------------------------------------------------------------
 
@@ -84,11 +87,13 @@ class MeshOperations:
 
         Raises:
             ConflictError: its name, VNI, UDP port or addresses are in use.
-            PolicyRefusedError: the store is not this host's mesh; operations that remove something
-                raise it, too.
+            PolicyRefusedError: addresses of its CIDRs are in use outside of networks: by etcd, by
+                hosts, or on this host's links and routes.  Or the store is not this host's mesh;
+                operations that remove something raise it then, too.
         """
         await self._mesh.check_store()
-        network = await self._registry.create_network(build, vni)
+        check_free = await self._occupancy.look()
+        network = await self._registry.create_network(build, vni, check_free)
         try:
             ready = await self._networks.wait_for(network.name)
         except MeshnetError as error:
