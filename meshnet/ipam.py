@@ -29,7 +29,7 @@ MAX_SUBNET_BITS = 32
 """At most 2^32 host subnets for each network: VTEP MACs hold 32 bits of the subnet."""
 
 MAX_POOL_ADDRESSES = 1 << 32
-"""Most addresses of an underlay network: MACs of endpoints hold 32 bits of the address."""
+"""Most addresses of an underlay network: numbers that people can still read."""
 
 COOLDOWN = 64
 """A freed address is given out again only after this many others were freed, while any is left."""
@@ -116,7 +116,7 @@ def choose_subnet(
 def pool_range(network: Network, version: int) -> AddressRange:
     """The pool of endpoints' addresses of an IP version, on an underlay network.
 
-    At most 2^32 addresses: an endpoint's MAC has 32 bits of its address.
+    At most 2^32 addresses (`MAX_POOL_ADDRESSES`).
     """
     cidr = next(s for s in network.subnets if s.version == version)
     make = _address_type(cidr)
