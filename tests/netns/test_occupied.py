@@ -17,6 +17,7 @@ from tests.netns.mesh import (
     create_network,
     meshnet,
     ping,
+    run_client,
     wait_in_sync,
 )
 from tests.values import make_network
@@ -223,3 +224,33 @@ def test_a_host_joins_with_an_address_in_a_network(make_lab: MakeLab, mode: str)
     for host in (h1, h2):
         wait_in_sync(host, peers=1)
         assert has_route(host, "10.42.0.0/16")
+
+
+def test_a_network_is_up_when_its_tunnel_is(make_lab: MakeLab) -> None:
+    """The bridge alone was enough once, and nobody was warned."""
+    lab = make_lab(2)
+    h1 = lab.host("h1")
+    shell(h1, "ip link add vx type vxlan id 4097 dstport 4789 dev eth0; ip link set vx up")
+    created = meshnet(h1, "network", "create", *PROD)
+    assert "is not up on this host: the kernel refused" in created["error"]
+    assert "mnv4097" in created["error"]
+    container = h1.spawn_container()
+    message = meshnet(h1, "attach", container.pid, "--net", "prod", status=5)
+    assert "mnv4097" in message
+    shell(h1, "ip link del vx")
+    wait_in_sync(h1, peers=1, deadline_s=40)
+    assert "warning" not in attach(container, h1, "prod")
+    (theirs,) = (h["subnets"]["prod"] for h in meshnet(h1, "hosts") if h["id"] == "h2")
+    # A routing daemon's, with the metric of ours: the kernel has one or the other.
+    add_link(h1, "dummy", "192.168.9.1/24")
+    shell(h1, f"ip route replace {theirs} dev dummy proto bird")
+    wait_for_error(h1, theirs)
+    warned = attach(h1.spawn_container(), h1, "prod")["warning"]
+    assert warned.startswith("network prod does not work wholly on this host:")
+    assert theirs in warned
+    done = run_client(h1, "attach", h1.spawn_container().pid, "--net", "prod")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "meshnet: warning: network prod" in done.stderr
+    shell(h1, "ip link del dummy")
+    wait_in_sync(h1, peers=1, deadline_s=40)
+    assert "warning" not in attach(h1.spawn_container(), h1, "prod")

@@ -33,7 +33,7 @@ class CreatedNetwork:
 
     Attributes:
         mtu_bytes: the MTU of its endpoints on this host; None: it has not come up here.
-        error: why it has not come up; None if it has.
+        error: why it has not come up, or not wholly; None if it has.
     """
 
     network: Network
@@ -98,7 +98,9 @@ class MeshOperations:
             ready = await self._networks.wait_for(network.name)
         except MeshnetError as error:
             return CreatedNetwork(network=network, error=str(error))
-        return CreatedNetwork(network=network, mtu_bytes=ready.mtu_bytes)
+        problems = await self._networks.find_problems(network.name)
+        warning = _summary(network.name, problems)
+        return CreatedNetwork(network=network, mtu_bytes=ready.mtu_bytes, error=warning)
 
     async def remove_network(self, name: str) -> None:
         """Remove a network (`Registry.remove_network`).
@@ -123,6 +125,10 @@ class MeshOperations:
         return await self._registry.remove_host(host)
 
     # --- endpoints --------------------------------------------------------------------------------
+
+    def warn_of(self, network: NetworkName) -> str | None:
+        """What does not work of a network on this host; None: all does, by the last pass."""
+        return _summary(network, self._networks.current_problems(network))
 
     async def attach(self, pid: int, request: AttachRequest) -> Endpoint:
         """Attach a process, once its network is up here (`Attacher.attach`)."""
@@ -197,3 +203,11 @@ class MeshOperations:
             warning = f"only this host's endpoints are shown: {error}"
         found = sorted([*local, *others], key=lambda e: (e.network, e.host, e.name))
         return MeshEndpoints(endpoints=found, warning=warning)
+
+
+def _summary(network: NetworkName, problems: Sequence[str]) -> str | None:
+    if not problems:
+        return None
+    first, *others = problems
+    more = f" (and {len(others)} more)" if others else ""
+    return f"network {network} does not work wholly on this host: {first}{more}: see meshnet status"
