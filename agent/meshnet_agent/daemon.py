@@ -42,6 +42,7 @@ from meshnet_agent.dataplane.dirty import Dirty
 from meshnet_agent.dataplane.fallback import Fallback
 from meshnet_agent.dataplane.inputs import LocalParts, PassInputs
 from meshnet_agent.dataplane.monitor import Monitor
+from meshnet_agent.dataplane.occupancy import Occupancy
 from meshnet_agent.dataplane.probes import Probes
 from meshnet_agent.dataplane.reconciler import Reconciler
 from meshnet_agent.dataplane.takeovers import Takeovers
@@ -112,6 +113,7 @@ class Parts:
     monitor: Monitor
     inputs: PassInputs
     firewalls: FirewallOpener
+    occupancy: Occupancy
 
 
 def make_parts(config: AgentConfig, edges: Edges) -> Parts:
@@ -135,10 +137,10 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         pool=pool,
         takeovers=takeovers,
         fallback=fallback,
+        store=edges.store_addresses,
     )
     inputs = PassInputs(follower, liveness, local, dirty, config.underlay_dev)
     reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
-    monitor = Monitor(edges.kernel, edges.event_filter, follower)
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
     links = EndpointLinks(edges.wiring, records)
     ports = PublishedPorts(edges.host_ports, reconciler)
@@ -167,9 +169,10 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         fallback=fallback,
         reconciler=reconciler,
         probes=Probes(edges.vteps, inputs, fallback, dirty),
-        monitor=monitor,
+        monitor=Monitor(edges.kernel, edges.event_filter, follower),
         inputs=inputs,
         firewalls=FirewallOpener(edges.firewalls, on=config.open_firewalls == "auto"),
+        occupancy=Occupancy(edges.kernel, edges.store_addresses, membership, config.underlay_dev),
     )
     _introduce(parts)
     return parts
@@ -180,6 +183,7 @@ def _introduce(parts: Parts) -> None:
 
     Liveness comes first, because the inputs of passes ask it which hosts have expired.
     """
+    parts.membership.occupied = parts.edges.occupied
     parts.edges.event_filter.expects_endpoint = parts.endpoints.expects_link
     parts.follower.tell(
         parts.liveness,
@@ -279,6 +283,7 @@ async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     await nursery.start(
         edges.kernel_events.listen, edges.event_filter, parts.dirty, parts.firewalls.changed
     )
+    await nursery.start(edges.store_addresses.run, parts.dirty)
     # Without its first subnets the first pass would program next to nothing, and "ready" would come
     # too early.
     with trio.move_on_after(_FIRST_RESERVATIONS_S):
@@ -357,6 +362,7 @@ def make_operations(parts: Parts) -> MeshOperations:
         parts.networks,
         parts.endpoints,
         parts.attacher,
+        parts.occupancy,
     )
 
 

@@ -31,14 +31,12 @@ class EndpointWiring(NamedTuple):
             namespace's default route does not lead through this endpoint.
         gso_max_bytes: the largest super-packet that the namespace's link takes; None: the kernel's
             default.
-        announce: whether to tell the wire, and so the switches, where the addresses are now.
     """
 
     endpoint: Endpoint
     uplink: str
     routes: Sequence[IpNetwork]
     gso_max_bytes: int | None = None
-    announce: bool = False
 
 
 class Kernel(Protocol):

@@ -209,9 +209,8 @@ class NetlinkWiring:
                 self._must(inner, [links.encode_link_rename(index, endpoint.ifname)], endpoint)
             index = socket.if_nametoindex(endpoint.ifname)
             _set_ipv6(endpoint)
-            if wiring.announce:
-                # The kernel sends a gratuitous ARP packet when the link goes up.
-                Path(f"/proc/sys/net/ipv4/conf/{endpoint.ifname}/arp_notify").write_text("1")
+            # The kernel sends a gratuitous ARP packet when the link goes up.
+            Path(f"/proc/sys/net/ipv4/conf/{endpoint.ifname}/arp_notify").write_text("1")
             _check_addresses(inner, endpoint)
             self._must(
                 inner, [links.encode_address(a, index) for a in endpoint.addresses], endpoint
@@ -225,7 +224,8 @@ class NetlinkWiring:
                 targets = [r for r in wiring.routes if r.version == gateway.version]
                 routes += _encode_routes([None] if default else targets, gateway, index)
             self._must(inner, routes, endpoint)
-        for address in endpoint.addresses if wiring.announce else ():
+        # Whoever talked to the last holder of an address sends to that one's MAC for half a minute.
+        for address in endpoint.addresses:
             if isinstance(address, IPv6Interface):
                 announce(endpoint.ifname, address.ip, endpoint.mac)
         return default

@@ -462,7 +462,7 @@ def on_wire(wired: Wired, addresses: tuple[str, ...] = DUAL, **changes: Any) -> 
 
 
 def wire_of(endpoint: Endpoint, parent: str = UNDERLAY_DEV) -> EndpointWiring:
-    return EndpointWiring(endpoint=endpoint, uplink=parent, routes=(), announce=True)
+    return EndpointWiring(endpoint=endpoint, uplink=parent, routes=())
 
 
 def test_a_macvlan_is_in_the_namespace_alone(wired: Wired) -> None:

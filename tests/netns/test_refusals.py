@@ -54,7 +54,7 @@ def test_networks(host: LabHost) -> None:
     refused(
         5, "VNI 4097 belongs to network prod", "dev", "--subnet", "10.9.0.0/16", "--vni", "4097"
     )
-    refused(5, "underlay address of host h1", "dev", "--subnet", "10.255.0.0/16")
+    refused(9, "underlay address of host h1", "dev", "--subnet", "10.255.0.0/16")
     refused(2, "give a CIDR", "dev", "--subnet", "10.42.0.1/16")
     refused(2, "give a CIDR", "dev", "--subnet", "banana")
     refused(2, "another meaning in meshnet run", "none", "--subnet", "10.9.0.0/16")

@@ -207,7 +207,8 @@ class Attacher:
             MeshnetError: nothing was changed; the class says why.
         """
         # Outside the lock: this may wait ten seconds, and detaches must go on meanwhile.
-        ready = await self._networks.wait_for(self._directory.find(name).network)
+        network = self._directory.find(name).network
+        ready = await self._networks.wait_for(network, carried=False)
         check_publishable(ready.network)
         async with self._directory.changing():
             before = self._directory.find(name)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from meshnet.backends import Addressing
-from meshnet.backends.table import addressing_of
 from meshnet.kernel import EndpointWiring
 from meshnet_agent.endpoints.request import inner_routes
 
@@ -70,7 +68,6 @@ class EndpointLinks:
                     uplink=ready.uplink,
                     routes=inner_routes(ready),
                     gso_max_bytes=ready.gso_max_bytes,
-                    announce=addressing_of(ready.network) is Addressing.POOL,
                 ),
             )
         except BaseException:

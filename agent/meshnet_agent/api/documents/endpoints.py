@@ -41,9 +41,15 @@ class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AttachedDocument(EndpointDocument, frozen=True, kw_only=True):
-    """An endpoint that was attached just now; `agent_ms` is the agent's own time for it."""
+    """An endpoint that was attached just now.
+
+    Attributes:
+        agent_ms: the agent's own time for it.
+        warning: what does not work of its network on this host; absent if all does.
+    """
 
     agent_ms: float
+    warning: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class EndpointsDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +84,11 @@ def endpoint_document(endpoint: Endpoint) -> EndpointDocument:
     )
 
 
-def attached_document(endpoint: Endpoint, agent_ms: float) -> AttachedDocument:
+def attached_document(endpoint: Endpoint, agent_ms: float, warning: str | None) -> AttachedDocument:
     """The document of an endpoint that took so many milliseconds to attach."""
     fields = msgspec.structs.asdict(endpoint_document(endpoint))
-    return AttachedDocument(**fields, agent_ms=round(agent_ms, 3))
+    return AttachedDocument(
+        **fields,
+        agent_ms=round(agent_ms, 3),
+        warning=warning if warning is not None else msgspec.UNSET,
+    )
