@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import MeshnetError, StoreUnavailableError
+from meshnet.errors import MeshnetError, NotFoundError, StoreUnavailableError
 from meshnet.model import Claim, Host, HostId
 from meshnet.plan import fallen_peers
 from meshnet.runtime.spec.id_ranges import parse_range
@@ -264,17 +264,25 @@ async def _learn_mesh(parts: Parts) -> None:
         StoreUnavailableError: the store does not answer, and nothing usable is on disk.
         PolicyRefusedError: the store is not this host's mesh.
     """
-    saved = await parts.saver.load()
+    try:
+        saved = await parts.saver.load()
+    except NotFoundError as missing:
+        try:
+            await _join_and_list(parts)
+        except StoreUnavailableError as error:
+            raise StoreUnavailableError(f"{error} ({missing})") from error
+        return
     try:
         # A store that is merely slow loses nothing by this: it is listed as soon as it answers.
-        with trio.fail_after(_STORE_SILENT_S if saved is not None else float("inf")):
-            await parts.membership.join()
-            await parts.follower.list_all()
+        with trio.fail_after(_STORE_SILENT_S):
+            await _join_and_list(parts)
     except (StoreUnavailableError, trio.TooSlowError) as error:
-        if saved is None:
-            raise
-        reason = str(error) or f"no answer within {_STORE_SILENT_S} s"
-        parts.follower.restore(saved, reason)
+        parts.follower.restore(saved, str(error) or f"no answer within {_STORE_SILENT_S} s")
+
+
+async def _join_and_list(parts: Parts) -> None:
+    await parts.membership.join()
+    await parts.follower.list_all()
 
 
 async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
