@@ -201,23 +201,41 @@ class AddressPool:
 
     The lowest free address is given out.  A freed one rests until `COOLDOWN` others were freed
     after it, or no other is left, so that late packets for its last holder do not reach the next.
+
+    Args:
+        resting: addresses that were freed before this pool was made.
     """
 
-    def __init__(self, network: str, subnet: IpNetwork, in_use: Collection[IpAddress] = ()) -> None:
+    def __init__(
+        self,
+        network: str,
+        subnet: IpNetwork,
+        in_use: Collection[IpAddress] = (),
+        resting: Collection[IpAddress] = (),
+    ) -> None:
         self.network = network
         self.subnet = subnet
         self._used: set[IpAddress] = set(in_use)
-        self._resting: OrderedDict[IpAddress, None] = OrderedDict()
+        self._resting: OrderedDict[IpAddress, None] = OrderedDict.fromkeys(
+            address for address in resting if address not in self._used
+        )
 
-    def allocate(self, wanted: IpAddress | None = None) -> IpAddress:
-        """Give out `wanted`, or the lowest address that is free and rested.
+    def allocate(
+        self, wanted: IpAddress | None = None, *, former: IpAddress | None = None
+    ) -> IpAddress:
+        """Give out `wanted`; else `former` if it is free; else the lowest that is free and rested.
 
         Raises:
             UsageError: `wanted` is not an address that an endpoint in this subnet may have.
             ConflictError: `wanted` is in use.
             PoolExhaustedError: no address is left.
         """
-        address = self._lowest() if wanted is None else self._check(wanted)
+        if wanted is not None:
+            address = self._check(wanted)
+        elif former is not None and former not in self._used:
+            address = self._check(former)
+        else:
+            address = self._lowest()
         self._resting.pop(address, None)
         self._used.add(address)
         return address

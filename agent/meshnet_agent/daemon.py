@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import MeshnetError
+from meshnet.errors import MeshnetError, NotFoundError, StoreUnavailableError
 from meshnet.model import Claim, Host, HostId
 from meshnet.plan import fallen_peers
 from meshnet.runtime.spec.id_ranges import parse_range
@@ -49,7 +49,7 @@ from meshnet_agent.dataplane.takeovers import Takeovers
 from meshnet_agent.dataplane.underlay_address import UnderlayAddress
 from meshnet_agent.edges import open_edges
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
-from meshnet_agent.endpoints.addresses.subnet import HostAddresses, SubnetAddresses
+from meshnet_agent.endpoints.addresses.subnet import HostAddresses
 from meshnet_agent.endpoints.attach import Attacher
 from meshnet_agent.endpoints.directory import EndpointDirectory
 from meshnet_agent.endpoints.keeper import Keeper
@@ -58,6 +58,7 @@ from meshnet_agent.endpoints.networks import ReadyNetworks
 from meshnet_agent.endpoints.published_ports import PublishedPorts
 from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.endpoints.sandbox import Sandboxes
+from meshnet_agent.host_firewalls.opener import FirewallOpener
 from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.mesh.liveness import Liveness
@@ -65,6 +66,7 @@ from meshnet_agent.mesh.membership import Claimant, Membership
 from meshnet_agent.mesh.operations import MeshOperations
 from meshnet_agent.mesh.presence import Presence
 from meshnet_agent.mesh.publisher import Publisher
+from meshnet_agent.mesh.saver import Saver
 from meshnet_agent.notify import Notifier
 from meshnet_agent.state_dir import RuntimeDir, hold_namespace
 from meshnet_agent.tasks.readiness import Readiness
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
 """How long the first pass waits for this host's subnets at most."""
+_STORE_SILENT_S = 0.5
+"""How long a start waits for the store where it can start from disk instead."""
 _LEAVE_S = 2.0
 """How long giving the lease back may delay the end of the agent; else the lease runs out."""
 
@@ -92,6 +96,7 @@ class Parts:
     registry: Registry
     identity: MeshIdentity
     follower: Follower
+    saver: Saver
     liveness: Liveness
     membership: Membership
     publisher: Publisher
@@ -107,6 +112,7 @@ class Parts:
     probes: Probes
     monitor: Monitor
     inputs: PassInputs
+    firewalls: FirewallOpener
     occupancy: Occupancy
 
 
@@ -115,9 +121,9 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     claimant = _claimant(config, edges)
     host = claimant.host.id
     dirty, right_of_way = Dirty(), RightOfWay()
-    registry = Registry(edges.store)
-    identity = MeshIdentity(edges.store, edges.state_dir.mesh)
+    registry, identity = Registry(edges.store), MeshIdentity(edges.store, edges.state_dir.mesh)
     follower = Follower(edges.store, identity, right_of_way)
+    saver = Saver(follower, identity, host, edges.snapshot)
     liveness = Liveness(follower, config.grace_s)
     records = EndpointRecords(edges.state_dir.endpoints)
     endpoints = EndpointDirectory(records, host)
@@ -135,12 +141,10 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     )
     inputs = PassInputs(follower, liveness, local, dirty, config.underlay_dev)
     reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
-    probes = Probes(edges.vteps, inputs, fallback, dirty)
-    publisher = Publisher(registry, follower, endpoints, host)
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
     links = EndpointLinks(edges.wiring, records)
     ports = PublishedPorts(edges.host_ports, reconciler)
-    addresses = HostAddresses(SubnetAddresses(endpoints), pool)
+    addresses = HostAddresses(endpoints, pool)
     keeper = Keeper(endpoints, Sandboxes(edges.wiring), links, ports, addresses, networks)
     attacher = Attacher(endpoints, keeper, links, ports, addresses, networks, right_of_way)
     parts = Parts(
@@ -151,9 +155,10 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         registry=registry,
         identity=identity,
         follower=follower,
+        saver=saver,
         liveness=liveness,
         membership=membership,
-        publisher=publisher,
+        publisher=Publisher(registry, follower, endpoints, host),
         pool=pool,
         endpoints=endpoints,
         ports=ports,
@@ -163,9 +168,10 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         takeovers=takeovers,
         fallback=fallback,
         reconciler=reconciler,
-        probes=probes,
+        probes=Probes(edges.vteps, inputs, fallback, dirty),
         monitor=Monitor(edges.kernel, edges.event_filter, follower),
         inputs=inputs,
+        firewalls=FirewallOpener(edges.firewalls, on=config.open_firewalls == "auto"),
         occupancy=Occupancy(edges.kernel, edges.store_addresses, membership, config.underlay_dev),
     )
     _introduce(parts)
@@ -187,6 +193,7 @@ def _introduce(parts: Parts) -> None:
         parts.pool,
         parts.inputs,
         parts.probes,
+        parts.saver,
     )
     parts.reconciler.tell(
         UnderlayAddress(parts.edges.store, parts.membership),
@@ -195,6 +202,7 @@ def _introduce(parts: Parts) -> None:
         parts.takeovers,
         parts.keeper,
         parts.probes,
+        parts.firewalls,
     )
 
 
@@ -222,18 +230,19 @@ async def run_parts(
     # Records first: a host whose id changed must not take over endpoints of the id before, and has
     # to be refused before it claims anything.
     await parts.keeper.load()
-    await parts.membership.join()
-    await parts.follower.list_all()
+    await _learn_mesh(parts)
     try:
         async with trio.open_nursery() as store:
             store.start_soon(parts.membership.keep_alive)
             store.start_soon(parts.membership.reserve)
             store.start_soon(parts.follower.watch)
             store.start_soon(parts.publisher.run)
+            store.start_soon(parts.saver.run)
             async with trio.open_nursery() as data_plane:
                 await data_plane.start(parts.keeper.run)
                 data_plane.start_soon(parts.ports.run)
-                await parts.pool.load()
+                if parts.follower.is_complete:  # else its own task lists them, once it can
+                    await parts.pool.load()
                 store.start_soon(parts.pool.run)
                 # The listing came before the keeper ran, and networks may have been removed while
                 # this agent was down.
@@ -247,10 +256,41 @@ async def run_parts(
         parts.identity.save()
 
 
+async def _learn_mesh(parts: Parts) -> None:
+    """Join the mesh and list it; where the store is silent, start from what is on disk.
+
+    Raises:
+        ConflictError: another agent runs as this host, or this state directory is another host's.
+        StoreUnavailableError: the store does not answer, and nothing usable is on disk.
+        PolicyRefusedError: the store is not this host's mesh.
+    """
+    try:
+        saved = await parts.saver.load()
+    except NotFoundError as missing:
+        try:
+            await _join_and_list(parts)
+        except StoreUnavailableError as error:
+            raise StoreUnavailableError(f"{error} ({missing})") from error
+        return
+    try:
+        # A store that is merely slow loses nothing by this: it is listed as soon as it answers.
+        with trio.fail_after(_STORE_SILENT_S):
+            await _join_and_list(parts)
+    except (StoreUnavailableError, trio.TooSlowError) as error:
+        parts.follower.restore(saved, str(error) or f"no answer within {_STORE_SILENT_S} s")
+
+
+async def _join_and_list(parts: Parts) -> None:
+    await parts.membership.join()
+    await parts.follower.list_all()
+
+
 async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     """Listen first, then dump: otherwise a change in between would be missed."""
     edges = parts.edges
-    await nursery.start(edges.kernel_events.listen, edges.event_filter, parts.dirty)
+    await nursery.start(
+        edges.kernel_events.listen, edges.event_filter, parts.dirty, parts.firewalls.changed
+    )
     await nursery.start(edges.store_addresses.run, parts.dirty)
     # Without its first subnets the first pass would program next to nothing, and "ready" would come
     # too early.
@@ -261,6 +301,7 @@ async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     nursery.start_soon(parts.monitor.run)
     await nursery.start(parts.reconciler.run)
     nursery.start_soon(parts.probes.run)
+    nursery.start_soon(parts.firewalls.run)
 
 
 async def _adopt_fallen(parts: Parts) -> None:
@@ -343,6 +384,7 @@ def report_sources(parts: Parts, runtime: RuntimeProvider) -> ReportedParts:
         fallback=parts.fallback,
         endpoints=parts.endpoints,
         ports=parts.ports,
+        firewalls=parts.firewalls,
         pool=parts.pool,
         wiring=parts.edges.wiring,
         vteps=parts.edges.vteps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -96,9 +97,11 @@ def test_only_addresses_of_networks_are_news(host: tuple[RealHost, int]) -> None
     real, fd = host
     real.shell("ip link add br7 type bridge; ip link set br7 up")
     concerned = EventFilter()
-    concerned.look_at((), (), (), (), spans_of([NETWORK]))
     with inside(fd):
         events = open_route_events([real.port_id])
+        # The last pass saw them; a link that comes later matters, for it has to forward.
+        known = [index for index, _ in socket.if_nameindex()]
+    concerned.look_at((), (), (), known, (), spans_of([NETWORK]))
 
     def is_news(command: str) -> bool:
         real.shell(command)

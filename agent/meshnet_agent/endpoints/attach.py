@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from meshnet.model import HostId, IpInterface, PublishedPort
     from meshnet.sandbox import NetnsId, Sandbox
-    from meshnet_agent.endpoints.addresses.subnet import Addresses
+    from meshnet_agent.endpoints.addresses.subnet import HostAddresses
     from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.keeper import Keeper
     from meshnet_agent.endpoints.links import EndpointLinks
@@ -58,7 +58,7 @@ class Attacher:
         keeper: Keeper,
         links: EndpointLinks,
         ports: PublishedPorts,
-        addresses: Addresses,
+        addresses: HostAddresses,
         networks: ReadyNetworks,
         right_of_way: RightOfWay,
     ) -> None:
@@ -104,7 +104,7 @@ class Attacher:
         # Addresses before the lock: for those of a pool the wire is asked, for 0.24 s, and others
         # must be able to attach meanwhile.
         async with (
-            self._addresses.allocate(ready, identity, request.ip) as addresses,
+            self._addresses.allocate(ready, identity, request.ip, request.name) as addresses,
             self._directory.changing(),
         ):
             draft = _draft(request, ready, addresses, sandbox.value, identity, self._directory.host)
@@ -126,7 +126,7 @@ class Attacher:
             try:
                 self._keeper.watch(endpoint, end)
                 if published:
-                    await self._ports.bring_to_kernel(endpoint, published)
+                    await self._ports.bring_to_kernel(endpoint)
             except BaseException:
                 await self._undo(endpoint)
                 raise
@@ -215,7 +215,7 @@ class Attacher:
             acquired = await self._ports.acquire(before, wanted)
             after = replace(before, published=(*before.published, *acquired))
             try:
-                await self._change(before, after, acquired)
+                await self._change(before, after)
             except BaseException:
                 self._ports.release(before, acquired)
                 raise
@@ -240,13 +240,11 @@ class Attacher:
                     )
                 gone.update(found)
             after = replace(before, published=tuple(p for p in before.published if p not in gone))
-            await self._change(before, after, gone)
+            await self._change(before, after)
             self._ports.release(before, gone)
         return after
 
-    async def _change(
-        self, before: Endpoint, after: Endpoint, changed: Collection[PublishedPort]
-    ) -> None:
+    async def _change(self, before: Endpoint, after: Endpoint) -> None:
         """Disk first, then the kernel; if the kernel refuses, the record is as before.
 
         Raises:
@@ -256,7 +254,7 @@ class Attacher:
         # first pass does the rest.
         self._directory.replace(after)
         try:
-            await self._ports.bring_to_kernel(after, changed)
+            await self._ports.bring_to_kernel(after)
         except BaseException:
             self._directory.replace(before)
             raise

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from meshnet.model import Endpoint, EndpointId, MeshSnapshot, NetworkName
     from meshnet.store.mirror import Changes
     from meshnet_agent.dataplane.pass_values import PassResult
-    from meshnet_agent.endpoints.addresses.subnet import Addresses
+    from meshnet_agent.endpoints.addresses.subnet import HostAddresses
     from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.links import EndpointLinks
     from meshnet_agent.endpoints.networks import ReadyNetworks
@@ -50,7 +50,7 @@ class Keeper(MeshListener):
         sandboxes: Sandboxes,
         links: EndpointLinks,
         ports: PublishedPorts,
-        addresses: Addresses,
+        addresses: HostAddresses,
         networks: ReadyNetworks,
     ) -> None:
         self._directory = directory
@@ -256,11 +256,12 @@ class Keeper(MeshListener):
         try:
             if endpoint.published:
                 # Before the address is free: the ports must not lead to its next owner.
-                await self._ports.bring_to_kernel(endpoint, endpoint.published)
+                await self._ports.bring_to_kernel(endpoint)
         except MeshnetError as error:
             _log.error("ports stay published", endpoint=endpoint.name, reason=str(error))
         finally:
             self._ports.release(endpoint, endpoint.published)
+            self._addresses.remember(endpoint)
             self._addresses.free(endpoint.addresses)
         if endpoint.default_versions:
             await self._hand_on_default(endpoint)
@@ -318,6 +319,7 @@ class Keeper(MeshListener):
         if isinstance(endpoint.sandbox, HoldSandbox):
             if not self._sandboxes.is_held(endpoint, link_names):
                 _log.info("endpoint freed, its namespace is gone", endpoint=endpoint.name)
+                self._addresses.remember(endpoint)
                 await self._links.discard(endpoint)
                 return
             await self._links.take_over(endpoint)
@@ -326,6 +328,7 @@ class Keeper(MeshListener):
             found = await self._sandboxes.find(endpoint, link_names)
             if found is None:
                 _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
+                self._addresses.remember(endpoint)
                 await self._links.discard(endpoint)
                 return
             try:
