@@ -277,7 +277,7 @@ class Keeper(MeshListener):
                     self._directory.replace(after)
                     if after.published:
                         # Answers go back by themselves now.
-                        await self._ports.bring_to_kernel(after, ())
+                        await self._ports.bring_to_kernel(after)
             except (MeshnetError, OSError) as error:
                 # Most often the namespace is ending, and with it this endpoint.
                 _log.debug("default route not handed on", to=endpoint.name, reason=str(error))
