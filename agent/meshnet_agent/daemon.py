@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import MeshnetError, NotFoundError, StoreUnavailableError
+from meshnet.errors import MeshnetError
 from meshnet.model import Claim, Host, HostId
 from meshnet.plan import fallen_peers
 from meshnet.runtime.spec.id_ranges import parse_range
@@ -59,6 +59,7 @@ from meshnet_agent.endpoints.published_ports import PublishedPorts
 from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.endpoints.sandbox import Sandboxes
 from meshnet_agent.host_firewalls.opener import FirewallOpener
+from meshnet_agent.mesh.arrival import learn_mesh
 from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.mesh.liveness import Liveness
@@ -79,8 +80,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
 """How long the first pass waits for this host's subnets at most."""
-_STORE_SILENT_S = 0.5
-"""How long a start waits for the store where it can start from disk instead."""
 _LEAVE_S = 2.0
 """How long giving the lease back may delay the end of the agent; else the lease runs out."""
 
@@ -230,7 +229,7 @@ async def run_parts(
     # Records first: a host whose id changed must not take over endpoints of the id before, and has
     # to be refused before it claims anything.
     await parts.keeper.load()
-    await _learn_mesh(parts)
+    await learn_mesh(parts.membership, parts.follower, parts.saver)
     try:
         async with trio.open_nursery() as store:
             store.start_soon(parts.membership.keep_alive)
@@ -254,35 +253,6 @@ async def run_parts(
         with trio.move_on_after(_LEAVE_S, shield=True), contextlib.suppress(MeshnetError):
             await parts.membership.leave()
         parts.identity.save()
-
-
-async def _learn_mesh(parts: Parts) -> None:
-    """Join the mesh and list it; where the store is silent, start from what is on disk.
-
-    Raises:
-        ConflictError: another agent runs as this host, or this state directory is another host's.
-        StoreUnavailableError: the store does not answer, and nothing usable is on disk.
-        PolicyRefusedError: the store is not this host's mesh.
-    """
-    try:
-        saved = await parts.saver.load()
-    except NotFoundError as missing:
-        try:
-            await _join_and_list(parts)
-        except StoreUnavailableError as error:
-            raise StoreUnavailableError(f"{error} ({missing})") from error
-        return
-    try:
-        # A store that is merely slow loses nothing by this: it is listed as soon as it answers.
-        with trio.fail_after(_STORE_SILENT_S):
-            await _join_and_list(parts)
-    except (StoreUnavailableError, trio.TooSlowError) as error:
-        parts.follower.restore(saved, str(error) or f"no answer within {_STORE_SILENT_S} s")
-
-
-async def _join_and_list(parts: Parts) -> None:
-    await parts.membership.join()
-    await parts.follower.list_all()
 
 
 async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
