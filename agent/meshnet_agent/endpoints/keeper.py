@@ -263,6 +263,24 @@ class Keeper(MeshListener):
             self._ports.release(endpoint, endpoint.published)
             self._addresses.remember(endpoint)
             self._addresses.free(endpoint.addresses)
+        if endpoint.default_versions:
+            await self._hand_on_default(endpoint)
+
+    async def _hand_on_default(self, gone: Endpoint) -> None:
+        """Lead the namespace's default route through the next endpoint that is to have it."""
+        for endpoint in self._directory.in_netns(gone.sandbox.netns):
+            try:
+                with reopen(endpoint.sandbox) as sandbox:
+                    after = await self._links.lead_default(sandbox, endpoint)
+                if after != endpoint:
+                    _log.info("default route handed on", before=gone.name, now=after.name)
+                    self._directory.replace(after)
+                    if after.published:
+                        # Answers go back by themselves now.
+                        await self._ports.bring_to_kernel(after)
+            except (MeshnetError, OSError) as error:
+                # Most often the namespace is ending, and with it this endpoint.
+                _log.debug("default route not handed on", to=endpoint.name, reason=str(error))
 
     # --- at start -------------------------------------------------------------------------------
 

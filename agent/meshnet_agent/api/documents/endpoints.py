@@ -18,6 +18,8 @@ class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         pid: None: it is held for `owner`.
         netns: path of the namespace of a hold, where its owner bound it.
+        default_route: whether the namespace's default route leads through it, for any IP version.
+        default_versions: for which ones.
         address6, gateway6: present only for an endpoint with both IP versions.
         gateway, gateway6: None if it does not have one.
     """
@@ -35,6 +37,7 @@ class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
     mac: str
     mtu: int
     default_route: bool
+    default_versions: list[int]
     published: list[str]
     address6: str | msgspec.UnsetType = msgspec.UNSET
     gateway6: str | msgspec.UnsetType | None = msgspec.UNSET
@@ -77,7 +80,8 @@ def endpoint_document(endpoint: Endpoint) -> EndpointDocument:
         gateway=gateways.get(first.version),
         mac=endpoint.mac.hex(":"),
         mtu=endpoint.mtu_bytes,
-        default_route=endpoint.default_route,
+        default_route=bool(endpoint.default_versions),
+        default_versions=list(endpoint.default_versions),
         published=[str(port) for port in endpoint.published],
         address6=str(others[0]) if others else msgspec.UNSET,
         gateway6=gateways.get(6) if others else msgspec.UNSET,
