@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc iperf3 iproute2 \
 	iputils-ping libc6-dev libseccomp2 nftables openssl procps python3-venv runc tcpdump \
 	util-linux zstd
-# Makers of images, a registry and a systemd: about 90 MB to fetch. Their services are not needed.
-TEST_PACKAGES := buildah docker-registry docker.io skopeo systemd umoci
+# Makers of images, a registry, other firewalls and a systemd: about 90 MB to fetch. Their services are not needed.
+TEST_PACKAGES := buildah docker-registry docker.io iptables skopeo systemd umoci
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io
 BENCH_RUN_PACKAGES := crun docker.io podman

@@ -89,6 +89,12 @@ SETTINGS = (
         "cgroupfs",
         choices=("cgroupfs", "systemd"),
     ),
+    Setting(
+        "open-firewalls", "MODE",
+        "allow networks' packets in the host's other firewalls (Docker's rules, firewalld, ufw): "
+        "auto or off", "auto",
+        choices=("auto", "off"),
+    ),
     Setting("etcd-ca", "FILE", "check etcd's certificate against this CA's (PEM)"),
     Setting("etcd-cert", "FILE", "show etcd this client certificate (PEM)"),
     Setting("etcd-key", "FILE", "use this key of the client certificate (PEM)"),
@@ -133,6 +139,7 @@ class AgentConfig:
     takeover_confirm_s: float
     userns_range: str
     cgroup_driver: str
+    open_firewalls: str
     etcd_ca: str | None
     etcd_cert: str | None
     etcd_key: str | None

@@ -328,16 +328,16 @@ def _peers(
 
 
 def _plan_sysctls(snapshot: MeshSnapshot, underlay: Underlay, state: KernelState) -> None:
-    """Enable forwarding on the links by which packets enter and leave the networks.
+    """Enable forwarding on the links by which packets from outside the networks may come.
 
     IPv6 has one switch for the whole host.  A host that forwards ignores router advertisements
-    unless ``accept_ra`` is 2 (Documentation/networking/ip-sysctl.rst), and its default route may
-    come from one.
+    unless ``accept_ra`` is 2 (Documentation/networking/ip-sysctl.rst), and its addresses and
+    default routes may come from them.
     """
     for dev in underlay.forwarding_links:
         state.sysctls[f"net/ipv4/conf/{dev}/forwarding"] = "1"
     if any(s.version == 6 for n in snapshot.networks.values() for s in n.subnets) and underlay.ipv6:
-        # accept_ra first: otherwise the host could lose that route between the two writes.
+        # accept_ra first: otherwise the kernel would drop those routes between the two writes.
         for dev in underlay.ra_links:
             state.sysctls[f"net/ipv6/conf/{dev}/accept_ra"] = "2"
         state.sysctls["net/ipv6/conf/all/forwarding"] = "1"

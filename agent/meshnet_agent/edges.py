@@ -21,11 +21,14 @@ from meshnet.model import Datapath
 from meshnet.vtep.native import library
 from meshnet_agent.dataplane.monitor import NetlinkEvents
 from meshnet_agent.endpoints.published_ports import KernelPorts
+from meshnet_agent.host_firewalls.firewalld import Firewalld
+from meshnet_agent.host_firewalls.iptables import IptablesChains
+from meshnet_agent.mesh.saver import SnapshotFile
 from meshnet_agent.state_dir import StateDir
 from meshnet_agent.tasks.worker import open_worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from meshnet.config import AgentConfig
     from meshnet.kernel import Kernel, Wiring
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from meshnet_agent.dataplane.monitor import KernelEvents
     from meshnet_agent.dataplane.takeovers import TakeoverRunner
     from meshnet_agent.endpoints.published_ports import HostPorts
+    from meshnet_agent.host_firewalls import HostFirewall
     from meshnet_agent.state_dir import RuntimeDir
     from meshnet_agent.tasks.worker import Worker
 
@@ -49,12 +53,14 @@ class Edges:
         kernel: the thread that observes, dumps and applies, for the reconciler.
         wiring: the thread that makes and removes endpoints' links, so that an attach never waits
             for a pass.
+        snapshot: the thread that keeps the mesh on this host's disk.
         underlay_ip: this host's address on the underlay.
         datapath: what forwards this host's packets on networks that the kernel could carry.
         vteps: this host's userspace VTEPs; None: it cannot have any.
         prober: asks on the physical network whether an address is free.
         host_ports: holds published ports, so that no process of this host can take them.
         takeovers: takes over the links of this host that networks have as their parent.
+        firewalls: others' firewalls on this host, which may be told to let our packets pass.
         kernel_events: the kernel's notifications, filtered by `event_filter`.
     """
 
@@ -62,12 +68,14 @@ class Edges:
     kernel: Worker[Kernel]
     wiring: Worker[Wiring]
     state_dir: StateDir
+    snapshot: Worker[SnapshotFile]
     underlay_ip: IpAddress
     event_filter: EventFilter
     kernel_events: KernelEvents
     prober: AddressProber
     host_ports: HostPorts
     takeovers: TakeoverRunner
+    firewalls: Sequence[HostFirewall] = ()
     vteps: VtepProcesses | None = None
     datapath: Datapath = Datapath.KERNEL
 
@@ -102,35 +110,37 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
             open_worker("wiring", lambda: NetlinkWiring(wired), NetlinkWiring.close) as wiring,
+            open_worker("snapshot", lambda: SnapshotFile(disk.snapshot), _keep_open) as snapshot,
             _open_store(config) as store,
         ):
             underlay = await kernel.run(
                 lambda k: k.observe(config.underlay_ip, config.underlay_dev)
             )
-            events = NetlinkEvents(
-                [
-                    await kernel.run(lambda k: k.port_id),
-                    await wiring.run(lambda w: w.port_id),
-                ],
-                [
-                    await kernel.run(lambda k: k.nft_port_id),
-                    await wiring.run(lambda w: w.nft_port_id),
-                ],
-            )
+            ports = [await kernel.run(lambda k: k.port_id), await wiring.run(lambda w: w.port_id)]
+            nft_ports = [
+                await kernel.run(lambda k: k.nft_port_id),
+                await wiring.run(lambda w: w.nft_port_id),
+            ]
             yield Edges(
                 store=store,
                 kernel=kernel,
                 wiring=wiring,
                 state_dir=disk,
+                snapshot=snapshot,
                 underlay_ip=underlay.ip,
                 event_filter=EventFilter(await kernel.run(lambda k: k.deleted)),
-                kernel_events=events,
+                kernel_events=NetlinkEvents(ports, nft_ports),
                 prober=WireProber(),
                 host_ports=KernelPorts(),
                 takeovers=takeovers,
+                firewalls=(IptablesChains(), Firewalld()),
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )
+
+
+def _keep_open(_file: SnapshotFile) -> None:
+    """A file that is replaced whole is open only while it is written."""
 
 
 @contextlib.asynccontextmanager

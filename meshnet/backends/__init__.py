@@ -74,9 +74,10 @@ class Underlay:
         ip: the address that tunnels start from; `dev` holds it.
         links: by name, those that are not ours.
         paths: by peer address; a peer that the kernel has no route to is missing.
-        forwarding_links: links that packets to and from outside the network cross.
-        ra_links: links whose default route may come from router advertisements; a host that
-            forwards heeds those only with ``accept_ra=2``.
+        forwarding_links: the host's own links that are up: packets from outside, and answers to
+            endpoints, may come by any of them.
+        ra_links: links that listen to router advertisements, and "default" if later ones will; a
+            host that forwards does so only with ``accept_ra=2``.
         ipv6: whether the kernel has IPv6 at all.
         strict_rp_filter: whether ``net.ipv4.conf.all.rp_filter`` is 1.
         kernel_vxlan: whether the kernel has VXLAN, and may use it.

@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.model import Protocol
+from meshnet.ports import Binding
 from meshnet.state import ElementKey, endpoint_link_name, format_ip, format_mac
 from meshnet.wire.mac import link_local_of
 
@@ -112,6 +113,7 @@ SETS: dict[str, NamedSet] = {
 """All sets, by name; no two tables have one of the same name."""
 
 _PROTOCOL_NUMBERS = {Protocol.TCP: 6, Protocol.UDP: 17}
+_PROTOCOLS = {number: protocol for protocol, number in _PROTOCOL_NUMBERS.items()}
 
 
 def member(underlay_ip: IpAddress) -> ElementKey:
@@ -148,7 +150,7 @@ def published_elements(endpoint: Endpoint) -> dict[ElementKey, bytes]:
     for address in endpoint.addresses:
         ip = address.ip
         leads = [
-            (_published_key(published, ip.version), _pack(ip.packed, _port(published.port)))
+            (_published_key(published, ip.version), pack_target(ip.packed, published.port))
             for published in endpoint.published
             if published.host_ip is None or published.host_ip.version == ip.version
         ]
@@ -156,6 +158,39 @@ def published_elements(endpoint: Endpoint) -> dict[ElementKey, bytes]:
         if leads and not endpoint.default_route:
             elements[ElementKey(NO_DEFAULT[ip.version], ip.packed)] = b""
     return elements
+
+
+def find_published(
+    elements: Mapping[ElementKey, bytes], protocol: int, address: PackedIp, port: int
+) -> bytes | None:
+    """Where a packet to a port of this host leads: a value of `pack_target`; None: to the host.
+
+    Args:
+        protocol: its number (RFC 5237).
+    """
+    version = 4 if len(address) == 4 else 6
+    where = (bytes((protocol,)), _port(port))
+    at = elements.get(ElementKey(PUBLISHED_AT[version], _pack(address, *where)))
+    return at or elements.get(ElementKey(PUBLISHED[version], _pack(*where)))
+
+
+def pack_target(address: PackedIp, port: int) -> bytes:
+    """Where a published port leads, as the maps have it."""
+    return _pack(address, _port(port))
+
+
+def binding_of(key: ElementKey) -> Binding | None:
+    """What a published port's element takes of the host; None: it is an element of another kind."""
+    for version, any_address in ((4, bytes(4)), (6, bytes(16))):
+        if key.set_name in (PUBLISHED[version], PUBLISHED_AT[version]):
+            # An address, if there is one, comes before protocol and port.
+            address = key.key[:-8] or any_address
+            return Binding(
+                _PROTOCOLS[key.key[-8]],
+                ip_address(address),
+                int.from_bytes(key.key[-4:-2], "big"),
+            )
+    return None
 
 
 def _published_key(published: PublishedPort, version: int) -> ElementKey:

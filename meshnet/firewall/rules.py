@@ -7,11 +7,13 @@ other table is touched.  A packet's way through them::
                       │
     bridge mnbN  ─┐   ▼        ┌─ from a network's link to the same network's ────────── accept
     VXLAN  mnvN  ─┼─► forward ─┼─ from a network ─► leave: tunnel port, other network ── drop
-    elsewhere    ─┘            └─ to a network ──► enter: neither answer nor published ─ drop
+    elsewhere    ─┘            │                  cannot be masqueraded ──────────────── drop
+                               └─ to a network ──► enter: neither answer nor published ─ drop
                                                               │
                         postrouting: from this host's subnet ─┴─ to outside ── masquerade
 
     tunnel packet ── raw: not tracked ── input: of an endpoint, or not of a member ───── drop
+    for 127.0.0.0/8, by a link ── raw ────────────────────────────────────────────────── drop
 
 Rules name only what changes with the networks.  What comes and goes more often (endpoints,
 published ports and members) is in named sets (`meshnet.firewall.elements`), which `render_rules`
@@ -36,7 +38,7 @@ from meshnet.firewall.elements import SETS, TABLE, render_elements
 from meshnet.wire.icmp import ICMPV6
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from meshnet.firewall import Firewall, FirewallNetwork
     from meshnet.model import IpAddress, IpNetwork
@@ -58,6 +60,7 @@ COUNTERS = {
     "other_network": "inet",
     "internal": "inet",
     "unpublished": "inet",
+    "untranslatable": "inet",
     "loopback": "inet",
 }
 """Why packets are dropped (docs/firewall.md), and the family of the table that counts them."""
@@ -106,11 +109,11 @@ def _inet(networks: Sequence[FirewallNetwork], underlay_ip: IpAddress) -> str:
     ports = sorted({port for n in networks for port in n.ports})
     text = f"table inet {TABLE} {{\n" + _declare("inet")
     if links:
-        text += _untracked(ports, underlay_ip)
+        text += _raw(ports, underlay_ip)
         text += _tunnel(networks, links, ports, underlay_ip)
         text += _isolate(networks)
         text += _forward(networks, links, ports)
-        text += _nat(networks, links)
+        text += _nat(networks)
     return text + "}\n"
 
 
@@ -118,21 +121,31 @@ def _declare(family: str) -> str:
     return "".join(s.declare(name) for name, s in SETS.items() if s.family == family)
 
 
-def _untracked(ports: Sequence[int], underlay_ip: IpAddress) -> str:
-    """Keep tunnel packets out of connection tracking.
+def _raw(ports: Sequence[int], underlay_ip: IpAddress) -> str:
+    """Before connection tracking and translation: what to drop, and what not to track.
+
+    Nothing that comes by a link is for a loopback address.  The kernel would drop such packets when
+    it routes them, but `_nat` has translated them to what is published there by then; and it does
+    not where ``route_localnet`` is on, as on our bridges, for answers to what came from 127.0.0.1.
+    (Those arrive here with the address that the question was masqueraded with.)  A VRF gives its
+    own local packets back by itself, so that is let be.  Packets for ::1 the kernel drops before
+    any rule, with the same exception (``ip6_rcv_core`` in net/ipv6/ip6_input.c).
 
     A tunnel's source port is a hash of the inner flow (RFC 7348 §5), so each inner flow would take
     an entry, and fill a busy host's table.  Packets to such a port from or to other addresses are
     tracked: otherwise they could not be masqueraded.
     """
     ip, numbers = _FAMILY[underlay_ip.version], _braces(map(str, ports))
-    return "".join(
-        _chain(
-            f"raw_{hook}",
-            [f"{ip} {side} {underlay_ip} udp dport {numbers} notrack"] if ports else [],
-            f"filter hook {hook} priority raw",
-        )
-        for hook, side in (("prerouting", "daddr"), ("output", "saddr"))
+    prerouting = [f'ip daddr {_LOOPBACK} iifname != "lo" jump loopback']
+    output = []
+    if ports:
+        prerouting.append(f"{ip} daddr {underlay_ip} udp dport {numbers} notrack")
+        output.append(f"{ip} saddr {underlay_ip} udp dport {numbers} notrack")
+    return (
+        # Not one rule with !=: that is never true for a link without a kind, such as a real one.
+        _chain("loopback", ['meta iifkind "vrf" accept', _drop("loopback")])
+        + _chain("raw_prerouting", prerouting, "filter hook prerouting priority raw")
+        + _chain("raw_output", output, "filter hook output priority raw")
     )
 
 
@@ -145,10 +158,6 @@ def _tunnel(
     """Input: tunnel packets to any address of the host, since the kernel's VTEPs listen at all.
 
     Those of members pass at once.  Those of other VNIs are somebody else's, and are left alone.
-
-    Bridges have ``route_localnet`` for the answers to packets from 127.0.0.1 to a published port.
-    Without it the kernel itself would drop the rest (CVE-2020-8558).  `_nat` drops packets that
-    would open a connection, before they can reach what is published there.
     """
     ip, vnis = _FAMILY[underlay_ip.version], sorted({n.vni for n in networks if n.ports})
     rules, tunnel = [], []
@@ -162,16 +171,11 @@ def _tunnel(
             f"meta nfproto {_NFPROTO[underlay_ip.version]} @th,96,24 {_braces(map(str, vnis))} "
             f"{_drop('tunnel_not_a_member')}",
         ]
-    rules.append(f"ip daddr {_LOOPBACK} iifname {_quoted(links)} jump loopback")
     if len(networks) > 1:
         rules.append(f"iifname {_quoted(links)} jump isolate")
         for network in networks:
             rules += _isolate_peers(network, networks) if network.direct else ()
-    return (
-        _chain("tunnel", tunnel)
-        + _chain("loopback", ["ct status dnat accept", _drop("loopback")])
-        + _chain("input", rules, "filter hook input priority filter")
-    )
+    return _chain("tunnel", tunnel) + _chain("input", rules, "filter hook input priority filter")
 
 
 def _isolate(networks: Sequence[FirewallNetwork]) -> str:
@@ -215,6 +219,9 @@ def _forward(
 
     A tunnel packet that an endpoint makes would be masqueraded and reach other hosts with this
     host's address, a member's: so it may not leave.  One that stays within its network is harmless.
+
+    What connection tracking calls invalid (a FIN or RST of no connection), or leaves alone, is not
+    translated: it would leave the host with its endpoint's own address.
     """
     internal = _quoted([link for n in networks if n.internal for link in n.links])
     paths = _braces(
@@ -228,6 +235,10 @@ def _forward(
     if ports:
         leave.append(f"udp dport {_braces(map(str, ports))} {_drop('tunnel_from_endpoint')}")
     leave.append("ct status dnat accept")
+    leave += [
+        f"ct state invalid,untracked {outward} {_drop('untranslatable')}"
+        for outward in _outward(networks)
+    ]
     if len(networks) > 1:
         leave.append("jump isolate")
     enter = ["ct state established,related accept", "ct status dnat accept"]
@@ -246,7 +257,7 @@ def _forward(
     )
 
 
-def _nat(networks: Sequence[FirewallNetwork], links: Sequence[str]) -> str:
+def _nat(networks: Sequence[FirewallNetwork]) -> str:
     """Published ports, and masquerading.
 
     Packets that leave the networks are masqueraded, and so are packets to a published port whose
@@ -261,32 +272,36 @@ def _nat(networks: Sequence[FirewallNetwork], links: Sequence[str]) -> str:
         for version, ip, which in ((4, "ip", "meta nfproto ipv4"), (6, "ip6", "ip6 daddr != ::1"))
         for names, key in ((elements.PUBLISHED_AT, f"{ip} daddr . "), (elements.PUBLISHED, ""))
     ]
-    loopback = f"ip daddr {_LOOPBACK} iifname {_quoted(links)} {_drop('loopback')}"
     # An answer to 127.0.0.1 would not leave the endpoint's own namespace.
     answer = [f"ip saddr {_LOOPBACK} masquerade fully-random"]
     masquerade = ["ct status dnat jump answer"]
-    all_cidrs = _cidrs(networks)
     for version, ip in _FAMILY.items():
         subnets = [s for n in networks for s in n.subnets if s.version == version]
-        outward = [s for n in networks if not n.internal for s in n.subnets if s in subnets]
         if subnets:
             # From an endpoint to a published port of its own bridge: the answer would go straight
             # from port to port, untranslated.
             answer += [f"{ip} saddr {s} {ip} daddr {s} masquerade fully-random" for s in subnets]
             answer.append(f"{ip} daddr @{elements.NO_DEFAULT[version]} masquerade fully-random")
-        if outward:
-            masquerade.append(
-                f"{ip} saddr {_braces(map(str, outward))} "
-                f"{ip} daddr != {_braces(map(str, all_cidrs[version]))} "
-                f"{ip} daddr != {_MULTICAST[version]} masquerade fully-random"
-            )
+    masquerade += [f"{outward} masquerade fully-random" for outward in _outward(networks)]
     return (
-        _chain("nat_prerouting", [loopback, *publish], "nat hook prerouting priority dstnat")
+        _chain("nat_prerouting", publish, "nat hook prerouting priority dstnat")
         # In numbers: not every nft takes the name dstnat in output.
         + _chain("nat_output", publish, "nat hook output priority -100")
         + _chain("answer", answer)
         + _chain("postrouting", masquerade, "nat hook postrouting priority srcnat")
     )
+
+
+def _outward(networks: Sequence[FirewallNetwork]) -> Iterator[str]:
+    """Matches of what leaves this host's subnets for the outside, by IP version."""
+    for version, cidrs in _cidrs(networks).items():
+        ip = _FAMILY[version]
+        subnets = [s for n in networks if not n.internal for s in n.subnets if s.version == version]
+        if subnets:
+            yield (
+                f"{ip} saddr {_braces(map(str, subnets))} "
+                f"{ip} daddr != {_braces(map(str, cidrs))} {ip} daddr != {_MULTICAST[version]}"
+            )
 
 
 def _bridge() -> str:

@@ -37,7 +37,7 @@ from meshnet.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Container
+    from collections.abc import Callable, Collection, Container, Iterator
 
 RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
 RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 5, 7
@@ -46,6 +46,8 @@ RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF, RTNLGRP_NEXTHOP = 24, 25, 32
 NFNLGRP_NFTABLES = 7
 NETLINK_ADD_MEMBERSHIP = 1
 NFT_MSG_NEWGEN = 15
+_RULES = range(9)
+"""Kinds of messages that are about tables, chains and rules (``enum nf_tables_msg_types``)."""
 NFTA_TABLE_NAME = 1
 NETCONFA_IFINDEX = 1
 
@@ -157,6 +159,7 @@ class EventFilter:
         self._tunnels: set[int] = set()
         self._looks: dict[int, tuple[object, ...]] = {}
         self._underlay_links: set[int] = set()
+        self._host_links: set[int] = set()
         self._awaited: set[str] = set()
 
     def look_at(
@@ -164,16 +167,20 @@ class EventFilter:
         bridges: Collection[int],
         tunnels: Collection[int],
         underlay_links: Collection[int],
+        host_links: Collection[int] = (),
         awaited: Collection[str] = (),
     ) -> None:
         """Name the links whose notifications matter, by ifindex.
 
         Args:
+            host_links: links of the host of which only settings matter; others than these that come
+                up or get an address matter, too.
             awaited: names of links that matter if they appear.
         """
         self._own_links = {*bridges, *tunnels}
         self._tunnels = set(tunnels)
         self._underlay_links = set(underlay_links)
+        self._host_links = set(host_links)
         self._awaited = set(awaited)
         known = self._own_links | self._underlay_links
         self._looks = {i: looks for i, looks in self._looks.items() if i in known}
@@ -190,8 +197,11 @@ class EventFilter:
             case rtnl.RTM_NEWLINK | rtnl.RTM_DELLINK:
                 return self._link(message)
             case rtnl.RTM_NEWADDR | rtnl.RTM_DELADDR:
-                index = rtnl.IFADDR.unpack_from(message.data, message.start)[4]
-                return index in self._own_links or index in self._underlay_links
+                _, _, _, scope, index = rtnl.IFADDR.unpack_from(message.data, message.start)
+                if index in self._own_links or index in self._underlay_links:
+                    return True
+                new = index not in self._host_links and scope == rtnl.RT_SCOPE_UNIVERSE
+                return new and message.kind == rtnl.RTM_NEWADDR
             case rtnl.RTM_NEWNEIGH | rtnl.RTM_DELNEIGH:
                 return self._neighbour(message)
             case rtnl.RTM_NEWROUTE | rtnl.RTM_DELROUTE:
@@ -201,7 +211,10 @@ class EventFilter:
             case rtnl.RTM_NEWNETCONF:  # a sysctl of a link changed
                 attrs = rtnl.parse_attrs(message.data, message.start + 4, message.end)
                 index = rtnl.U32.unpack(attrs.get(NETCONFA_IFINDEX, bytes(4)))[0]
-                return index in self._own_links or index in self._underlay_links
+                return any(
+                    index in links
+                    for links in (self._own_links, self._underlay_links, self._host_links)
+                )
             case _:
                 return False
 
@@ -227,7 +240,15 @@ class EventFilter:
         if ENDPOINT_LINK.fullmatch(name):
             ends = message.kind == rtnl.RTM_DELLINK or not flags & links.IFF_UP
             return ends and self.expects_endpoint(name)
-        return name in self._awaited or bool(NETWORK_LINK.fullmatch(name))
+        if name in self._awaited or NETWORK_LINK.fullmatch(name):
+            return True
+        # A port's packets come by its master.
+        stands_alone = flags & links.IFF_UP and links.IFLA_MASTER not in attrs
+        return (
+            message.kind == rtnl.RTM_NEWLINK
+            and bool(stands_alone)
+            and index not in self._host_links
+        )
 
     def _neighbour(self, message: rtnl.Message) -> bool:
         # Neighbours on a bridge are endpoints, which the kernel resolves by itself.
@@ -255,6 +276,16 @@ class EventFilter:
 
 def nftables_concerns_us(data: bytes) -> bool:
     """Whether any nf_tables message of a datagram is about a table of ours."""
+    return any(is_ours for is_ours, _ in _nftables_messages(data))
+
+
+def others_rules_changed(data: bytes) -> bool:
+    """Whether any nf_tables message of a datagram is about a chain or rule of somebody else."""
+    return any(not is_ours and kind in _RULES for is_ours, kind in _nftables_messages(data))
+
+
+def _nftables_messages(data: bytes) -> Iterator[tuple[bool, int]]:
+    """Of each nf_tables message of a datagram, whether its table is ours, and its kind."""
     for message in rtnl.split_messages(data):
         subsystem, kind = message.kind >> 8, message.kind & 0xFF
         # NEWGEN follows every transaction, anybody's, and names no table.
@@ -262,6 +293,4 @@ def nftables_concerns_us(data: bytes) -> bool:
             continue
         attrs = rtnl.parse_attrs(message.data, message.start + 4, message.end)
         # Attribute 1 is the table's name in every message kind of nf_tables.
-        if attrs.get(NFTA_TABLE_NAME, b"").rstrip(b"\0") == TABLE.encode():
-            return True
-    return False
+        yield attrs.get(NFTA_TABLE_NAME, b"").rstrip(b"\0") == TABLE.encode(), kind

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from meshnet.backends import HostLink, Underlay, UnderlayPath
 from meshnet.errors import NotFoundError
 from meshnet.kernel.drivers.links import is_ours
-from meshnet.kernel.drivers.sysctls import ALL_IPV6_FORWARDING, has_sysctl, read_sysctl
+from meshnet.kernel.drivers.sysctls import (
+    ALL_IPV6_FORWARDING,
+    accept_ra,
+    forwarding,
+    has_sysctl,
+    read_sysctl,
+)
 from meshnet.kernel.wire import links, route_lookups, rtnl
 
 if TYPE_CHECKING:
@@ -19,9 +25,6 @@ if TYPE_CHECKING:
     from meshnet.kernel.wire.links import LinkInfo
     from meshnet.model import IpAddress
 
-_OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
-"""Documentation addresses (RFC 5737, RFC 3849): their route is that of any address outside."""
-
 
 class UnderlayObserver:
     """Looks at the underlay of a namespace; writes nothing."""
@@ -29,31 +32,53 @@ class UnderlayObserver:
     def __init__(self, namespace: HostNamespace, capabilities: Capabilities) -> None:
         self._namespace = namespace
         self._capabilities = capabilities
+        self._heard: set[str] = set()
 
     def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
         self._namespace.look_at_links()
         held = self._dump_global_addresses()
         ip, link = self._find_underlay(held, underlay_ip, underlay_dev)
-        outside = [path.dev for path in self.find_paths(_OUTSIDE).values()]
-        forwarding_links = tuple(sorted({link.name, *outside} - {"lo"}))
-        self._namespace.forwarding_links = forwarding_links
-        listens = read_sysctl(ALL_IPV6_FORWARDING) == "0"
+        self._find_forwarding_links(held)
         return Underlay(
             ip=ip,
             dev=link.name,
             mtu_bytes=link.mtu_bytes,
             links=self._host_links(held),
-            forwarding_links=forwarding_links,
-            ra_links=tuple(
-                dev
-                for dev in forwarding_links
-                if listens and read_sysctl(f"net/ipv6/conf/{dev}/accept_ra") == "1"
-            ),
+            forwarding_links=self._namespace.forwarding_links,
+            ra_links=self._namespace.ra_links,
             ipv6=has_sysctl(ALL_IPV6_FORWARDING),
             strict_rp_filter=read_sysctl("net/ipv4/conf/all/rp_filter") == "1",
             nexthop_objects=self._capabilities.has_nexthop_objects(),
             kernel_vxlan=self._capabilities.has_vxlan(),
+        )
+
+    def _find_forwarding_links(self, held: Iterable[tuple[IpAddress, LinkInfo]]) -> None:
+        """Look which links packets may come by, and which of them hear routers.
+
+        A port of a bridge or bond brings packets to its master.  (What a VRF masters has addresses
+        of its own.)  Links that are down count once they are up.
+        """
+        with_address = {link.name for _, link in held}
+        found = [
+            link
+            for link in self._namespace.by_index.values()
+            if link.name != "lo" and not is_ours(link.name)
+            if not link.master or link.name in with_address
+        ]
+        self._namespace.forwarding_links = tuple(
+            sorted(link.name for link in found if link.up and has_sysctl(forwarding(link.name)))
+        )
+        listens = read_sysctl(ALL_IPV6_FORWARDING) == "0"
+        # "default" is for links that come later.
+        names = [*sorted(link.name for link in found), "default"]
+        values = {name: read_sysctl(accept_ra(name)) for name in names}
+        # Where it was 2, and is 1 again, somebody has put settings back: 2 was meant.
+        self._heard = {n for n, v in values.items() if v == "2" or (v == "1" and n in self._heard)}
+        self._namespace.ra_links = tuple(
+            name
+            for name, value in values.items()
+            if name in self._heard or (value == "1" and listens)
         )
 
     def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:

@@ -193,8 +193,8 @@ class RealHost:
                 ).stdout
             )
         )
-        tables = ruleset.split("table ")[1:]
-        return found + "".join(t for t in tables if not t.startswith(OUR_TABLES))
+        tables = f"\n{ruleset}".split("\ntable ")[1:]
+        return found + "".join(t.strip() for t in tables if not t.startswith(OUR_TABLES))
 
 
 class MemoryHost:

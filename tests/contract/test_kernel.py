@@ -83,6 +83,7 @@ def test_an_empty_host(host: HostUnderTest) -> None:
         sysctls={
             f"net/ipv4/conf/{UNDERLAY_DEV}/forwarding": "0",
             f"net/ipv6/conf/{UNDERLAY_DEV}/accept_ra": "1",
+            "net/ipv6/conf/default/accept_ra": "1",
             "net/ipv6/conf/all/forwarding": "0",
         }
     )
@@ -93,7 +94,8 @@ def test_the_underlay(host: HostUnderTest) -> None:
     seen = host.kernel.observe(underlay_ip(1), None)
     assert seen.ip == underlay_ip(1)
     assert (seen.dev, seen.mtu_bytes, seen.ipv6) == (UNDERLAY_DEV, 1500, True)
-    assert seen.forwarding_links == seen.ra_links == (UNDERLAY_DEV,)
+    assert seen.forwarding_links == (UNDERLAY_DEV,)
+    assert seen.ra_links == (UNDERLAY_DEV, "default")
     assert seen.paths == {}
     assert host.kernel.observe(None, UNDERLAY_DEV).ip == underlay_ip(1)
     assert host.kernel.observe(underlay_ip(1, 6), None).ip == underlay_ip(1, 6)

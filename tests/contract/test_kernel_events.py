@@ -33,6 +33,7 @@ from meshnet.state import (
 from meshnet.tables import Op, Table
 from meshnet_agent.dataplane.dirty import Dirty
 from meshnet_agent.dataplane.monitor import NetlinkEvents
+from meshnet_agent.tasks.flag import Flag
 from tests.contract.changes import BRIDGE, TUNNEL
 from tests.contract.hosts import RealHost, host_namespace, ip
 from tests.values import make_network, make_snapshot, plan_for, underlay_ip
@@ -177,7 +178,7 @@ async def test_lost_notifications_are_made_up_for(
     async with trio.open_nursery() as nursery:
         with inside(fd):
             # Runs until its sockets are open without letting another task run in between.
-            await nursery.start(NetlinkEvents((), ()).listen, Deaf(), dirty)
+            await nursery.start(NetlinkEvents((), ()).listen, Deaf(), dirty, Flag())
         ops = peers(300)
         assert real.apply(ops) == []  # the loop stands still meanwhile
         with trio.fail_after(10):

@@ -130,9 +130,12 @@ class Client:
     def connect(self) -> None:
         self._socket.connect(self._target)
 
+    def send(self) -> None:
+        self._socket.sendall(b"?")
+
     def ask(self, wait_s: float = _ANSWER_S) -> Answer:
         self._socket.settimeout(wait_s)
-        self._socket.sendall(b"?")
+        self.send()
         received = self._socket.recv(128).decode()
         if not received:
             raise ConnectionError("closed without an answer")

@@ -6,7 +6,6 @@ is sent first: when the good one has arrived, the bad one would have.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ import pytest
 from meshnet.lab.poll import wait_until
 from tests.netns.mesh import (
     BRIEFLY,
-    Document,
     address_of,
     attach,
     create_network,
@@ -25,14 +23,11 @@ from tests.netns.mesh import (
     ping,
     wait_in_sync,
 )
-from tests.netns.wire import Wire, counted, drops, marker
+from tests.netns.wire import Case, Wire, drops, endpoints, marker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from scapy.packet import Packet
-
-    from meshnet.lab.host import LabContainer, LabHost
     from meshnet.lab.topology import Lab
 
     MakeLab = Callable[..., Lab]
@@ -40,48 +35,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.root
 IPV4, IPV6 = "10.42.0.0/16", "fd00:42::/48"
 OTHER_MAC = "02:65:0a:2a:00:63"
-
-
-class Endpoint:
-    """An attached container, its addresses and its link."""
-
-    def __init__(self, host: LabHost, network: str) -> None:
-        self.container: LabContainer = host.spawn_container()
-        document: Document = attach(self.container, host, network)
-        self.mac: str = document["mac"]
-        self.ip = address_of(document)
-        self.ip6 = address_of(document, 6) if "address6" in document else ""
-        self.gateway: str = document["gateway"]
-        self.wire = Wire(self.container)
-        link = json.loads(self.container.run(["ip", "-j", "-6", "address", "show", "eth0"]).stdout)
-        self.link_local = next(a["local"] for a in link[0]["addr_info"] if a["scope"] == "link")
-
-    def gateway_mac(self) -> str:
-        """MAC of the bridge, which leads out."""
-        self.container.run(["ping", "-n", "-c1", "-W2", self.gateway])
-        (found,) = json.loads(
-            self.container.run(["ip", "-j", "neigh", "show", self.gateway, "dev", "eth0"]).stdout
-        )
-        return str(found["lladdr"])
-
-
-class Case:
-    """A sender on a host that counts."""
-
-    def __init__(self, host: LabHost, sender: Wire) -> None:
-        self._host = host
-        self._sender = sender
-
-    def refuses(self, reason: str, bad: Packet, good: Packet, receiver: Wire) -> None:
-        """The bad frame is dropped for that reason, and the good one arrives."""
-        from scapy.packet import Raw
-
-        bad_marker, good_marker = marker(), marker()
-        with counted(self._host, reason):
-            self._sender.send(bad / Raw(bad_marker))
-        self._sender.send(good / Raw(good_marker))
-        wait_until(lambda: receiver.has_seen(good_marker), 5, f"what is right beside {reason}")
-        assert not receiver.has_seen(bad_marker)
 
 
 @pytest.fixture
@@ -92,16 +45,6 @@ def lab(make_lab: MakeLab) -> Lab:
     create_network(lab, "dev", "--subnet", "10.43.0.0/16")
     lab.add_host("h9", agent=False)
     return lab
-
-
-@contextlib.contextmanager
-def endpoints(*places: tuple[LabHost, str]) -> Iterator[list[Endpoint]]:
-    """Endpoints, by host and network."""
-    with contextlib.ExitStack() as stack:
-        found = [Endpoint(*place) for place in places]
-        for endpoint in found:
-            stack.enter_context(endpoint.wire)
-        yield found
 
 
 def test_a_hostile_container(lab: Lab) -> None:

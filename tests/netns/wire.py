@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.kernel.netns import inside
 from meshnet.lab.poll import wait_until
+from tests.netns.mesh import Document, address_of, attach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from scapy.packet import Packet
 
     from meshnet.lab.commands import Namespace
-    from meshnet.lab.host import LabHost
+    from meshnet.lab.host import LabContainer, LabHost
 
 _ETH_P_ALL = 3
 
@@ -83,6 +84,12 @@ def _in_namespace(namespace: Namespace, ifname: str) -> socket.socket:
         return pool.submit(open_there).result()
 
 
+def mac_of(namespace: Namespace, link: str = "eth0") -> str:
+    """MAC of a link."""
+    (found,) = json.loads(namespace.run(["ip", "-j", "link", "show", link]).stdout)
+    return str(found["address"])
+
+
 def marker() -> bytes:
     """Bytes to know a packet by."""
     return secrets.token_hex(8).encode()
@@ -102,3 +109,59 @@ def counted(host: LabHost, reason: str) -> Iterator[None]:
     yield
     wait_until(lambda: drops(host)[reason] > before, 5, f"{reason} is counted")
     assert drops(host)[reason] == before + 1
+
+
+class Case:
+    """A sender on a host that counts."""
+
+    def __init__(self, host: LabHost, sender: Wire) -> None:
+        self._host = host
+        self._sender = sender
+
+    def refuses(self, reason: str | None, bad: Packet, good: Packet, receiver: Wire) -> None:
+        """The bad frame is dropped for that reason, and the good one arrives.
+
+        Args:
+            reason: as the counter is called; None: the kernel drops it by itself.
+        """
+        from scapy.packet import Raw
+
+        bad_marker, good_marker = marker(), marker()
+        with counted(self._host, reason) if reason else contextlib.nullcontext():
+            self._sender.send(bad / Raw(bad_marker))
+        self._sender.send(good / Raw(good_marker))
+        wait_until(lambda: receiver.has_seen(good_marker), 5, f"what is right beside {reason}")
+        assert not receiver.has_seen(bad_marker)
+
+
+class Endpoint:
+    """An attached container, its addresses and its link."""
+
+    def __init__(self, host: LabHost, network: str) -> None:
+        self.container: LabContainer = host.spawn_container()
+        document: Document = attach(self.container, host, network)
+        self.mac: str = document["mac"]
+        self.ip = address_of(document)
+        self.ip6 = address_of(document, 6) if "address6" in document else ""
+        self.gateway: str = document["gateway"]
+        self.wire = Wire(self.container)
+        link = json.loads(self.container.run(["ip", "-j", "-6", "address", "show", "eth0"]).stdout)
+        self.link_local = next(a["local"] for a in link[0]["addr_info"] if a["scope"] == "link")
+
+    def gateway_mac(self) -> str:
+        """MAC of the bridge, which leads out."""
+        self.container.run(["ping", "-n", "-c1", "-W2", self.gateway])
+        (found,) = json.loads(
+            self.container.run(["ip", "-j", "neigh", "show", self.gateway, "dev", "eth0"]).stdout
+        )
+        return str(found["lladdr"])
+
+
+@contextlib.contextmanager
+def endpoints(*places: tuple[LabHost, str]) -> Iterator[list[Endpoint]]:
+    """Endpoints, by host and network."""
+    with contextlib.ExitStack() as stack:
+        found = [Endpoint(*place) for place in places]
+        for endpoint in found:
+            stack.enter_context(endpoint.wire)
+        yield found

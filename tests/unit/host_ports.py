@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from meshnet.model import IpAddress
     from meshnet.ports import Binding
 
@@ -20,13 +18,11 @@ class FakePorts:
     held: what was taken and not let go.
     others: what a process of the host has, and its name.
     addresses: of the host; None: all there are.
-    redirected: ports whose flows had to be routed again.
     """
 
     held: set[Binding] = field(default_factory=set)
     others: dict[Binding, str] = field(default_factory=dict)
     addresses: set[IpAddress] | None = None
-    redirected: list[Binding] = field(default_factory=list)
 
     def hold(self, binding: Binding) -> FakePort:
         """See `meshnet_agent.endpoints.published_ports.HostPorts`."""
@@ -46,10 +42,6 @@ class FakePorts:
     def find_user(self, binding: Binding) -> str | None:
         """See `meshnet_agent.endpoints.published_ports.HostPorts`."""
         return next((name for b, name in self.others.items() if b.overlaps(binding)), None)
-
-    def forget_flows(self, bindings: Collection[Binding]) -> None:
-        """See `meshnet_agent.endpoints.published_ports.HostPorts`."""
-        self.redirected += bindings
 
     def _taken(self, binding: Binding) -> bool:
         return any(b.overlaps(binding) for b in (*self.held, *self.others))

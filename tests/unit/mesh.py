@@ -22,6 +22,7 @@ from meshnet.store.registry import Registry
 from meshnet_agent.daemon import Parts, make_parts, run_parts
 from meshnet_agent.dataplane.dirty import Dirty
 from meshnet_agent.edges import Edges
+from meshnet_agent.mesh.saver import SnapshotFile
 from meshnet_agent.state_dir import StateDir
 from tests.unit.host_ports import FakePorts
 from tests.values import make_network, underlay_ip
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from meshnet.errors import MeshnetError
     from meshnet.model import IpAddress, IpNetwork, MeshSnapshot, Network, Vni
     from meshnet.state import KernelState
+    from meshnet_agent.tasks.flag import Flag
 
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
@@ -144,6 +146,7 @@ class Node:
             kernel=InlineWorker(self.kernel),
             wiring=InlineWorker(MemoryWiring(self.kernel)),
             state_dir=disk,
+            snapshot=InlineWorker(SnapshotFile(disk.snapshot)),
             underlay_ip=self.ip,
             event_filter=EventFilter(),
             kernel_events=self,
@@ -174,6 +177,7 @@ class Node:
         self,
         event_filter: EventFilter,
         dirty: Dirty,
+        rules_changed: Flag,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Listen as `KernelEvents` does: changes by others are noticed at once."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from meshnet_agent.endpoints.addresses.pool import PoolAddresses, PoolReport
     from meshnet_agent.endpoints.directory import EndpointDirectory, EndpointsReport
     from meshnet_agent.endpoints.published_ports import PublishedPorts
+    from meshnet_agent.host_firewalls.opener import FirewallOpener
     from meshnet_agent.mesh.follower import Follower, StoreReport
     from meshnet_agent.mesh.liveness import Liveness
     from meshnet_agent.mesh.membership import Membership, MembershipReport
@@ -97,6 +98,7 @@ class StatusReport:
     Attributes:
         dead: hosts without a lease.
         port_notes: what an operator should know of published ports.
+        firewall_notes: which other firewalls keep packets out.
         drops: packets that this host's firewall dropped, by reason.
         passed_over: OCI runtimes that cannot run here, and why.
     """
@@ -108,6 +110,7 @@ class StatusReport:
     passes: PassesReport
     endpoints: EndpointsReport
     port_notes: Sequence[str]
+    firewall_notes: Sequence[str]
     pool: PoolReport
     fallback: FallbackReport
     drops: Mapping[str, int]
@@ -130,6 +133,7 @@ class ReportedParts:
     fallback: Fallback
     endpoints: EndpointDirectory
     ports: PublishedPorts
+    firewalls: FirewallOpener
     pool: PoolAddresses
     wiring: Worker[Wiring]
     vteps: VtepProcesses | None
@@ -147,6 +151,7 @@ class Reports:
         self._fallback = parts.fallback
         self._endpoints = parts.endpoints
         self._ports = parts.ports
+        self._firewalls = parts.firewalls
         self._pool = parts.pool
         self._wiring = parts.wiring
         self._vteps = parts.vteps
@@ -224,6 +229,7 @@ class Reports:
             passes=self._reconciler.report(),
             endpoints=self._endpoints.report(),
             port_notes=self._ports.report(),
+            firewall_notes=self._firewalls.report(),
             pool=self._pool.report(),
             fallback=self._fallback.report(trio.current_time()),
             drops=drops,

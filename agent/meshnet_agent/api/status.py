@@ -55,6 +55,7 @@ def status_document(report: StatusReport) -> StatusDocument:
             connected=store.connected and report.membership.lease_ok,
             revision=snapshot.revision,
             lag_s=round(store.lag_s, 3),
+            from_disk_s=round(store.from_disk_s) if store.from_disk_s is not None else None,
             error=store.error,
         ),
         networks=[
@@ -141,7 +142,7 @@ def _kernel_document(passes: PassesReport) -> KernelDocument:
 
 def _notes(report: StatusReport) -> list[str]:
     """What an operator should know, and is not an error."""
-    notes = list(report.port_notes)
+    notes = [*report.port_notes, *report.firewall_notes]
     notes += [f"{name} runs no containers here: {why}" for name, why in report.passed_over.items()]
     dead = sorted(report.dead)
     if dead:

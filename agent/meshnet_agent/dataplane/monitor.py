@@ -13,12 +13,17 @@ import structlog
 import trio
 
 from meshnet.backends.table import backend_of
-from meshnet.kernel.events import nftables_concerns_us, open_nftables_events, open_route_events
+from meshnet.kernel.events import (
+    nftables_concerns_us,
+    open_nftables_events,
+    open_route_events,
+    others_rules_changed,
+)
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
     from meshnet.backends import Underlay
     from meshnet.kernel import Kernel
@@ -39,6 +44,7 @@ class KernelEvents(Protocol):
         self,
         event_filter: EventFilter,
         dirty: Dirty,
+        rules_changed: Flag,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Mark `dirty` when a notification concerns us.  Never returns.
@@ -68,6 +74,7 @@ class NetlinkEvents:
         self,
         event_filter: EventFilter,
         dirty: Dirty,
+        rules_changed: Flag,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """See `KernelEvents`."""
@@ -76,14 +83,57 @@ class NetlinkEvents:
             open_nftables_events(self._own_nft_ports) as rules,
         ):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_receive, routes, event_filter.concerns_us, dirty)
-                nursery.start_soon(_receive, rules, nftables_concerns_us, dirty)
+                nursery.start_soon(_receive, routes, _Routes(event_filter, dirty))
+                nursery.start_soon(_receive, rules, _Rules(dirty, rules_changed))
                 task_status.started()
 
 
-async def _receive(
-    events: socket.socket, concerns_us: Callable[[bytes], bool], dirty: Dirty
-) -> None:
+class _Heard(Protocol):
+    """What to do with notifications."""
+
+    def look(self, data: bytes) -> None:
+        """Act on those of a datagram."""
+        ...
+
+    def lost(self) -> None:
+        """Some were lost, and may have been anything."""
+        ...
+
+
+class _Routes:
+    """`_Heard` of rtnetlink."""
+
+    def __init__(self, event_filter: EventFilter, dirty: Dirty) -> None:
+        self._filter = event_filter
+        self._dirty = dirty
+
+    def look(self, data: bytes) -> None:
+        if self._filter.concerns_us(data):
+            self._dirty.mark_all()
+
+    def lost(self) -> None:
+        self._dirty.mark_all()
+
+
+class _Rules:
+    """`_Heard` of nf_tables."""
+
+    def __init__(self, dirty: Dirty, changed: Flag) -> None:
+        self._dirty = dirty
+        self._changed = changed
+
+    def look(self, data: bytes) -> None:
+        if nftables_concerns_us(data):
+            self._dirty.mark_all()
+        if others_rules_changed(data):
+            self._changed.set()
+
+    def lost(self) -> None:
+        self._dirty.mark_all()
+        self._changed.set()
+
+
+async def _receive(events: socket.socket, heard: _Heard) -> None:
     while True:
         await trio.lowlevel.wait_readable(events)
         try:
@@ -94,10 +144,9 @@ async def _receive(
             if error.errno != errno.ENOBUFS:
                 raise
             _log.warning("kernel notifications lost, comparing everything")
-            dirty.mark_all()
+            heard.lost()
             continue
-        if concerns_us(data):
-            dirty.mark_all()
+        heard.look(data)
 
 
 class Monitor:
@@ -137,6 +186,7 @@ class Monitor:
         self._filter.look_at(
             known([name for names in links for name in names.local]),
             known([name for names in links for name in names.tunnels]),
-            known([*underlay.forwarding_links, *parents]),
+            known({underlay.dev, *(path.dev for path in underlay.paths.values()), *parents}),
+            known({"lo", *underlay.forwarding_links}),
             parents,
         )

@@ -126,7 +126,7 @@ class Attacher:
             try:
                 self._keeper.watch(endpoint, end)
                 if published:
-                    await self._ports.bring_to_kernel(endpoint, published)
+                    await self._ports.bring_to_kernel(endpoint)
             except BaseException:
                 await self._undo(endpoint)
                 raise
@@ -214,7 +214,7 @@ class Attacher:
             acquired = await self._ports.acquire(before, wanted)
             after = replace(before, published=(*before.published, *acquired))
             try:
-                await self._change(before, after, acquired)
+                await self._change(before, after)
             except BaseException:
                 self._ports.release(before, acquired)
                 raise
@@ -239,13 +239,11 @@ class Attacher:
                     )
                 gone.update(found)
             after = replace(before, published=tuple(p for p in before.published if p not in gone))
-            await self._change(before, after, gone)
+            await self._change(before, after)
             self._ports.release(before, gone)
         return after
 
-    async def _change(
-        self, before: Endpoint, after: Endpoint, changed: Collection[PublishedPort]
-    ) -> None:
+    async def _change(self, before: Endpoint, after: Endpoint) -> None:
         """Disk first, then the kernel; if the kernel refuses, the record is as before.
 
         Raises:
@@ -255,7 +253,7 @@ class Attacher:
         # first pass does the rest.
         self._directory.replace(after)
         try:
-            await self._ports.bring_to_kernel(after, changed)
+            await self._ports.bring_to_kernel(after)
         except BaseException:
             self._directory.replace(before)
             raise

@@ -256,7 +256,7 @@ class Keeper(MeshListener):
         try:
             if endpoint.published:
                 # Before the address is free: the ports must not lead to its next owner.
-                await self._ports.bring_to_kernel(endpoint, endpoint.published)
+                await self._ports.bring_to_kernel(endpoint)
         except MeshnetError as error:
             _log.error("ports stay published", endpoint=endpoint.name, reason=str(error))
         finally:

@@ -23,13 +23,12 @@ import structlog
 import trio
 
 from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError
-from meshnet.kernel.conntrack import forget_udp_flows
 from meshnet.model import Protocol as Transport
 from meshnet.ports import ANY_PORT, Binding, bindings_of, check_count
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from meshnet.model import Endpoint, IpAddress, PublishedPort
     from meshnet_agent.dataplane.view import DataplaneView
@@ -71,14 +70,6 @@ class HostPorts(Protocol):
 
     def find_user(self, binding: Binding) -> str | None:
         """Which process has a port, in words; None: not one that the agent may look at."""
-        ...
-
-    def forget_flows(self, bindings: Collection[Binding]) -> None:
-        """Forget UDP flows to ports, so that their next packets follow the present rules.
-
-        Raises:
-            OSError: the kernel refused.
-        """
         ...
 
 
@@ -140,10 +131,6 @@ class KernelPorts:
                     name = Path(f"/proc/{pid}/comm").read_text().strip()
                     return f"process {name} (pid {pid})"
         return None
-
-    def forget_flows(self, bindings: Collection[Binding]) -> None:
-        """See `HostPorts`."""
-        forget_udp_flows(bindings)
 
 
 class PublishedPorts:
@@ -222,37 +209,23 @@ class PublishedPorts:
                     if held is not None:
                         held.close()
 
-    async def bring_to_kernel(self, endpoint: Endpoint, changed: Iterable[PublishedPort]) -> None:
-        """Wait until the kernel handles packets to ports that came or went as it should now.
+    async def bring_to_kernel(self, endpoint: Endpoint) -> None:
+        """Wait until the kernel handles packets to an endpoint's ports as it should now.
 
-        Open TCP connections go on as they are.  Cancelling waits, too: a pass may bring what is
-        recorded to the kernel at any time, so only the end of one says what the kernel has.
+        UDP flows follow the ports (`meshnet.kernel.drivers.firewall`); open TCP connections go on
+        as they are.  Cancelling waits, too: a pass may bring what is recorded to the kernel at any
+        time, so only the end of one says what the kernel has.
 
         Raises:
             KernelRefusedError: the kernel may or may not have it; passes go on trying.
         """
         with trio.move_on_after(_SETTLE_S, shield=True) as waiting:
             await self._dataplane.settle()
-            await self._redirect(endpoint, changed)
         if waiting.cancelled_caught:
             raise KernelRefusedError(
                 f"no pass brought the ports of {_name(endpoint)} to the kernel within "
                 f"{_SETTLE_S:.0f} s: see meshnet status"
             )
-
-    async def _redirect(self, endpoint: Endpoint, ports: Iterable[PublishedPort]) -> None:
-        """Make UDP flows follow rules that have just changed."""
-        # The kernel translates only a flow's first packet anew.  A client that sends every few
-        # seconds keeps its flow, and with it the old destination, forever.
-        bindings = [
-            b for p in ports if p.protocol is Transport.UDP for b in bindings_of(endpoint, p)
-        ]
-        if not bindings:
-            return
-        try:
-            await trio.to_thread.run_sync(self._host.forget_flows, bindings)
-        except OSError as error:
-            _log.warning("old UDP flows go on", endpoint=endpoint.name, reason=str(error))
 
     def report(self) -> list[str]:
         """What an operator should know: ports that a process took while the agent was away."""

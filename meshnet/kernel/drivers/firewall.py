@@ -1,4 +1,7 @@
-"""Our nftables tables, and the elements of their sets."""
+"""Our nftables tables, and the elements of their sets.
+
+After a change, flows that began before it are made to follow it (`meshnet.kernel.conntrack`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from meshnet.errors import KernelRefusedError
 from meshnet.firewall import Firewall
+from meshnet.firewall.elements import binding_of
+from meshnet.kernel.conntrack import forget_udp_flows, forget_wrong_flows
 from meshnet.kernel.drivers.writing import write_each
 from meshnet.kernel.elements import are_wired
 
@@ -50,6 +55,8 @@ class FirewallDriver:
             counts = self._namespace.nft.dump_counters()
             held = self._wired.bring_up_to_date(ruleset).elements
             self._tables.load(ruleset.firewall, held, counts)
+        with _best_effort():
+            forget_wrong_flows(ruleset.firewall, held)
 
 
 class ElementDriver:
@@ -69,4 +76,17 @@ class ElementDriver:
         with self._wired.lock if are_wired(ops) else contextlib.nullcontext():
             right = self._wired.still_right(ops)
             self._namespace.writes += len(right)
-            return self._namespace.nft.write_elements(right)
+            failures = self._namespace.nft.write_elements(right)
+        published = (binding_of(op.key) for op in right)
+        with _best_effort():
+            forget_udp_flows([binding for binding in published if binding is not None])
+        return failures
+
+
+def _best_effort() -> contextlib.suppress:
+    """The rules are as they should be, and that is what counts.
+
+    Where the kernel does not tell its flows (it has no ``nf_conntrack_netlink``), or fails to, old
+    ones go on as they began.
+    """
+    return contextlib.suppress(OSError)

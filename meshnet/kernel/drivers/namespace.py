@@ -23,7 +23,8 @@ class HostNamespace:
         iproute: for links and single addresses.
         indices: of all links by name, as last dumped, updated by what was made and removed since.
         by_index: all links as last dumped.
-        forwarding_links: names of the host's links by which packets of the networks may leave.
+        forwarding_links: names of the host's own links that packets may come by.
+        ra_links: those that listen to router advertisements, and "default".
         writes: requests that changed, or tried to change, something.
         deleted: see `meshnet.kernel.netlink.NetlinkKernel`.
 
@@ -42,6 +43,7 @@ class HostNamespace:
         self.indices: dict[str, int] = {}
         self.by_index: dict[int, LinkInfo] = {}
         self.forwarding_links: tuple[str, ...] = ()
+        self.ra_links: tuple[str, ...] = ()
         self.writes = 0
         self.deleted: set[NeighbourId] = set()
 

@@ -19,6 +19,16 @@ _PROC_SYS = Path("/proc/sys")
 ALL_IPV6_FORWARDING = "net/ipv6/conf/all/forwarding"
 
 
+def forwarding(dev: str) -> str:
+    """Path of the setting that has packets forwarded that come by a link (IPv4)."""
+    return f"net/ipv4/conf/{dev}/forwarding"
+
+
+def accept_ra(dev: str) -> str:
+    """Path of the setting that has a link listen to router advertisements."""
+    return f"net/ipv6/conf/{dev}/accept_ra"
+
+
 def read_sysctl(path: str) -> str:
     """A setting by its path under /proc/sys; "" if it does not exist."""
     with contextlib.suppress(OSError):
@@ -51,9 +61,8 @@ class SysctlDriver:
         state.sysctls.update((path, read_sysctl(path)) for path in self._paths())
 
     def _paths(self) -> Iterator[str]:
-        for dev in self._namespace.forwarding_links:
-            yield f"net/ipv4/conf/{dev}/forwarding"
-            yield f"net/ipv6/conf/{dev}/accept_ra"
+        yield from map(forwarding, self._namespace.forwarding_links)
+        yield from map(accept_ra, self._namespace.ra_links)
         yield ALL_IPV6_FORWARDING
 
     def write(self, ops: Sequence[Op]) -> list[Failure]:

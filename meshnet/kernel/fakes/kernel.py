@@ -96,6 +96,7 @@ class MemoryKernel(Faults):
             sysctls={
                 f"net/ipv4/conf/{dev}/forwarding": "0",
                 f"net/ipv6/conf/{dev}/accept_ra": "1",
+                "net/ipv6/conf/default/accept_ra": "1",
                 _ALL_IPV6: "0",
             }
         )
@@ -113,14 +114,15 @@ class MemoryKernel(Faults):
         if not held or underlay_dev not in (None, dev):
             raise NotFoundError(f"underlay {underlay_ip or underlay_dev} is not on this host")
         sysctls = self._state.sysctls
-        listens = sysctls[_ALL_IPV6] == "0" and sysctls[f"net/ipv6/conf/{dev}/accept_ra"] == "1"
+        listens = sysctls[_ALL_IPV6] == "0"
+        values = {name: sysctls[f"net/ipv6/conf/{name}/accept_ra"] for name in (dev, "default")}
         return Underlay(
             ip=held[0],
             dev=dev,
             mtu_bytes=self.underlay_mtu_bytes,
             links=dict(self.host_links),
             forwarding_links=(dev,),
-            ra_links=(dev,) if listens else (),
+            ra_links=tuple(n for n, v in values.items() if v == "2" or (v == "1" and listens)),
             nexthop_objects=self._nexthop_objects,
         )
 

@@ -197,6 +197,14 @@ def test_only_what_leaves_the_networks_is_masqueraded() -> None:
     assert sum("masquerade" in rule for rule in rules) == 2
 
 
+def test_what_would_be_masqueraded_and_cannot_be_is_dropped() -> None:
+    found = chains(PROD, DUAL)
+    wanted = [rule.removesuffix(" masquerade fully-random") for rule in found["postrouting"][2:]]
+    assert [rule for rule in found["leave"] if "untranslatable" in rule] == [
+        f"ct state invalid,untracked {rule} counter name untranslatable drop" for rule in wanted
+    ]
+
+
 def test_a_network_without_links_has_its_endpoints_checked_and_nothing_else() -> None:
     assert render_rules(firewall_for([FirewallNetwork(vni=9), PROD], UNDERLAY)) == render_rules(
         Firewall((PROD,), UNDERLAY)

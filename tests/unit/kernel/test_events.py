@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnet.kernel.events import EventFilter, nftables_concerns_us
+from meshnet.kernel.events import EventFilter, nftables_concerns_us, others_rules_changed
 from meshnet.kernel.wire import bulk, links, rtnl
 from meshnet.state import NEXTHOP_ID_FIRST, ROUTE_PROTOCOL
 from tests.unit.messages import datagram, u32
 
-BRIDGE, OWN, UNDERLAY, OTHER = 6, 7, 2, 99
+BRIDGE, OWN, UNDERLAY, HOST, OTHER = 6, 7, 2, 3, 99
 GONE = bytes((10, 42, 3, 0))
+_SCOPE_LINK = 253
 ENDED = "mnefedcba987654"
 
 
@@ -24,17 +25,23 @@ def events() -> EventFilter:
 def make_filter() -> EventFilter:
     deleted = {(2, OWN, GONE), (rtnl.AF_BRIDGE, OWN, bytes(6))}
     found = EventFilter(deleted, lambda name: name != ENDED)
-    found.look_at({BRIDGE}, {OWN}, {UNDERLAY})
+    found.look_at({BRIDGE}, {OWN}, {UNDERLAY}, {HOST})
     return found
 
 
-def link(index: int, name: str, kind: int = rtnl.RTM_NEWLINK, flags: int = 0) -> bytes:
+def link(
+    index: int, name: str, kind: int = rtnl.RTM_NEWLINK, flags: int = 0, more: bytes = b""
+) -> bytes:
     body = rtnl.IFINFO.pack(0, 0, index, flags, 0)
-    return datagram(kind, body + rtnl.attr(links.IFLA_IFNAME, name.encode() + b"\0"))
+    return datagram(kind, body + rtnl.attr(links.IFLA_IFNAME, name.encode() + b"\0") + more)
 
 
-def address(index: int) -> bytes:
-    return datagram(rtnl.RTM_DELADDR, rtnl.IFADDR.pack(2, 24, 0, 0, index))
+def address(index: int, kind: int = rtnl.RTM_DELADDR, scope: int = 0) -> bytes:
+    return datagram(kind, rtnl.IFADDR.pack(2, 24, 0, scope, index))
+
+
+def port(index: int, name: str) -> bytes:
+    return link(index, name, flags=links.IFF_UP, more=u32(links.IFLA_MASTER, OTHER))
 
 
 def neighbour(
@@ -80,6 +87,10 @@ def netconf(index: int) -> bytes:
         nexthop(NEXTHOP_ID_FIRST),
         netconf(OWN),
         netconf(UNDERLAY),
+        # A link of the host that packets may come by from now on.
+        link(OTHER, "eth7", flags=links.IFF_UP),
+        address(OTHER, rtnl.RTM_NEWADDR),
+        netconf(HOST),
     ],
 )
 def test_what_concerns_us(events: EventFilter, data: bytes) -> None:
@@ -92,6 +103,12 @@ def test_what_concerns_us(events: EventFilter, data: bytes) -> None:
     "data",
     [
         link(OTHER, "eth7"),
+        link(OTHER, "eth7", rtnl.RTM_DELLINK, links.IFF_UP),
+        link(HOST, "eth1", flags=links.IFF_UP),
+        port(OTHER, "eth7"),
+        address(HOST, rtnl.RTM_NEWADDR),
+        address(OTHER, rtnl.RTM_NEWADDR, _SCOPE_LINK),
+        route(4, HOST),
         link(OTHER, "mnfoo"),
         link(OTHER, "mne0123456789ab", flags=links.IFF_UP),  # made by the dozen, by ourselves
         link(OTHER, ENDED),
@@ -139,6 +156,7 @@ def test_links_are_told_anew_after_every_pass(events: EventFilter) -> None:
 def test_random_bytes(data: bytes) -> None:
     EventFilter().concerns_us(data)
     nftables_concerns_us(data)
+    others_rules_changed(data)
 
 
 @given(st.sampled_from([16, 20, 24, 28, 80, 104]), st.binary(max_size=40))
@@ -153,6 +171,14 @@ def rules(kind: int, table: str, subsystem: int = 10) -> bytes:
     return datagram(subsystem << 8 | kind, body)
 
 
+def test_rules_of_others() -> None:
+    assert others_rules_changed(rules(3, "filter"))
+    assert others_rules_changed(rules(6, "meshnet") + rules(6, "firewalld"))
+    assert not others_rules_changed(rules(6, "meshnet"))
+    assert not others_rules_changed(rules(12, "fail2ban"))  # an element of a set
+    assert not others_rules_changed(rules(15, "filter"))
+
+
 def test_nftables() -> None:
     assert nftables_concerns_us(rules(2, "meshnet"))
     assert nftables_concerns_us(rules(6, "other") + rules(6, "meshnet"))
@@ -164,6 +190,6 @@ def test_nftables() -> None:
 
 def test_a_link_that_is_waited_for(events: EventFilter) -> None:
     assert not events.concerns_us(link(OTHER, "eth7"))
-    events.look_at({BRIDGE}, {OWN}, {UNDERLAY}, {"eth7"})
+    events.look_at({BRIDGE}, {OWN}, {UNDERLAY}, awaited={"eth7"})
     assert events.concerns_us(link(OTHER, "eth7"))
     assert not events.concerns_us(link(OTHER, "eth8"))

@@ -209,22 +209,6 @@ async def test_published_hot_and_taken_away(host: _Host, pid: int) -> None:
     assert host.recorded() == {}
 
 
-async def test_udp_flows_follow_every_change(host: _Host, pid: int) -> None:
-    def redirected() -> set[int]:
-        found, host.sockets.redirected = host.sockets.redirected, []
-        return {binding.port for binding in found}
-
-    async with host.agent() as agent:
-        await agent.attach(pid, "53:53", "54:53/udp")
-        assert redirected() == {54}
-        await agent.attacher.publish("web", ports("55-56:55-56/udp"))
-        assert redirected() == {55, 56}
-        await agent.attacher.unpublish("web", ["55/udp", "53"])
-        assert redirected() == {55}
-        await agent.detach(pid)
-        assert redirected() == {54, 56}
-
-
 async def test_after_a_crash_all_is_as_recorded(host: _Host, pid: int) -> None:
     async with host.agent() as agent:
         await agent.attach(pid, "8080:80", "80")
