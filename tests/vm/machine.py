@@ -1,4 +1,4 @@
-"""One machine under QEMU: booted, spoken to by ssh, brought back to a snapshot, cut off its power."""
+"""One machine under QEMU: booted, reached by ssh, put back to a snapshot, cut off its power."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shlex
 import socket
 import subprocess
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshnet.lab.poll import wait_until
@@ -16,6 +15,7 @@ from tests.vm.switch import GATEWAY, port_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from subprocess import CompletedProcess
 
     from tests.vm.image import Image

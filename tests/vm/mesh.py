@@ -22,7 +22,8 @@ _CONFIG = f'etcd = ["http://{GATEWAY}:2379"]\nunderlay-dev = "eth0"\n'
 _NOT_OURS = re.compile(
     # Of the machine itself: slow, emulated, and without what real ones have.
     r"clocksource|hrtimer|TSC|RETBleed|Spectre|MDS|SRBDS|rcu:|systemd-journald|workqueue|"
-    r"process '.*' started with executable stack|Time jumped|random: crng"
+    r"process '.*' started with executable stack|Time jumped|random: crng|tsc:|APIC|PNP0A03|"
+    r"device-mapper: core|EXT4-fs .*recovery|orphan cleanup"
 )
 """What the kernel warns of on a machine that does not run the product, too."""
 
@@ -120,7 +121,7 @@ def meshnet(machine: Machine, *arguments: object, status: int = 0) -> Any:  # no
 
 def attach(machine: Machine, network: str, *options: object) -> dict[str, Any]:
     """Attach a new process; returns the endpoint's document."""
-    pid = machine.spawn("sleep infinity")
+    pid = machine.spawn("exec sleep infinity")
     document: dict[str, Any] = meshnet(machine, "attach", pid, "--net", network, *options)
     return document
 
