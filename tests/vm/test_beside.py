@@ -61,8 +61,7 @@ def test_the_mesh_outlives(mesh: Mesh, event: str) -> None:
             for version in (4, 6)
         )
 
-    wait_until(
-        reaches, 40, f"packets pass again after {event}: {one.run('cat /root/event').stdout}"
-    )
+    said = one.run("cat /root/event").stdout
+    wait_until(reaches, 40, f"packets pass again after {event}: {said}")
     mesh.allowed += ["store", "lease", "is gone", "made again", "underlay"]
     mesh.wait_in_sync()

@@ -22,9 +22,8 @@ cp /bin/busybox /root/image/bin/
 @pytest.mark.parametrize("runtime", ["runc", "crun"])
 def test_limits(mesh: Mesh, runtime: str) -> None:
     one = mesh.machines[0]
-    one.run(
-        f"rm /usr/{'s' if runtime == 'crun' else ''}bin/{'runc' if runtime == 'crun' else 'crun'}"
-    )
+    other = {"runc": "/usr/bin/crun", "crun": "/usr/sbin/runc"}[runtime]
+    one.run(f"rm {other}")
     one.run(_ROOTFS)
     mesh.start_agents()
     run = "meshnet run --rm --net none"
