@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +24,14 @@ from meshnet_agent.endpoints.published_ports import KernelPorts
 from meshnet_agent.host_firewalls.firewalld import Firewalld
 from meshnet_agent.host_firewalls.iptables import IptablesChains
 from meshnet_agent.mesh.saver import SnapshotFile
+from meshnet_agent.mesh.store_addresses import StoreAddresses
 from meshnet_agent.state_dir import StateDir
 from meshnet_agent.tasks.worker import open_worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from meshnet.backends import Occupant
     from meshnet.config import AgentConfig
     from meshnet.kernel import Kernel, Wiring
     from meshnet.kernel.address_probe import AddressProber
@@ -55,6 +57,8 @@ class Edges:
             for a pass.
         snapshot: the thread that keeps the mesh on this host's disk.
         underlay_ip: this host's address on the underlay.
+        occupied: what this host's links and routes lead to, at the start (`Underlay.occupied`).
+        store_addresses: where etcd is.
         datapath: what forwards this host's packets on networks that the kernel could carry.
         vteps: this host's userspace VTEPs; None: it cannot have any.
         prober: asks on the physical network whether an address is free.
@@ -78,6 +82,8 @@ class Edges:
     firewalls: Sequence[HostFirewall] = ()
     vteps: VtepProcesses | None = None
     datapath: Datapath = Datapath.KERNEL
+    occupied: tuple[Occupant, ...] = ()
+    store_addresses: StoreAddresses = field(default_factory=StoreAddresses)
 
 
 @contextlib.asynccontextmanager
@@ -135,6 +141,8 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
                 takeovers=takeovers,
                 firewalls=(IptablesChains(), Firewalld()),
                 vteps=vteps,
+                occupied=underlay.occupied,
+                store_addresses=StoreAddresses(t.rpartition(":")[0].strip("[]") for t in etcd),
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )
 
