@@ -47,6 +47,7 @@ def _comes_back(mesh: Mesh, end: Callable[[Machine], None]) -> None:
         is_back, 60, "the container is back, and the endpoint of a process that ended is not"
     )
     (back,) = [e for e in meshnet(two, "endpoint", "ls") if e["name"] == "web"]
+    assert back["address"] == web["address"]
     inside(one, here, f"ping -c 5 -W 5 {address_of(back)}")
     assert {h["id"]: h["subnets"] for h in meshnet(one, "hosts")} == subnets
     assert attached["id"] not in {e["id"] for e in meshnet(one, "endpoint", "ls")}
