@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.vm.product import install, product_files
+from tests.vm.product import install, product_files, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +80,7 @@ def build_image() -> Image:
             print("tests.vm: making the disk", file=sys.stderr, flush=True)
             for old in cache.glob("disk-*.img"):  # of another state of the product
                 old.unlink()
-            install(system / "root", files)
+            install(system / "root")
             _make_disk(system / "root", disk)
     (kernel,) = (system / "root/boot").glob("vmlinuz-*")
     (initrd,) = (system / "root/boot").glob("initrd.img-*")
@@ -97,7 +96,7 @@ def _alone(cache: Path) -> Iterator[None]:
 
 def _system(cache: Path) -> Path:
     """The directory of the Debian system: ``root`` and ``key``."""
-    recipe = json.dumps([_PACKAGES, _OFF, _ROOT_FILES, "1"])
+    recipe = json.dumps([_PACKAGES, _OFF, _ROOT_FILES, "2"])
     system = cache / f"debian-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if system.exists():
         return system
@@ -110,20 +109,20 @@ def _system(cache: Path) -> Path:
     made.mkdir()
     root = made / "root"
     sources = Path("/etc/apt/sources.list.d/debian.sources")
-    _run(
+    run(
         "mmdebstrap",
         *("--mode=root", "--variant=important", f"--include={','.join(_PACKAGES)}"),
         *("--aptopt=Apt::Install-Recommends false", "bookworm", str(root)),
         *([str(sources)] if sources.exists() else []),
     )
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(made / "key"))
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(made / "key"))
     authorized = root / "root/.ssh/authorized_keys"
     authorized.parent.mkdir(mode=0o700, exist_ok=True)
     shutil.copy(made / "key.pub", authorized)
     for name, content in _ROOT_FILES.items():
         (root / name).write_text(content)
-    _run("chroot", str(root), "systemctl", "disable", "--quiet", *_OFF)
-    _run("chroot", str(root), "systemctl", "enable", "--quiet", "systemd-networkd")
+    run("chroot", str(root), "systemctl", "disable", "--quiet", *_OFF)
+    run("chroot", str(root), "systemctl", "enable", "--quiet", "systemd-networkd")
     made.rename(system)
     return system
 
@@ -133,7 +132,7 @@ def _make_disk(root: Path, disk: Path) -> None:
     unfinished.unlink(missing_ok=True)
     with unfinished.open("wb") as file:
         file.truncate(_DISK_GIB << 30)
-    _run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(unfinished))
+    run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(unfinished))
     unfinished.rename(disk)
 
 
@@ -142,10 +141,3 @@ def _digest(files: dict[str, bytes]) -> str:
     for name, content in sorted(files.items()):
         found.update(f"{name}\0{len(content)}\0".encode() + content)
     return found.hexdigest()
-
-
-def _run(*argv: str) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
-        raise subprocess.CalledProcessError(done.returncode, argv)

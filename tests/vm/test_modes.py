@@ -92,5 +92,5 @@ def test_a_network_of_each_host(mesh: Mesh) -> None:
     pid = one.spawn(f"ip link set lo up; exec {serve}")
     web = meshnet(one, "attach", pid, "--net", "local", "--publish", "8080:80")
     inside(one, web, "ping -c 3 -W 5 192.0.2.254")
-    got = two.run(f"curl -sS --max-time 10 http://{one.address}:8080/agent.env").stdout
-    assert got.startswith("MESHNET_CONFIG=")
+    got = two.run(f"curl -sS --max-time 10 http://{one.address}:8080/agent.toml").stdout
+    assert got.startswith("etcd = ")
