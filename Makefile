@@ -9,6 +9,7 @@ PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc 
 	util-linux zstd
 # Makers of images, a registry, other firewalls and a systemd: about 90 MB to fetch. Their services are not needed.
 TEST_PACKAGES := buildah docker-registry docker.io iptables skopeo systemd umoci
+VM_PACKAGES := e2fsprogs mmdebstrap openssh-client qemu-system-x86 qemu-utils
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io
 BENCH_RUN_PACKAGES := crun docker.io podman
@@ -21,7 +22,7 @@ PUBLISHED := build/published.json
 RUN := build/run.json
 SOAK := build/soak.json
 
-.PHONY: demo test test-deb test-many deb native fuzz faults soak hardening lint type bench \
+.PHONY: demo test test-deb test-vm test-many deb native fuzz faults soak hardening lint type bench \
 	bench-scale bench-datapath bench-published bench-run setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
@@ -30,6 +31,10 @@ demo: $(SETUP)  ## three hosts, two networks, packets between them
 test: native  ## all tests
 	$(call install,$(TEST_PACKAGES))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 4
+
+test-vm: deb  ## the product on real machines: Debian 12 under QEMU; a quarter of an hour
+	$(call install,$(VM_PACKAGES))
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -q --durations=10 tests/vm
 
 CONTAINERS := 100
 test-many: $(SETUP)  ## CONTAINERS at once on one host, and what they leave: nothing
