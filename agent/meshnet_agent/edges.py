@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from meshnet.errors import UsageError
+from meshnet.errors import NotFoundError, UsageError
 from meshnet.kernel.address_probe import WireProber
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.events import EventFilter
@@ -105,9 +105,7 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
     with contextlib.ExitStack() as stack:
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
-        if config.vtep_engine == "native":
-            library.load()  # if it was not built, say so at start, not for each network
-        vteps = VtepProcesses(run_dir.vtep, config.vtep_engine)
+        vteps = _make_vteps(config, run_dir)
         wired = WiredElements()
         etcd = [target(url) for url in config.etcd]
         takeovers = TakeoverProcesses(disk.path, etcd, config.takeover_confirm_s)
@@ -149,6 +147,25 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
 
 def _keep_open(_file: SnapshotFile) -> None:
     """A file that is replaced whole is open only while it is written."""
+
+
+def _make_vteps(config: AgentConfig, run_dir: RuntimeDir) -> VtepProcesses:
+    """The userspace VTEPs, with the engine that is asked for, or the best that there is.
+
+    Raises:
+        NotFoundError: it is not built: said at the start, and not for each network.
+    """
+    if config.vtep_engine != "auto":
+        if config.vtep_engine == "native":
+            library.load()
+        return VtepProcesses(run_dir.vtep, config.vtep_engine)
+    engine = "native"
+    try:
+        library.load()
+    except NotFoundError:
+        engine = "python"
+    # An upgrade that brings the other engine must not interrupt what runs.
+    return VtepProcesses(run_dir.vtep, engine, replaced=False)
 
 
 @contextlib.asynccontextmanager

@@ -49,14 +49,16 @@ class VtepProcesses:
     Args:
         directory: holds a run directory for each, with a socket in it, so its path must be short
             (``sun_path`` has 108 bytes).
-        engine: what carries their packets (`meshnet.vtep.engine`).
+        engine: what carries the packets of new ones (`meshnet.vtep.engine`).
+        replaced: whether processes that run with another engine are replaced.
 
     Attributes:
         engine: as in Args.
     """
 
-    def __init__(self, directory: Path, engine: str = "python") -> None:
+    def __init__(self, directory: Path, engine: str = "python", *, replaced: bool = True) -> None:
         self._directory, self.engine = directory.absolute(), engine
+        self._replaced = replaced
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def look(self, tun: str) -> Vtep | None:
@@ -73,6 +75,10 @@ class VtepProcesses:
             )
         except (OSError, KernelRefusedError, ValueError, KeyError, TypeError):
             return None
+
+    def accepts(self, vtep: Vtep) -> bool:
+        """Whether a running process has an engine that it may keep."""
+        return vtep.engine == self.engine or not self._replaced
 
     def members(self, tun: str) -> dict[MemberKey, Member]:
         """The members that the process of a TUN talks to; empty if it does not answer."""

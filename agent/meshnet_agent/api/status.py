@@ -50,7 +50,9 @@ def status_document(report: StatusReport) -> StatusDocument:
     per_network, other = sort_failures(report.passes.result.failures, networks)
     bad_values = {**snapshot.bad_values, **report.pool.bad_values}
     return StatusDocument(
-        host=StatusHostDocument(id=host.id, underlay_ip=str(host.underlay_ip)),
+        host=StatusHostDocument(
+            id=host.id, underlay_ip=str(host.underlay_ip), vtep_engine=report.vtep_engine
+        ),
         store=StoreDocument(
             connected=store.connected and report.membership.lease_ok,
             revision=snapshot.revision,
