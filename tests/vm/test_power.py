@@ -57,6 +57,35 @@ def test_a_reboot(mesh: Mesh) -> None:
     _comes_back(mesh, lambda machine: machine.reboot())
 
 
+def test_a_reboot_while_etcd_is_silent(mesh: Mesh) -> None:
+    """The host starts from its disk: its networks are there, and what is attached is reached."""
+    mesh.start_agents()
+    mesh.create("prod", "--subnet", "10.42.0.0/16", "--subnet", "fd00:42::/48")
+    one, two, _ = mesh.machines
+    here = attach(one, "prod")
+    revision = meshnet(two, "status")["store"]["revision"]
+
+    def is_saved() -> bool:
+        saved = two.run("jq .revision /var/lib/meshnet/snapshot.json", check=False).stdout
+        return saved.strip().isdigit() and int(saved) >= revision
+
+    wait_until(is_saved, 60, "vm2 has on its disk what it knows")
+    mesh.etcd.pause()
+    try:
+        two.reboot()
+        wait_active(two)
+        assert meshnet(two, "status")["store"]["from_disk_s"] is not None
+        there = attach(two, "prod")
+        for version in (4, 6):
+            inside(two, there, f"ping -c 3 -W 5 {address_of(here, version)}")
+    finally:
+        mesh.etcd.resume()
+    mesh.allowed += ["started from disk", "store lost", "lease", "endpoints not published"]
+    wait_until(lambda: meshnet(two, "status")["store"]["connected"], 60, "etcd is followed")
+    mesh.wait_in_sync()
+    inside(one, here, f"ping -c 3 -W 5 {address_of(there)}")
+
+
 def _cut(machine: Machine) -> None:
     machine.power_cut()
     machine.power_on()
