@@ -132,8 +132,8 @@ class VtepProcesses:
                 words = log_path.read_text(errors="replace").strip().splitlines()
                 if not words and child.poll() is None:
                     raise KernelRefusedError(
-                        f"userspace VTEP of {tun} is not ready after {_START_S:.0f} s: this host is "
-                        "busy, and it is tried again"
+                        f"userspace VTEP of {tun} is not ready after {_START_S:.0f} s: this host "
+                        "is busy, and it is tried again"
                     )
                 reason = words[-1] if words else f"it ended with status {child.poll()}"
                 raise KernelRefusedError(f"userspace VTEP of {tun} did not start: {reason}")
