@@ -95,6 +95,8 @@ def announce(link: str, address: IPv6Address, mac: bytes) -> None:
         sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, nd.HOP_LIMIT)
         sender.bind((str(address), 0))
         everybody = str(IPv6Address(nd.ALL_NODES))
+        # A copy to this namespace's own kernel would have it warn of a duplicate address.
+        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
         sender.sendto(nd.encode_announcement(address, mac), (everybody, 0, 0, index))
 
 

@@ -86,12 +86,15 @@ class NetlinkWiring:
                 # The host's end needs no address.  May fail: a kernel without IPv6, or a link with
                 # an MTU below IPv6's minimum, knows no such setting.
                 self._rtnl.send_batch([links.encode_no_link_local(index)])
-                self._must(self._rtnl, [links.encode_hairpin(index)], endpoint)
                 # Before the namespace's end goes up: the firewall drops what it does not know, and
                 # the process's first packet must not be lost.
                 is_new = self._allow(endpoint)
             with inside(netns_fd):
-                return self._configure(wiring)
+                default = self._configure(wiring)
+            if endpoint.parent is None:
+                # After the addresses were announced: a bridge sends what everybody is to hear back
+                # by a port in hairpin mode, and the kernel there warns of a duplicate address.
+                self._must(self._rtnl, [links.encode_hairpin(index)], endpoint)
         except BaseException as error:
             # Removing the host's end removes the other, with its addresses and routes.
             if endpoint.parent is None:
@@ -108,6 +111,7 @@ class NetlinkWiring:
                     f"endpoint {endpoint.name} in {endpoint.sandbox}: {error}"
                 ) from error
             raise
+        return default
 
     def disconnect(self, endpoint: Endpoint) -> None:
         """See `meshnet.kernel.Wiring`."""

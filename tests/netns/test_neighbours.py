@@ -79,3 +79,14 @@ def test_an_address_with_another_mac_is_found_at_once(make_lab: MakeLab, mode: s
     assert second["mac"] != first["mac"]
     for asker in askers:
         assert ping(asker, address_of(second, 6), *once)
+
+
+def test_an_announcement_does_not_come_back(make_lab: MakeLab) -> None:
+    """The kernel took it for another machine's, and warned that two have the address."""
+    lab = make_lab(1)
+    h1 = lab.host("h1")
+    create_network(lab, "prod", "--subnet", "fd00:42::/48")
+    container = h1.spawn_container()
+    attach(container, h1, "prod")
+    counted = container.run(["cat", "/proc/net/snmp6"]).stdout.split()
+    assert counted[counted.index("Icmp6InNeighborAdvertisements") + 1] == "0"
