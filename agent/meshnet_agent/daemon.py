@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import MeshnetError
+from meshnet.errors import MeshnetError, StoreUnavailableError
 from meshnet.model import Claim, Host, HostId
 from meshnet.plan import fallen_peers
 from meshnet.runtime.spec.id_ranges import parse_range
@@ -65,6 +65,7 @@ from meshnet_agent.mesh.membership import Claimant, Membership
 from meshnet_agent.mesh.operations import MeshOperations
 from meshnet_agent.mesh.presence import Presence
 from meshnet_agent.mesh.publisher import Publisher
+from meshnet_agent.mesh.saver import Saver
 from meshnet_agent.notify import Notifier
 from meshnet_agent.state_dir import RuntimeDir, hold_namespace
 from meshnet_agent.tasks.readiness import Readiness
@@ -77,6 +78,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
 """How long the first pass waits for this host's subnets at most."""
+_STORE_SILENT_S = 0.5
+"""How long a start waits for the store where it can start from disk instead."""
 _LEAVE_S = 2.0
 """How long giving the lease back may delay the end of the agent; else the lease runs out."""
 
@@ -92,6 +95,7 @@ class Parts:
     registry: Registry
     identity: MeshIdentity
     follower: Follower
+    saver: Saver
     liveness: Liveness
     membership: Membership
     publisher: Publisher
@@ -115,9 +119,9 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     claimant = _claimant(config, edges)
     host = claimant.host.id
     dirty, right_of_way = Dirty(), RightOfWay()
-    registry = Registry(edges.store)
-    identity = MeshIdentity(edges.store, edges.state_dir.mesh)
+    registry, identity = Registry(edges.store), MeshIdentity(edges.store, edges.state_dir.mesh)
     follower = Follower(edges.store, identity, right_of_way)
+    saver = Saver(follower, identity, host, edges.state_dir.snapshot)
     liveness = Liveness(follower, config.grace_s)
     records = EndpointRecords(edges.state_dir.endpoints)
     endpoints = EndpointDirectory(records, host)
@@ -136,7 +140,6 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
     probes = Probes(edges.vteps, inputs, fallback, dirty)
     monitor = Monitor(edges.kernel, edges.event_filter, follower)
-    publisher = Publisher(registry, follower, endpoints, host)
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
     links = EndpointLinks(edges.wiring, records)
     ports = PublishedPorts(edges.host_ports, reconciler)
@@ -151,9 +154,10 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         registry=registry,
         identity=identity,
         follower=follower,
+        saver=saver,
         liveness=liveness,
         membership=membership,
-        publisher=publisher,
+        publisher=Publisher(registry, follower, endpoints, host),
         pool=pool,
         endpoints=endpoints,
         ports=ports,
@@ -166,7 +170,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         probes=probes,
         monitor=monitor,
         inputs=inputs,
-        firewalls=FirewallOpener(edges.firewalls, on=config.open_firewalls == "auto"),
+        firewalls=FirewallOpener(edges.firewalls, follower, on=config.open_firewalls == "auto"),
     )
     _introduce(parts)
     return parts
@@ -186,6 +190,7 @@ def _introduce(parts: Parts) -> None:
         parts.pool,
         parts.inputs,
         parts.probes,
+        parts.saver,
     )
     parts.reconciler.tell(
         UnderlayAddress(parts.edges.store, parts.membership),
@@ -222,18 +227,19 @@ async def run_parts(
     # Records first: a host whose id changed must not take over endpoints of the id before, and has
     # to be refused before it claims anything.
     await parts.keeper.load()
-    await parts.membership.join()
-    await parts.follower.list_all()
+    await _learn_mesh(parts)
     try:
         async with trio.open_nursery() as store:
             store.start_soon(parts.membership.keep_alive)
             store.start_soon(parts.membership.reserve)
             store.start_soon(parts.follower.watch)
             store.start_soon(parts.publisher.run)
+            store.start_soon(parts.saver.run)
             async with trio.open_nursery() as data_plane:
                 await data_plane.start(parts.keeper.run)
                 data_plane.start_soon(parts.ports.run)
-                await parts.pool.load()
+                if parts.follower.is_complete:  # else its own task lists them, once it can
+                    await parts.pool.load()
                 store.start_soon(parts.pool.run)
                 # The listing came before the keeper ran, and networks may have been removed while
                 # this agent was down.
@@ -245,6 +251,27 @@ async def run_parts(
         with trio.move_on_after(_LEAVE_S, shield=True), contextlib.suppress(MeshnetError):
             await parts.membership.leave()
         parts.identity.save()
+
+
+async def _learn_mesh(parts: Parts) -> None:
+    """Join the mesh and list it; where the store is silent, start from what is on disk.
+
+    Raises:
+        ConflictError: another agent runs as this host, or this state directory is another host's.
+        StoreUnavailableError: the store does not answer, and nothing usable is on disk.
+        PolicyRefusedError: the store is not this host's mesh.
+    """
+    saved = await trio.to_thread.run_sync(parts.saver.load)
+    try:
+        # A store that is merely slow loses nothing by this: it is listed as soon as it answers.
+        with trio.fail_after(_STORE_SILENT_S if saved is not None else float("inf")):
+            await parts.membership.join()
+            await parts.follower.list_all()
+    except (StoreUnavailableError, trio.TooSlowError) as error:
+        if saved is None:
+            raise
+        reason = str(error) or f"no answer within {_STORE_SILENT_S} s"
+        parts.follower.restore(saved, reason)
 
 
 async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:

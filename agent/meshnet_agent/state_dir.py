@@ -45,6 +45,7 @@ class StateDir:
         images: layers and names of images.
         volumes: named volumes.
         mesh: which mesh this host is a member of (`meshnet_agent.mesh.identity`).
+        snapshot: what this host last knew of it (`meshnet_agent.mesh.saver`).
         firewall: the firewall that was last loaded into nftables (`meshnet.kernel.nft`).
         takeover: journals of takeovers (`meshnet.kernel.takeover.journal`).
 
@@ -64,6 +65,7 @@ class StateDir:
         self.images = path / "images"
         self.volumes = path / "volumes"
         self.mesh = path / "mesh.json"
+        self.snapshot = path / "snapshot.json"
         self.firewall = path / "firewall.json"
         self.takeover = path / "takeover"
         self._instance = path / "instance"
@@ -105,6 +107,7 @@ class StateDir:
         """
         for directory, pattern, known in (
             (self.path, self.mesh.name, 1),
+            (self.path, self.snapshot.name, 1),
             (self.endpoints, f"*{RECORD}", 2),
             (self.endpoints, f"*{DRAFT}", 2),
             (self.containers, "*/container.json", 2),

@@ -19,15 +19,18 @@ def with_checksum(record: bytes) -> bytes:
     return body + b',"crc32":"%08x"}' % zlib.crc32(body)
 
 
-def checked(record: bytes) -> bytes:
+def checked(record: bytes, *, required: bool = False) -> bytes:
     """The record, unchanged, if its checksum is right or it has none.
 
+    Args:
+        required: this kind of record always had one.
+
     Raises:
-        BadValueError: the checksum is wrong or damaged.
+        BadValueError: the checksum is wrong, damaged or missing.
     """
     found = _CHECKSUM.search(record)
     # A damaged field must not make the record look like one of an earlier version.
-    if found is None and b'"crc32":' in record:
+    if found is None and (required or b'"crc32":' in record):
         raise BadValueError("its checksum is damaged")
     if found is not None and int(found[1], 16) != zlib.crc32(record[: found.start()]):
         raise BadValueError("its checksum does not match its content")

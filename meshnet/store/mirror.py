@@ -38,7 +38,7 @@ from meshnet.model import HostId, MeshSnapshot, NetworkName, Reservations
 from meshnet.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from meshnet.model import Claim, Host, IpNetwork, Network
     from meshnet.store import KeyValue, Listing, WatchBatch
@@ -55,6 +55,21 @@ MESH_ID = ROOT + "mesh-id"
 NETWORKS_SERIAL = ROOT + "serial/networks"
 _SHOWN_CHARACTERS = 400
 """Most characters of a bad key that are shown; valid keys are shorter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorState:
+    """All that a mirror knows, as a value.
+
+    Attributes:
+        network_revisions: of the last write of each network: they are used in that order.
+        last_put, last_deletion: as of `Mirror`.
+    """
+
+    snapshot: MeshSnapshot
+    network_revisions: Mapping[NetworkName, int]
+    last_put: tuple[str, int] | None
+    last_deletion: tuple[str, int] | None
 
 
 @dataclass(slots=True)
@@ -80,6 +95,8 @@ class Mirror:
     Args:
         before: the copy that this one is to replace: where the listing has a value that cannot be
             used, what was known before stays in force.
+        from_disk: it is filled from this host's disk, and nobody knows what has changed since: its
+            snapshot has a hole, so that nothing is deleted because it is missing.
 
     Attributes:
         last_put, last_deletion: key and revision of the latest ones known.  A store that does not
@@ -88,8 +105,9 @@ class Mirror:
             differs from it: the listing comes from another history.
     """
 
-    def __init__(self, before: Mirror | None = None) -> None:
+    def __init__(self, before: Mirror | None = None, *, from_disk: bool = False) -> None:
         self.revision = 0
+        self.from_disk = from_disk
         self.last_put: tuple[str, int] | None = None
         self.last_deletion: tuple[str, int] | None = None
         self.contradiction: str | None = None
@@ -99,7 +117,7 @@ class Mirror:
         self._alive: dict[HostId, Claim] = {}
         self._reservations: dict[NetworkName, Reservations] = {}
         self._bad: dict[str, str] = {}
-        self._holes: set[str] = set()
+        self._holes: set[str] = {"etcd"} if from_disk else set()
         self._changes = Changes()
         self._shown: MeshSnapshot | None = None
 
@@ -164,6 +182,15 @@ class Mirror:
             reservations={name: held.copy() for name, held in self._reservations.items()},
             bad_values=now.bad_values,
             holes=now.holes,
+        )
+
+    def state(self) -> MirrorState:
+        """All that this copy knows, as a value that later changes do not affect."""
+        return MirrorState(
+            snapshot=self.snapshot(),
+            network_revisions={name: revision for name, (revision, _) in self._networks.items()},
+            last_put=self.last_put,
+            last_deletion=self.last_deletion,
         )
 
     def _in_order(self) -> dict[NetworkName, Network]:

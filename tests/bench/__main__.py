@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NAMES = ("programming", "attach", "throughput")
 """Modules of this package, each with a `Benchmark` named ``run``."""
-LONG_NAMES = ("scale", "busy", "convergence", "churn", "datapath", "published", "run")
+LONG_NAMES = ("scale", "busy", "convergence", "churn", "outage", "datapath", "published", "run")
 """Further ones, run when they are named: they take minutes."""
 
 

@@ -10,14 +10,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshnet.codec.document import BadValueError
 from meshnet.codec.endpoints import encode_endpoint
 from meshnet.errors import MeshnetError, PolicyRefusedError
 from meshnet.kernel.drivers.nft import NftTables
+from meshnet.model import HostId
 from meshnet.store.memory import MemoryStore
+from meshnet.store.mirror import Mirror
+from meshnet.store.saved import decode_saved, encode_saved
 from meshnet.vtep.rundir import RunDir
 from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.mesh.identity import MeshIdentity
-from meshnet_agent.state_dir import StateDir
+from meshnet_agent.state_dir import StateDir, set_aside
 from tests.hostile.campaign import (
     Campaign,
     assert_clear,
@@ -48,6 +52,9 @@ FILES = {
     **_ENDPOINTS,
     "instance": _INSTANCE,
     "mesh.json": b'{"id": "0123456789abcdef", "revision": 4711}',
+    "snapshot.json": encode_saved(
+        Mirror().state(), mesh="0123456789abcdef", host=HostId("h1"), now_s=0
+    ),
     "firewall.json": json.dumps(
         {"text": "table", "listing_sha256": hashlib.sha256(b"").hexdigest()}
     ).encode(),
@@ -85,6 +92,7 @@ def check(data: bytes, directory: Path) -> str:
         endpoints, unreadable = EndpointRecords(state.endpoints).load()
         MeshIdentity(MemoryStore(clock=lambda: 0.0), directory / "mesh.json").save()
         NftTables(directory / "firewall.json")
+        _load_snapshot(directory / "snapshot.json")
         vtep = RunDir(str(directory / "vtep"))
         problem = vtep.load(make_table())
         vtep.close()
@@ -110,6 +118,15 @@ def check(data: bytes, directory: Path) -> str:
     rewritten = name == b"mesh.json" and _same_json(directory / "mesh.json", content)
     assert content in kept or name in caches or whole or rewritten
     return "set aside" if unreadable or problem else "taken"
+
+
+def _load_snapshot(file: Path) -> None:
+    """As `meshnet_agent.mesh.saver` does."""
+    try:
+        decode_saved(file.read_bytes())
+    except BadValueError as error:
+        assert_clear(str(error))
+        set_aside(file, str(error))
 
 
 def _same_json(file: Path, content: bytes) -> bool:

@@ -55,6 +55,7 @@ def status_document(report: StatusReport) -> StatusDocument:
             connected=store.connected and report.membership.lease_ok,
             revision=snapshot.revision,
             lag_s=round(store.lag_s, 3),
+            from_disk_s=round(store.from_disk_s) if store.from_disk_s is not None else None,
             error=store.error,
         ),
         networks=[

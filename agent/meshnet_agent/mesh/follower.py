@@ -5,6 +5,7 @@ While the store is silent the mirror stays as it is, and so does the data path.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from meshnet_agent.tasks.backoff import Backoff
 if TYPE_CHECKING:
     from meshnet.model import MeshSnapshot
     from meshnet.store import Store
-    from meshnet.store.mirror import Changes
+    from meshnet.store.mirror import Changes, MirrorState
+    from meshnet.store.saved import SavedMesh
     from meshnet_agent.mesh.identity import MeshIdentity
     from meshnet_agent.mesh.view import MeshListener
     from meshnet_agent.tasks.right_of_way import RightOfWay
@@ -42,11 +44,14 @@ class StoreReport:
     Attributes:
         connected: whether the watch runs.
         lag_s: seconds since the store was last heard from.
+        from_disk_s: age in seconds of what this host had on its disk, while it goes by that because
+            the store has not answered since the agent started; else None.
         error: why the watch does not run; None while it does.
     """
 
     connected: bool
     lag_s: float
+    from_disk_s: float | None
     error: str | None
 
 
@@ -69,6 +74,7 @@ class Follower:
         self._mirror = Mirror()
         self._listeners: list[MeshListener] = []
         self._heard_at = trio.current_time()
+        self._saved_at_s = 0.0
         self.connected = False
         self.error: str | None = None
         self.snapshot = self._mirror.view()
@@ -84,7 +90,38 @@ class Follower:
 
     def report(self) -> StoreReport:
         """Whether this agent hears from the store now."""
-        return StoreReport(connected=self.connected, lag_s=self.lag_s, error=self.error)
+        from_disk_s = time.time() - self._saved_at_s if self._mirror.from_disk else None
+        return StoreReport(
+            connected=self.connected, lag_s=self.lag_s, from_disk_s=from_disk_s, error=self.error
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the mesh is known from the store: it was listed, without a hole."""
+        return self.snapshot.revision > 0 and not self.snapshot.holes
+
+    def copy_state(self) -> MirrorState:
+        """All that is known of the mesh, as a value that later changes do not touch."""
+        return self._mirror.state()
+
+    def restore(self, saved: SavedMesh, reason: str) -> None:
+        """Start from this host's disk, and tell the listeners: the store does not answer.
+
+        From here on the agent is like one that has lost the store, but for this: nothing that is
+        missing is deleted before the mesh was listed again.
+
+        Args:
+            reason: why the store does not answer.
+        """
+        self._mirror, self._saved_at_s = saved.mirror, saved.saved_at_s
+        self.error = reason
+        _log.warning(
+            "started from disk, the store does not answer",
+            reason=reason,
+            hosts=len(saved.mirror.view().hosts),
+            age_s=round(time.time() - saved.saved_at_s),
+        )
+        self._changed(None)
 
     async def check_store(self) -> None:
         """See `MeshView`."""
@@ -137,9 +174,12 @@ class Follower:
     async def watch(self) -> None:
         """Follow changes; `list_all` came first.  Never returns."""
         backoff = Backoff(*_DELAYS_S)
-        just_listed = True
+        just_listed = not self._mirror.from_disk
         while True:
             try:
+                if self._mirror.from_disk:
+                    await self._list_after_start_from_disk()
+                    just_listed = True
                 await self._watch_once(just_listed=just_listed)
             except CompactedError:
                 _log.warning("history compacted, listing again", revision=self._mirror.revision)
@@ -163,8 +203,16 @@ class Follower:
             self.error = reason
             # With the back-off alone, 10,000 agents would come back within 0.8 s of a restart that
             # took 2 s, which is more than etcd can serve (docs/design/etcd-load.md).
-            spread_s = len(self.snapshot.hosts) / _RETURNS_A_SECOND
+            each_second = _LISTINGS_A_SECOND if self._mirror.from_disk else _RETURNS_A_SECOND
+            spread_s = len(self.snapshot.hosts) / each_second
             await trio.sleep(random.uniform(0, max(backoff.failed(), spread_s)))
+
+    async def _list_after_start_from_disk(self) -> None:
+        """List the mesh, as at a start; but the history that this host has seen must be there."""
+        await self._identity.check()
+        with contextlib.suppress(CompactedError):  # then the listing tells, if anything does
+            await self._identity.check_history(self._mirror)
+        await self.list_all()
 
     async def _watch_once(self, *, just_listed: bool) -> None:
         after = self._mirror.revision

@@ -60,6 +60,11 @@ class MeshIdentity:
         self._id, self._revision = _read(file)
         self._saved = self._revision
 
+    @property
+    def mesh(self) -> str | None:
+        """The name of this host's mesh; None: it belongs to none yet."""
+        return self._id
+
     def observe(self, revision: int) -> None:
         """Note a revision that was seen; `save` writes it to disk, and so does a later `check`."""
         self._revision = max(self._revision, revision)

@@ -39,6 +39,8 @@ def _print(document: dict[str, Any]) -> None:
     print(f"host    {host['id']} at {host['underlay_ip']}")
     state = "connected" if store["connected"] else "LOST, the data path goes on"
     print(f"store   {state}, revision {store['revision']}, last heard {store['lag_s']:.1f} s ago")
+    if store["from_disk_s"] is not None:
+        print(f"        started from disk, as of {store['from_disk_s']} s ago: nothing is deleted")
     if store["error"]:
         print(f"        {store['error']}")
     print()

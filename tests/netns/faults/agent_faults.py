@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshnet.lab.poll import wait_until
+from meshnet.store.saved import decode_saved
 from meshnet.unix_http import HttpConnection
 from tests.netns.cgroups import removed
 from tests.netns.faults.fault import CutsHosts, Injected
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from tests.netns.faults.mesh import FaultMesh
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_SAVED_S = 30.0
+"""Within which the agent has on its disk what it knows."""
 
 
 def revive(host: LabHost) -> None:
@@ -227,4 +230,52 @@ class Reboot:
             rng.uniform(0, 2 * TTL_S),
             CutsHosts(frozenset({name})),
             says="endpoint freed" if networks else "",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RebootInSilence:
+    """A power cut while etcd is frozen: the host starts from its disk, and is whole."""
+
+    name: str = "machine rebooted while etcd is silent"
+
+    def inject(self, mesh: FaultMesh, rng: Random) -> Injected:
+        """Freeze etcd, cut the power of one host, and start it."""
+        lab = mesh.lab
+        host = mesh.host_to_end(rng)
+        name = host.name
+        networks = [member.network for member in mesh.members if member.host == name]
+        revision = meshnet(host, "status")["store"]["revision"]
+        file = host.state_dir / "snapshot.json"
+        wait_until(
+            lambda: file.exists() and decode_saved(file.read_bytes()).mirror.revision >= revision,
+            *(_SAVED_S, f"{name} has saved what it knows"),
+        )
+        etcds = list(lab.etcds.values())
+        for etcd in etcds:
+            etcd.pause()
+        try:
+            lab.remove_host(name, keep_state=True)
+            mesh.members[:] = [member for member in mesh.members if member.host != name]
+            lab.add_host(name)
+            for network in networks:
+                mesh.add(name, network)
+        except BaseException:
+            for etcd in etcds:
+                etcd.resume()
+            raise
+
+        def heal() -> None:
+            for etcd in etcds:
+                etcd.resume()
+            for etcd in etcds:
+                etcd.wait_healthy()
+
+        return Injected(
+            f"{name} rebooted while etcd is frozen",
+            heal,
+            rng.uniform(0, 2 * TTL_S),
+            CutsHosts(frozenset({name})),
+            whole_within_s=25.0,
+            says="started from disk",
         )

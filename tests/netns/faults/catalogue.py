@@ -25,6 +25,7 @@ _ALL: tuple[Fault, ...] = (
     agent_faults.OutOfDescriptors(),
     agent_faults.OutOfMemory(),
     agent_faults.Reboot(),
+    agent_faults.RebootInSilence(),
     clock_faults.ClockJump(),
     etcd_faults.KILLED,
     etcd_faults.STOPPED,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.netns.faults.observation import Agent, Disk, Document, Observation, StoreKey
     from tests.netns.faults.wanted import Subnet
 
-_FILES = {"lock", "instance", "mesh.json", "firewall.json", "members.json"}
+_FILES = {"lock", "instance", "mesh.json", "snapshot.json", "firewall.json", "members.json"}
 """What a state directory may hold beside endpoints."""
 
 

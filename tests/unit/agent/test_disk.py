@@ -19,6 +19,7 @@ from meshnet.sandbox import NetnsId
 from meshnet.store import Change, Delete, Put, WatchBatch
 from meshnet.store.memory import MemoryStore
 from meshnet.store.mirror import MESH, MESH_ID, NETWORKS, Mirror
+from meshnet.store.saved import encode_saved
 from meshnet.system.files import write_whole
 from meshnet_agent.containers import record as container_record
 from meshnet_agent.endpoints.records import EndpointRecords
@@ -183,6 +184,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 VERSIONED = (
     "mesh.json",
+    "snapshot.json",
     f"endpoints/{GOOD.id}.json",
     f"endpoints/{GOOD.id}.draft",
     "containers/c1/container.json",
@@ -200,7 +202,7 @@ def test_a_file_of_a_newer_agent_is_refused_and_everything_left_as_it_is(
     state.close()
     file = state.path / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    known = 1 if name.startswith(("mesh", "takeover")) else 2
+    known = 2 if name.startswith(("endpoints", "containers")) else 1
     file.write_text(json.dumps({"v": known + 1, "anything": "else"}))
     (state.endpoints / "bbbbbbbbbbbb.json").write_bytes(b"damaged")
     (state.endpoints / "cccccccccccc.json.new").write_bytes(b"unfinished")
@@ -237,7 +239,10 @@ async def test_every_file_that_the_agent_writes_has_a_version(
     directory = state.containers / "c1"
     directory.mkdir(parents=True)
     container_record.save(directory, record)
-    for name in VERSIONED[:4]:
+    (state.path / "snapshot.json").write_bytes(
+        encode_saved(Mirror().state(), mesh="m1", host=GOOD.host, now_s=0)
+    )
+    for name in VERSIONED[:5]:
         version = 2 if name.startswith("containers/") else 1
         assert json.loads((state.path / name).read_bytes())["v"] == version
     assert list(container_record.load_all(state.containers)) == [record]

@@ -23,12 +23,15 @@ class StoreDocument(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         connected: the watch runs, and the lease was renewed.
         lag_s: seconds since the store was last heard from.
+        from_disk_s: seconds since what this agent goes by was saved on its disk, while the store
+            has not answered since its start; else None.
         error: why the watch does not run.
     """
 
     connected: bool
     revision: int
     lag_s: float
+    from_disk_s: int | None
     error: str | None
 
 

@@ -1,0 +1,106 @@
+"""Keeps what this host knows of the mesh on its disk, to start from while the store is silent.
+
+The file is written from a thread, whole, and at most every few seconds: attaching never waits for
+it.  A file that is older than what peers know does no harm: when the store answers, what it says
+counts (design decision D5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from meshnet.codec.document import BadValueError
+from meshnet.store.saved import decode_saved, encode_saved
+from meshnet.system.files import write_whole
+from meshnet_agent.mesh.view import MeshListener
+from meshnet_agent.state_dir import set_aside
+from meshnet_agent.tasks.flag import Flag
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meshnet.model import HostId, MeshSnapshot
+    from meshnet.store.mirror import Changes
+    from meshnet.store.saved import SavedMesh
+    from meshnet_agent.mesh.follower import Follower
+    from meshnet_agent.mesh.identity import MeshIdentity
+
+_log = structlog.get_logger()
+_LEAST_S, _PART = 5.0, 50
+"""The least pause between two writes, and how often what a write took fits into the pause: a large
+mesh that changes all the time costs 2 % of a core."""
+
+
+class Saver(MeshListener):
+    """Writes and reads the file.
+
+    Args:
+        file: ``snapshot.json`` in the state directory.
+    """
+
+    def __init__(
+        self, follower: Follower, identity: MeshIdentity, host: HostId, file: Path
+    ) -> None:
+        self._follower = follower
+        self._identity = identity
+        self._host = host
+        self._file = file
+        self._changed = Flag()
+
+    def mesh_changed(self, snapshot: MeshSnapshot, changes: Changes | None) -> None:
+        """See `MeshListener`."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Write after changes.  Never returns."""
+        while True:
+            await self._changed.wait()
+            started = time.perf_counter()
+            await self._save()
+            spent_s = time.perf_counter() - started
+            await trio.sleep(max(_LEAST_S, _PART * spent_s))
+
+    async def _save(self) -> None:
+        mesh = self._identity.mesh
+        # A snapshot with a hole, such as the one read from this file, says less than the file.
+        if mesh is None or not self._follower.is_complete:
+            return
+        state = self._follower.copy_state()
+
+        def write() -> None:
+            write_whole(
+                self._file, encode_saved(state, mesh=mesh, host=self._host, now_s=time.time())
+            )
+
+        try:
+            await trio.to_thread.run_sync(write)
+        except OSError as error:
+            # The next start then needs the store, as every start once did.
+            _log.error("mesh not saved", file=str(self._file), reason=str(error))
+
+    def load(self) -> SavedMesh | None:
+        """What is on disk, if it is this host's and of its mesh; None: there is nothing to use."""
+        try:
+            saved = decode_saved(self._file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _log.error("saved mesh cannot be read", file=str(self._file), reason=str(error))
+            return None
+        except BadValueError as error:
+            with contextlib.suppress(OSError):
+                set_aside(self._file, str(error))
+            return None
+        if (saved.mesh, saved.host) != (self._identity.mesh, self._host):
+            _log.warning(
+                "saved mesh is not used",
+                reason=f"it is of host {saved.host} in mesh {saved.mesh}, and this is host "
+                f"{self._host} in mesh {self._identity.mesh}",
+            )
+            return None
+        return saved
