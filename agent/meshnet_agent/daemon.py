@@ -121,7 +121,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
     dirty, right_of_way = Dirty(), RightOfWay()
     registry, identity = Registry(edges.store), MeshIdentity(edges.store, edges.state_dir.mesh)
     follower = Follower(edges.store, identity, right_of_way)
-    saver = Saver(follower, identity, host, edges.state_dir.snapshot)
+    saver = Saver(follower, identity, host, edges.snapshot)
     liveness = Liveness(follower, config.grace_s)
     records = EndpointRecords(edges.state_dir.endpoints)
     endpoints = EndpointDirectory(records, host)
@@ -261,7 +261,7 @@ async def _learn_mesh(parts: Parts) -> None:
         StoreUnavailableError: the store does not answer, and nothing usable is on disk.
         PolicyRefusedError: the store is not this host's mesh.
     """
-    saved = await trio.to_thread.run_sync(parts.saver.load)
+    saved = await parts.saver.load()
     try:
         # A store that is merely slow loses nothing by this: it is listed as soon as it answers.
         with trio.fail_after(_STORE_SILENT_S if saved is not None else float("inf")):

@@ -23,6 +23,7 @@ from meshnet_agent.dataplane.monitor import NetlinkEvents
 from meshnet_agent.endpoints.published_ports import KernelPorts
 from meshnet_agent.host_firewalls.firewalld import Firewalld
 from meshnet_agent.host_firewalls.iptables import IptablesChains
+from meshnet_agent.mesh.saver import SnapshotFile
 from meshnet_agent.state_dir import StateDir
 from meshnet_agent.tasks.worker import open_worker
 
@@ -52,6 +53,7 @@ class Edges:
         kernel: the thread that observes, dumps and applies, for the reconciler.
         wiring: the thread that makes and removes endpoints' links, so that an attach never waits
             for a pass.
+        snapshot: the thread that keeps the mesh on this host's disk.
         underlay_ip: this host's address on the underlay.
         datapath: what forwards this host's packets on networks that the kernel could carry.
         vteps: this host's userspace VTEPs; None: it cannot have any.
@@ -66,6 +68,7 @@ class Edges:
     kernel: Worker[Kernel]
     wiring: Worker[Wiring]
     state_dir: StateDir
+    snapshot: Worker[SnapshotFile]
     underlay_ip: IpAddress
     event_filter: EventFilter
     kernel_events: KernelEvents
@@ -107,6 +110,7 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
         async with (
             open_worker("kernel", make_kernel, NetlinkKernel.close) as kernel,
             open_worker("wiring", lambda: NetlinkWiring(wired), NetlinkWiring.close) as wiring,
+            open_worker("snapshot", lambda: SnapshotFile(disk.snapshot), _keep_open) as snapshot,
             _open_store(config) as store,
         ):
             underlay = await kernel.run(
@@ -122,6 +126,7 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
                 kernel=kernel,
                 wiring=wiring,
                 state_dir=disk,
+                snapshot=snapshot,
                 underlay_ip=underlay.ip,
                 event_filter=EventFilter(await kernel.run(lambda k: k.deleted)),
                 kernel_events=NetlinkEvents(ports, nft_ports),
@@ -132,6 +137,10 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
                 vteps=vteps,
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )
+
+
+def _keep_open(_file: SnapshotFile) -> None:
+    """A file that is replaced whole is open only while it is written."""
 
 
 @contextlib.asynccontextmanager

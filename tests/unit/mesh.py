@@ -22,6 +22,7 @@ from meshnet.store.registry import Registry
 from meshnet_agent.daemon import Parts, make_parts, run_parts
 from meshnet_agent.dataplane.dirty import Dirty
 from meshnet_agent.edges import Edges
+from meshnet_agent.mesh.saver import SnapshotFile
 from meshnet_agent.state_dir import StateDir
 from tests.unit.host_ports import FakePorts
 from tests.values import make_network, underlay_ip
@@ -145,6 +146,7 @@ class Node:
             kernel=InlineWorker(self.kernel),
             wiring=InlineWorker(MemoryWiring(self.kernel)),
             state_dir=disk,
+            snapshot=InlineWorker(SnapshotFile(disk.snapshot)),
             underlay_ip=self.ip,
             event_filter=EventFilter(),
             kernel_events=self,

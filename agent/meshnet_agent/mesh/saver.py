@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meshnet.model import HostId, MeshSnapshot
-    from meshnet.store.mirror import Changes
+    from meshnet.store.mirror import Changes, MirrorState
     from meshnet.store.saved import SavedMesh
     from meshnet_agent.mesh.follower import Follower
     from meshnet_agent.mesh.identity import MeshIdentity
+    from meshnet_agent.tasks.worker import Worker
 
 _log = structlog.get_logger()
 _LEAST_S, _PART = 5.0, 50
@@ -36,15 +37,47 @@ _LEAST_S, _PART = 5.0, 50
 mesh that changes all the time costs 2 % of a core."""
 
 
-class Saver(MeshListener):
-    """Writes and reads the file.
+class SnapshotFile:
+    """The file; its methods block.
 
     Args:
-        file: ``snapshot.json`` in the state directory.
+        path: ``snapshot.json`` in the state directory.
     """
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def save(self, state: MirrorState, mesh: str, host: HostId) -> None:
+        """Replace the file.  A disk error is logged: the next start then needs the store."""
+        try:
+            write_whole(self._path, encode_saved(state, mesh=mesh, host=host, now_s=time.time()))
+        except OSError as error:
+            _log.error("mesh not saved", file=str(self._path), reason=str(error))
+
+    def load(self) -> SavedMesh | None:
+        """What the file says; None: there is none that can be used."""
+        try:
+            return decode_saved(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _log.error("saved mesh cannot be read", file=str(self._path), reason=str(error))
+            return None
+        except BadValueError as error:
+            with contextlib.suppress(OSError):
+                set_aside(self._path, str(error))
+            return None
+
+
+class Saver(MeshListener):
+    """Has the file written after changes, and read at a start."""
+
     def __init__(
-        self, follower: Follower, identity: MeshIdentity, host: HostId, file: Path
+        self,
+        follower: Follower,
+        identity: MeshIdentity,
+        host: HostId,
+        file: Worker[SnapshotFile],
     ) -> None:
         self._follower = follower
         self._identity = identity
@@ -71,30 +104,12 @@ class Saver(MeshListener):
         if mesh is None or not self._follower.is_complete:
             return
         state = self._follower.copy_state()
+        await self._file.run(lambda file: file.save(state, mesh, self._host))
 
-        def write() -> None:
-            write_whole(
-                self._file, encode_saved(state, mesh=mesh, host=self._host, now_s=time.time())
-            )
-
-        try:
-            await trio.to_thread.run_sync(write)
-        except OSError as error:
-            # The next start then needs the store, as every start once did.
-            _log.error("mesh not saved", file=str(self._file), reason=str(error))
-
-    def load(self) -> SavedMesh | None:
+    async def load(self) -> SavedMesh | None:
         """What is on disk, if it is this host's and of its mesh; None: there is nothing to use."""
-        try:
-            saved = decode_saved(self._file.read_bytes())
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            _log.error("saved mesh cannot be read", file=str(self._file), reason=str(error))
-            return None
-        except BadValueError as error:
-            with contextlib.suppress(OSError):
-                set_aside(self._file, str(error))
+        saved = await self._file.run(lambda file: file.load())
+        if saved is None:
             return None
         if (saved.mesh, saved.host) != (self._identity.mesh, self._host):
             _log.warning(
