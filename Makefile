@@ -9,9 +9,12 @@ PACKAGES := busybox-static catatonit conmon etcd-server etcd-client ethtool gcc 
 	util-linux zstd
 # Makers of images, a registry, other firewalls and a systemd: about 90 MB to fetch. Their services are not needed.
 TEST_PACKAGES := buildah docker-registry docker.io iptables skopeo systemd umoci
+VM_PACKAGES := e2fsprogs mmdebstrap openssh-client qemu-system-x86 qemu-utils
 BENCH_PACKAGES := fastd wireguard-go wireguard-tools
 PUBLISHED_PACKAGES := docker.io
 BENCH_RUN_PACKAGES := crun docker.io podman
+DEB_PACKAGES := binutils gcc libc6-dev python3-venv xz-utils
+TEST_DEB_PACKAGES := mmdebstrap
 SETUP := $(VENV)/.ready
 SCALE := build/scale.json
 DATAPATH := build/datapath.json
@@ -19,8 +22,8 @@ PUBLISHED := build/published.json
 RUN := build/run.json
 SOAK := build/soak.json
 
-.PHONY: demo test test-many native fuzz faults soak hardening lint type bench bench-scale \
-	bench-datapath bench-published bench-run setup constraints clean
+.PHONY: demo test test-deb test-vm test-many deb native fuzz faults soak hardening lint type bench \
+	bench-scale bench-datapath bench-published bench-run setup constraints clean
 
 demo: $(SETUP)  ## three hosts, two networks, packets between them
 	$(BIN)/python examples/demo.py
@@ -29,6 +32,10 @@ test: native  ## all tests
 	$(call install,$(TEST_PACKAGES))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 4
 
+test-vm: deb  ## the product on real machines: Debian 12 under QEMU; a quarter of an hour
+	$(call install,$(VM_PACKAGES))
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -q --durations=10 tests/vm
+
 CONTAINERS := 100
 test-many: $(SETUP)  ## CONTAINERS at once on one host, and what they leave: nothing
 	PATH=$(CURDIR)/$(BIN):$$PATH MESHNET_CONTAINERS=$(CONTAINERS) $(BIN)/python -m pytest \
@@ -36,6 +43,14 @@ test-many: $(SETUP)  ## CONTAINERS at once on one host, and what they leave: not
 
 native: $(SETUP)  ## the userspace VTEP's engine in C, for --vtep-engine native
 	@$(BIN)/python -m meshnet.vtep.native
+
+deb: $(SETUP)  ## build/meshnet_VERSION_ARCH.deb
+	$(call install,$(DEB_PACKAGES))
+	agent/packaging/build $(VENV)
+
+test-deb: deb  ## installs, upgrades, removes and purges the package in a Debian of its own
+	$(call install,$(TEST_DEB_PACKAGES))
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest tests/deb
 
 MINUTES := 3
 fuzz: $(VENV)/.fuzz  ## campaigns of hostile input, MINUTES for most of them and MINUTES for the API
@@ -123,6 +138,7 @@ COMPILE := $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-e
 
 constraints: $(SETUP)  ## resolve the versions anew
 	$(COMPILE) --extra dev --output-file constraints.txt pyproject.toml
+	$(COMPILE) --constraint constraints.txt --output-file constraints-runtime.txt pyproject.toml
 	for extra in bench fuzz; do \
 	  $(COMPILE) --extra $$extra --constraint constraints.txt \
 	    --output-file constraints-$$extra.txt pyproject.toml || exit; done

@@ -69,8 +69,9 @@ SETTINGS = (
         choices=("auto", "kernel", "userspace"),
     ),
     Setting(
-        "vtep-engine", "ENGINE", "choose the engine of userspace VTEPs: python or native", "python",
-        choices=("python", "native"),
+        "vtep-engine", "ENGINE", "choose the engine of userspace VTEPs: python, native, or auto: "
+        "native where it is built", "auto",
+        choices=("auto", "python", "native"),
     ),
     Setting(
         "takeover-confirm", "S",

@@ -21,7 +21,7 @@ from meshnet.errors import ConflictError, PoolExhaustedError, UsageError
 from meshnet.model import AddressRange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterable
 
     from meshnet.model import IpAddress, IpNetwork, Network
 
@@ -29,7 +29,7 @@ MAX_SUBNET_BITS = 32
 """At most 2^32 host subnets for each network: VTEP MACs hold 32 bits of the subnet."""
 
 MAX_POOL_ADDRESSES = 1 << 32
-"""Most addresses of an underlay network: MACs of endpoints hold 32 bits of the address."""
+"""Most addresses of an underlay network: numbers that people can still read."""
 
 COOLDOWN = 64
 """A freed address is given out again only after this many others were freed, while any is left."""
@@ -72,17 +72,19 @@ def choose_subnet(
     version: int,
     taken: Collection[IpNetwork],
     *,
+    apart: Collection[IpNetwork] = (),
     random_below: Callable[[int], int] | None = None,
 ) -> IpNetwork:
     """Choose a free host subnet of the network's CIDR of an IP version.
 
     Args:
         taken: the reserved subnets; any that is not a host subnet does not count.
+        apart: what it must not overlap.
         random_below: returns a random number in [0, n): choose any free subnet, so that hosts that
             choose at the same time seldom choose the same.  None: choose the lowest.
 
     Raises:
-        PoolExhaustedError: every subnet is reserved.
+        PoolExhaustedError: every subnet is reserved, or overlaps one of `apart`.
     """
     cidr = next(s for s in network.subnets if s.version == version)
     prefix = network.host_prefix_of(version)
@@ -95,15 +97,18 @@ def choose_subnet(
         for _ in range(_PROBES):
             start = random_below(count)
             subnet = type(cidr)((base + start * step, prefix))
-            if subnet not in taken:
+            if subnet not in taken and _is_apart(subnet, apart):
                 return subnet
     # As numbers: making 65,536 network objects takes 0.1 s.
     used = {int(s.network_address) for s in taken if s.version == version and s.prefixlen == prefix}
     for index in chain(range(start, count), range(start)):
         if base + index * step not in used:
-            return type(cidr)((base + index * step, prefix))
+            subnet = type(cidr)((base + index * step, prefix))
+            if _is_apart(subnet, apart):
+                return subnet
+    others = f", or overlap {', '.join(map(str, apart))} of this host" if apart else ""
     raise PoolExhaustedError(
-        f"network {network.name}: all {count} subnets of /{prefix} in {cidr} are reserved: "
+        f"network {network.name}: all {count} subnets of /{prefix} in {cidr} are reserved{others}: "
         "remove hosts that are gone (meshnet host rm ID) or create a larger network"
     )
 
@@ -111,7 +116,7 @@ def choose_subnet(
 def pool_range(network: Network, version: int) -> AddressRange:
     """The pool of endpoints' addresses of an IP version, on an underlay network.
 
-    At most 2^32 addresses: an endpoint's MAC has 32 bits of its address.
+    At most 2^32 addresses (`MAX_POOL_ADDRESSES`).
     """
     cidr = next(s for s in network.subnets if s.version == version)
     make = _address_type(cidr)
@@ -196,23 +201,41 @@ class AddressPool:
 
     The lowest free address is given out.  A freed one rests until `COOLDOWN` others were freed
     after it, or no other is left, so that late packets for its last holder do not reach the next.
+
+    Args:
+        resting: addresses that were freed before this pool was made.
     """
 
-    def __init__(self, network: str, subnet: IpNetwork, in_use: Collection[IpAddress] = ()) -> None:
+    def __init__(
+        self,
+        network: str,
+        subnet: IpNetwork,
+        in_use: Collection[IpAddress] = (),
+        resting: Collection[IpAddress] = (),
+    ) -> None:
         self.network = network
         self.subnet = subnet
         self._used: set[IpAddress] = set(in_use)
-        self._resting: OrderedDict[IpAddress, None] = OrderedDict()
+        self._resting: OrderedDict[IpAddress, None] = OrderedDict.fromkeys(
+            address for address in resting if address not in self._used
+        )
 
-    def allocate(self, wanted: IpAddress | None = None) -> IpAddress:
-        """Give out `wanted`, or the lowest address that is free and rested.
+    def allocate(
+        self, wanted: IpAddress | None = None, *, former: IpAddress | None = None
+    ) -> IpAddress:
+        """Give out `wanted`; else `former` if it is free; else the lowest that is free and rested.
 
         Raises:
             UsageError: `wanted` is not an address that an endpoint in this subnet may have.
             ConflictError: `wanted` is in use.
             PoolExhaustedError: no address is left.
         """
-        address = self._lowest() if wanted is None else self._check(wanted)
+        if wanted is not None:
+            address = self._check(wanted)
+        elif former is not None and former not in self._used:
+            address = self._check(former)
+        else:
+            address = self._lowest()
         self._resting.pop(address, None)
         self._used.add(address)
         return address
@@ -265,6 +288,10 @@ class AddressPool:
             f"network {self.network}: all {last - first + 1} addresses of {self.subnet} are in "
             "use: detach an endpoint or create the network with a shorter --host-prefix"
         )
+
+
+def _is_apart(subnet: IpNetwork, others: Iterable[IpNetwork]) -> bool:
+    return not any(subnet.version == o.version and subnet.overlaps(o) for o in others)
 
 
 def _address_type(like: IpNetwork | IpAddress) -> type[IPv4Address] | type[IPv6Address]:

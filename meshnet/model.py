@@ -279,7 +279,9 @@ class Endpoint:
     Attributes:
         addresses: its addresses with their on-link prefix lengths, IPv4 first.
         gateways: at most one for each address, IPv4 first.
-        default_route: whether the namespace's default route leads through it.
+        default_route: whether the namespace's default route is to lead through it, for each IP
+            version of which the namespace has no other.
+        default_versions: the IP versions for which it does.
         published: ports of its host that lead to it.
         parent: the host's link that its macvlan is on; None: its link is one end of a veth pair.
     """
@@ -295,6 +297,7 @@ class Endpoint:
     mac: bytes
     mtu_bytes: int
     default_route: bool
+    default_versions: tuple[int, ...] = ()
     published: tuple[PublishedPort, ...] = ()
     parent: str | None = None
 

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING
 
 from meshnet.backends import NetworkInput, NetworkPlan, NexthopIds, Peer, Underlay
 from meshnet.backends.conflicts import find_conflict
+from meshnet.backends.occupied import (
+    Underlays,
+    hidden_by,
+    kept_off,
+    refusal,
+    store_occupants,
+    strangers,
+)
 from meshnet.backends.physical import missing_parent
 from meshnet.backends.table import backend_of
 from meshnet.backends.tunnel import route_key
@@ -21,6 +29,7 @@ from meshnet.state import KernelState
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
+    from meshnet.backends import Occupant
     from meshnet.firewall import FirewallNetwork
     from meshnet.model import (
         Endpoint,
@@ -44,6 +53,7 @@ class LocalView:
             network that is missing here is still being taken over.
         expired: hosts dead for longer than the grace period.
         fallen: peers that this host reaches by a network's fallback now.
+        store_addresses: etcd's.
     """
 
     host: HostId
@@ -53,6 +63,7 @@ class LocalView:
     takeovers: Mapping[NetworkName, str] = field(default_factory=dict)
     expired: frozenset[HostId] = frozenset()
     fallen: frozenset[tuple[NetworkName, HostId]] = frozenset()
+    store_addresses: frozenset[IpAddress] = frozenset()
 
     def fallen_in(self, network: NetworkName) -> frozenset[HostId]:
         """Peers that one network reaches by its fallback now."""
@@ -69,6 +80,8 @@ class NetworkOutcome:
         peers: how many other hosts have a subnet of it.
         path_mtu_bytes: MTU of the narrowest path to a peer, which decides its endpoints' MTU; 0:
             the network itself has a fixed MTU.
+        kept_off: what lies within its CIDRs, and no route of ours may hide.
+        hosts_inside: whether other hosts' underlay addresses are among it.
         errors: why it does not work on this host, or not fully.
         peer_errors: peers that this host cannot reach, and why.
     """
@@ -77,6 +90,8 @@ class NetworkOutcome:
     refused: bool = False
     peers: int = 0
     path_mtu_bytes: int = 0
+    kept_off: tuple[Occupant, ...] = ()
+    hosts_inside: bool = False
     errors: tuple[str, ...] = ()
     peer_errors: Mapping[HostId, str] = field(default_factory=dict)
 
@@ -114,13 +129,15 @@ def plan_mesh(
     state = KernelState()
     outcomes: dict[NetworkName, NetworkOutcome] = {}
     guarded: list[FirewallNetwork] = []
+    others = Underlays(h for h in snapshot.hosts.values() if h.id != local.host)
     # Oldest first: where two networks exclude each other, every host must refuse the same one.
     for network in snapshot.networks.values():
         conflict = _find_conflict(network, outcomes, snapshot, underlay)
         if conflict is not None:
             outcomes[network.name] = NetworkOutcome(errors=(conflict,), refused=True)
             continue
-        outcome = _plan_network(network, snapshot, local, underlay, ids, state)
+        inside = others.inside(network)
+        outcome = _plan_network(network, snapshot, local, underlay, inside, ids, state)
         outcomes[network.name] = outcome
         if outcome.plan is not None and outcome.plan.firewall is not None:
             guarded.append(outcome.plan.firewall)
@@ -151,7 +168,7 @@ def plan_hosts(
         if outcome.plan is None:
             continue
         network = snapshot.networks[name]
-        peers, errors[name] = _peers(network, snapshot, local, hosts)
+        peers, errors[name] = _peers(network, snapshot, local, hosts, outcome.kept_off)
         counts[name] = len(peers)
         wanted = NetworkInput(
             network=network,
@@ -160,6 +177,7 @@ def plan_hosts(
             underlay=underlay,
             path_mtu_bytes=underlay.mtu_bytes,
             fallen=local.fallen_in(name),
+            hosts_inside=outcome.hosts_inside,
         )
         backend = backend_of(network).on(underlay)
         errors[name] |= backend.plan_peers(wanted, peers, state, ids)
@@ -171,13 +189,14 @@ def probed_peers(
     snapshot: MeshSnapshot,
     local: LocalView,
     underlay: Underlay,
+    outcome: NetworkOutcome,
 ) -> dict[HostId, Peer]:
     """The peers that may need a network's fallback; other peers need no probes."""
     if not network.fallback:
         return {}
     backend = backend_of(network).on(underlay)
     hosts = snapshot.reservations.get(network.name, Reservations()).hosts
-    peers, _ = _peers(network, snapshot, local, hosts)
+    peers, _ = _peers(network, snapshot, local, hosts, outcome.kept_off)
     return {peer.host.id: peer for peer in peers if backend.may_fall(network, peer, underlay)}
 
 
@@ -241,18 +260,29 @@ def _plan_network(
     snapshot: MeshSnapshot,
     local: LocalView,
     underlay: Underlay,
+    inside: Sequence[Occupant],
     ids: NexthopIds,
     state: KernelState,
 ) -> NetworkOutcome:
+    """The outcome of one network, whose objects go to `state`.
+
+    Args:
+        inside: other hosts' underlay addresses in its CIDRs.
+    """
     backend = backend_of(network).on(underlay)
     blocked = backend.blocked(network, underlay, local.takeovers.get(network.name))
     if blocked is not None:
         return NetworkOutcome(errors=(blocked.reason,), refused=blocked.refused)
     subnets = local.subnets.get(network.name, ())
+    occupied = (*store_occupants(local.store_addresses), *underlay.occupied)
+    problem = refusal(network, subnets, occupied)
+    if problem is not None:
+        return NetworkOutcome(errors=(problem,), refused=True)
     if not subnets:
         return NetworkOutcome(errors=("this host has no subnet of this network yet",))
     held = snapshot.reservations.get(network.name, Reservations())
-    peers, errors = _peers(network, snapshot, local, held.hosts)
+    avoided = (*kept_off(network, occupied), *inside)
+    peers, errors = _peers(network, snapshot, local, held.hosts, avoided)
     endpoints = [e for e in local.endpoints if e.network == network.name]
     wanted = NetworkInput(
         network=network,
@@ -262,6 +292,7 @@ def _plan_network(
         underlay=underlay,
         path_mtu_bytes=_narrowest(peers, underlay),
         fallen=local.fallen_in(network.name),
+        hosts_inside=bool(inside),
     )
     plan = backend.plan_host(wanted, state)
     errors |= backend.plan_peers(wanted, peers, state, ids)
@@ -269,7 +300,9 @@ def _plan_network(
         plan=plan,
         peers=len(peers),
         path_mtu_bytes=0 if network.mtu_bytes is not None else wanted.path_mtu_bytes,
-        errors=(*plan.errors, *_stranded(endpoints, subnets)),
+        kept_off=avoided,
+        hosts_inside=bool(inside),
+        errors=(*plan.errors, *_stranded(endpoints, subnets), *strangers(network, inside)),
         peer_errors=errors,
     )
 
@@ -297,9 +330,17 @@ def _stranded(endpoints: Sequence[Endpoint], subnets: Sequence[IpNetwork]) -> li
 
 
 def _peers(
-    network: Network, snapshot: MeshSnapshot, local: LocalView, hosts: Iterable[HostId]
+    network: Network,
+    snapshot: MeshSnapshot,
+    local: LocalView,
+    hosts: Iterable[HostId],
+    avoided: Sequence[Occupant],
 ) -> tuple[list[Peer], dict[HostId, str]]:
-    """Those of `hosts` that are not this one and have usable subnets of the network."""
+    """Those of `hosts` that are not this one and have usable subnets of the network.
+
+    Args:
+        avoided: what no route to a subnet may hide.
+    """
     peers: list[Peer] = []
     errors: dict[HostId, str] = {}
     held = snapshot.reservations.get(network.name, Reservations())
@@ -322,6 +363,15 @@ def _peers(
             errors[owner] = (
                 f"subnet {bad} of host {owner} is not a host subnet of network {network.name}"
             )
+        for subnet in good if avoided else ():
+            hidden = hidden_by(subnet, avoided)
+            if hidden is not None:
+                # Not even its other subnet: the tunnel's MAC is that of both.
+                good = ()
+                errors[owner] = (
+                    f"host {owner} is not reached from here, for its subnet {subnet} overlaps "
+                    f"{hidden.prefix}, {hidden.what}: give that other addresses"
+                )
         if good:
             peers.append(Peer(host, good))
     return peers, errors

@@ -148,4 +148,5 @@ def make_endpoint(
         mac=endpoint_mac(interfaces[0].ip),
         mtu_bytes=mtu_bytes,
         default_route=default_route,
+        default_versions=tuple(i.version for i in interfaces) if default_route else (),
     )

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from meshnet.errors import MeshnetError, StoreUnavailableError
+from meshnet.errors import MeshnetError
 from meshnet.model import Claim, Host, HostId
 from meshnet.plan import fallen_peers
 from meshnet.runtime.spec.id_ranges import parse_range
@@ -42,13 +42,14 @@ from meshnet_agent.dataplane.dirty import Dirty
 from meshnet_agent.dataplane.fallback import Fallback
 from meshnet_agent.dataplane.inputs import LocalParts, PassInputs
 from meshnet_agent.dataplane.monitor import Monitor
+from meshnet_agent.dataplane.occupancy import Occupancy
 from meshnet_agent.dataplane.probes import Probes
 from meshnet_agent.dataplane.reconciler import Reconciler
 from meshnet_agent.dataplane.takeovers import Takeovers
 from meshnet_agent.dataplane.underlay_address import UnderlayAddress
 from meshnet_agent.edges import open_edges
 from meshnet_agent.endpoints.addresses.pool import PoolAddresses
-from meshnet_agent.endpoints.addresses.subnet import HostAddresses, SubnetAddresses
+from meshnet_agent.endpoints.addresses.subnet import HostAddresses
 from meshnet_agent.endpoints.attach import Attacher
 from meshnet_agent.endpoints.directory import EndpointDirectory
 from meshnet_agent.endpoints.keeper import Keeper
@@ -58,6 +59,7 @@ from meshnet_agent.endpoints.published_ports import PublishedPorts
 from meshnet_agent.endpoints.records import EndpointRecords
 from meshnet_agent.endpoints.sandbox import Sandboxes
 from meshnet_agent.host_firewalls.opener import FirewallOpener
+from meshnet_agent.mesh.arrival import learn_mesh
 from meshnet_agent.mesh.follower import Follower
 from meshnet_agent.mesh.identity import MeshIdentity
 from meshnet_agent.mesh.liveness import Liveness
@@ -78,8 +80,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 _FIRST_RESERVATIONS_S = 2.0
 """How long the first pass waits for this host's subnets at most."""
-_STORE_SILENT_S = 0.5
-"""How long a start waits for the store where it can start from disk instead."""
 _LEAVE_S = 2.0
 """How long giving the lease back may delay the end of the agent; else the lease runs out."""
 
@@ -112,6 +112,7 @@ class Parts:
     monitor: Monitor
     inputs: PassInputs
     firewalls: FirewallOpener
+    occupancy: Occupancy
 
 
 def make_parts(config: AgentConfig, edges: Edges) -> Parts:
@@ -135,15 +136,14 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         pool=pool,
         takeovers=takeovers,
         fallback=fallback,
+        store=edges.store_addresses,
     )
     inputs = PassInputs(follower, liveness, local, dirty, config.underlay_dev)
     reconciler = Reconciler(edges.kernel, inputs, dirty, right_of_way, config.resync_s)
-    probes = Probes(edges.vteps, inputs, fallback, dirty)
-    monitor = Monitor(edges.kernel, edges.event_filter, follower)
     networks = ReadyNetworks(follower, reconciler, membership, registry, edges.wiring)
     links = EndpointLinks(edges.wiring, records)
     ports = PublishedPorts(edges.host_ports, reconciler)
-    addresses = HostAddresses(SubnetAddresses(endpoints), pool)
+    addresses = HostAddresses(endpoints, pool)
     keeper = Keeper(endpoints, Sandboxes(edges.wiring), links, ports, addresses, networks)
     attacher = Attacher(endpoints, keeper, links, ports, addresses, networks, right_of_way)
     parts = Parts(
@@ -167,10 +167,11 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         takeovers=takeovers,
         fallback=fallback,
         reconciler=reconciler,
-        probes=probes,
-        monitor=monitor,
+        probes=Probes(edges.vteps, inputs, fallback, dirty),
+        monitor=Monitor(edges.kernel, edges.event_filter, follower),
         inputs=inputs,
         firewalls=FirewallOpener(edges.firewalls, follower, on=config.open_firewalls == "auto"),
+        occupancy=Occupancy(edges.kernel, edges.store_addresses, membership, config.underlay_dev),
     )
     _introduce(parts)
     return parts
@@ -181,6 +182,7 @@ def _introduce(parts: Parts) -> None:
 
     Liveness comes first, because the inputs of passes ask it which hosts have expired.
     """
+    parts.membership.occupied = parts.edges.occupied
     parts.edges.event_filter.expects_endpoint = parts.endpoints.expects_link
     parts.follower.tell(
         parts.liveness,
@@ -227,7 +229,7 @@ async def run_parts(
     # Records first: a host whose id changed must not take over endpoints of the id before, and has
     # to be refused before it claims anything.
     await parts.keeper.load()
-    await _learn_mesh(parts)
+    await learn_mesh(parts.membership, parts.follower, parts.saver)
     try:
         async with trio.open_nursery() as store:
             store.start_soon(parts.membership.keep_alive)
@@ -253,33 +255,13 @@ async def run_parts(
         parts.identity.save()
 
 
-async def _learn_mesh(parts: Parts) -> None:
-    """Join the mesh and list it; where the store is silent, start from what is on disk.
-
-    Raises:
-        ConflictError: another agent runs as this host, or this state directory is another host's.
-        StoreUnavailableError: the store does not answer, and nothing usable is on disk.
-        PolicyRefusedError: the store is not this host's mesh.
-    """
-    saved = await parts.saver.load()
-    try:
-        # A store that is merely slow loses nothing by this: it is listed as soon as it answers.
-        with trio.fail_after(_STORE_SILENT_S if saved is not None else float("inf")):
-            await parts.membership.join()
-            await parts.follower.list_all()
-    except (StoreUnavailableError, trio.TooSlowError) as error:
-        if saved is None:
-            raise
-        reason = str(error) or f"no answer within {_STORE_SILENT_S} s"
-        parts.follower.restore(saved, reason)
-
-
 async def _start_data_plane(parts: Parts, nursery: trio.Nursery) -> None:
     """Listen first, then dump: otherwise a change in between would be missed."""
     edges = parts.edges
     await nursery.start(
         edges.kernel_events.listen, edges.event_filter, parts.dirty, parts.firewalls.changed
     )
+    await nursery.start(edges.store_addresses.run, parts.dirty)
     # Without its first subnets the first pass would program next to nothing, and "ready" would come
     # too early.
     with trio.move_on_after(_FIRST_RESERVATIONS_S):
@@ -358,6 +340,7 @@ def make_operations(parts: Parts) -> MeshOperations:
         parts.networks,
         parts.endpoints,
         parts.attacher,
+        parts.occupancy,
     )
 
 

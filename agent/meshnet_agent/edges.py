@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
-from meshnet.errors import UsageError
+from meshnet.errors import NotFoundError, UsageError
 from meshnet.kernel.address_probe import WireProber
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.events import EventFilter
@@ -24,12 +24,14 @@ from meshnet_agent.endpoints.published_ports import KernelPorts
 from meshnet_agent.host_firewalls.firewalld import Firewalld
 from meshnet_agent.host_firewalls.iptables import IptablesChains
 from meshnet_agent.mesh.saver import SnapshotFile
+from meshnet_agent.mesh.store_addresses import StoreAddresses
 from meshnet_agent.state_dir import StateDir
 from meshnet_agent.tasks.worker import open_worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from meshnet.backends import Occupant
     from meshnet.config import AgentConfig
     from meshnet.kernel import Kernel, Wiring
     from meshnet.kernel.address_probe import AddressProber
@@ -55,6 +57,8 @@ class Edges:
             for a pass.
         snapshot: the thread that keeps the mesh on this host's disk.
         underlay_ip: this host's address on the underlay.
+        occupied: what this host's links and routes lead to, at the start (`Underlay.occupied`).
+        store_addresses: where etcd is.
         datapath: what forwards this host's packets on networks that the kernel could carry.
         vteps: this host's userspace VTEPs; None: it cannot have any.
         prober: asks on the physical network whether an address is free.
@@ -78,6 +82,8 @@ class Edges:
     firewalls: Sequence[HostFirewall] = ()
     vteps: VtepProcesses | None = None
     datapath: Datapath = Datapath.KERNEL
+    occupied: tuple[Occupant, ...] = ()
+    store_addresses: StoreAddresses = field(default_factory=StoreAddresses)
 
 
 @contextlib.asynccontextmanager
@@ -99,9 +105,7 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
     with contextlib.ExitStack() as stack:
         disk = StateDir(Path(config.state_dir), lambda: secrets.token_hex(8))
         stack.callback(disk.close)
-        if config.vtep_engine == "native":
-            library.load()  # if it was not built, say so at start, not for each network
-        vteps = VtepProcesses(run_dir.vtep, config.vtep_engine)
+        vteps = _make_vteps(config, run_dir)
         wired = WiredElements()
         etcd = [target(url) for url in config.etcd]
         takeovers = TakeoverProcesses(disk.path, etcd, config.takeover_confirm_s)
@@ -135,12 +139,33 @@ async def open_edges(config: AgentConfig, run_dir: RuntimeDir) -> AsyncIterator[
                 takeovers=takeovers,
                 firewalls=(IptablesChains(), Firewalld()),
                 vteps=vteps,
+                occupied=underlay.occupied,
+                store_addresses=StoreAddresses(t.rpartition(":")[0].strip("[]") for t in etcd),
                 datapath=Datapath.KERNEL if underlay.kernel_vxlan else Datapath.USERSPACE,
             )
 
 
 def _keep_open(_file: SnapshotFile) -> None:
     """A file that is replaced whole is open only while it is written."""
+
+
+def _make_vteps(config: AgentConfig, run_dir: RuntimeDir) -> VtepProcesses:
+    """The userspace VTEPs, with the engine that is asked for, or the best that there is.
+
+    Raises:
+        NotFoundError: it is not built: said at the start, and not for each network.
+    """
+    if config.vtep_engine != "auto":
+        if config.vtep_engine == "native":
+            library.load()
+        return VtepProcesses(run_dir.vtep, config.vtep_engine)
+    engine = "native"
+    try:
+        library.load()
+    except NotFoundError:
+        engine = "python"
+    # An upgrade that brings the other engine must not interrupt what runs.
+    return VtepProcesses(run_dir.vtep, engine, replaced=False)
 
 
 @contextlib.asynccontextmanager

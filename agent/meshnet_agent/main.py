@@ -85,7 +85,8 @@ def _set_up_process() -> None:
     sys.setswitchinterval(_SWITCH_S)
 
 
-def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
+def make_parser() -> Parser:
+    """Make the parser of the command line: an option for each setting that is no secret."""
     parser = Parser(
         prog="meshnet-agent",
         description="The meshnet agent: one on every host, as root.",
@@ -106,6 +107,11 @@ def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
     parser.add_argument(
         "--version", action="version", version=f"meshnet-agent {version('meshnet')}"
     )
+    return parser
+
+
+def _read_config(arguments: Sequence[str] | None) -> AgentConfig:
+    parser = make_parser()
     given = sys.argv[1:] if arguments is None else arguments
     for setting in SETTINGS:
         if setting.secret and f"--{setting.name}" in {word.partition("=")[0] for word in given}:

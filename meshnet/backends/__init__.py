@@ -55,6 +55,25 @@ class UnderlayPath(NamedTuple):
     mtu_bytes: int
 
 
+class Occupant(NamedTuple):
+    """Addresses that something outside the networks has (`meshnet.backends.occupied`).
+
+    Attributes:
+        prefix: the addresses.
+        what: who has them, in words.
+        dev: the link that leads there; "": by whatever route.
+        vital: whether a network that contains them cannot be had on this host; else it only keeps
+            off them.
+        aggregate: whether a gateway leads there, so that not all of it need be in use.
+    """
+
+    prefix: IpNetwork
+    what: str
+    dev: str = ""
+    vital: bool = False
+    aggregate: bool = False
+
+
 class HostLink(NamedTuple):
     """A link of this host that is not ours; endpoints of an underlay network may hang on it.
 
@@ -73,6 +92,7 @@ class Underlay:
     Attributes:
         ip: the address that tunnels start from; `dev` holds it.
         links: by name, those that are not ours.
+        occupied: what this host's links and routes lead to, but for default routes and ours.
         paths: by peer address; a peer that the kernel has no route to is missing.
         forwarding_links: the host's own links that are up: packets from outside, and answers to
             endpoints, may come by any of them.
@@ -88,6 +108,7 @@ class Underlay:
     dev: str
     mtu_bytes: int
     links: Mapping[str, HostLink] = field(default_factory=dict)
+    occupied: tuple[Occupant, ...] = ()
     paths: Mapping[IpAddress, UnderlayPath] = field(default_factory=dict)
     forwarding_links: tuple[str, ...] = ()
     ra_links: tuple[str, ...] = ()
@@ -146,6 +167,8 @@ class NetworkInput:
         host_addresses: this host's own addresses from the network's pool, if it has any.
         path_mtu_bytes: MTU of the narrowest path to a peer; without peers, of the underlay link.
         fallen: peers that are reached by the fallback now, if the network has one.
+        hosts_inside: whether other hosts' underlay addresses are in the network's CIDRs: no route
+            may lead there but those to subnets.
     """
 
     network: Network
@@ -155,6 +178,7 @@ class NetworkInput:
     path_mtu_bytes: int
     host_addresses: Sequence[IpAddress] = ()
     fallen: Collection[HostId] = ()
+    hosts_inside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,8 +72,11 @@ def vtep_link(wanted: NetworkInput, kind: LinkKind, mtu_bytes: int, port: int) -
 def others_cidrs(wanted: NetworkInput) -> list[IpNetwork]:
     """The network's CIDRs that other hosts share, of the IP versions that this host has.
 
-    A CIDR that is this host's subnet as a whole has no room for another host.
+    A CIDR that is this host's subnet as a whole has no room for another host.  None where a route
+    for the whole CIDR would lead packets for other hosts' underlay addresses astray.
     """
+    if wanted.hosts_inside:
+        return []
     versions = {s.version for s in wanted.subnets}
     return [
         cidr

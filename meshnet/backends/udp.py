@@ -175,6 +175,11 @@ class UdpBackend(TunnelBackend):
             problem = plan_member(wanted, peer, behind, network.port, offload=offload, state=state)
             if problem is not None:
                 errors[host.id] = problem
+            elif wanted.hosts_inside:
+                # Then there is no route for the whole CIDR (`others_cidrs`).
+                for subnet in behind:
+                    route = Route(0, by_version[subnet.version], Nexthop(tun_name(network), b""))
+                    state.routes[route_key(subnet)] = route
         return errors
 
 

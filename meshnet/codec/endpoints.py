@@ -57,7 +57,9 @@ class _Endpoint(msgspec.Struct, frozen=True, kw_only=True, tag_field="v"):
     gateways: Annotated[list[AddressField], msgspec.Meta(max_length=2)]
     mac: MacField
     mtu: MtuField
-    default_route: bool
+    default_route: bool  # leads through it now, for any IP version
+    default_versions: list[int] | None = None
+    wants_default: bool | None = None
     netns_inode: NumberField
     netns_device: NumberField = 0
     published: list[_PublishedV1] = []
@@ -103,7 +105,9 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
         "gateways": [str(g) for g in endpoint.gateways],
         "mac": endpoint.mac.hex(":"),
         "mtu": endpoint.mtu_bytes,
-        "default_route": endpoint.default_route,
+        "default_route": bool(endpoint.default_versions),
+        "default_versions": endpoint.default_versions,
+        "wants_default": endpoint.default_route,
         "netns_inode": sandbox.netns.inode,
         "netns_device": sandbox.netns.device,
         "published": [
@@ -149,6 +153,11 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         raise BadValueError(
             "an endpoint may have one gateway for each of its addresses, IPv4 first"
         )
+    defaults, wants = value.default_versions, value.wants_default
+    if defaults is None or wants is None:  # an earlier version's, which judged them together
+        defaults, wants = (led if value.default_route else []), value.default_route
+    if defaults != sorted(set(defaults) & set(led)):
+        raise BadValueError("a default route leads through a gateway of its IP version, IPv4 first")
     return Endpoint(
         id=EndpointId(value.id),
         network=NetworkName(value.network),
@@ -160,7 +169,8 @@ def decode_endpoint(raw: bytes) -> Endpoint:
         gateways=gateways,
         mac=parse_mac(value.mac),
         mtu_bytes=value.mtu,
-        default_route=value.default_route,
+        default_route=wants,
+        default_versions=tuple(defaults),
         published=tuple(
             PublishedPort(
                 p.protocol,

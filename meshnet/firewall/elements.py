@@ -155,7 +155,7 @@ def published_elements(endpoint: Endpoint) -> dict[ElementKey, bytes]:
             if published.host_ip is None or published.host_ip.version == ip.version
         ]
         elements.update(leads)
-        if leads and not endpoint.default_route:
+        if leads and ip.version not in endpoint.default_versions:
             elements[ElementKey(NO_DEFAULT[ip.version], ip.packed)] = b""
     return elements
 

@@ -27,18 +27,16 @@ class EndpointWiring(NamedTuple):
     Attributes:
         uplink: link of the host that the endpoint hangs on: its macvlan's parent if it has one,
             else the bridge that its host-side end becomes a port of.
-        routes: destinations to reach through the gateway of their IP version; used only if the
-            namespace's default route does not lead through this endpoint.
+        routes: destinations to reach through the gateway of their IP version; used only if that
+            version's default route does not lead through this endpoint.
         gso_max_bytes: the largest super-packet that the namespace's link takes; None: the kernel's
             default.
-        announce: whether to tell the wire, and so the switches, where the addresses are now.
     """
 
     endpoint: Endpoint
     uplink: str
     routes: Sequence[IpNetwork]
     gso_max_bytes: int | None = None
-    announce: bool = False
 
 
 class Kernel(Protocol):
@@ -104,14 +102,14 @@ class Wiring(Protocol):
         """Requests that changed, or tried to change, something since start."""
         ...
 
-    def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
+    def connect(self, netns_fd: int, wiring: EndpointWiring) -> tuple[int, ...]:
         """Bring an endpoint up in a namespace, or leave everything as it was.
 
         The firewall knows the endpoint's addresses before its link is up.
 
         Returns:
-            Whether the namespace's default route leads through the endpoint: as
-            `endpoint.default_route` asks for, unless the namespace already had one.
+            The IP versions whose default route leads through the endpoint: if
+            `endpoint.default_route` asks for that, those of which the namespace had none.
 
         Raises:
             ConflictError: the namespace has a link of that name or holds the address.
@@ -125,6 +123,18 @@ class Wiring(Protocol):
 
         Raises:
             KernelRefusedError: a link is there and cannot be removed.
+        """
+        ...
+
+    def lead_default(self, netns_fd: int, endpoint: Endpoint) -> tuple[int, ...]:
+        """Lead the namespace's default route through an endpoint that is connected.
+
+        Returns:
+            The IP versions that have led elsewhere, or nowhere, and lead there now: those of which
+            the namespace had none.
+
+        Raises:
+            KernelRefusedError: the namespace or its link is gone, or the kernel refused.
         """
         ...
 

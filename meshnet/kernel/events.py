@@ -39,6 +39,8 @@ from meshnet.state import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Iterator
 
+    from meshnet.backends.occupied import Span
+
 RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
 RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 5, 7
 RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE = 9, 11
@@ -122,6 +124,7 @@ def _drop_own(
     attach_filter(events, [*program, *more, (RETURN, 0, 0, EVERYTHING)])
 
 
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _LINK_LOOKS = (links.IFLA_IFNAME, links.IFLA_MTU, links.IFLA_ADDRESS, links.IFLA_MASTER)
 
 NeighbourId = tuple[int, int, bytes]
@@ -161,6 +164,7 @@ class EventFilter:
         self._underlay_links: set[int] = set()
         self._host_links: set[int] = set()
         self._awaited: set[str] = set()
+        self._spans: list[tuple[int, int, int]] = []
 
     def look_at(
         self,
@@ -169,6 +173,7 @@ class EventFilter:
         underlay_links: Collection[int],
         host_links: Collection[int] = (),
         awaited: Collection[str] = (),
+        spans: Collection[Span] = (),
     ) -> None:
         """Name the links whose notifications matter, by ifindex.
 
@@ -176,12 +181,14 @@ class EventFilter:
             host_links: links of the host of which only settings matter; others than these that come
                 up or get an address matter, too.
             awaited: names of links that matter if they appear.
+            spans: the addresses of networks, in which anybody's addresses and routes matter.
         """
         self._own_links = {*bridges, *tunnels}
         self._tunnels = set(tunnels)
         self._underlay_links = set(underlay_links)
         self._host_links = set(host_links)
         self._awaited = set(awaited)
+        self._spans = [(_FAMILIES[s.version], s.first, s.last) for s in spans]
         known = self._own_links | self._underlay_links
         self._looks = {i: looks for i, looks in self._looks.items() if i in known}
 
@@ -197,11 +204,7 @@ class EventFilter:
             case rtnl.RTM_NEWLINK | rtnl.RTM_DELLINK:
                 return self._link(message)
             case rtnl.RTM_NEWADDR | rtnl.RTM_DELADDR:
-                _, _, _, scope, index = rtnl.IFADDR.unpack_from(message.data, message.start)
-                if index in self._own_links or index in self._underlay_links:
-                    return True
-                new = index not in self._host_links and scope == rtnl.RT_SCOPE_UNIVERSE
-                return new and message.kind == rtnl.RTM_NEWADDR
+                return self._address(message)
             case rtnl.RTM_NEWNEIGH | rtnl.RTM_DELNEIGH:
                 return self._neighbour(message)
             case rtnl.RTM_NEWROUTE | rtnl.RTM_DELROUTE:
@@ -250,6 +253,24 @@ class EventFilter:
             and index not in self._host_links
         )
 
+    def _address(self, message: rtnl.Message) -> bool:
+        family, length, _, scope, index = rtnl.IFADDR.unpack_from(message.data, message.start)
+        if index in self._own_links or index in self._underlay_links:
+            return True
+        is_new = index not in self._host_links and scope == rtnl.RT_SCOPE_UNIVERSE
+        if is_new and message.kind == rtnl.RTM_NEWADDR:
+            return True
+        if not self._spans:
+            return False
+        attrs = rtnl.parse_attrs(message.data, message.start + rtnl.IFADDR.size, message.end)
+        return self._meets_networks(family, attrs.get(links.IFA_ADDRESS, b""), length)
+
+    def _meets_networks(self, family: int, prefix: bytes, length: int) -> bool:
+        """Whether a prefix has an address in common with a network."""
+        first = int.from_bytes(prefix, "big")
+        last = first | (1 << max(0, len(prefix) * 8 - length)) - 1
+        return any(f == family and low <= last and first <= high for f, low, high in self._spans)
+
     def _neighbour(self, message: rtnl.Message) -> bool:
         # Neighbours on a bridge are endpoints, which the kernel resolves by itself.
         if rtnl.NDMSG.unpack_from(message.data, message.start)[1] not in self._tunnels:
@@ -263,10 +284,16 @@ class EventFilter:
         if header[5] == ROUTE_PROTOCOL:
             return True
         # Somebody else's route through our links or the underlay's may hide one of ours, or be the
-        # new path to a peer.
+        # new path to a peer.  A default route may be the new way outside, with another gateway, and
+        # one into a network is in our way.  All others, of which there may be a million, are not
+        # news.
+        if not header[1]:
+            return True
         attrs = rtnl.parse_attrs(message.data, message.start + 12, message.end)
         index = rtnl.U32.unpack(attrs.get(bulk.RTA_OIF, bytes(4)))[0]
-        return index in self._own_links or index in self._underlay_links
+        if index in self._own_links or index in self._underlay_links:
+            return True
+        return self._meets_networks(header[0], attrs.get(bulk.RTA_DST, b""), header[1])
 
     def _nexthop(self, message: rtnl.Message) -> bool:
         attrs = rtnl.parse_attrs(message.data, message.start + 8, message.end)

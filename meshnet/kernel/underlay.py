@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from meshnet.backends import HostLink, Underlay, UnderlayPath
@@ -15,15 +15,20 @@ from meshnet.kernel.drivers.sysctls import (
     has_sysctl,
     read_sysctl,
 )
+from meshnet.kernel.occupants import dump_occupants
 from meshnet.kernel.wire import links, route_lookups, rtnl
+from meshnet.kernel.wire.host_routes import decode_found_route
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from meshnet.kernel.capabilities import Capabilities
     from meshnet.kernel.drivers.namespace import HostNamespace
-    from meshnet.kernel.wire.links import LinkInfo
+    from meshnet.kernel.wire.links import AddressInfo, LinkInfo
     from meshnet.model import IpAddress
+
+_OUTSIDE = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
+"""Documentation addresses (RFC 5737, RFC 3849): their route is that of any address outside."""
 
 
 class UnderlayObserver:
@@ -37,14 +42,18 @@ class UnderlayObserver:
     def observe(self, underlay_ip: IpAddress | None, underlay_dev: str | None) -> Underlay:
         """See `meshnet.kernel.Kernel`."""
         self._namespace.look_at_links()
-        held = self._dump_global_addresses()
+        infos = self._dump_global_addresses()
+        by_index = self._namespace.by_index
+        held = [(ip_address(info.address), by_index[info.ifindex]) for info in infos]
         ip, link = self._find_underlay(held, underlay_ip, underlay_dev)
+        outside = map(decode_found_route, filter(None, self._look_up(_OUTSIDE)))
         self._find_forwarding_links(held)
         return Underlay(
             ip=ip,
             dev=link.name,
             mtu_bytes=link.mtu_bytes,
             links=self._host_links(held),
+            occupied=dump_occupants(self._namespace, infos, filter(None, outside), link.name),
             forwarding_links=self._namespace.forwarding_links,
             ra_links=self._namespace.ra_links,
             ipv6=has_sysctl(ALL_IPV6_FORWARDING),
@@ -83,12 +92,21 @@ class UnderlayObserver:
 
     def find_paths(self, addresses: Collection[IpAddress]) -> dict[IpAddress, UnderlayPath]:
         """See `meshnet.kernel.Kernel`."""
+        return self._to_paths(addresses, self._look_up(addresses))
+
+    def _look_up(self, addresses: Collection[IpAddress]) -> list[bytes | None]:
+        """The route to each address, as the kernel tells it; None: there is none."""
         packed = [a.packed for a in addresses]
         socket = self._namespace.rtnl
         answers = socket.ask(route_lookups.encode_route_lookups(packed, socket.next_sequence))
+        return [answer if isinstance(answer, bytes) else None for answer in answers]
+
+    def _to_paths(
+        self, addresses: Collection[IpAddress], answers: Sequence[bytes | None]
+    ) -> dict[IpAddress, UnderlayPath]:
         # Thousands of peers are behind a few routes, and for all peers behind one the kernel's
         # answer is the same, byte for byte: it is decoded once.
-        routes = {answer for answer in answers if isinstance(answer, bytes)}
+        routes = {answer for answer in answers if answer is not None}
         found_by = {route: route_lookups.decode_route_lookup(route) for route in routes}
         known = self._namespace.by_index.keys()
         if not known >= {lookup[0] for lookup in found_by.values() if lookup is not None}:
@@ -96,7 +114,7 @@ class UnderlayObserver:
         by_route = {route: self._to_path(found) for route, found in found_by.items() if found}
         found = {}
         for address, answer in zip(addresses, answers, strict=True):
-            path = by_route.get(answer) if isinstance(answer, bytes) else None
+            path = by_route.get(answer) if answer is not None else None
             if path is not None:
                 found[address] = path
         return found
@@ -104,9 +122,11 @@ class UnderlayObserver:
     def _to_path(self, lookup: tuple[int, bool, int]) -> UnderlayPath | None:
         ifindex, on_link, mtu_bytes = lookup
         out = self._namespace.by_index.get(ifindex)
-        return (
-            UnderlayPath(out.name, on_link, mtu_bytes or out.mtu_bytes) if out is not None else None
-        )
+        # A route over a link of ours is no path to a peer, whose address happens to be in a
+        # network: our own MTU would come back as the underlay's, smaller with every pass.
+        if out is None or is_ours(out.name):
+            return None
+        return UnderlayPath(out.name, on_link, mtu_bytes or out.mtu_bytes)
 
     def _host_links(self, held: Iterable[tuple[IpAddress, LinkInfo]]) -> dict[str, HostLink]:
         addresses: dict[str, set[IpAddress]] = {}
@@ -118,12 +138,12 @@ class UnderlayObserver:
             if not is_ours(link.name)
         }
 
-    def _dump_global_addresses(self) -> list[tuple[IpAddress, LinkInfo]]:
-        """All addresses of global scope and the links that hold them."""
+    def _dump_global_addresses(self) -> list[AddressInfo]:
+        """All addresses of global scope, of links that are known."""
         by_index = self._namespace.by_index
         messages = self._namespace.rtnl.dump(rtnl.RTM_GETADDR, links.address_dump())
         return [
-            (ip_address(info.address), by_index[info.ifindex])
+            info
             for info in links.decode_addresses(messages)
             if info.ifindex in by_index and info.scope == rtnl.RT_SCOPE_UNIVERSE
         ]

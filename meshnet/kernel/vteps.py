@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from meshnet.tables import Op
 
 _TIMEOUT_S = 2.0
-_START_S = 5.0
+_START_S = 20.0
+"""An emulated machine, or one that boots, takes 6 s to start Python; a healthy one 0.2 s."""
 
 
 class Vtep(NamedTuple):
@@ -49,14 +50,16 @@ class VtepProcesses:
     Args:
         directory: holds a run directory for each, with a socket in it, so its path must be short
             (``sun_path`` has 108 bytes).
-        engine: what carries their packets (`meshnet.vtep.engine`).
+        engine: what carries the packets of new ones (`meshnet.vtep.engine`).
+        replaced: whether processes that run with another engine are replaced.
 
     Attributes:
         engine: as in Args.
     """
 
-    def __init__(self, directory: Path, engine: str = "python") -> None:
+    def __init__(self, directory: Path, engine: str = "python", *, replaced: bool = True) -> None:
         self._directory, self.engine = directory.absolute(), engine
+        self._replaced = replaced
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def look(self, tun: str) -> Vtep | None:
@@ -73,6 +76,10 @@ class VtepProcesses:
             )
         except (OSError, KernelRefusedError, ValueError, KeyError, TypeError):
             return None
+
+    def accepts(self, vtep: Vtep) -> bool:
+        """Whether a running process has an engine that it may keep."""
+        return vtep.engine == self.engine or not self._replaced
 
     def members(self, tun: str) -> dict[MemberKey, Member]:
         """The members that the process of a TUN talks to; empty if it does not answer."""
@@ -123,7 +130,12 @@ class VtepProcesses:
         while self.look(tun) is None:
             if child.poll() is not None or time.monotonic() > deadline:
                 words = log_path.read_text(errors="replace").strip().splitlines()
-                reason = words[-1] if words else "it logged nothing"
+                if not words and child.poll() is None:
+                    raise KernelRefusedError(
+                        f"userspace VTEP of {tun} is not ready after {_START_S:.0f} s: this host "
+                        "is busy, and it is tried again"
+                    )
+                reason = words[-1] if words else f"it ended with status {child.poll()}"
                 raise KernelRefusedError(f"userspace VTEP of {tun} did not start: {reason}")
             time.sleep(0.005)
 

@@ -23,7 +23,8 @@ from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotF
 from meshnet.firewall.elements import source_elements
 from meshnet.kernel.address_probe import announce
 from meshnet.kernel.netns import inside, open_by_id
-from meshnet.kernel.wire import bulk, links, rtnl
+from meshnet.kernel.wire import links, rtnl
+from meshnet.kernel.wire.inner_routes import encode_inner_routes, has_default_route
 from meshnet.kernel.wire.nftnl import NftSocket
 from meshnet.state import ENDPOINT_LINK, LinkKind, endpoint_link_name
 from meshnet.tables import Op, Table
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
 
     from meshnet.kernel import EndpointWiring
     from meshnet.kernel.elements import WiredElements
-    from meshnet.model import Endpoint, IpAddress, IpNetwork
+    from meshnet.model import Endpoint, IpNetwork
 
-RTPROT_STATIC = 4
 _MAC_TRIES, _MAC_PAUSE_S = 40, 0.05
 """For a macvlan whose MAC an ending one still has: 2 s in all (`NetlinkWiring._set_up`)."""
 
@@ -75,7 +75,7 @@ class NetlinkWiring:
         """The same for the elements of nftables sets."""
         return self._nft.port_id
 
-    def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
+    def connect(self, netns_fd: int, wiring: EndpointWiring) -> tuple[int, ...]:
         """See `meshnet.kernel.Wiring`."""
         endpoint = wiring.endpoint
         self._must(self._rtnl, [_encode_link(netns_fd, wiring)], endpoint)
@@ -199,7 +199,22 @@ class NetlinkWiring:
             if failure.errno != errno.ENOENT:
                 raise KernelRefusedError(str(failure))
 
-    def _configure(self, wiring: EndpointWiring) -> bool:
+    def lead_default(self, netns_fd: int, endpoint: Endpoint) -> tuple[int, ...]:
+        """See `meshnet.kernel.Wiring`."""
+        try:
+            with inside(netns_fd), contextlib.closing(rtnl.RtnlSocket()) as inner:
+                index = socket.if_nametoindex(endpoint.ifname)
+                free = _free_defaults(inner, endpoint)
+                for gateway in endpoint.gateways:
+                    if gateway.version in free:
+                        self._must(inner, encode_inner_routes([None], gateway, index), endpoint)
+        except OSError as error:
+            raise KernelRefusedError(
+                f"default route of {endpoint.sandbox} through endpoint {endpoint.name}: {error}"
+            ) from error
+        return free
+
+    def _configure(self, wiring: EndpointWiring) -> tuple[int, ...]:
         """Configure the link inside the namespace, which the calling thread is in."""
         endpoint = wiring.endpoint
         # A socket belongs to the namespace it was made in, so this one cannot be kept for reuse.
@@ -209,23 +224,23 @@ class NetlinkWiring:
                 self._must(inner, [links.encode_link_rename(index, endpoint.ifname)], endpoint)
             index = socket.if_nametoindex(endpoint.ifname)
             _set_ipv6(endpoint)
-            if wiring.announce:
-                # The kernel sends a gratuitous ARP packet when the link goes up.
-                Path(f"/proc/sys/net/ipv4/conf/{endpoint.ifname}/arp_notify").write_text("1")
+            # The kernel sends a gratuitous ARP packet when the link goes up.
+            Path(f"/proc/sys/net/ipv4/conf/{endpoint.ifname}/arp_notify").write_text("1")
             _check_addresses(inner, endpoint)
             self._must(
                 inner, [links.encode_address(a, index) for a in endpoint.addresses], endpoint
             )
             self._set_up(inner, index, endpoint)
-            default = endpoint.default_route and bool(endpoint.gateways)
-            # A namespace keeps the default route that it has: another attachment may have made it.
-            default = default and not _has_default_route(inner)
+            default = _free_defaults(inner, endpoint)
             routes = []
             for gateway in endpoint.gateways:
-                targets = [r for r in wiring.routes if r.version == gateway.version]
-                routes += _encode_routes([None] if default else targets, gateway, index)
+                targets: list[IpNetwork | None] = [None]
+                if gateway.version not in default:
+                    targets = [r for r in wiring.routes if r.version == gateway.version]
+                routes += encode_inner_routes(targets, gateway, index)
             self._must(inner, routes, endpoint)
-        for address in endpoint.addresses if wiring.announce else ():
+        # Whoever talked to the last holder of an address sends to that one's MAC for half a minute.
+        for address in endpoint.addresses:
             if isinstance(address, IPv6Interface):
                 announce(endpoint.ifname, address.ip, endpoint.mac)
         return default
@@ -287,6 +302,17 @@ def _encode_link(netns_fd: int, wiring: EndpointWiring) -> rtnl.Request:
     )
 
 
+def _free_defaults(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> tuple[int, ...]:
+    """The IP versions whose default route an endpoint is to have, and may.
+
+    A namespace keeps the default route that it has: another attachment may have made it.
+    """
+    if not endpoint.default_route:
+        return ()
+    versions = [gateway.version for gateway in endpoint.gateways]
+    return tuple(version for version in versions if not has_default_route(inner, version))
+
+
 def _find_macvlan(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> str | None:
     """Name of an endpoint's macvlan in the namespace of a socket, which may have renamed it."""
     for message in inner.dump(rtnl.RTM_GETLINK, links.link_dump()):
@@ -341,41 +367,3 @@ def _check_addresses(inner: rtnl.RtnlSocket, endpoint: Endpoint) -> None:
                 f"{endpoint.sandbox} already holds the address {address.ip}: "
                 "choose another with --ip"
             )
-
-
-def _has_default_route(inner: rtnl.RtnlSocket) -> bool:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        body = rtnl.RTMSG.pack(family, 0, 0, 0, bulk.RT_TABLE_MAIN, 0, 0, 0, 0)
-        for data, start, _ in inner.dump(rtnl.RTM_GETROUTE, body):
-            header = rtnl.RTMSG.unpack_from(data, start)
-            length, table, kind = header[1], header[4], header[7]
-            if not length and table == bulk.RT_TABLE_MAIN and kind == bulk.RTN_UNICAST:
-                return True
-    return False
-
-
-def _encode_routes(
-    targets: Sequence[IpNetwork | None], gateway: IpAddress, index: int
-) -> list[rtnl.Request]:
-    """Routes through a gateway in a namespace; None stands for the default route."""
-    family = bulk.family_of(gateway.packed)
-    requests = []
-    for target in targets:
-        header = rtnl.RTMSG.pack(
-            family,
-            target.prefixlen if target else 0,
-            0,
-            0,
-            bulk.RT_TABLE_MAIN,
-            RTPROT_STATIC,
-            rtnl.RT_SCOPE_UNIVERSE,
-            bulk.RTN_UNICAST,
-            0,
-        )
-        body = header + rtnl.attr(bulk.RTA_GATEWAY, gateway.packed)
-        body += rtnl.attr(bulk.RTA_OIF, rtnl.U32.pack(index))
-        if target is not None:
-            body += rtnl.attr(bulk.RTA_DST, target.network_address.packed)
-        flags = rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL
-        requests.append(rtnl.Request(rtnl.RTM_NEWROUTE, flags, body))
-    return requests

@@ -67,7 +67,7 @@ from meshnet.store.registry_rules import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from meshnet.model import Claim, IpNetwork, MeshSnapshot, Network
     from meshnet.store import Commit, Condition, LeaseId, Store, Write
@@ -204,6 +204,7 @@ class Registry:
         known: Mapping[IpNetwork, HostId] | None,
         prefer: IpNetwork | None,
         random_below: Callable[[int], int],
+        apart: Collection[IpNetwork] = (),
     ) -> tuple[IpNetwork, int]:
         """Get a subnet of an IP version for a host: the one it has, `prefer`, or a free one.
 
@@ -215,6 +216,7 @@ class Registry:
             known: the network's reservations as the caller last saw them; read anew once several
                 transactions have failed.  None: read first.
             random_below: a random number in [0, n): spreads hosts that reserve at once.
+            apart: what a free subnet must not overlap.
 
         Returns:
             The subnet, and the revision from which on the store shows that it is this host's; 0 if
@@ -235,7 +237,11 @@ class Registry:
                 orderly = attempt == 1 and len(taken) < _ORDERLY
                 # Raises without asking the store: hosts of a full network try again and again.
                 subnet = choose_subnet(
-                    network, version, taken, random_below=None if orderly else random_below
+                    network,
+                    version,
+                    taken,
+                    apart=apart,
+                    random_below=None if orderly else random_below,
                 )
             done = await self._write_reservation(network.name, subnet, host)
             if done.succeeded:
@@ -271,16 +277,23 @@ class Registry:
 
     # --- networks -----------------------------------------------------------------------------
 
-    async def create_network(self, build: Callable[[Vni], Network], vni: int | None) -> Network:
+    async def create_network(
+        self,
+        build: Callable[[Vni], Network],
+        vni: int | None,
+        check_host: Callable[[Network], None] = lambda _network: None,
+    ) -> Network:
         """Create a network.
 
         Args:
             build: makes the network, given its VNI.
             vni: the VNI asked for; None: the lowest free one from `FIRST_VNI`.
+            check_host: raises an error if the host that creates it cannot have it.
 
         Raises:
             UsageError: the network cannot work (`check_network`).
-            ConflictError: its name, VNI, UDP port or addresses are in use.
+            ConflictError: its name, VNI, UDP port or addresses are another network's.
+            PolicyRefusedError: a host's underlay address is among its addresses.
         """
         for _ in range(_TRIES):
             serial = await self._revision_of(NETWORKS_SERIAL)
@@ -290,6 +303,7 @@ class Registry:
             network = build(Vni(chosen))
             check_network(network)
             check_conflicts(network, snapshot)
+            check_host(network)
             done = await self.store.commit(
                 [Unchanged(NETWORKS_SERIAL, serial), Absent(network_key(network.name))],
                 [

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from meshnet.backends import Addressing
 from meshnet.backends.conflicts import find_conflict
-from meshnet.backends.table import addressing_of
+from meshnet.backends.occupied import Underlays, check_free
 from meshnet.codec.document import BadValueError
 from meshnet.codec.hosts import decode_claim, decode_reservation, subnet_from_key
-from meshnet.errors import ConflictError
+from meshnet.errors import ConflictError, PolicyRefusedError
 from meshnet.model import HostId, NetworkName, Reservations, Vni
 from meshnet.store.mirror import SUBNETS, network_key
 
@@ -91,10 +90,11 @@ def free_vni(used: set[Vni]) -> int:
 
 
 def check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
-    """Refuse a network that cannot be beside those that there are.
+    """Refuse a network that cannot be beside the networks and hosts that there are.
 
     Raises:
-        ConflictError: says which, and what to choose instead.
+        ConflictError: it cannot be beside a network; says which, and what to choose instead.
+        PolicyRefusedError: the underlay address of a host is among its addresses.
     """
     if network_key(network.name) in snapshot.bad_values:
         raise ConflictError(
@@ -111,12 +111,6 @@ def check_conflicts(network: Network, snapshot: MeshSnapshot) -> None:
         conflict = find_conflict(network, other, kernel_vxlan=True)
         if conflict is not None:
             raise ConflictError(f"{conflict.problem}: {conflict.choose}")
-    if addressing_of(network) is Addressing.POOL:
-        return  # its endpoints are the hosts' neighbours
-    for host in snapshot.hosts.values():
-        for mine in network.subnets:
-            if host.underlay_ip.version == mine.version and host.underlay_ip in mine:
-                raise ConflictError(
-                    f"subnet {mine} contains {host.underlay_ip}, the underlay address of host "
-                    f"{host.id}: choose a CIDR apart from the underlay"
-                )
+    problem = check_free(network, Underlays(snapshot.hosts.values()).inside(network))
+    if problem is not None:
+        raise PolicyRefusedError(problem)

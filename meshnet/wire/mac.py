@@ -10,17 +10,26 @@
 0x02 is the "locally administered" bit of IEEE 802.  The role keeps a VTEP, a gateway and an
 endpoint apart.  For an IPv6 subnet the 32 bits are those just left of the host part, which differ
 between all subnets of one network (`meshnet.ipam` allows at most 2^32 of them).
+
+For an endpoint's IPv6 address there is no such part: its last 32 bits are those of other addresses
+on the same bridge or physical network, too.  So its MAC has a hash of all of it::
+
+     0           8        16                              48
+    +-----------+--------+--------------------------------+
+    | 6 bits 10 |  0x45  |  32 bits of the hash           |
+    +-----------+--------+--------------------------------+
 """
 
 from __future__ import annotations
 
 import re
+from hashlib import blake2s
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from meshnet.model import IpAddress, IpNetwork
 
-_VTEP, _GATEWAY, _ENDPOINT = ord("m"), ord("g"), ord("e")
+_VTEP, _GATEWAY, _ENDPOINT, _ENDPOINT6 = ord("m"), ord("g"), ord("e"), ord("E")
 _TEXT = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
 
@@ -49,13 +58,19 @@ def gateway_mac(subnet: IpNetwork) -> bytes:
 
 
 def endpoint_mac(address: IpAddress) -> bytes:
-    """MAC of the endpoint with `address`: an address that comes back brings its MAC along."""
-    return _mac(_ENDPOINT, int(address))
+    """MAC of the endpoint with `address`: an address that comes back brings its MAC along.
+
+    Of 10,000 IPv6 addresses on one physical network, two have one MAC once in 5,000 cases.
+    """
+    if address.version == 4:
+        return _mac(_ENDPOINT, int(address))
+    first, *rest = blake2s(address.packed, digest_size=5).digest()
+    return bytes((first & ~3 | 2, _ENDPOINT6, *rest))
 
 
 def is_endpoint_mac(mac: bytes) -> bool:
     """Whether an endpoint, of whatever mesh, has this MAC."""
-    return mac[:2] == bytes((0x02, _ENDPOINT))
+    return mac[:2] == bytes((0x02, _ENDPOINT)) or (mac[0] & 3 == 2 and mac[1] == _ENDPOINT6)
 
 
 def link_local_of(mac: bytes) -> bytes:

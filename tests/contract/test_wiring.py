@@ -104,8 +104,11 @@ class RealWired:
     def writes(self) -> int:
         return self._thread.call(lambda w: w.writes)
 
-    def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
+    def connect(self, netns_fd: int, wiring: EndpointWiring) -> tuple[int, ...]:
         return self._thread.call(lambda w: w.connect(netns_fd, wiring))
+
+    def lead_default(self, netns_fd: int, endpoint: Endpoint) -> tuple[int, ...]:
+        return self._thread.call(lambda w: w.lead_default(netns_fd, endpoint))
 
     def disconnect(self, endpoint: Endpoint) -> None:
         self._thread.call(lambda w: w.disconnect(endpoint))
@@ -263,7 +266,7 @@ def assert_nothing_left(wired: Wired, before: View) -> None:
 def test_connect_and_disconnect(wired: Wired) -> None:
     before = wired.view()
     endpoint = make_endpoint(DUAL)
-    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) is True
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) == (4, 6)
     assert wired.view() == View(
         {"eth0": (endpoint.mac.hex(":"), 1450, frozenset(DUAL))},
         {"0.0.0.0/0": "10.42.0.1", "::/0": "fd00:42::1"},
@@ -325,14 +328,32 @@ def test_an_endpoint_is_connected_also_where_somebody_deleted_the_tables(wired: 
 def test_a_second_endpoint_does_not_steal_the_default_route(wired: Wired) -> None:
     wired.add_link("up0", "10.1.0.2/24", "10.1.0.1")
     endpoint = make_endpoint(DUAL, ifname="mesh0")
-    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) is False
+    # Each IP version for itself.
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) == (6,)
     routes = wired.view().routes
-    assert routes == {"0.0.0.0/0": "10.1.0.1", IPV4: "10.42.0.1", IPV6: "fd00:42::1"}
+    assert routes == {"0.0.0.0/0": "10.1.0.1", IPV4: "10.42.0.1", "::/0": "fd00:42::1"}
+
+
+def test_the_default_route_is_handed_on(wired: Wired) -> None:
+    first = make_endpoint(DUAL)
+    second = make_endpoint(("10.42.0.3/24", "fd00:42::3/64"), identity="b" * 12, ifname="eth1")
+    unwilling = replace(second, default_route=False)
+    for endpoint, versions in ((first, (4, 6)), (second, ())):
+        wiring = wiring_of(endpoint)._replace(routes=())
+        assert wired.wiring.connect(wired.netns_fd, wiring) == versions
+    assert wired.wiring.lead_default(wired.netns_fd, second) == ()
+    wired.wiring.disconnect(first)
+    assert wired.wiring.lead_default(wired.netns_fd, unwilling) == ()
+    assert wired.view().routes == {}
+    assert wired.wiring.lead_default(wired.netns_fd, second) == (4, 6)
+    assert wired.view().routes == {"0.0.0.0/0": "10.42.0.1", "::/0": "fd00:42::1"}
+    with pytest.raises(KernelRefusedError):
+        wired.wiring.lead_default(wired.netns_fd, replace(second, ifname="none0"))
 
 
 def test_no_default_route_if_none_is_wanted(wired: Wired) -> None:
     endpoint = make_endpoint(default_route=False)
-    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) is False
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(endpoint)) == ()
     assert wired.view().routes == {IPV4: "10.42.0.1"}
 
 
@@ -349,8 +370,8 @@ def test_two_endpoints_of_one_namespace(wired: Wired) -> None:
     first = make_endpoint()
     second = make_endpoint(("10.43.0.2/24",), identity="ba9876543210", ifname="eth1")
     other = wiring_of(second)._replace(routes=[ip_network("10.43.0.0/16")])
-    assert wired.wiring.connect(wired.netns_fd, wiring_of(first)) is True
-    assert wired.wiring.connect(wired.netns_fd, other) is False
+    assert wired.wiring.connect(wired.netns_fd, wiring_of(first)) == (4,)
+    assert wired.wiring.connect(wired.netns_fd, other) == ()
     assert sorted(wired.wiring.list_endpoint_links()) == ["mne0123456789ab", "mneba9876543210"]
     wired.wiring.disconnect(first)
     view = wired.view()
@@ -462,14 +483,14 @@ def on_wire(wired: Wired, addresses: tuple[str, ...] = DUAL, **changes: Any) -> 
 
 
 def wire_of(endpoint: Endpoint, parent: str = UNDERLAY_DEV) -> EndpointWiring:
-    return EndpointWiring(endpoint=endpoint, uplink=parent, routes=(), announce=True)
+    return EndpointWiring(endpoint=endpoint, uplink=parent, routes=())
 
 
 def test_a_macvlan_is_in_the_namespace_alone(wired: Wired) -> None:
     before, on_host = wired.view(), wired.kernel.dump().links
     endpoint = on_wire(wired)
     assert not wired.wiring.holds(wired.netns_fd, endpoint)
-    assert wired.wiring.connect(wired.netns_fd, wire_of(endpoint)) is True
+    assert wired.wiring.connect(wired.netns_fd, wire_of(endpoint)) == (4, 6)
     assert wired.view() == View(
         {"eth0": (endpoint.mac.hex(":"), 1400, frozenset(DUAL))},
         {"0.0.0.0/0": "10.42.0.1", "::/0": "fd00:42::1"},
@@ -487,7 +508,7 @@ def test_a_macvlan_is_in_the_namespace_alone(wired: Wired) -> None:
 
 
 def test_a_macvlan_without_a_gateway(wired: Wired) -> None:
-    assert wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired, gateways=()))) is False
+    assert wired.wiring.connect(wired.netns_fd, wire_of(on_wire(wired, gateways=()))) == ()
     assert wired.view().routes == {}
 
 

@@ -54,7 +54,7 @@ def test_networks(host: LabHost) -> None:
     refused(
         5, "VNI 4097 belongs to network prod", "dev", "--subnet", "10.9.0.0/16", "--vni", "4097"
     )
-    refused(5, "underlay address of host h1", "dev", "--subnet", "10.255.0.0/16")
+    refused(9, "underlay address of host h1", "dev", "--subnet", "10.255.0.0/16")
     refused(2, "give a CIDR", "dev", "--subnet", "10.42.0.1/16")
     refused(2, "give a CIDR", "dev", "--subnet", "banana")
     refused(2, "another meaning in meshnet run", "none", "--subnet", "10.9.0.0/16")
@@ -178,6 +178,51 @@ def test_second_network_does_not_steal_the_default_route(make_lab: MakeLab) -> N
     assert third["default_route"] is False
     assert "default" not in lonely.run(["ip", "route"]).stdout
     assert ping(lonely, address_of(peers[0]))
+
+
+def test_each_ip_version_has_its_own_default_route(make_lab: MakeLab) -> None:
+    """And when the network that has one goes, it moves to the next that wanted it."""
+    lab = make_lab(1)
+    h1 = lab.host("h1")
+    for name, *cidrs in (
+        ("four", "10.42.0.0/16"),
+        ("dual", "10.43.0.0/16", "fd00:43::/48"),
+        ("late", "10.44.0.0/16", "fd00:44::/48"),
+        ("shy", "10.45.0.0/16", "fd00:45::/48"),
+    ):
+        create_network(lab, name, *[option for cidr in cidrs for option in ("--subnet", cidr)])
+    container = h1.spawn_container()
+
+    def defaults() -> tuple[str, str]:
+        found = [container.run(["ip", v, "route", "show", "default"]).stdout for v in ("-4", "-6")]
+        assert all(text.count("default") <= 1 for text in found)
+        four, six = (text.partition(" dev ")[2].split(" ")[0].strip() for text in found)
+        return four, six
+
+    def join(name: str, *options: str) -> list[int]:
+        document = attach(container, h1, name, "--ifname", name, *options)
+        assert document["default_route"] == bool(document["default_versions"])
+        versions: list[int] = document["default_versions"]
+        return versions
+
+    assert join("shy", "--no-default-route") == []
+    assert join("four") == [4]
+    assert join("dual", "--publish", "8080:80") == [6]
+    assert join("late") == []
+    assert defaults() == ("four", "dual")
+    meshnet(h1, "detach", container.pid, "--net", "four")
+    assert defaults() == ("dual", "dual")
+    h1.kill_agent()  # what is on disk says so, too
+    h1.start_agent()
+    ends = {e["network"]: e["default_versions"] for e in meshnet(h1, "endpoint", "ls")}
+    assert ends == {"shy": [], "dual": [4, 6], "late": []}
+    # Answers of its published port leave by it now, and need no masquerading.
+    assert "10.43." not in h1.run(["nft", "list", "set", "inet", "meshnet", "no_default4"]).stdout
+    meshnet(h1, "detach", container.pid, "--net", "dual")
+    assert defaults() == ("late", "late")
+    assert ping(container, lab.outside_ip)
+    meshnet(h1, "detach", container.pid, "--net", "late")
+    assert defaults() == ("", "")
 
 
 def test_full_pools(make_lab: MakeLab) -> None:

@@ -162,7 +162,7 @@ def test_the_data_path_outlives_the_agent(make_lab: MakeLab, how: str, engine: s
 
 def test_another_engine_is_another_process(make_lab: MakeLab) -> None:
     library.build()
-    lab = make_lab(1)
+    lab = make_lab(1, agent_args=["--vtep-engine", "python"])
     create_network(lab, "prod", *SUBNETS, "--mode", "udp")
     h1 = lab.hosts[0]
     pid = vtep_pid(h1)
@@ -170,6 +170,24 @@ def test_another_engine_is_another_process(make_lab: MakeLab) -> None:
     h1.start_agent(["--vtep-engine", "native"])
     wait_in_sync(h1)
     assert vtep_pid(h1) != pid
+    assert b"native" in Path(f"/proc/{vtep_pid(h1)}/cmdline").read_bytes().split(b"\0")
+
+
+def test_auto_takes_the_engine_in_c_and_leaves_what_runs(make_lab: MakeLab) -> None:
+    """An upgrade that brings the engine in C interrupts no Python process."""
+    library.build()
+    lab = make_lab(1, agent_args=["--vtep-engine", "python"])
+    create_network(lab, "prod", *SUBNETS, "--mode", "udp")
+    h1 = lab.hosts[0]
+    pid = vtep_pid(h1)
+    h1.kill_agent()
+    h1.start_agent(["--vtep-engine", "auto"])
+    status = wait_in_sync(h1)
+    assert status["host"]["vtep_engine"] == "native"
+    assert (vtep_pid(h1), status["kernel"]["writes"]) == (pid, 0)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: vtep_pid(h1) not in (None, pid), 10, "another process serves the TUN")
     assert b"native" in Path(f"/proc/{vtep_pid(h1)}/cmdline").read_bytes().split(b"\0")
 
 

@@ -143,6 +143,7 @@ def endpoints(draw: st.DrawFn) -> Endpoint:
         mac=draw(macs),
         mtu_bytes=draw(st.integers(576, MAX_MTU_BYTES)),
         default_route=draw(st.booleans()),
+        default_versions=tuple(v for v in versions if draw(st.booleans())),
         parent=draw(st.none() | st.just("eth0")),
         published=tuple(draw(st.lists(published_ports(), max_size=3))),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
@@ -95,7 +95,10 @@ def endpoint(
     identity: str, where: str, name: str, process: tuple[int, int, int], **fields: object
 ) -> Endpoint:
     """An endpoint; `process`: pid, start time and namespace."""
-    found: dict[str, object] = {"mtu_bytes": 1450, "default_route": False} | fields
+    found: dict[str, Any] = {"mtu_bytes": 1450, "default_route": False} | fields
+    # What it had was what it wanted, in both IP versions.
+    leading = found["gateways"] if found["default_route"] else ()
+    found["default_versions"] = tuple(gateway.version for gateway in leading)
     return Endpoint(
         id=EndpointId(identity),
         network=NetworkName(where),
@@ -104,7 +107,7 @@ def endpoint(
         sandbox=ProcessSandbox(
             pid=process[0], pid_start_ticks=process[1], netns=NetnsId(0, process[2])
         ),
-        **found,  # type: ignore[arg-type]
+        **found,
     )
 
 

@@ -175,9 +175,7 @@ def read_query(request: Request, kind: type[_Q]) -> _Q:
             reason = printable(str(error), _SHOWN)
             raise UsageError(f"query of {shown_path(request)}: {reason}") from error
         value = given.get(found[2])
-        raise UsageError(
-            printable(f"{found[2]} {value!r:.80} is not usable: {found[1].lower()}", _SHOWN)
-        ) from error
+        raise UsageError(_unusable(found[2], value, found[1])) from error
 
 
 def convert(document: Any, kind: type[_T], path: str) -> _T:  # noqa: ANN401
@@ -202,9 +200,13 @@ def convert(document: Any, kind: type[_T], path: str) -> _T:  # noqa: ANN401
         value = document
         for name, index in _STEP.findall(found[2]):
             value = value[int(index)] if index else value[name]
-        raise UsageError(
-            printable(f"{found[2]} {value!r:.80} is not usable: {found[1].lower()}", _SHOWN)
-        ) from error
+        raise UsageError(_unusable(found[2], value, found[1])) from error
+
+
+def _unusable(place: str, value: object, reason: str) -> str:
+    # What may be null may be left out, too, which is no news to whoever gave it.
+    reason = reason.lower().replace(" | null", "")
+    return printable(f"{place} {value!r:.80} is not usable: {reason}", _SHOWN)
 
 
 def network_builder(body: NetworkBody) -> Callable[[Vni], Network]:

@@ -101,6 +101,7 @@ class StatusReport:
         firewall_notes: which other firewalls keep packets out.
         drops: packets that this host's firewall dropped, by reason.
         passed_over: OCI runtimes that cannot run here, and why.
+        vtep_engine: that of new userspace VTEPs; None: this host can have none.
     """
 
     snapshot: MeshSnapshot
@@ -115,6 +116,7 @@ class StatusReport:
     fallback: FallbackReport
     drops: Mapping[str, int]
     passed_over: Mapping[str, str]
+    vtep_engine: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +236,7 @@ class Reports:
             fallback=self._fallback.report(trio.current_time()),
             drops=drops,
             passed_over=self._runtime.report(),
+            vtep_engine=self._vteps.engine if self._vteps is not None else None,
         )
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from meshnet.backends.table import backend_of
 from meshnet.model import EndpointId
 from meshnet.plan import NetworkOutcome
-from meshnet.state import RouteKey, endpoint_link_name
-from meshnet.tables import Table
+from meshnet.state import endpoint_link_name
 from meshnet_agent.api.documents.status import (
     BadValueDocument,
     FallenDocument,
@@ -26,11 +24,12 @@ from meshnet_agent.api.documents.status import (
     StatusHostDocument,
     StoreDocument,
 )
+from meshnet_agent.dataplane.problems import sort_failures
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
-    from meshnet.model import MeshSnapshot, Network, NetworkName
+    from meshnet.model import Network
     from meshnet.tables import Failure
     from meshnet_agent.api.reports import StatusReport
     from meshnet_agent.dataplane.fallback import FallbackReport, Statistics
@@ -47,10 +46,13 @@ _NO_NEXTHOP_OBJECTS = (
 def status_document(report: StatusReport) -> StatusDocument:
     """The document of how a host is doing."""
     snapshot, store, host = report.snapshot, report.store, report.membership.host
-    per_network, other = _sort_failures(report.passes.result.failures, snapshot)
+    networks = snapshot.networks.values()
+    per_network, other = sort_failures(report.passes.result.failures, networks)
     bad_values = {**snapshot.bad_values, **report.pool.bad_values}
     return StatusDocument(
-        host=StatusHostDocument(id=host.id, underlay_ip=str(host.underlay_ip)),
+        host=StatusHostDocument(
+            id=host.id, underlay_ip=str(host.underlay_ip), vtep_engine=report.vtep_engine
+        ),
         store=StoreDocument(
             connected=store.connected and report.membership.lease_ok,
             revision=snapshot.revision,
@@ -166,33 +168,3 @@ def _unreadable(identity: str) -> str:
         "in the state directory: its packets are dropped; put it right and start the agent anew, "
         f"or end the process behind {endpoint_link_name(EndpointId(identity))}"
     )
-
-
-def _sort_failures(
-    failures: Collection[Failure], snapshot: MeshSnapshot
-) -> tuple[dict[NetworkName, list[Failure]], list[Failure]]:
-    """Failures by the network they belong to, and the rest."""
-    by_network: dict[NetworkName, list[Failure]] = {n: [] for n in snapshot.networks}
-    rest: list[Failure] = []
-    for failure in failures:
-        owner = next((n.name for n in snapshot.networks.values() if _belongs(failure, n)), None)
-        (by_network[owner] if owner is not None else rest).append(failure)
-    return by_network, rest
-
-
-def _belongs(failure: Failure, network: Network) -> bool:
-    op = failure.op
-    links = backend_of(network).link_names(network).ours
-    if op.table is Table.LINK:
-        return op.key in links
-    if op.table is Table.NEXTHOP and op.value is not None:
-        return op.value.dev in links
-    if isinstance(op.key, RouteKey):
-        return any(
-            s.version == (4 if len(op.key.prefix) == 4 else 6)
-            and int(s.network_address)
-            <= int.from_bytes(op.key.prefix, "big")
-            <= int(s.broadcast_address)
-            for s in network.subnets
-        )
-    return getattr(op.key, "dev", None) in links

@@ -82,7 +82,6 @@ async def _attach_networks(container: Container, pid: int, networking: Networkin
             network=network,
             ifname=f"eth{number}",
             name=name,
-            default_route=number == 0,
             publish=parse_all_published(record.options.publish) if number == 0 else (),
         )
         endpoint = await networking.attach(pid, request)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from meshnet_agent.mesh.follower import Follower
     from meshnet_agent.mesh.liveness import Liveness
     from meshnet_agent.mesh.membership import Membership
+    from meshnet_agent.mesh.store_addresses import StoreAddresses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class LocalParts:
     pool: PoolAddresses
     takeovers: Takeovers
     fallback: Fallback
+    store: StoreAddresses
 
     def view(self, expired: frozenset[HostId]) -> LocalView:
         """What this agent knows about its own host now, as a value."""
@@ -49,6 +51,7 @@ class LocalParts:
             takeovers=dict(self.takeovers.states),
             expired=expired,
             fallen=self.fallback.fallen,
+            store_addresses=self.store.all,
         )
 
 
@@ -144,7 +147,8 @@ class PassInputs(MeshListener):
             if outcome.plan is None or tun is None:
                 continue
             mtu_bytes = outcome.plan.mtu_bytes
-            for host, peer in probed_peers(network, snapshot, local, result.underlay).items():
+            found = probed_peers(network, snapshot, local, result.underlay, outcome)
+            for host, peer in found.items():
                 target = Target(tun, str(peer.host.underlay_ip), mtu_bytes)
                 targets[network.name, host] = target
         return targets

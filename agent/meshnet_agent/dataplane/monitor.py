@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 import trio
 
+from meshnet.backends.occupied import kept_off, spans_of
 from meshnet.backends.table import backend_of
 from meshnet.kernel.events import (
     nftables_concerns_us,
@@ -178,6 +179,13 @@ class Monitor:
         indices = await self._kernel.run(lambda kernel: kernel.link_indices())
         networks = self._mesh.snapshot.networks.values()
         links = [backend_of(network).link_names(network) for network in networks]
+        spans = spans_of(networks)
+        # From a link that goes the kernel removes routes, and does not tell.
+        in_the_way = {
+            occupant.dev
+            for network in networks
+            for occupant in kept_off(network, underlay.occupied)
+        }
         parents = {name for names in links for name in names.parents}
 
         def known(names: Collection[str]) -> set[int]:
@@ -186,7 +194,8 @@ class Monitor:
         self._filter.look_at(
             known([name for names in links for name in names.local]),
             known([name for names in links for name in names.tunnels]),
-            known({underlay.dev, *(path.dev for path in underlay.paths.values()), *parents}),
+            known({underlay.dev, *(p.dev for p in underlay.paths.values()), *parents, *in_the_way}),
             known({"lo", *underlay.forwarding_links}),
             parents,
+            spans,
         )

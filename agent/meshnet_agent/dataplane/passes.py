@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from meshnet.backends import NexthopIds
+from meshnet.backends.occupied import is_within, spans_of
 from meshnet.diff import diff, missing_endpoint_links
 from meshnet.firewall.elements import SETS
 from meshnet.model import MeshSnapshot, Reservations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from meshnet.backends import Underlay, UnderlayPath
+    from meshnet.backends.occupied import Span
     from meshnet.kernel import Kernel
     from meshnet.model import Host, HostId, IpAddress, NetworkName
     from meshnet.plan import HostsPlan
@@ -48,6 +50,7 @@ class _Applied:
 
     Attributes:
         at: how many hosts have each underlay address (packed, network byte order).
+        spans: the addresses of networks; a host whose underlay address is there concerns all hosts.
     """
 
     snapshot: MeshSnapshot
@@ -59,6 +62,7 @@ class _Applied:
     paths: dict[IpAddress, UnderlayPath]
     networks: dict[NetworkName, NetworkOutcome]
     failures: dict[tuple[Table, Any], Failure]
+    spans: frozenset[Span]
 
     def plan(self, ids: NexthopIds, hosts: Collection[HostId]) -> HostsPlan:
         """What some hosts add to the desired state, planned from what is remembered."""
@@ -88,6 +92,17 @@ class _Applied:
                 held.assign(host, view.subnets.get(name, ()))
         self.paths.update(paths)
         self.local = replace(self.local, expired=given.expired, fallen=given.fallen)
+
+    def moves_inside(self, given: PartInput) -> bool:
+        """Whether a host comes with an underlay address in a network's CIDR, or goes from there."""
+        for name, view in given.hosts.items():
+            before = self.hosts.get(name)
+            if view.host == before:
+                continue
+            for host in (before, view.host):
+                if host is not None and is_within(host.underlay_ip, self.spans):
+                    return True
+        return False
 
     def shares(self, addresses: Collection[bytes], touched: Collection[HostId]) -> bool:
         """Whether one of `addresses` belongs to a host that did not change, or to two hosts."""
@@ -162,7 +177,7 @@ class Passes:
         started = time.perf_counter()
         # Put back only at the end: whatever goes wrong, a pass over everything comes next.
         applied, self._applied = self._applied, None
-        if applied is None:
+        if applied is None or applied.moves_inside(given):
             return None
         stages = Stages()
         touched = applied.touched(given)
@@ -256,6 +271,7 @@ def _remember(
         paths=paths,
         networks=dict(networks),
         failures={(f.op.table, f.op.key): f for f in failures},
+        spans=spans_of(snapshot.networks.values()),
     )
 
 

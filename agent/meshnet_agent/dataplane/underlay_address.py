@@ -16,7 +16,10 @@ _log = structlog.get_logger()
 
 
 class UnderlayAddress:
-    """Has the host's entry published again when its underlay address changes."""
+    """Has the host's entry published again when its underlay address changes.
+
+    And tells the membership what else has addresses on this host.
+    """
 
     def __init__(self, store: Store, membership: Membership) -> None:
         self._store = store
@@ -25,7 +28,10 @@ class UnderlayAddress:
     def passed(self, result: PassResult) -> None:
         """See `PassListener`."""
         host, underlay = self._membership.host, result.underlay
-        if underlay is None or underlay.ip == host.underlay_ip:
+        if underlay is None:
+            return
+        self._membership.occupied = underlay.occupied
+        if underlay.ip == host.underlay_ip:
             return
         _log.warning("underlay address changed", before=str(host.underlay_ip), now=str(underlay.ip))
         # Answers from etcd would go to the old address: the host once waited 5 s for them before it

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from meshnet.model import HostId, IpInterface, PublishedPort
     from meshnet.sandbox import NetnsId, Sandbox
-    from meshnet_agent.endpoints.addresses.subnet import Addresses
+    from meshnet_agent.endpoints.addresses.subnet import HostAddresses
     from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.keeper import Keeper
     from meshnet_agent.endpoints.links import EndpointLinks
@@ -58,7 +58,7 @@ class Attacher:
         keeper: Keeper,
         links: EndpointLinks,
         ports: PublishedPorts,
-        addresses: Addresses,
+        addresses: HostAddresses,
         networks: ReadyNetworks,
         right_of_way: RightOfWay,
     ) -> None:
@@ -104,7 +104,7 @@ class Attacher:
         # Addresses before the lock: for those of a pool the wire is asked, for 0.24 s, and others
         # must be able to attach meanwhile.
         async with (
-            self._addresses.allocate(ready, identity, request.ip) as addresses,
+            self._addresses.allocate(ready, identity, request.ip, request.name) as addresses,
             self._directory.changing(),
         ):
             draft = _draft(request, ready, addresses, sandbox.value, identity, self._directory.host)
@@ -207,7 +207,8 @@ class Attacher:
             MeshnetError: nothing was changed; the class says why.
         """
         # Outside the lock: this may wait ten seconds, and detaches must go on meanwhile.
-        ready = await self._networks.wait_for(self._directory.find(name).network)
+        network = self._directory.find(name).network
+        ready = await self._networks.wait_for(network, carried=False)
         check_publishable(ready.network)
         async with self._directory.changing():
             before = self._directory.find(name)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from meshnet.model import Endpoint, EndpointId, MeshSnapshot, NetworkName
     from meshnet.store.mirror import Changes
     from meshnet_agent.dataplane.pass_values import PassResult
-    from meshnet_agent.endpoints.addresses.subnet import Addresses
+    from meshnet_agent.endpoints.addresses.subnet import HostAddresses
     from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.links import EndpointLinks
     from meshnet_agent.endpoints.networks import ReadyNetworks
@@ -50,7 +50,7 @@ class Keeper(MeshListener):
         sandboxes: Sandboxes,
         links: EndpointLinks,
         ports: PublishedPorts,
-        addresses: Addresses,
+        addresses: HostAddresses,
         networks: ReadyNetworks,
     ) -> None:
         self._directory = directory
@@ -261,7 +261,26 @@ class Keeper(MeshListener):
             _log.error("ports stay published", endpoint=endpoint.name, reason=str(error))
         finally:
             self._ports.release(endpoint, endpoint.published)
+            self._addresses.remember(endpoint)
             self._addresses.free(endpoint.addresses)
+        if endpoint.default_versions:
+            await self._hand_on_default(endpoint)
+
+    async def _hand_on_default(self, gone: Endpoint) -> None:
+        """Lead the namespace's default route through the next endpoint that is to have it."""
+        for endpoint in self._directory.in_netns(gone.sandbox.netns):
+            try:
+                with reopen(endpoint.sandbox) as sandbox:
+                    after = await self._links.lead_default(sandbox, endpoint)
+                if after != endpoint:
+                    _log.info("default route handed on", before=gone.name, now=after.name)
+                    self._directory.replace(after)
+                    if after.published:
+                        # Answers go back by themselves now.
+                        await self._ports.bring_to_kernel(after)
+            except (MeshnetError, OSError) as error:
+                # Most often the namespace is ending, and with it this endpoint.
+                _log.debug("default route not handed on", to=endpoint.name, reason=str(error))
 
     # --- at start -------------------------------------------------------------------------------
 
@@ -300,6 +319,7 @@ class Keeper(MeshListener):
         if isinstance(endpoint.sandbox, HoldSandbox):
             if not self._sandboxes.is_held(endpoint, link_names):
                 _log.info("endpoint freed, its namespace is gone", endpoint=endpoint.name)
+                self._addresses.remember(endpoint)
                 await self._links.discard(endpoint)
                 return
             await self._links.take_over(endpoint)
@@ -308,6 +328,7 @@ class Keeper(MeshListener):
             found = await self._sandboxes.find(endpoint, link_names)
             if found is None:
                 _log.info("endpoint freed, its process ended meanwhile", endpoint=endpoint.name)
+                self._addresses.remember(endpoint)
                 await self._links.discard(endpoint)
                 return
             try:

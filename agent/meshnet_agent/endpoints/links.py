@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from meshnet.backends import Addressing
-from meshnet.backends.table import addressing_of
 from meshnet.kernel import EndpointWiring
 from meshnet_agent.endpoints.request import inner_routes
 
@@ -40,7 +38,7 @@ class EndpointLinks:
                 cannot be connected again.
 
         Returns:
-            The endpoint as it is now: without a default route if the namespace already had one.
+            The endpoint as it is now: with the default routes that the namespace did not have yet.
 
         Raises:
             MeshnetError: nothing was changed; the class says why.
@@ -70,14 +68,13 @@ class EndpointLinks:
                     uplink=ready.uplink,
                     routes=inner_routes(ready),
                     gso_max_bytes=ready.gso_max_bytes,
-                    announce=addressing_of(ready.network) is Addressing.POOL,
                 ),
             )
         except BaseException:
             if is_new:
                 self._records.remove(endpoint.id)
             raise
-        endpoint = replace(endpoint, default_route=default)
+        endpoint = replace(endpoint, default_versions=default)
         try:
             self._records.save(endpoint)
         except BaseException:
@@ -94,6 +91,19 @@ class EndpointLinks:
             KernelRefusedError: the link exists and cannot be removed.
         """
         await self._wiring.run(lambda wiring: wiring.disconnect(endpoint))
+
+    async def lead_default(self, sandbox: OpenSandbox, endpoint: Endpoint) -> Endpoint:
+        """Lead the namespace's default route through an endpoint, where no other has it.
+
+        Returns:
+            The endpoint as it is now; it is not on disk yet.
+
+        Raises:
+            KernelRefusedError: its link is gone, or the kernel refused.
+        """
+        more = await self._wiring.run(lambda w: w.lead_default(sandbox.netns_fd, endpoint))
+        versions = sorted({*endpoint.default_versions, *more})
+        return replace(endpoint, default_versions=tuple(versions))
 
     async def discard(self, endpoint: Endpoint) -> None:
         """Remove the link and the record of an endpoint that nobody has taken over.

@@ -9,9 +9,12 @@ import trio
 
 from meshnet.errors import ConflictError, NotFoundError, StoreUnavailableError
 from meshnet.model import NetworkName
+from meshnet_agent.dataplane.problems import find_dead_link, find_problems
 from meshnet_agent.endpoints.request import ReadyNetwork
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from meshnet.kernel import Wiring
     from meshnet_agent.dataplane.view import DataplaneView
     from meshnet_agent.endpoints.surroundings import NetworkLookup, Subnets
@@ -78,8 +81,11 @@ class ReadyNetworks:
             gso_max_bytes=plan.gso_max_bytes,
         )
 
-    async def wait_for(self, name: str) -> ReadyNetwork:
+    async def wait_for(self, name: str, *, carried: bool = True) -> ReadyNetwork:
         """A network, once it is up on this host.
+
+        Args:
+            carried: wait until the kernel has all of its links, too.
 
         Raises:
             NotFoundError: there is no such network, not even in the store.
@@ -93,12 +99,35 @@ class ReadyNetworks:
         with trio.move_on_after(_DEADLINE_S):
             while not self._is_refused(key):
                 with contextlib.suppress(NotFoundError, ConflictError):
-                    return await self.ready(name)
+                    return await self._ready(name, carried=carried)
                 # A pass over some hosts wakes nobody, so look again after a while anyway.
                 with trio.move_on_after(_LOOK_AGAIN_S):
                     await self._dataplane.wait_for_pass()
         # Once more, now for the reason: this raises what stood in the way.
-        return await self.ready(name)
+        return await self._ready(name, carried=carried)
+
+    async def find_problems(self, name: NetworkName) -> Sequence[str]:
+        """What does not work of a network that is up, as far as passes can tell."""
+        with trio.move_on_after(_DEADLINE_S):
+            # Links were made; what is on them comes with the next pass.
+            while self._dataplane.result.again:
+                await self._dataplane.wait_for_pass()
+        return self.current_problems(name)
+
+    def current_problems(self, name: NetworkName) -> Sequence[str]:
+        """What does not work of a network, by the last pass."""
+        network = self._mesh.snapshot.networks.get(name)
+        return find_problems(self._dataplane.result, network) if network is not None else ()
+
+    async def _ready(self, name: str, *, carried: bool) -> ReadyNetwork:
+        found = await self.ready(name)
+        dead = find_dead_link(self._dataplane.result, found.network) if carried else None
+        if dead is not None:
+            raise ConflictError(
+                f"network {name} is not up on this host: the kernel refused {dead}: "
+                "see meshnet status"
+            )
+        return found
 
     def _is_refused(self, name: NetworkName) -> bool:
         """Whether waiting for the network is pointless."""

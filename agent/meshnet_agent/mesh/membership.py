@@ -14,6 +14,7 @@ import structlog
 import trio
 
 from meshnet.backends import Addressing
+from meshnet.backends.occupied import reserved_apart
 from meshnet.backends.table import addressing_of
 from meshnet.errors import (
     MeshnetError,
@@ -31,6 +32,7 @@ from meshnet_agent.tasks.flag import Flag
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from meshnet.backends import Occupant
     from meshnet.model import Claim, Host, IpNetwork, MeshSnapshot, Network, NetworkName
     from meshnet.store import LeaseId
     from meshnet.store.mirror import Changes
@@ -102,6 +104,7 @@ class Membership(MeshListener):
         subnets: this host's subnets, by network, IPv4 first.
         errors: by network, why this host has no subnet of it.
         lease_ok: whether the last renewal of the lease succeeded.
+        occupied: what this host's links and routes lead to: it reserves no subnet that overlaps it.
 
     Args:
         dirty: marked when `subnets` or `errors` changed.
@@ -120,6 +123,7 @@ class Membership(MeshListener):
         self.subnets: dict[NetworkName, tuple[IpNetwork, ...]] = {}
         self.errors: dict[NetworkName, MeshnetError] = {}
         self.lease_ok = False
+        self.occupied: tuple[Occupant, ...] = ()
         self._registry = registry
         self._identity = identity
         self._claim = claimant.claim
@@ -361,6 +365,7 @@ class Membership(MeshListener):
                 known=known,
                 prefer=prefer,
                 random_below=random.randrange,
+                apart=reserved_apart(network, self.occupied),
             )
         except StoreUnavailableError:
             self._unsure.add((network.name, version))

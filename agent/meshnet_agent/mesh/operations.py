@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from meshnet.model import Endpoint, PublishedPort, Vni
     from meshnet.store.registry import Registry
+    from meshnet_agent.dataplane.occupancy import Occupancy
     from meshnet_agent.endpoints.attach import Attacher
     from meshnet_agent.endpoints.directory import EndpointDirectory
     from meshnet_agent.endpoints.hold import BoundNetns
@@ -32,7 +33,7 @@ class CreatedNetwork:
 
     Attributes:
         mtu_bytes: the MTU of its endpoints on this host; None: it has not come up here.
-        error: why it has not come up; None if it has.
+        error: why it has not come up, or not wholly; None if it has.
     """
 
     network: Network
@@ -62,12 +63,14 @@ class MeshOperations:
         networks: ReadyNetworks,
         endpoints: EndpointDirectory,
         attacher: Attacher,
+        occupancy: Occupancy,
     ) -> None:
         self._mesh = mesh
         self._registry = registry
         self._networks = networks
         self._endpoints = endpoints
         self._attacher = attacher
+        self._occupancy = occupancy
 
     # --- networks and hosts -----------------------------------------------------------------------
 
@@ -84,16 +87,20 @@ class MeshOperations:
 
         Raises:
             ConflictError: its name, VNI, UDP port or addresses are in use.
-            PolicyRefusedError: the store is not this host's mesh; operations that remove something
-                raise it, too.
+            PolicyRefusedError: addresses of its CIDRs are in use outside of networks: by etcd, by
+                hosts, or on this host's links and routes.  Or the store is not this host's mesh;
+                operations that remove something raise it then, too.
         """
         await self._mesh.check_store()
-        network = await self._registry.create_network(build, vni)
+        check_free = await self._occupancy.look()
+        network = await self._registry.create_network(build, vni, check_free)
         try:
             ready = await self._networks.wait_for(network.name)
         except MeshnetError as error:
             return CreatedNetwork(network=network, error=str(error))
-        return CreatedNetwork(network=network, mtu_bytes=ready.mtu_bytes)
+        problems = await self._networks.find_problems(network.name)
+        warning = _summary(network.name, problems)
+        return CreatedNetwork(network=network, mtu_bytes=ready.mtu_bytes, error=warning)
 
     async def remove_network(self, name: str) -> None:
         """Remove a network (`Registry.remove_network`).
@@ -118,6 +125,10 @@ class MeshOperations:
         return await self._registry.remove_host(host)
 
     # --- endpoints --------------------------------------------------------------------------------
+
+    def warn_of(self, network: NetworkName) -> str | None:
+        """What does not work of a network on this host; None: all does, by the last pass."""
+        return _summary(network, self._networks.current_problems(network))
 
     async def attach(self, pid: int, request: AttachRequest) -> Endpoint:
         """Attach a process, once its network is up here (`Attacher.attach`)."""
@@ -192,3 +203,11 @@ class MeshOperations:
             warning = f"only this host's endpoints are shown: {error}"
         found = sorted([*local, *others], key=lambda e: (e.network, e.host, e.name))
         return MeshEndpoints(endpoints=found, warning=warning)
+
+
+def _summary(network: NetworkName, problems: Sequence[str]) -> str | None:
+    if not problems:
+        return None
+    first, *others = problems
+    more = f" (and {len(others)} more)" if others else ""
+    return f"network {network} does not work wholly on this host: {first}{more}: see meshnet status"

@@ -15,6 +15,7 @@ import structlog
 import trio
 
 from meshnet.codec.document import BadValueError
+from meshnet.errors import NotFoundError
 from meshnet.store.saved import decode_saved, encode_saved
 from meshnet.system.files import write_whole
 from meshnet_agent.mesh.view import MeshListener
@@ -106,16 +107,18 @@ class Saver(MeshListener):
         state = self._follower.copy_state()
         await self._file.run(lambda file: file.save(state, mesh, self._host))
 
-    async def load(self) -> SavedMesh | None:
-        """What is on disk, if it is this host's and of its mesh; None: there is nothing to use."""
+    async def load(self) -> SavedMesh:
+        """What is on disk, if it is this host's and of its mesh.
+
+        Raises:
+            NotFoundError: there is nothing to use; the message says why.
+        """
         saved = await self._file.run(lambda file: file.load())
         if saved is None:
-            return None
+            raise NotFoundError("there is no usable copy of the mesh on this host's disk")
         if (saved.mesh, saved.host) != (self._identity.mesh, self._host):
-            _log.warning(
-                "saved mesh is not used",
-                reason=f"it is of host {saved.host} in mesh {saved.mesh}, and this is host "
-                f"{self._host} in mesh {self._identity.mesh}",
+            raise NotFoundError(
+                f"the copy of the mesh on this host's disk is of host {saved.host} in mesh "
+                f"{saved.mesh}, and this is host {self._host} in mesh {self._identity.mesh}"
             )
-            return None
         return saved

@@ -151,6 +151,8 @@ def _attach(args: argparse.Namespace) -> int:
             "publish": args.publish or None,
         },
     )
+    if "warning" in document and not args.json:
+        print(f"meshnet: warning: {document['warning']}", file=sys.stderr)
     return print_either(args.json, document, document["address"])
 
 

@@ -74,8 +74,8 @@ class LinkDriver:
         """
         if self._vteps is None:
             return link
-        vtep, wanted = self._vteps.look(name), (link.mtu_bytes, self._vteps.engine)
-        if vtep is None or (vtep.mtu_bytes, vtep.engine) != wanted:
+        vtep = self._vteps.look(name)
+        if vtep is None or vtep.mtu_bytes != link.mtu_bytes or not self._vteps.accepts(vtep):
             return link
         return link._replace(vxlan=vtep.vxlan, mac=vtep.mac)
 

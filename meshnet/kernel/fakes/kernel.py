@@ -15,7 +15,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from meshnet.backends import HostLink, Underlay, UnderlayPath
+from meshnet.backends import HostLink, Occupant, Underlay, UnderlayPath
 from meshnet.errors import NotFoundError
 from meshnet.kernel.elements import WiredElements
 from meshnet.kernel.fakes.faults import Faults, RefusedError
@@ -67,6 +67,7 @@ class MemoryKernel(Faults):
     Attributes:
         foreign: what others hold; change it with its sets' own methods.
         host_links: the host's links that are not ours, by name.
+        occupied: what the host's links and routes lead to.
         routed: paths to peers that are not reached on-link by `dev`; None: no way to go.
         wired: elements of connected endpoints, for its `MemoryWiring`.
         on_change: called, if set, after every change `by_hand`, as the kernel would notify.
@@ -88,6 +89,7 @@ class MemoryKernel(Faults):
         self.underlay_dev = dev
         self.underlay_mtu_bytes = mtu_bytes
         self.host_links = {dev: HostLink(mtu_bytes, frozenset(underlay_ips))}
+        self.occupied: tuple[Occupant, ...] = ()
         self._nexthop_objects = nexthop_objects
         super().__init__()
         self._indices: dict[str, int] = {}
@@ -121,6 +123,7 @@ class MemoryKernel(Faults):
             dev=dev,
             mtu_bytes=self.underlay_mtu_bytes,
             links=dict(self.host_links),
+            occupied=self.occupied,
             forwarding_links=(dev,),
             ra_links=tuple(n for n, v in values.items() if v == "2" or (v == "1" and listens)),
             nexthop_objects=self._nexthop_objects,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from meshnet.errors import ConflictError, MeshnetError, NotFoundError
+from meshnet.errors import ConflictError, KernelRefusedError, MeshnetError, NotFoundError
 from meshnet.firewall.elements import source_elements
 from meshnet.firewall.rules import COUNTERS
 from meshnet.kernel.elements import WiredElements
@@ -21,6 +21,8 @@ from meshnet.tables import Op, Table
 from meshnet.wire.mtu import DEFAULT_GSO_MAX_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from meshnet.kernel import EndpointWiring
     from meshnet.kernel.fakes.kernel import MemoryKernel
     from meshnet.model import Endpoint, IpAddress, IpInterface, IpNetwork
@@ -79,7 +81,7 @@ class MemoryWiring:
             del links[name]
         return links
 
-    def connect(self, netns_fd: int, wiring: EndpointWiring) -> bool:
+    def connect(self, netns_fd: int, wiring: EndpointWiring) -> tuple[int, ...]:
         """See `meshnet.kernel.Wiring`."""
         self.writes += 1
         failure, self._failure = self._failure, None
@@ -97,12 +99,12 @@ class MemoryWiring:
             if address.ip in held:
                 raise ConflictError(f"{endpoint.sandbox} already holds the address {address.ip}")
         present = {target for link in links.values() for target in link.routes}
-        default = endpoint.default_route and bool(endpoint.gateways)
-        default = default and not present & set(_DEFAULT.values())
+        default = _free_defaults(endpoint, links)
         routes: dict[IpNetwork, IpAddress] = {}
         for gateway in endpoint.gateways:
             targets = [t for t in wiring.routes if t.version == gateway.version]
-            routes |= dict.fromkeys([_DEFAULT[gateway.version]] if default else targets, gateway)
+            leads = [_DEFAULT[gateway.version]] if gateway.version in default else targets
+            routes |= dict.fromkeys(leads, gateway)
         if present & routes.keys():
             raise ConflictError(
                 f"{endpoint.sandbox} already has a route that {endpoint.name} needs"
@@ -132,6 +134,17 @@ class MemoryWiring:
             wiring.gso_max_bytes or DEFAULT_GSO_MAX_BYTES,
         )
         return default
+
+    def lead_default(self, netns_fd: int, endpoint: Endpoint) -> tuple[int, ...]:
+        """See `meshnet.kernel.Wiring`."""
+        links = self.namespace(netns_fd)
+        if endpoint.ifname not in links:
+            raise KernelRefusedError(f"link {endpoint.ifname} of {endpoint.name} is gone")
+        free = _free_defaults(endpoint, links)
+        for gateway in endpoint.gateways:
+            if gateway.version in free:
+                links[endpoint.ifname].routes[_DEFAULT[gateway.version]] = gateway
+        return free
 
     def disconnect(self, endpoint: Endpoint) -> None:
         """See `meshnet.kernel.Wiring`."""
@@ -170,6 +183,12 @@ class MemoryWiring:
     def list_endpoint_links(self) -> list[str]:
         """See `meshnet.kernel.Wiring`."""
         return [name for name in self._kernel.dump().links if ENDPOINT_LINK.fullmatch(name)]
+
+
+def _free_defaults(endpoint: Endpoint, links: Mapping[str, NamespaceLink]) -> tuple[int, ...]:
+    present = {target for link in links.values() for target in link.routes}
+    versions = [gateway.version for gateway in endpoint.gateways if endpoint.default_route]
+    return tuple(version for version in versions if _DEFAULT[version] not in present)
 
 
 def _is_of(link: NamespaceLink, endpoint: Endpoint) -> bool:

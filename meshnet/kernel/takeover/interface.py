@@ -279,8 +279,8 @@ def _copy_settings(source: str, target: str) -> None:
         if not directory.is_dir():
             continue  # no IPv6
         for file in sorted(directory.iterdir()):
-            if file.name in _LATE:
-                continue
+            if file.name in _LATE or file.with_name(f"{file.name}_ms").exists():
+                continue  # the kernel warns of whoever uses a setting that has a finer one
             # Some can only be read, some only written, and one cannot be read until it is set.
             with contextlib.suppress(OSError):
                 value = file.read_text()

@@ -67,12 +67,17 @@ class LinkInfo(NamedTuple):
 
 
 class AddressInfo(NamedTuple):
-    """An address as the kernel has it; packed."""
+    """An address as the kernel has it; packed.
+
+    Attributes:
+        peer: the other end's on a point-to-point link, else the same: the subnet is its.
+    """
 
     ifindex: int
     address: bytes
     prefix_length: int
     scope: int
+    peer: bytes
 
 
 def link_dump() -> bytes:
@@ -128,7 +133,7 @@ def decode_addresses(bodies: Iterable[Body]) -> Iterator[AddressInfo]:
         # On point-to-point links IFA_ADDRESS is the peer's; IPv6 has IFA_LOCAL only there.
         address = attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS, b"")
         if len(address) in (4, 16):
-            yield AddressInfo(index, address, length, scope)
+            yield AddressInfo(index, address, length, scope, attrs.get(IFA_ADDRESS, address))
 
 
 def encode_veth(

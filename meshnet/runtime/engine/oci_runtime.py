@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from meshnet.errors import KernelRefusedError
+from meshnet.runtime.spec.config import standard_mounts
 
 _CANDIDATES = ("crun", "runc")
 _UNIFIED = Path("/sys/fs/cgroup/unified")
@@ -28,6 +29,9 @@ _NOT_FOUND = re.compile(
 )
 _NOT_EXECUTABLE = re.compile("permission denied|is a directory|exec format", re.IGNORECASE)
 _LEVEL = re.compile(r'^time="[^"]*" level=\w+ msg=')
+
+_SYSFS = {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]}
+_SHM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,8 @@ async def find_runtime(
 ) -> tuple[OciRuntime, dict[str, str]]:
     """The first runtime that can run here, and why others were passed over.
 
-    Each is asked to create a container of nothing: one that gets as far as not finding the
-    program has made namespaces and cgroups.
+    Each is asked to create a container of nothing, with the mounts of every other: one that gets as
+    far as not finding the program has made namespaces, cgroups and mounts.
 
     Raises:
         KernelRefusedError: there is none; the message has the reasons.
@@ -140,7 +144,8 @@ async def _try(runtime: OciRuntime) -> str:
     with TemporaryDirectory(prefix="meshnet-probe-") as directory:
         identity = Path(directory).name
         bundle = Path(directory, "bundle")
-        (bundle / "rootfs").mkdir(parents=True)
+        for name in ("dev", "proc", "sys"):
+            (bundle / "rootfs" / name).mkdir(parents=True)
         (bundle / "config.json").write_text(json.dumps(_probe(runtime.cgroup(identity))))
         command: list[str | Path] = [
             *runtime.enter,
@@ -164,7 +169,7 @@ def _probe(cgroup: str) -> dict[str, Any]:
         "ociVersion": "1.0.2",
         "process": {"user": {"uid": 0, "gid": 0}, "args": ["/none"], "cwd": "/"},
         "root": {"path": "rootfs"},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "mounts": [_SYSFS, *standard_mounts(_SHM_BYTES)],
         "linux": {
             "cgroupsPath": cgroup,
             "resources": {"pids": {"limit": 16}},

@@ -214,31 +214,42 @@ def make_spec(options: ContainerOptions, around: Surroundings) -> Document:
     return spec
 
 
-def _mounts(options: ContainerOptions, around: Surroundings) -> list[Document]:
-    safe = ["nosuid", "noexec", "nodev"]
-    writable = "rw" if options.privileged else "ro"
-    mounts = [
-        _mount("/proc", "proc", safe),
+_SAFE = ["nosuid", "noexec", "nodev"]
+
+
+def standard_mounts(shm_size_bytes: int, *, writable: bool = False) -> list[Document]:
+    """What every container has mounted, but for /sys.
+
+    Args:
+        writable: whether it may write to its control group.
+    """
+    return [
+        _mount("/proc", "proc", _SAFE),
         _mount("/dev", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
         _mount(
             "/dev/pts",
             "devpts",
             ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         ),
-        _mount("/sys/fs/cgroup", "cgroup", [*safe, "relatime", writable]),
-        _mount("/dev/mqueue", "mqueue", safe),
-        _mount("/dev/shm", "tmpfs", [*safe, "mode=1777", f"size={options.shm_size_bytes}"]),
+        _mount("/sys/fs/cgroup", "cgroup", [*_SAFE, "relatime", "rw" if writable else "ro"]),
+        _mount("/dev/mqueue", "mqueue", _SAFE),
+        _mount("/dev/shm", "tmpfs", [*_SAFE, "mode=1777", f"size={shm_size_bytes}"]),
     ]
+
+
+def _mounts(options: ContainerOptions, around: Surroundings) -> list[Document]:
+    writable = "rw" if options.privileged else "ro"
+    mounts = standard_mounts(options.shm_size_bytes, writable=options.privileged)
     # sysfs shows the network namespace's own links, and only the owner of that may mount it.
     if around.namespaces.get("network", "") is None:
         mounts.insert(3, _bind("/sys", "/sys", read_only=not options.privileged))
     else:
-        mounts.insert(3, _mount("/sys", "sysfs", [*safe, writable]))
+        mounts.insert(3, _mount("/sys", "sysfs", [*_SAFE, writable]))
     if options.ipc is not None:
         mounts = [m for m in mounts if m["destination"] != "/dev/mqueue"]
     for text in options.tmpfs:
         path, _, extra = text.partition(":")
-        mounts.append(_mount(path, "tmpfs", [*safe, *filter(None, extra.split(","))]))
+        mounts.append(_mount(path, "tmpfs", [*_SAFE, *filter(None, extra.split(","))]))
     mounts += [_bind(source, place) for place, source in around.files.items()]
     binds = [v for v in map(parse_volume, options.volumes) if v.is_bind]
     # What is mounted inside of another comes after it.

@@ -112,7 +112,10 @@ def _check_saved(where: str, saved: Document, document: Document) -> list[str]:
     gateways = [document[key] for key in ("gateway", "gateway6") if key in document]
     wanted = {
         **{key: document[key] for key in ("id", "network", "host", "name", "pid", "ifname")},
-        **{key: document[key] for key in ("mac", "mtu", "default_route", "published")},
+        **{
+            key: document[key]
+            for key in ("mac", "mtu", "default_route", "default_versions", "published")
+        },
         "addresses": addresses,
         "gateways": gateways,
     }

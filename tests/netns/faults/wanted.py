@@ -8,6 +8,7 @@ that a table is a bag of lines and a difference reads as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import blake2s
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,11 @@ class Wanted:
 def mac_of(role: str, of: Subnet | str) -> str:
     """The MAC that is computed from a subnet, or from an endpoint's address."""
     if isinstance(of, str):
-        bits = int(ip_address(of))
+        address = ip_address(of)
+        if address.version == 6:
+            first, *rest = blake2s(address.packed, digest_size=5).digest()
+            return bytes((first & 0xFC | 2, ord("E"), *rest)).hex(":")
+        bits = int(address)
     else:
         bits = int(of.network_address)
         if of.version == 6:
@@ -236,7 +241,7 @@ def want_endpoint(document: Document, net: Net) -> Wanted:
         interface = ip_interface(document[key])
         wanted.addresses.append(f"{interface} on {ifname}")
         leads = ["default"]
-        if not document["default_route"]:
+        if interface.version not in document["default_versions"]:
             leads = [str(cidr) for cidr in net.cidrs if cidr.version == interface.version]
         wanted.routes += [f"unicast {lead} via {document[gateway]} on {ifname}" for lead in leads]
     return wanted

@@ -38,7 +38,7 @@ def test_defaults() -> None:
     assert (config.lease_ttl_s, config.grace_s, config.resync_s) == (15, 3600, 60)
     assert (config.run_dir, config.state_dir) == ("/run/meshnet", "/var/lib/meshnet")
     assert (config.vxlan, config.log_level, config.log_format) == ("auto", "info", "text")
-    assert config.vtep_engine == "python"
+    assert config.vtep_engine == "auto"
     assert config.etcd_password is None
 
 

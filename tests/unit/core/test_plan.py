@@ -210,11 +210,12 @@ def test_who_has_no_fallback() -> None:
     assert len([r for r in plan.state.routes.values() if r.via]) == 1
     assert "h4" in errors_of(plan)
     local = LocalView(host=ME, subnets={PROD: snapshot.subnets_of(ME, PROD)})
-    probed = probed_peers(network, snapshot, local, make_underlay(peers=2))
+    underlay, outcome = make_underlay(peers=2), plan.networks[PROD]
+    probed = probed_peers(network, snapshot, local, underlay, outcome)
     assert probed.keys() == {"h3", "h4"}
     direct = replace(network, direct_routing=True)
-    assert probed_peers(direct, snapshot, local, make_underlay(peers=2)) == {}
-    assert probed_peers(make_network(), snapshot, local, make_underlay(peers=2)) == {}
+    assert probed_peers(direct, snapshot, local, underlay, outcome) == {}
+    assert probed_peers(make_network(), snapshot, local, underlay, outcome) == {}
 
 
 def test_a_fallback_needs_a_port_of_its_own() -> None:

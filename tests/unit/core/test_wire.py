@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.errors import UsageError
-from meshnet.wire.mac import endpoint_mac, gateway_mac, link_local_of, vtep_mac
+from meshnet.wire.mac import (
+    endpoint_mac,
+    gateway_mac,
+    is_endpoint_mac,
+    link_local_of,
+    vtep_mac,
+)
 from meshnet.wire.mtu import (
     MINIMUM_MTU_BYTES,
     encapsulation_bytes,
@@ -75,7 +81,11 @@ def test_macs() -> None:
     assert vtep_mac(ip_network("fd00:42:0:3::/64")).hex(":") == "02:6d:00:00:00:03"
     assert vtep_mac(ip_network("fd00:0:12:345::/64")).hex(":") == "02:6d:00:12:03:45"
     assert endpoint_mac(ip_address("10.42.3.2")).hex(":") == "02:65:0a:2a:03:02"
-    assert endpoint_mac(ip_address("fd00::1:2")).hex(":") == "02:65:00:01:00:02"
+    six = {endpoint_mac(ip_address(f"fd00:{i:x}::{j:x}:0:2")) for i in range(99) for j in range(99)}
+    assert len(six) == 99 * 99  # although all end alike
+    assert all(mac[0] & 3 == 2 and mac[1] == 0x45 and is_endpoint_mac(mac) for mac in six)
+    assert is_endpoint_mac(endpoint_mac(ip_address("10.42.3.2")))
+    assert not is_endpoint_mac(vtep_mac(ip_network("10.42.3.0/24")))
 
 
 def test_the_link_local_address_of_a_mac() -> None:

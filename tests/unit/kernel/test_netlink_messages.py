@@ -207,7 +207,11 @@ def test_addresses(text: str) -> None:
     interface = ip_interface(text)
     (found,) = links.decode_addresses([body_of(links.encode_address(interface, IFINDEX))])
     assert found == links.AddressInfo(
-        IFINDEX, interface.ip.packed, interface.network.prefixlen, rtnl.RT_SCOPE_UNIVERSE
+        IFINDEX,
+        interface.ip.packed,
+        interface.network.prefixlen,
+        rtnl.RT_SCOPE_UNIVERSE,
+        interface.ip.packed,
     )
 
 

@@ -17,6 +17,7 @@ from meshnet.codec.networks import encode_network
 from meshnet.errors import (
     ConflictError,
     NotFoundError,
+    PolicyRefusedError,
     PoolExhaustedError,
     StoreUnavailableError,
     UsageError,
@@ -513,7 +514,6 @@ async def test_networks_get_the_lowest_free_vni(registry: Registry) -> None:
         (("10.42.128.0/17",), {}, "overlaps"),
         (("10.0.0.0/8",), {}, "overlaps"),
         (("10.50.0.0/16", IPV6), {}, "overlaps"),
-        (("10.9.0.0/16",), {}, r"contains 10\.9\.0\.1"),
         (("10.50.0.0/16",), {"name": "broken"}, "cannot be read"),
         (("10.50.0.0/16",), {"mode": Mode.UDP}, "UDP port 4789 is network prod's.* --port"),
     ],
@@ -531,6 +531,20 @@ async def test_networks_that_conflict(
     with pytest.raises(ConflictError, match=message):
         await create(registry, *subnets, **{"name": "new", **more})
     assert (await registry.snapshot()).networks.keys() == {"prod"}
+
+
+async def test_a_network_whose_addresses_are_in_use(registry: Registry) -> None:
+    def refuse(network: Network) -> None:
+        raise PolicyRefusedError(f"{network.name} is refused")
+
+    await registry.claim_host(make_host(), make_claim(), 15, set())
+    with pytest.raises(PolicyRefusedError, match=r"contains 10\.9\.0\.1, the .* of host h1"):
+        await create(registry, "10.9.0.0/16")
+    # Endpoints there are the hosts' neighbours.
+    await create(registry, "10.9.0.0/16", name="lan", mode=Mode.MACVLAN, parent="eth0")
+    with pytest.raises(PolicyRefusedError, match="new is refused"):
+        await registry.create_network(lambda vni: make_network("new", vni=vni), None, refuse)
+    assert (await registry.snapshot()).networks.keys() == {"lan"}
 
 
 async def test_a_network_that_cannot_work(registry: Registry) -> None:

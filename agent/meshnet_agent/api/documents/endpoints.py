@@ -18,6 +18,8 @@ class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         pid: None: it is held for `owner`.
         netns: path of the namespace of a hold, where its owner bound it.
+        default_route: whether the namespace's default route leads through it, for any IP version.
+        default_versions: for which ones.
         address6, gateway6: present only for an endpoint with both IP versions.
         gateway, gateway6: None if it does not have one.
     """
@@ -35,15 +37,22 @@ class EndpointDocument(msgspec.Struct, frozen=True, kw_only=True):
     mac: str
     mtu: int
     default_route: bool
+    default_versions: list[int]
     published: list[str]
     address6: str | msgspec.UnsetType = msgspec.UNSET
     gateway6: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class AttachedDocument(EndpointDocument, frozen=True, kw_only=True):
-    """An endpoint that was attached just now; `agent_ms` is the agent's own time for it."""
+    """An endpoint that was attached just now.
+
+    Attributes:
+        agent_ms: the agent's own time for it.
+        warning: what does not work of its network on this host; absent if all does.
+    """
 
     agent_ms: float
+    warning: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class EndpointsDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,14 +80,19 @@ def endpoint_document(endpoint: Endpoint) -> EndpointDocument:
         gateway=gateways.get(first.version),
         mac=endpoint.mac.hex(":"),
         mtu=endpoint.mtu_bytes,
-        default_route=endpoint.default_route,
+        default_route=bool(endpoint.default_versions),
+        default_versions=list(endpoint.default_versions),
         published=[str(port) for port in endpoint.published],
         address6=str(others[0]) if others else msgspec.UNSET,
         gateway6=gateways.get(6) if others else msgspec.UNSET,
     )
 
 
-def attached_document(endpoint: Endpoint, agent_ms: float) -> AttachedDocument:
+def attached_document(endpoint: Endpoint, agent_ms: float, warning: str | None) -> AttachedDocument:
     """The document of an endpoint that took so many milliseconds to attach."""
     fields = msgspec.structs.asdict(endpoint_document(endpoint))
-    return AttachedDocument(**fields, agent_ms=round(agent_ms, 3))
+    return AttachedDocument(
+        **fields,
+        agent_ms=round(agent_ms, 3),
+        warning=warning if warning is not None else msgspec.UNSET,
+    )

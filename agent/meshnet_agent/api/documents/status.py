@@ -11,10 +11,16 @@ from meshnet.modes import Mode  # noqa: TC001  (msgspec reads it)
 
 
 class StatusHostDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """This host."""
+    """This host.
+
+    Attributes:
+        vtep_engine: what carries the packets of userspace VTEPs that are started from now on; None:
+            it can have none.
+    """
 
     id: str
     underlay_ip: str
+    vtep_engine: str | None
 
 
 class StoreDocument(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,7 +42,8 @@ def endpoint_operations(mesh: MeshOperations) -> list[Operation]:
             endpoint = await mesh.attach(body.pid, request)
         else:
             raise UsageError("an attach takes a pid, or a netns with or without an owner")
-        return attached_document(endpoint, (time.perf_counter() - started) * 1000)
+        took_ms = (time.perf_counter() - started) * 1000
+        return attached_document(endpoint, took_ms, mesh.warn_of(endpoint.network))
 
     async def detach(_request: Request, body: DetachBody) -> EndpointDocument:
         if body.netns is not None and body.pid is None:

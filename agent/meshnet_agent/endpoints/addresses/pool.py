@@ -142,7 +142,11 @@ class PoolAddresses(MeshListener):
 
     @contextlib.asynccontextmanager
     async def allocate(
-        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+        self,
+        ready: ReadyNetwork,
+        identity: EndpointId,
+        wanted: IpAddress | None,
+        former: Sequence[IpInterface] = (),
     ) -> AsyncIterator[tuple[IpInterface, ...]]:
         """See `meshnet_agent.endpoints.addresses.subnet.Addresses`.
 

@@ -10,12 +10,14 @@ from meshnet.backends import Addressing
 from meshnet.backends.table import addressing_of
 from meshnet.errors import MeshnetError, UsageError
 from meshnet.ipam import AddressPool
+from meshnet_agent.endpoints.addresses.former import FormerAddresses
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from meshnet.model import (
+        Endpoint,
         EndpointId,
         IpAddress,
         IpInterface,
@@ -31,11 +33,18 @@ class Addresses(Protocol):
     """Where endpoints' addresses come from."""
 
     def allocate(
-        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+        self,
+        ready: ReadyNetwork,
+        identity: EndpointId,
+        wanted: IpAddress | None,
+        former: Sequence[IpInterface] = (),
     ) -> AbstractAsyncContextManager[tuple[IpInterface, ...]]:
         """One address of each of the network's IP versions; `wanted` is taken for its version.
 
         If the block ends well, the endpoint keeps them; otherwise they are given back.
+
+        Args:
+            former: what to choose if it is free.
 
         Raises:
             UsageError: an endpoint may not have `wanted`.
@@ -50,19 +59,33 @@ class Addresses(Protocol):
 
 
 class HostAddresses:
-    """The addresses of all networks: from this host's subnets, or from a pool of all hosts."""
+    """The addresses of all networks: from this host's subnets, or from a pool of all hosts.
 
-    def __init__(self, subnets: Addresses, pool: Addresses) -> None:
-        self._subnets = subnets
+    Args:
+        endpoints: this host's, whose addresses are not given out again.
+    """
+
+    def __init__(self, endpoints: OwnEndpoints, pool: Addresses) -> None:
+        self._former = FormerAddresses()
+        self._subnets = SubnetAddresses(endpoints, self._former)
         self._pool = pool
 
     def allocate(
-        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+        self,
+        ready: ReadyNetwork,
+        identity: EndpointId,
+        wanted: IpAddress | None,
+        name: str | None = None,
     ) -> AbstractAsyncContextManager[tuple[IpInterface, ...]]:
-        """See `Addresses`."""
+        """See `Addresses`; an endpoint of that name gets those it had last, if they are free."""
         shared = addressing_of(ready.network) is Addressing.POOL
         source = self._pool if shared else self._subnets
-        return source.allocate(ready, identity, wanted)
+        former = self._former.of(ready.network.name, name)
+        return source.allocate(ready, identity, wanted, former)
+
+    def remember(self, endpoint: Endpoint) -> None:
+        """Note the addresses of an endpoint that ends, in case that it comes back."""
+        self._former.remember(endpoint)
 
     def free(self, addresses: Collection[IpInterface]) -> None:
         """See `Addresses`."""
@@ -75,18 +98,24 @@ class SubnetAddresses:
 
     Args:
         endpoints: this host's, whose addresses are not given out again.
+        former: whose addresses are given to others last.
     """
 
-    def __init__(self, endpoints: OwnEndpoints) -> None:
+    def __init__(self, endpoints: OwnEndpoints, former: FormerAddresses) -> None:
         self._endpoints = endpoints
+        self._former = former
         self._pools: dict[IpNetwork, AddressPool] = {}
 
     @asynccontextmanager
     async def allocate(
-        self, ready: ReadyNetwork, identity: EndpointId, wanted: IpAddress | None
+        self,
+        ready: ReadyNetwork,
+        identity: EndpointId,
+        wanted: IpAddress | None,
+        former: Sequence[IpInterface] = (),
     ) -> AsyncIterator[tuple[IpInterface, ...]]:
         """See `Addresses`."""
-        addresses = self._choose(ready.network, ready.subnets, wanted)
+        addresses = self._choose(ready.network, ready.subnets, wanted, former)
         try:
             yield addresses
         except BaseException:
@@ -94,7 +123,11 @@ class SubnetAddresses:
             raise
 
     def _choose(
-        self, network: Network, subnets: Sequence[IpNetwork], wanted: IpAddress | None
+        self,
+        network: Network,
+        subnets: Sequence[IpNetwork],
+        wanted: IpAddress | None,
+        former: Sequence[IpInterface],
     ) -> tuple[IpInterface, ...]:
         if wanted is not None and wanted.version not in {s.version for s in subnets}:
             raise UsageError(
@@ -105,7 +138,10 @@ class SubnetAddresses:
         try:
             for subnet in subnets:
                 matches = wanted is not None and wanted.version == subnet.version
-                address = self._pool(network.name, subnet).allocate(wanted if matches else None)
+                before = next((a.ip for a in former if a.network == subnet), None)
+                address = self._pool(network.name, subnet).allocate(
+                    wanted if matches else None, former=before
+                )
                 taken.append(ip_interface((address, subnet.prefixlen)))
         except MeshnetError:
             self.free(taken)
@@ -123,7 +159,8 @@ class SubnetAddresses:
     def _pool(self, network: NetworkName, subnet: IpNetwork) -> AddressPool:
         if subnet not in self._pools:
             in_use = [a.ip for a in self._in_use() if a.network == subnet]
-            self._pools[subnet] = AddressPool(network, subnet, in_use)
+            resting = self._former.within(subnet)
+            self._pools[subnet] = AddressPool(network, subnet, in_use, resting)
         return self._pools[subnet]
 
     def _in_use(self) -> set[IpInterface]:

@@ -64,6 +64,7 @@ class _Attached(MeshOperations):
             parts.networks,
             parts.endpoints,
             parts.attacher,
+            parts.occupancy,
         )
 
     async def attach(self, pid: int, request: AttachRequest) -> Endpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +15,7 @@ from meshnet.kernel.fakes.kernel import MemoryKernel
 from meshnet.model import Host, HostId, MeshSnapshot, NetworkName
 from meshnet.modes import Mode
 from meshnet.plan import LocalView
-from meshnet.state import Nexthop
+from meshnet.state import Nexthop, RouteKey
 from meshnet.tables import Table
 from meshnet_agent.dataplane.pass_values import HostView, PartInput, PassInput, PassResult
 from meshnet_agent.dataplane.passes import Passes
@@ -319,3 +319,21 @@ def test_progress_tells_what_is_left(crowd: tuple[Mesh, CountingKernel, Passes])
     passes.run_part(kernel, part(mesh.snapshot(), mesh.touched))
     assert max(seen) == 5
     assert passes.progress.left == 0
+
+
+def test_an_underlay_address_in_a_network_concerns_the_whole_of_it() -> None:
+    kernel, passes, stranger = MemoryKernel(underlay_ip(1)), Passes(), HostId("h3")
+    before = make_snapshot([make_network()], 2)
+    host = Host(id=stranger, underlay_ip=ip_address("10.42.200.9"))
+    after = replace(before, hosts={**before.hosts, stranger: host})
+    cidr = RouteKey(ip_network(IPV4).network_address.packed, 16)
+    settled(kernel, passes, full(before))
+    assert cidr in kernel.dump().routes
+    assert passes.run_part(kernel, part(after, [stranger])) is None
+    settled(kernel, passes, full(after))
+    assert cidr not in kernel.dump().routes
+    # What else happens to it is its own affair.
+    assert passes.run_part(kernel, part(after, [stranger])) is not None
+    assert passes.run_part(kernel, part(before, [stranger])) is None
+    settled(kernel, passes, full(before))
+    assert cidr in kernel.dump().routes

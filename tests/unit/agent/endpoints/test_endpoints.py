@@ -26,8 +26,9 @@ from meshnet.kernel.fakes.wiring import MemoryWiring
 from meshnet.model import AddressRange, EndpointId, MeshSnapshot, NetworkName
 from meshnet.modes import Mode
 from meshnet.ports import parse_all_published
-from meshnet.state import Link, LinkKind
+from meshnet.state import Link, LinkKind, endpoint_link_name
 from meshnet_agent.dataplane.pass_values import PassResult
+from meshnet_agent.endpoints.addresses.former import FormerAddresses
 from meshnet_agent.endpoints.addresses.subnet import HostAddresses, SubnetAddresses
 from meshnet_agent.endpoints.attach import Attacher
 from meshnet_agent.endpoints.directory import EndpointDirectory
@@ -75,8 +76,8 @@ class _Agent:
     def all(self) -> list[Endpoint]:
         return self.directory.all
 
-    async def attach(self, pid: int, *texts: str) -> Endpoint:
-        request = AttachRequest(network="local", name="web", publish=ports(*texts))
+    async def attach(self, pid: int, *texts: str, name: str = "web") -> Endpoint:
+        request = AttachRequest(network="local", name=name, publish=ports(*texts))
         with open_sandbox(pid) as sandbox:
             return await self.attacher.attach(sandbox, request)
 
@@ -158,7 +159,7 @@ class _Host(FakeDataPlane):
         directory = self.running = EndpointDirectory(records, ME)
         published = PublishedPorts(self.sockets, self)
         networks = ReadyNetworks(self, self, self, self, worker)
-        addresses = HostAddresses(SubnetAddresses(directory), SubnetAddresses(directory))
+        addresses = HostAddresses(directory, SubnetAddresses(directory, FormerAddresses()))
         keeper = Keeper(directory, Sandboxes(worker), links, published, addresses, networks)
         attacher = Attacher(directory, keeper, links, published, addresses, networks, RightOfWay())
         try:
@@ -207,6 +208,27 @@ async def test_published_hot_and_taken_away(host: _Host, pid: int) -> None:
         await agent.detach(pid)
         assert (host.rules, host.sockets.held) == ({}, set())
     assert host.recorded() == {}
+
+
+async def test_who_comes_back_by_the_same_name_has_the_same_address(
+    host: _Host, process: subprocess.Popen[bytes]
+) -> None:
+    async with host.agent() as agent:
+        first = await agent.attach(process.pid)
+        await agent.detach(process.pid)
+        other = await agent.attach(process.pid, name="other")
+        assert other.addresses != first.addresses
+        await agent.detach(process.pid)
+        assert (await agent.attach(process.pid)).addresses == first.addresses
+    # The power is cut: the next agent finds the record of a process that is gone.
+    process.kill()
+    process.wait()
+    host.wiring.remove_link(endpoint_link_name(agent.all[0].id))
+    async with host.agent() as agent:
+        assert agent.all == []
+        assert (await agent.attach(os.getpid(), name="new")).addresses != first.addresses
+        await agent.detach(os.getpid())
+        assert (await agent.attach(os.getpid())).addresses == first.addresses
 
 
 async def test_after_a_crash_all_is_as_recorded(host: _Host, pid: int) -> None:
@@ -265,7 +287,7 @@ async def test_a_refused_port_leaves_nothing(host: _Host, pid: int) -> None:
         host.see(LOCAL)
         assert (host.sockets.held, agent.all) == (set(), [first])
         await agent.detach(pid)
-        second = await agent.attach(pid, "8080:80")
+        second = await agent.attach(pid, "8080:80", name="other")
         # The address of a detached endpoint rests before it is given again; that of a failed
         # attach does not.
         assert second.addresses[0].ip == first.addresses[0].ip + 1

@@ -1,0 +1,1 @@
+"""The Debian package, in a Debian of its own (`make test-deb`)."""
