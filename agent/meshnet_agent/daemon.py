@@ -170,7 +170,7 @@ def make_parts(config: AgentConfig, edges: Edges) -> Parts:
         probes=Probes(edges.vteps, inputs, fallback, dirty),
         monitor=Monitor(edges.kernel, edges.event_filter, follower),
         inputs=inputs,
-        firewalls=FirewallOpener(edges.firewalls, on=config.open_firewalls == "auto"),
+        firewalls=FirewallOpener(edges.firewalls, follower, on=config.open_firewalls == "auto"),
         occupancy=Occupancy(edges.kernel, edges.store_addresses, membership, config.underlay_dev),
     )
     _introduce(parts)

@@ -18,11 +18,12 @@ from meshnet_agent.host_firewalls.rules import foreign_chains
 from meshnet_agent.tasks.flag import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from meshnet_agent.dataplane.pass_values import PassResult
     from meshnet_agent.host_firewalls import HostFirewall
     from meshnet_agent.host_firewalls.rules import ForeignChain
+    from meshnet_agent.mesh.view import MeshView
 
 _log = structlog.get_logger()
 _LOOK_S = 60.0
@@ -39,21 +40,23 @@ class FirewallOpener:
 
     Args:
         firewalls: those that can be told.
+        mesh: asked whether the networks are all known: nothing is closed for one that is not.
         on: False: what an agent that was told otherwise had added is taken back.
     """
 
-    def __init__(self, firewalls: Sequence[HostFirewall], *, on: bool) -> None:
+    def __init__(self, firewalls: Sequence[HostFirewall], mesh: MeshView, *, on: bool) -> None:
         self.changed = Flag()
         self._firewalls = firewalls
+        self._mesh = mesh
         self._on = on
-        self._needed = Openings()
+        self._needed: Openings | None = None
         self._before = Openings()
         self._notes: list[str] = []
 
     def passed(self, result: PassResult) -> None:
         """See `PassListener`: networks may have come and gone."""
         needed = _needed(result)
-        if needed != self._needed:
+        if needed != self._needed and not self._mesh.snapshot.holes:
             self._needed = needed
             self.changed.set()
 
@@ -73,36 +76,40 @@ class FirewallOpener:
 
     async def _look(self) -> None:
         needed = self._needed
-        wanted = needed if self._on else Openings()
-        listing = await run(["nft", "--json", "--terse", "list", "ruleset"])
-        try:
-            chains = foreign_chains(listing.output, BRIDGES) if listing.ok else None
-        except ValueError as error:
-            _log.warning("rules of others cannot be read", reason=str(error))
-            return
-        if chains is None:
+        listing = await run(["nft", "--json", "list", "chains"])
+        if needed is None or not listing.ok:
             return  # the reconciler says what is wrong with nft
+        try:
+            chains = foreign_chains(listing.output)
+        except ValueError as error:
+            _log.warning("chains of others cannot be read", reason=str(error))
+            return
+        wanted = needed if self._on else Openings()
         before, self._before = (self._before if self._on else needed), wanted
         notes = []
         for firewall in self._firewalls:
             notes += await firewall.bring(chains, wanted, before)
-        notes += self._closed(chains) if needed.links else ()
+        if needed.links:
+            notes += [_closed(chain) for chain in chains if await self._is_closed(chain, chains)]
         for note in notes:
             if note not in self._notes:
                 _log.warning("another firewall keeps packets out", reason=note)
         self._notes = notes
 
-    def _closed(self, chains: Sequence[ForeignChain]) -> Iterator[str]:
-        """Base chains that drop what they forward, and have no place for us."""
-        for chain in chains:
-            if chain.hook != "forward" or not chain.drops or chain.names_us:
-                continue
-            if self._on and opens(chain, chains):
-                continue
-            yield (
-                f"chain {chain} drops what this host forwards, packets of networks too, unless its "
-                f'rules accept them: accept links "{BRIDGES}*" there, both in and out'
-            )
+    async def _is_closed(self, chain: ForeignChain, chains: Sequence[ForeignChain]) -> bool:
+        """Whether a base chain drops what it forwards, and has no place for us."""
+        if chain.hook != "forward" or not chain.drops or (self._on and opens(chain, chains)):
+            return False
+        # The operator may have done what the note says.
+        table = await run(["nft", "--terse", "list", "table", chain.family, chain.table])
+        return f'"{BRIDGES}' not in table.output
+
+
+def _closed(chain: ForeignChain) -> str:
+    return (
+        f"chain {chain} drops what this host forwards, packets of networks too, unless its rules "
+        f'accept them: accept links "{BRIDGES}*" there, both in and out'
+    )
 
 
 def _needed(result: PassResult) -> Openings:
