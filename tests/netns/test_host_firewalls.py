@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -177,91 +174,3 @@ def test_a_policy_without_a_place_for_us_is_named(mesh: Mesh) -> None:
     wait_until(mesh.notes, 10, "the chain is named")
     host.run(["nft", "delete table inet mine"])
     wait_until(lambda: not mesh.notes(), 10, "the note is gone")
-
-
-BUS = """<busconfig><type>system</type><listen>unix:path={path}</listen><auth>EXTERNAL</auth>
-<policy context="default"><allow user="*"/><allow own="*"/><allow eavesdrop="true"/>
-<allow send_destination="*" eavesdrop="true"/></policy>
-</busconfig>"""
-FIREWALLD = "org.fedoraproject.FirewallD1"
-
-
-class Firewalld:
-    """A firewalld of a host's namespace, on a bus of its own; it keeps its settings in a folder."""
-
-    def __init__(self, host: LabHost, folder: Path) -> None:
-        self._host = host
-        self._folder = folder
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        argv = ["firewalld", "--nofork", "--nopid", "--log-target", "console",
-                "--system-config", str(self._folder)]  # fmt: skip
-        with (self._folder / "log").open("w") as log:
-            child = self._host.popen(argv, stdout=log, stderr=log)
-        try:
-            wait_until(lambda: self.call("", "getDefaultZone"), 30, "firewalld")
-            yield
-        finally:
-            child.terminate()
-            child.wait(timeout=30)
-
-    def call(self, interface: str, method: str, *arguments: str) -> str:
-        """What a method answers; "" if firewalld does not."""
-        path = f"/{FIREWALLD.replace('.', '/')}"
-        argv = ["busctl", "--system", "call", FIREWALLD, path, f"{FIREWALLD}{interface}", method]
-        return self._host.run([*argv, *arguments], check=False).stdout
-
-    def links(self) -> str:
-        return self.call(".zone", "getInterfaces", "s", "trusted")
-
-    def ports(self) -> str:
-        return self.call(".zone", "getPorts", "s", "public")
-
-
-@pytest.fixture
-def bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system bus for this test alone."""
-    if shutil.which("firewalld") is None:
-        # Where it is installed it starts: `make test` must not do that to anybody's machine.
-        pytest.skip("needs the package firewalld, which make does not install")
-    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/bus")
-    (tmp_path / "bus.conf").write_text(BUS.format(path=tmp_path / "bus"))
-
-
-def test_firewalld(bus: None, make_lab: MakeLab, tmp_path: Path) -> None:
-    mesh = Mesh(make_lab(2))
-    host = mesh.host
-    daemon = host.popen(["dbus-daemon", f"--config-file={tmp_path}/bus.conf", "--nofork"])
-    wait_until(lambda: os.path.exists(tmp_path / "bus"), 10, "the bus")
-    settings = tmp_path / "firewalld"
-    settings.mkdir()
-    firewalld = Firewalld(host, settings)
-    try:
-        with serving((mesh.here, "web")), firewalld.running():
-            wait_until(mesh.passes, 10, "packets between hosts")
-            wait_until(mesh.is_published, 5, "the published port")
-            assert mesh.notes() == []
-            (network,) = meshnet(host, "network", "ls")
-            links, ports = firewalld.links(), firewalld.ports()
-            assert links.split()[1:] == ["2", f'"mnb{network["vni"]}"', f'"mnv{network["vni"]}"']
-            assert '"4789" "udp"' in ports
-            firewalld.call("", "reload")
-            wait_until(
-                lambda: (firewalld.links(), firewalld.ports()) == (links, ports), 10, "healed"
-            )
-            wait_until(mesh.passes, 10, "packets between hosts")
-            host.stop_agent()
-            host.start_agent(["--open-firewalls", "off"])
-            wait_until(lambda: firewalld.links() == "as 0\n", 10, "our links are out of the zone")
-            wait_until(lambda: "udp" not in firewalld.ports(), 10, "the port is closed")
-            assert not mesh.passes(*BRIEFLY)
-            host.stop_agent()
-            host.start_agent()
-            wait_until(mesh.passes, 10, "packets between hosts")
-            mesh.remove_network()
-            wait_until(lambda: firewalld.links() == "as 0\n", 10, "our links are out of the zone")
-            wait_until(lambda: "udp" not in firewalld.ports(), 10, "the port is closed")
-    finally:
-        daemon.terminate()
-        daemon.wait(timeout=10)
