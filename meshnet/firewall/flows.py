@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.firewall.elements import find_published, pack_target
+from meshnet.wire.inner import UDP
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 IPS_SRC_NAT, IPS_DST_NAT = 1 << 4, 1 << 5
 """``linux/netfilter/nf_conntrack_common.h``."""
-UDP = 17
 
 
 class Direction(NamedTuple):

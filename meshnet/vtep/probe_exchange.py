@@ -1,13 +1,13 @@
 """Probes: sent when the agent asks for them, answered without it.
 
-The process answers, and not the agent, because the ways that are probed outlive the agent.
+The process answers, and not the agent, because the tunnels that are probed outlive the agent.
 
 ::
 
     by "udp"    our UDP port ═ VXLAN's encapsulation ═ the member's UDP port
     by "vxlan"  packet socket ─ the kernel's VXLAN device ═══ the member's ─ packet socket
 
-A request is answered by the way it came, if it came from a member.  Whatever else comes is dropped
+A request is answered by the tunnel that it came by, if it came from a member.  Whatever else comes is dropped
 and counted.  There is one answer to a request, no longer than it: nothing is amplified.
 """
 
@@ -40,7 +40,7 @@ class ProbeExchange:
     Args:
         underlay: the UDP socket; the caller owns it.
         dev: name of the kernel's VXLAN device of the network, which need not exist (yet); None:
-            there is no such way.
+            there is no such tunnel.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class ProbeExchange:
             UsageError: one of them is malformed; none was sent.
         """
         checked = [_check(request) for request in requests]
-        for number, underlay_ip, way, size in checked:
+        for number, underlay_ip, tunnel, size in checked:
             peer = self._table.by_underlay.get(underlay_ip)
             if peer is not None:
                 payload = probe.pack(Probe(REQUEST, number, time.monotonic_ns()), size)
-                (self._by_udp if way == "udp" else self._by_vxlan)(peer, payload)
+                (self._by_udp if tunnel == "udp" else self._by_vxlan)(peer, payload)
 
     def drain_answers(self) -> list[tuple[int, str, float]]:
         """The answers that came since: id, who answered, milliseconds."""
@@ -94,7 +94,7 @@ class ProbeExchange:
         payload: memoryview | bytes,
         send: Callable[[TunnelPeer, bytes], None],
     ) -> None:
-        """Note an answer; answer a request by the way it came."""
+        """Note an answer; answer a request by the tunnel that it came by."""
         found = probe.parse(payload)
         if found is None:
             peer.drop("bad_probe")
@@ -151,8 +151,8 @@ class ProbeExchange:
 
 def _check(request: Any) -> tuple[int, str, str, int]:  # noqa: ANN401
     match request:
-        case [int(number), str(underlay_ip), ("udp" | "vxlan") as way, int(size)] if (
+        case [int(number), str(underlay_ip), ("udp" | "vxlan") as tunnel, int(size)] if (
             0 <= number < 1 << 64 and 0 <= size <= _MOST_BYTES
         ):
-            return number, underlay_ip, way, size
+            return number, underlay_ip, tunnel, size
     raise UsageError(f"probe: {request!r:.80} is not [id, underlay_ip, 'udp' or 'vxlan', bytes]")

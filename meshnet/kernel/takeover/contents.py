@@ -32,6 +32,7 @@ from meshnet.kernel.wire.bulk import (
     RTA_TABLE,
     RTNH_F_ONLINK,
 )
+from meshnet.kernel.wire.host_routes import RTA_MULTIPATH
 from meshnet.state import ROUTE_PROTOCOL
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ _KERNELS_FLAGS = (
     IFA_F_SECONDARY | IFA_F_TENTATIVE | IFA_F_PERMANENT | IFA_F_DEPRECATED | IFA_F_STABLE_PRIVACY
 )
 """Flags that only the kernel sets: left out, so that an address compares equal on both links."""
-RTA_MULTIPATH, RTA_CACHEINFO, RTA_EXPIRES = 9, 12, 23
+RTA_CACHEINFO, RTA_EXPIRES = 12, 23
 # USER_HZ: the kernel reports a lifetime in hundredths of a second, but takes it in seconds.
 _CACHEINFO_EXPIRES_AT, _CLOCK_HZ = 8, 100
 RTPROT_KERNEL, RT_TABLE_LOCAL = 2, 255
@@ -237,11 +238,11 @@ def decode_routes(bodies: Iterable[Body], index: int) -> tuple[LinkObject, ...]:
         if kernels or protocol == ROUTE_PROTOCOL or RTA_NH_ID in by_type:
             continue
         if RTA_MULTIPATH in by_type and family == AF_INET6:
-            way = next((w for w in _ways(by_type[RTA_MULTIPATH]) if w.ifindex == index), None)
-            if way is None:
+            hop = next((h for h in _next_hops(by_type[RTA_MULTIPATH]) if h.ifindex == index), None)
+            if hop is None:
                 continue
-            flags = way.flags
-            attrs = [a for a in attrs if a[0] != RTA_MULTIPATH] + list(way.attrs)
+            flags = hop.flags
+            attrs = [a for a in attrs if a[0] != RTA_MULTIPATH] + list(hop.attrs)
         elif to_number(by_type.get(RTA_OIF, b"")) != index:
             continue
         expires = by_type.get(RTA_CACHEINFO, b"")[_CACHEINFO_EXPIRES_AT:][:4]
@@ -260,7 +261,7 @@ def multipath_over(bodies: Iterable[Body], index: int) -> list[str]:
     found = []
     for data, start, end in bodies:
         attrs = _attrs(data, start + 12, end)
-        if any(w.ifindex == index for w in _ways(dict(attrs).get(RTA_MULTIPATH, b""))):
+        if any(w.ifindex == index for w in _next_hops(dict(attrs).get(RTA_MULTIPATH, b""))):
             header = bytes(data[start : start + 12])
             found.append(str(LinkObject(Kind.ROUTE, header, tuple(attrs))))
     return found
@@ -317,7 +318,7 @@ def encode_body(moved: LinkObject, index: int, name: str) -> bytes:
     return header + b"".join(rtnl.attr(kind, payload) for kind, payload in attrs)
 
 
-def _ways(multipath: bytes) -> Iterator[_Way]:
+def _next_hops(multipath: bytes) -> Iterator[_Way]:
     at = 0
     while at + _RTNEXTHOP.size <= len(multipath):
         length, flags, ifindex = _RTNEXTHOP.unpack_from(multipath, at)

@@ -9,13 +9,13 @@ import socket
 from typing import TYPE_CHECKING
 
 from meshnet.kernel.wire import bulk, rtnl
+from meshnet.kernel.wire.host_routes import RTPROT_STATIC
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from meshnet.model import IpAddress, IpNetwork
 
-RTPROT_STATIC = 4
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 

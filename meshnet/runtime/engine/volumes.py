@@ -12,7 +12,6 @@ A volume appears and goes by one rename, so a process that is killed leaves none
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -32,7 +31,6 @@ from meshnet.text import check_name
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_OPENAT2, _RESOLVE_IN_ROOT = 437, 0x10
 _DATA, _ABOUT, _UNDER_WAY = "data", "volume.json", "."
 
 
@@ -178,7 +176,6 @@ def _open_in_root(rootfs: Path, place: str) -> int:
     """Open a path as a process with that root would: no link leads out (openat2(2))."""
     root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        how = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT)
-        return libc.syscall(_OPENAT2, root, os.fsencode(place), how, ctypes.sizeof(how))
+        return libc.openat2(root, place, os.O_PATH | os.O_CLOEXEC, libc.RESOLVE_IN_ROOT)
     finally:
         os.close(root)

@@ -9,11 +9,11 @@ import pytest
 
 from meshnet.firewall import FirewallNetwork, firewall_for
 from meshnet.firewall.elements import published_elements
-from meshnet.firewall.flows import IPS_DST_NAT, IPS_SRC_NAT, UDP, Direction, Flow, FlowRules
+from meshnet.firewall.flows import IPS_DST_NAT, IPS_SRC_NAT, Direction, Flow, FlowRules
 from meshnet.model import Protocol, PublishedPort
+from meshnet.wire.inner import TCP, UDP
 from tests.values import make_endpoint
 
-TCP = 6
 CIDR, SUBNET = ip_network("10.42.0.0/16"), ip_network("10.42.3.0/24")
 INNER = FirewallNetwork(
     links=("mnb2",), cidrs=(ip_network("10.50.0.0/16"),), subnets=(ip_network("10.50.3.0/24"),),

@@ -29,6 +29,7 @@ from meshnet.kernel.wire.bulk import (
     RTA_PRIORITY,
     RTA_TABLE,
 )
+from meshnet.kernel.wire.host_routes import RTA_MULTIPATH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -205,7 +206,7 @@ def test_ways_of_one_ipv6_route_are_routes() -> None:
     body += rtnl.attr(RTA_TABLE, rtnl.U32.pack(254))
     body += rtnl.attr(RTA_PRIORITY, rtnl.U32.pack(1024))
     alone = body + way + rtnl.attr(4, rtnl.U32.pack(3))
-    both = body + rtnl.attr(contents.RTA_MULTIPATH, ways)
+    both = body + rtnl.attr(RTA_MULTIPATH, ways)
     (first,) = contents.decode_routes([(alone, 0, len(alone))], 3)
     for index in (3, 4):
         (found,) = contents.decode_routes([(both, 0, len(both))], index)
