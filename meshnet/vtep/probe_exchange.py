@@ -7,8 +7,8 @@ The process answers, and not the agent, because the tunnels that are probed outl
     by "udp"    our UDP port ═ VXLAN's encapsulation ═ the member's UDP port
     by "vxlan"  packet socket ─ the kernel's VXLAN device ═══ the member's ─ packet socket
 
-A request is answered by the tunnel that it came by, if it came from a member.  Whatever else comes is dropped
-and counted.  There is one answer to a request, no longer than it: nothing is amplified.
+A request is answered by the tunnel that it came by, if it came from a member.  Whatever else comes
+is dropped and counted.  There is one answer to a request, no longer than it: nothing is amplified.
 """
 
 from __future__ import annotations
