@@ -86,7 +86,7 @@ def _set_up_process() -> None:
 
 
 def make_parser() -> Parser:
-    """Make the parser of the command line: an option for each setting that is no secret."""
+    """Make the parser of the command line: an option for each setting that is not a secret."""
     parser = Parser(
         prog="meshnet-agent",
         description="The meshnet agent: one on every host, as root.",

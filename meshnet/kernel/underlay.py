@@ -122,7 +122,7 @@ class UnderlayObserver:
     def _to_path(self, lookup: tuple[int, bool, int]) -> UnderlayPath | None:
         ifindex, on_link, mtu_bytes = lookup
         out = self._namespace.by_index.get(ifindex)
-        # A route over a link of ours is no path to a peer, whose address happens to be in a
+        # A route over a link of ours is not a path to a peer, whose address happens to be in a
         # network: our own MTU would come back as the underlay's, smaller with every pass.
         if out is None or is_ours(out.name):
             return None

@@ -260,7 +260,7 @@ class Mirror:
     def _contradicts(self, item: KeyValue) -> bool:
         """Whether the copy before should have known this, and did not.
 
-        Leases are left out: one that ran out and was granted again is no other history.
+        Leases are left out: one that ran out and was granted again is not another history.
         """
         before = self._before
         return (

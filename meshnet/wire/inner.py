@@ -48,7 +48,7 @@ class Inner:
         """Locate; nothing after `available` bytes from `offset` is read.
 
         Raises:
-            ValueError: it is no IP packet, or is cut short.
+            ValueError: it is not an IP packet, or is cut short.
         """
         if available < 20:
             raise ValueError("shorter than an IP header")

@@ -53,7 +53,7 @@ struct joiner {
     struct run runs[MAX_RUNS];
 };
 
-/* Locate; false: it is no IP packet, or is cut short.  Reads nothing after `available` bytes. */
+/* Locate; false: it is not an IP packet, or is cut short.  Reads nothing after `available` bytes. */
 bool mn_locate(struct inner *inner, const uint8_t *packet, size_t available);
 
 /* Take a packet, which has VIRTIO_BYTES of room before it; `segment` is the size of the datagrams in a
