@@ -75,6 +75,7 @@ from meshnet_agent.tasks.right_of_way import RightOfWay
 
 if TYPE_CHECKING:
     from meshnet.config import AgentConfig
+    from meshnet_agent.containers.directory import ContainerDirectory
     from meshnet_agent.edges import Edges
 
 _log = structlog.get_logger()
@@ -313,7 +314,7 @@ async def _serve(config: AgentConfig, run_dir: RuntimeDir, notifier: Notifier) -
             volumes=edges.state_dir.volumes,
         )
         containers = Containers(paths, mesh, runtime, id_pool)
-        reports = Reports(report_sources(parts, runtime))
+        reports = Reports(report_sources(parts, runtime, containers.directory))
         served = Served(mesh=mesh, reports=reports, images=images, containers=containers)
         with open_socket(run_dir.socket) as listener:
             async with trio.open_nursery() as root:
@@ -344,7 +345,9 @@ def make_operations(parts: Parts) -> MeshOperations:
     )
 
 
-def report_sources(parts: Parts, runtime: RuntimeProvider) -> ReportedParts:
+def report_sources(
+    parts: Parts, runtime: RuntimeProvider, containers: ContainerDirectory | None = None
+) -> ReportedParts:
     """The parts that the API's reports are made from."""
     return ReportedParts(
         follower=parts.follower,
@@ -359,6 +362,7 @@ def report_sources(parts: Parts, runtime: RuntimeProvider) -> ReportedParts:
         wiring=parts.edges.wiring,
         vteps=parts.edges.vteps,
         runtime=runtime,
+        containers=containers,
     )
 
 

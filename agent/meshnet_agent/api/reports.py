@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Network,
     )
     from meshnet.plan import NetworkOutcome
+    from meshnet_agent.containers.directory import ContainerDirectory
     from meshnet_agent.containers.runtime import RuntimeProvider
     from meshnet_agent.dataplane.fallback import Fall, Fallback, FallbackReport, Pair
     from meshnet_agent.dataplane.reconciler import PassesReport, Reconciler
@@ -116,6 +117,7 @@ class StatusReport:
     fallback: FallbackReport
     drops: Mapping[str, int]
     passed_over: Mapping[str, str]
+    container_errors: Sequence[str]
     vtep_engine: str | None
 
 
@@ -125,6 +127,7 @@ class ReportedParts:
 
     Attributes:
         vteps: None: this host can have no userspace VTEP.
+        containers: None: this agent does not run containers.
         runtime: what runs this host's containers.
     """
 
@@ -140,6 +143,7 @@ class ReportedParts:
     wiring: Worker[Wiring]
     vteps: VtepProcesses | None
     runtime: RuntimeProvider
+    containers: ContainerDirectory | None = None
 
 
 class Reports:
@@ -157,6 +161,7 @@ class Reports:
         self._pool = parts.pool
         self._wiring = parts.wiring
         self._vteps = parts.vteps
+        self._containers = parts.containers
         self._runtime = parts.runtime
 
     def networks(self) -> list[tuple[Network, int | None]]:
@@ -236,6 +241,7 @@ class Reports:
             fallback=self._fallback.report(trio.current_time()),
             drops=drops,
             passed_over=self._runtime.report(),
+            container_errors=self._containers.report() if self._containers is not None else (),
             vtep_engine=self._vteps.engine if self._vteps is not None else None,
         )
 

@@ -72,6 +72,7 @@ def status_document(report: StatusReport) -> StatusDocument:
         errors=[
             *([report.passes.blocked] if report.passes.blocked else []),
             *map(_unreadable, sorted(report.endpoints.unreadable)),
+            *report.container_errors,
             *(f"nothing is deleted while {key} cannot be read" for key in snapshot.holes),
             *_some([str(f) for f in other]),
         ],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from meshnet.errors import ConflictError, NotFoundError, UsageError
+from meshnet.errors import ConflictError, KernelRefusedError, NotFoundError, UsageError
 from meshnet_agent.containers.record import ContainerRecord, State, save
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Container:
     Attributes:
         lock: held during a step of its life.
         ended: set when it has ended for good, restarts included, and everything is put away.
+        trouble: what could not be done at its end, and is tried again; None: nothing.
     """
 
     def __init__(self, record: ContainerRecord, bundle: Bundle) -> None:
@@ -30,6 +31,7 @@ class Container:
         self.bundle = bundle
         self.lock = trio.Lock()
         self.ended = trio.Event()
+        self.trouble: str | None = None
         self._writing = trio.Lock()
 
     def note(self, **fields: object) -> None:
@@ -37,7 +39,11 @@ class Container:
         self.record = replace(self.record, **fields)  # type: ignore[arg-type]
 
     async def change(self, **fields: object) -> None:
-        """Change the record, here and on disk."""
+        """Change the record, here and on disk.
+
+        Raises:
+            KernelRefusedError: the disk refused; here it is changed all the same.
+        """
         await self._change(fields, keep=True)
 
     async def change_for_this_boot(self, **fields: object) -> None:
@@ -47,7 +53,14 @@ class Container:
     async def _change(self, fields: dict[str, object], *, keep: bool) -> None:
         self.note(**fields)
         async with self._writing:  # two writers at once would share a draft
-            await trio.to_thread.run_sync(partial(save, self.bundle.state, self.record, keep=keep))
+            write = partial(save, self.bundle.state, self.record, keep=keep)
+            try:
+                await trio.to_thread.run_sync(write)
+            except OSError as error:
+                raise KernelRefusedError(
+                    f"container {self.record.name} cannot be recorded in {self.bundle.state}: "
+                    f"{error.strerror}: make room on that file system, or see what it says"
+                ) from error
 
 
 class ContainerDirectory:
@@ -68,6 +81,10 @@ class ContainerDirectory:
                 f"container name {record.name} is taken: choose another, or remove that one"
             )
         self._containers[record.id] = container
+
+    def report(self) -> list[str]:
+        """What could not be done at the end of a container, and is tried again."""
+        return [c.trouble for c in self._containers.values() if c.trouble is not None]
 
     def drop(self, container: Container) -> None:
         """Forget one.  Idempotent."""

@@ -7,6 +7,7 @@ another step, so whoever acts on a container takes its lock and then looks at it
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -18,8 +19,11 @@ from meshnet.runtime.spec.options import parse_restart
 from meshnet_agent.containers.launch import launch
 from meshnet_agent.containers.processes import is_alive, wait_for_end
 from meshnet_agent.containers.record import State
+from meshnet_agent.tasks.backoff import Backoff
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from meshnet_agent.containers.cleanup import Cleanup
     from meshnet_agent.containers.directory import Container, ContainerDirectory
     from meshnet_agent.containers.networking import Networking
@@ -30,6 +34,8 @@ _log = structlog.get_logger()
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 60.0
 _LASTING_S = 10.0
 """A run that lasted longer counts as good: the pauses before restarts begin anew."""
+_AGAIN_S = (1.0, 60.0)
+"""Pauses before what failed at a container's end is tried again."""
 _LOST_STATUS = 255
 """Status of a container whose exit nobody saw: the host went down, or its conmon was killed."""
 _AT_ONCE = 4
@@ -151,6 +157,34 @@ class Runs:
             raise RuntimeError("containers are watched only while run() runs")
         self._nursery.start_soon(self._wait_for_end, container, shim)
 
+    async def _surely(
+        self, container: Container, what: str, step: Callable[[], Awaitable[object]]
+    ) -> None:
+        """Do a step of a container's end, again and again until it is done; `status` names it.
+
+        No container may end the agent, whatever the disk, the kernel or the runtime answers.
+
+        Args:
+            what: what is so as long as it is not done.
+            step: may be done again after it has failed.
+        """
+        backoff = Backoff(*_AGAIN_S)
+        while True:
+            try:
+                with trio.CancelScope(shield=True):
+                    await step()
+            except (MeshnetError, OSError) as error:
+                if container not in self._directory:
+                    return
+                trouble = f"container {container.record.name} {what}: {error}"
+                if container.trouble != trouble:  # logged once for each reason
+                    _log.error("tried again", reason=trouble)
+                container.trouble = trouble
+                await trio.sleep(backoff.failed())
+            else:
+                container.trouble = None
+                return
+
     async def _wait_for_end(self, container: Container, shim: ProcessId) -> None:
         await wait_for_end(shim)
         exit_code = read_exit(container.bundle.exits, container.record.id)
@@ -162,43 +196,68 @@ class Runs:
     async def _found_ended(self, container: Container) -> None:
         """At the agent's start: it ended while no agent ran."""
         if container.record.state is State.CREATING:
-            await self._cleanup.purge(container, volumes=True)
+            purge = partial(self._cleanup.purge, container, volumes=True)
+            await self._surely(container, "is not removed", purge)
             return
         await self._ended(container, read_exit(container.bundle.exits, container.record.id))
 
     async def _found_exited(self, container: Container) -> None:
         """At the agent's start: it had ended before; a restart of it may have been under way."""
+        await self._surely(container, "is not put away", partial(self._put_away, container))
+        if container in self._directory and container.record.state is State.EXITED:
+            await self._after_end(container, 0.0)
+
+    async def _put_away(self, container: Container) -> None:
         async with container.lock, self._slots:
-            if container not in self._directory or container.record.state is not State.EXITED:
-                return  # somebody removed it, or started it, before its turn came
-            await self._cleanup.put_away(container)
-            await container.change(process=None, shim=None, endpoints=())
-        await self._after_end(container, 0.0)
+            # Somebody may have removed it, or started it, before its turn came.
+            if container in self._directory and container.record.state is State.EXITED:
+                await self._cleanup.put_away(container)
+                await container.change(process=None, shim=None, endpoints=())
 
     async def _ended(self, container: Container, exit_code: int | None) -> None:
         """Put away what a container had, record how it ended, and do what its options say."""
-        ran = container.record.started_s or time.time()
-        with trio.CancelScope(shield=True):
-            async with container.lock, self._slots:
-                if container not in self._directory:
-                    return  # removed while it was being started again
-                await self._cleanup.put_away(container)
-                container.note(
-                    state=State.EXITED,
-                    exit_code=_LOST_STATUS if exit_code is None else exit_code,
-                    error="nobody saw how it ended" if exit_code is None else None,
-                    finished_s=time.time(),
-                    process=None,
-                    shim=None,
-                    endpoints=(),
-                )
-                # With --rm the end is not written, since the record goes: a crash before that
-                # leads to the same clean-up.
-                if not self._is_to_go(container):
-                    await container.change()
-            record = container.record
-            _log.info("container ended", container=record.name, exit_code=record.exit_code)
-            await self._after_end(container, time.time() - ran)
+        now = time.time()
+        lasted_s = now - (container.record.started_s or now)
+        note = partial(self._note_end, container, exit_code, now)
+        await self._surely(container, "is not put away", note)
+        if container not in self._directory:
+            return  # removed while it was being started again
+        record = container.record
+        _log.info("container ended", container=record.name, exit_code=record.exit_code)
+        # With --rm the end is not written, since the record goes: a crash before that leads to the
+        # same clean-up.
+        if not self._is_to_go(container):
+            await self._surely(container, "has no record", partial(self._record_end, container))
+        await self._after_end(container, lasted_s)
+
+    async def _note_end(
+        self, container: Container, exit_code: int | None, finished_s: float
+    ) -> None:
+        async with container.lock, self._slots:
+            if container not in self._directory:
+                return
+            await self._cleanup.put_away(container)
+            container.note(
+                state=State.EXITED,
+                exit_code=_LOST_STATUS if exit_code is None else exit_code,
+                error="nobody saw how it ended" if exit_code is None else None,
+                finished_s=finished_s,
+                process=None,
+                shim=None,
+                endpoints=(),
+            )
+
+    async def _record_end(self, container: Container) -> None:
+        async with container.lock:
+            if container not in self._directory or container.record.state is not State.EXITED:
+                return
+            try:
+                await container.change()
+            except MeshnetError:
+                # Whoever waits is told the true status, though it is not on disk yet.
+                if not self._wants_restart(container):
+                    container.ended.set()
+                raise
 
     async def _after_end(self, container: Container, lasted_s: float) -> None:
         """Restart it, remove it, or let it be, as its options say."""
@@ -207,9 +266,17 @@ class Runs:
             self._nursery.start_soon(self._restart, container, lasted_s)
             return
         if self._is_to_go(container):
-            async with container.lock:
-                await self._cleanup.forget(container, volumes=True)
+            await self._surely(container, "is not removed", partial(self._forget, container))
         container.ended.set()
+
+    async def _forget(self, container: Container) -> None:
+        async with container.lock:
+            if container in self._directory:
+                try:
+                    await self._cleanup.forget(container, volumes=True)
+                except (MeshnetError, OSError):
+                    container.ended.set()  # its client need not wait for its files
+                    raise
 
     # --- restarting -----------------------------------------------------------------------------
 
@@ -240,18 +307,19 @@ class Runs:
                 container.ended.set()
                 return
             failures += 1
-            with trio.CancelScope(shield=True):
-                try:
-                    exit_code = container.record.exit_code
+            exit_code = container.record.exit_code
+            try:
+                with trio.CancelScope(shield=True):
                     await container.change(restarts=container.record.restarts + 1)
                     await self.launch(container)
                     await self.start(container)
                     return
-                except MeshnetError as error:
-                    _log.error("not restarted", container=container.record.name, reason=str(error))
-                    if container.record.state is not State.EXITED:
-                        return  # its end is watched
-                    await self._undo_launch(container, exit_code, str(error))
+            except (MeshnetError, OSError) as error:
+                _log.error("not restarted", container=container.record.name, reason=str(error))
+                if container.record.state is not State.EXITED:
+                    return  # its end is watched
+                undo = partial(self._undo_launch, container, exit_code, str(error))
+            await self._surely(container, "is not put away", undo)
 
     async def _undo_launch(self, container: Container, exit_code: int | None, error: str) -> None:
         """Return it to how it had ended, with the reason why it could not be made again."""
