@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meshnet.lab.poll import wait_until
-from tests.netns.mesh import address_of, attach, create_network, meshnet, ping, wait_in_sync
+from tests.netns.mesh import (
+    address_of,
+    attach,
+    create_network,
+    meshnet,
+    ping,
+    run_client,
+    wait_in_sync,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -334,6 +342,10 @@ def test_unpublished_endpoint_is_published_again(make_lab: MakeLab) -> None:
     subnets = meshnet(h1, "hosts")[1]["subnets"]
     os.kill(h2.agent_pid, signal.SIGSTOP)
     wait_until(lambda: not meshnet(h1, "hosts")[1]["alive"], 10, "h2 counts as dead")
+    alive, dead = meshnet(h1, "hosts")
+    assert alive["dead_s"] is None
+    assert 0 <= dead["dead_s"] < 60
+    assert "no, for " in run_client(h1, "hosts").stdout
     meshnet(h1, "host", "rm", "h2")
     assert meshnet(h1, "endpoint", "ls") == []
     os.kill(h2.agent_pid, signal.SIGCONT)

@@ -77,9 +77,10 @@ class NetworkReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathsReport:
-    """By what packets leave this host for the others.
+    """By what packets leave this host for the others, and which of those are dead.
 
     Attributes:
+        dead_for_s: hosts without a lease, and for how many seconds this agent has seen them so.
         here: this host.
         underlay, networks: of the last pass.
         falls: peers in fallback.
@@ -90,6 +91,7 @@ class PathsReport:
     underlay: Underlay | None
     networks: Mapping[NetworkName, NetworkOutcome]
     falls: Mapping[Pair, Fall]
+    dead_for_s: Mapping[HostId, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +219,7 @@ class Reports:
             underlay=result.underlay,
             networks=result.networks,
             falls=dict(self._fallback.falls),
+            dead_for_s=self._liveness.dead_for_s(),
         )
 
     async def status(self) -> StatusReport:

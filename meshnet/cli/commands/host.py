@@ -43,7 +43,7 @@ def _hosts(args: argparse.Namespace) -> int:
             (
                 d["id"],
                 d["underlay_ip"],
-                "yes" if d["alive"] else "no",
+                "yes" if d["alive"] else _dead(d["dead_s"]),
                 joined(
                     f"{name} {subnet}"
                     for part in (d["subnets"], d["subnets6"])
@@ -58,6 +58,16 @@ def _hosts(args: argparse.Namespace) -> int:
         ),
     )
     return 0
+
+
+def _dead(seconds: int | None) -> str:
+    """No, and since when as far as it is known: in the largest unit of which it is two or more."""
+    if seconds is None:
+        return "no"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"no, for {seconds // length} {unit}"
+    return f"no, for {seconds} s"
 
 
 def _rm(args: argparse.Namespace) -> int:

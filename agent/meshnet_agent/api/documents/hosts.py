@@ -23,6 +23,8 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         alive: its lease has not run out, as far as this agent has heard.
+        dead_s: seconds for which this agent has seen it without a lease; None: it has one, or the
+            store is not followed.
         subnets: the IPv4 ones, or the IPv6 ones of networks without IPv4.
         subnets6: the IPv6 ones of networks with both.
         datapath: what carries its tunnels.
@@ -33,6 +35,7 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     underlay_ip: str
     alive: bool
+    dead_s: int | None
     subnets: dict[NetworkName, str]
     subnets6: dict[NetworkName, str]
     datapath: dict[NetworkName, Datapath]
@@ -52,6 +55,8 @@ def host_document(
     snapshot: MeshSnapshot,
     path: Mapping[NetworkName, str],
     path_why: Mapping[NetworkName, str],
+    *,
+    dead_s: float | None = None,
 ) -> HostDocument:
     """The document of a host.
 
@@ -75,6 +80,7 @@ def host_document(
         id=host.id,
         underlay_ip=str(host.underlay_ip),
         alive=host.id in snapshot.alive,
+        dead_s=round(dead_s) if dead_s is not None else None,
         subnets=subnets,
         subnets6=subnets6,
         datapath=datapath,

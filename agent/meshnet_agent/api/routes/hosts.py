@@ -29,7 +29,9 @@ def host_operations(mesh: MeshOperations, reports: Reports) -> list[Operation]:
         documents = []
         for number, (_, host) in enumerate(sorted(paths.snapshot.hosts.items())):
             await let_others_run(number)
-            documents.append(host_document(host, paths.snapshot, *paths_to(host, paths)))
+            found = paths_to(host, paths)
+            dead_s = paths.dead_for_s.get(host.id)
+            documents.append(host_document(host, paths.snapshot, *found, dead_s=dead_s))
         return documents
 
     async def remove(request: Request) -> RemovedHostDocument:
