@@ -14,8 +14,10 @@ linux/if_packet.h.
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
+import time
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,6 +43,8 @@ _PROBES = 3
 """PROBE_NUM of RFC 5227 §1.1."""
 _WAIT_S = 0.08
 """For an answer to one probe (see above)."""
+_CARRIER_TRIES, _CARRIER_PAUSE_S = 20, 0.005
+"""How often an announcement is tried on a link that has just gone up."""
 _ARPHRD_ETHER = 1
 _FRAME_BYTES = 1514
 _PACKET_MREQ = struct.Struct("=iHH8s")
@@ -84,7 +88,8 @@ def announce(link: str, address: IPv6Address, mac: bytes) -> None:
     """Tell all nodes on a link of the calling thread's namespace that an address is here now.
 
     For IPv4 the kernel does this itself, if asked to (``arp_notify``).  One announcement, not
-    several as RFC 4861 §7.2.6 allows: a node that missed it asks.
+    several as RFC 4861 §7.2.6 allows: a node that missed it asks.  So none is sent on a link that
+    stays without carrier, which is not an error.
 
     Raises:
         OSError: the link is gone or down.
@@ -97,7 +102,18 @@ def announce(link: str, address: IPv6Address, mac: bytes) -> None:
         everybody = str(IPv6Address(nd.ALL_NODES))
         # A copy to this namespace's own kernel would have it warn of a duplicate address.
         sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
-        sender.sendto(nd.encode_announcement(address, mac), (everybody, 0, 0, index))
+        packet = nd.encode_announcement(address, mac)
+        for _ in range(_CARRIER_TRIES):
+            try:
+                sender.sendto(packet, (everybody, 0, 0, index))
+            except OSError as error:
+                # The kernel makes the route for multicast once it has seen the carrier, some time
+                # after the link went up (addrconf_notify in net/ipv6/addrconf.c).
+                if error.errno != errno.ENETUNREACH:
+                    raise
+                time.sleep(_CARRIER_PAUSE_S)
+            else:
+                return
 
 
 async def _ask(wire: trio.socket.SocketType, address: IpAddress) -> bytes | None:

@@ -95,9 +95,8 @@ class TestKilled:
             for name, call in every_call(store, prefix).items():
                 with trio.fail_after(1), pytest.raises(StoreUnavailableError) as caught:
                     await call()
-                assert_one_clear_line(
-                    caught.value, own_etcd.client_url, "Connection refused", "check --etcd"
-                )
+                # What gRPC says of it depends on how far the call had come when etcd was killed.
+                assert_one_clear_line(caught.value, own_etcd.client_url, "check --etcd")
                 assert caught.value.retryable, name
             own_etcd.start()
             own_etcd.wait_healthy()
