@@ -32,7 +32,7 @@ test: native  ## all tests
 	$(call install,$(TEST_PACKAGES))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -n 4
 
-test-vm: deb  ## the product on real machines: Debian 12 under QEMU; a quarter of an hour
+test-vm: deb  ## the product on real machines: Debian 12 under QEMU; the better part of an hour
 	$(call install,$(VM_PACKAGES))
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest -q --durations=10 tests/vm
 

@@ -246,11 +246,11 @@ def test_damage_is_healed_and_foreign_tables_are_left_alone(make_lab: MakeLab) -
     )
     for command in damage:
         h1.run(["nft", command])
-        wait_until(lambda: whole() == before, 5, f"healed: {command}")
+        wait_until(lambda: whole() == before, 20, f"healed: {command}")
     h1.run(["nft", "delete table inet foreign; delete table ip meshnet"])
     ours = whole()
     h1.run(["nft", "flush", "ruleset"])
-    wait_until(lambda: whole() == ours, 5, "healed: flush ruleset")
+    wait_until(lambda: whole() == ours, 20, "healed: flush ruleset")
     assert ping(containers[0], address_of(found[1]))
     wait_in_sync(h1)
 
