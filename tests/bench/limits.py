@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import signal
 import socket
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from tests.netns.containers import (
     load_image,
     make_rootfs,
 )
+from tests.netns.mesh import meshnet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -301,6 +304,14 @@ def _told(host: LabHost, name: str) -> dict[str, str]:
 
 def _let_go(host: LabHost, name: str) -> tuple[int, list[str]]:
     """Let a script go on at its gate; returns its status and what it printed."""
+    pid = meshnet(host, "inspect", name)["pid"]
+
+    def is_at_gate() -> bool:
+        # Process 1 of a namespace gets no signal that it does not catch yet.
+        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return caught is not None and bool(int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+    wait_until(is_at_gate, _WAIT_S, f"container {name} is at its gate")
     client(host, "kill", "--signal", "USR1", name)
     status = int(client(host, "wait", name))
     return status, client(host, "logs", name).split()
